@@ -1,0 +1,1 @@
+"""Vitrine: a Vision Transformer for small images."""
