@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses: one field is one flag is one key of the run's JSON.
+"""Every setting of a run, as frozen dataclasses: a field is a flag is a key of the run's JSON.
 
 The names are the reference system's where it has the setting, the field's usual terms otherwise.
 A combination that cannot work is refused when it is built, with the remedy.
@@ -43,7 +43,7 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout probability after the embedding, the attention and the MLP."""
     drop_path: float = 0.0
-    """Stochastic depth: probability of skipping the last block's branches, rising linearly from 0."""
+    """Stochastic depth: probability of skipping a branch, from 0 in the first block to this."""
     pool: Literal["cls", "mean"] = "cls"
     """What the head reads: a class token, or the mean of the patch tokens."""
     stem: Literal["patch", "conv"] = "patch"
@@ -58,7 +58,9 @@ class ModelConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}: give at least 1")
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
-        require(self.n_classes >= 0, f"n_classes is {self.n_classes}: give 0 (from the data) or more")
+        require(
+            self.n_classes >= 0, f"n_classes is {self.n_classes}: give 0 (from the data) or more"
+        )
         for side in self.image_hw:
             require(
                 side >= 1 and side % self.patch_size == 0,
@@ -80,18 +82,20 @@ class ModelConfig:
         )
         require(
             self.hidden_dim >= 1,
-            f"forward_mul {self.forward_mul} leaves the MLP of width {width} no hidden unit: raise it",
+            f"forward_mul {self.forward_mul} leaves the MLP no hidden unit: raise it",
         )
         if self.position == "rope":
             require(
                 (width // heads) % 4 == 0,
                 f"position rope needs a head width divisible by 4, not {width // heads} "
-                f"(embed_dim {width} / {heads} heads): give embed_dim {heads * 4 * max(1, round(width / heads / 4))}",
+                f"(embed_dim {width} / {heads} heads): "
+                f"give embed_dim {heads * 4 * max(1, round(width / heads / 4))}",
             )
         if self.position == "sincos":
             require(
                 width % 4 == 0,
-                f"position sincos needs embed_dim divisible by 4, not {width}: give {width // 4 * 4 or 4}",
+                f"position sincos needs embed_dim divisible by 4, not {width}: "
+                f"give {width // 4 * 4 or 4}",
             )
         if self.stem == "conv":
             require(
@@ -131,7 +135,7 @@ class DataConfig:
     data_path: Path = Path("data")
     """Where the data are, or are downloaded to."""
     validation_images: int | None = None
-    """Training images kept back for validation, stratified and always the same: a tenth unless given, 0 for none."""
+    """Training images kept back, stratified and always the same: a tenth unless given, 0 for none."""
     num_train_images: int | None = None
     """Train on the first so many training images only."""
     num_test_images: int | None = None
@@ -215,7 +219,7 @@ class TrainingConfig:
     accumulate: int = 1
     """Parts a batch is cut into, one backward pass each, to save memory."""
     ema_decay: float = 0.0
-    """Decay per update of the moving average of the weights that is tested and saved; 0 for none."""
+    """Decay per update of the average of the weights that is tested and saved; 0 for none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 autocast where the hardware multiplies it natively."""
     compile: bool = False
@@ -246,7 +250,8 @@ class TrainingConfig:
         )
         require(
             self.accumulate <= self.batch_size,
-            f"accumulate {self.accumulate} cuts a batch of {self.batch_size} into empty parts: lower it",
+            f"accumulate {self.accumulate} leaves parts of a batch of {self.batch_size} empty: "
+            "lower it",
         )
 
     @property
@@ -272,7 +277,7 @@ class RunConfig:
     model_name: str = ""
     """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
-    """Split scored after every epoch. test repeats published curves: each use is logged, and it never picks the best."""
+    """Split scored after every epoch. test is for repeating published curves; it picks nothing."""
     checkpoint_epochs: int = 1
     """Save a checkpoint every so many epochs (and at the end)."""
     keep_checkpoints: int = 1
@@ -281,8 +286,14 @@ class RunConfig:
     """Write TensorBoard events into the run folder."""
 
     def __post_init__(self) -> None:
-        require(self.checkpoint_epochs >= 1, f"checkpoint_epochs is {self.checkpoint_epochs}: give 1 or more")
-        require(self.keep_checkpoints >= 0, f"keep_checkpoints is {self.keep_checkpoints}: give 0 (all) or more")
+        require(
+            self.checkpoint_epochs >= 1,
+            f"checkpoint_epochs is {self.checkpoint_epochs}: give 1 or more",
+        )
+        require(
+            self.keep_checkpoints >= 0,
+            f"keep_checkpoints is {self.keep_checkpoints}: give 0 (all) or more",
+        )
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
             plain = value == Path(value).name or value == ""

@@ -32,7 +32,7 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, stream: str, index: int = 0, *, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators inside the block (dropout draws from them) and put them back."""
+    """Seed torch's global generators inside the block, as dropout draws from them; then restore."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(derive_seed(seed, stream, index))

@@ -1,1 +1,5 @@
-"""model."""
+"""The Vision Transformer, from scratch."""
+
+from vitrine.model.vit import VisionTransformer
+
+__all__ = ["VisionTransformer"]

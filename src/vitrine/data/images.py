@@ -1,0 +1,56 @@
+"""A split in memory, and the step from its bytes to what the model reads.
+
+Pixels have three names: ``raw`` (uint8, 0 to 255), ``unit`` (float, 0 to 1), ``images`` (normalised).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, whole, as bytes.
+
+    Shapes:
+        raw_BCHW: uint8, C is 3 (RGB) or 1 (gray); labels_B: int64;
+        masks_BHW: bool, the object's pixels, where the data know them (shapes).
+    """
+
+    raw_BCHW: Tensor
+    labels_B: Tensor
+    classes: tuple[str, ...]
+    masks_BHW: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.raw_BCHW.shape[0]
+
+    def take(self, indices_B: Tensor) -> "ImageSet":
+        """Return the images at these indices, in this order."""
+        masks = None if self.masks_BHW is None else self.masks_BHW[indices_B]
+        return replace(
+            self,
+            raw_BCHW=self.raw_BCHW[indices_B],
+            labels_B=self.labels_B[indices_B],
+            masks_BHW=masks,
+        )
+
+    def first(self, count: int | None) -> "ImageSet":
+        """Return the first ``count`` images, or all of them."""
+        return self if count is None else self.take(torch.arange(min(count, len(self))))
+
+
+def normalise(raw_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn bytes into what the model reads: ``(raw / 255 - mean) / std``, float32.
+
+    Gray images take the average of the three channels' mean and std.
+    """
+    channels = raw_BCHW.shape[1]
+    mean_C = torch.tensor(mean, device=raw_BCHW.device)
+    std_C = torch.tensor(std, device=raw_BCHW.device)
+    if channels == 1:
+        mean_C, std_C = mean_C.mean(0, keepdim=True), std_C.mean(0, keepdim=True)
+    scale_C, shift_C = 1 / (255 * std_C), -mean_C / std_C
+    return raw_BCHW * scale_C.view(-1, 1, 1) + shift_C.view(-1, 1, 1)

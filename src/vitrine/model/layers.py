@@ -1,0 +1,200 @@
+"""The parts of a Vision Transformer, from pixels up. Shape letters: see the legend in vit.py."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cosines_TK and sines_TK of rotary positions
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    ``softmax(Q K^T / sqrt(K)) V`` in each of A heads, side by side, then one projection.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1 and section 3.2.2.
+    """
+
+    def __init__(self, embed_dim: int, n_attention_heads: int) -> None:
+        super().__init__()
+        self.n_attention_heads = n_attention_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out_projection = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self, tokens_BTD: Tensor, rotation: Rotation | None, keep_attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mixed tokens (B, T, D) and, if asked for, the attention (B, A, T, T)."""
+        B, T, D = tokens_BTD.shape
+        qkv_3BATK = (
+            self.qkv(tokens_BTD).view(B, T, 3, self.n_attention_heads, -1).permute(2, 0, 3, 1, 4)
+        )
+        q_BATK, k_BATK, v_BATK = qkv_3BATK.unbind(0)
+        if rotation is not None:
+            q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
+
+        attention_BATT = None
+        if keep_attention or not tokens_BTD.is_cuda:
+            # On a CPU two plain products train faster than the fused kernel: see docs/log.md.
+            scaled_q_BATK = q_BATK * k_BATK.shape[-1] ** -0.5
+            attention_BATT = (scaled_q_BATK @ k_BATK.transpose(-2, -1)).softmax(dim=-1)
+            mixed_BATK = attention_BATT @ v_BATK
+        else:
+            mixed_BATK = F.scaled_dot_product_attention(q_BATK, k_BATK, v_BATK)
+
+        mixed_BTD = mixed_BATK.transpose(1, 2).reshape(B, T, D)
+        return self.out_projection(mixed_BTD), attention_BATT if keep_attention else None
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, applied to every token alone."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return tokens of the same shape (B, T, D)."""
+        hidden_BTM = F.gelu(self.fc1(tokens_BTD))
+        return self.fc2(hidden_BTM)  # type: ignore[no-any-return]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a residual branch for whole images.
+
+    Source: Huang et al. 2016, arXiv:1603.09382.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch_BTD: Tensor) -> Tensor:
+        """Return the branch, zeroed for some images and scaled up for the others."""
+        if not self.training or self.probability == 0:
+            return branch_BTD
+        kept_B = torch.rand(branch_BTD.shape[0], device=branch_BTD.device) >= self.probability
+        return branch_BTD * (kept_B / (1 - self.probability)).view(-1, 1, 1).to(branch_BTD.dtype)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: two residual branches, attention and MLP.
+
+    Source: Dosovitskiy et al. 2021, arXiv:2010.11929, equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_attention_heads: int,
+        hidden_dim: int,
+        *,
+        dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, n_attention_heads)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = MLP(embed_dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, tokens_BTD: Tensor, rotation: Rotation | None = None, keep_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens it leaves (B, T, D) and, if asked for, its attention (B, A, T, T)."""
+        mixed_BTD, attention_BATT = self.attention(self.norm1(tokens_BTD), rotation, keep_attention)
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(mixed_BTD))
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.mlp(self.norm2(tokens_BTD))))
+        return tokens_BTD, attention_BATT
+
+
+class PatchStem(nn.Conv2d):
+    """Cut the image into P x P patches and map each to a token: one convolution with stride P."""
+
+    def __init__(self, n_channels: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__(n_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the tokens as a picture (B, D, G, J)."""
+        return super().forward(images_BCHW)
+
+
+class ConvStem(nn.Sequential):
+    """Overlapping 3 x 3 convolutions of stride 2, until one position is P pixels wide.
+
+    Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704.
+    """
+
+    def __init__(self, n_channels: int, embed_dim: int, patch_size: int) -> None:
+        halvings = patch_size.bit_length() - 1
+        widths = [n_channels] + [embed_dim // 2] * (halvings - 1) + [embed_dim]
+        layers: list[nn.Module] = []
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(width_in, width_out, 3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+
+class LinearHead(nn.Linear):
+    """One linear layer from the pooled token to the logits."""
+
+
+class MLPHead(nn.Module):
+    """Linear, Tanh, Linear: the reference system's head, and the ViT paper's in pre-training."""
+
+    def __init__(self, embed_dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, embed_dim)
+        self.fc2 = nn.Linear(embed_dim, n_classes)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        """Return the logits (B, Y)."""
+        return self.fc2(torch.tanh(self.fc1(pooled_BD)))  # type: ignore[no-any-return]
+
+
+def grid_angles(grid_GJ: tuple[int, int], width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return row and column angles of every patch, row by row, each of shape (N, width).
+
+    Angle = index / base^(f / width): the first frequency turns fastest.
+    """
+    rows, columns = grid_GJ
+    frequencies_F = base ** (-torch.arange(width) / width)
+    row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
+    column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
+    return row_NF, column_NF
+
+
+def sincos_table(grid_GJ: tuple[int, int], embed_dim: int) -> Tensor:
+    """Return fixed positions (N, D): sines and cosines of the row, then of the column.
+
+    Source: Vaswani et al. 2017, section 3.5, in two dimensions.
+    """
+    row_NF, column_NF = grid_angles(grid_GJ, embed_dim // 4, base=10_000.0)
+    return torch.cat([row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()], dim=1)
+
+
+def rotation_tables(grid_GJ: tuple[int, int], head_dim: int, *, class_token: bool) -> Rotation:
+    """Return cosines and sines (T, K) of rotary positions; a class token is not turned.
+
+    Half of the frequencies turn with the row, half with the column. The base is 100, as images
+    have few positions.
+
+    Source: Su et al. 2021, arXiv:2104.09864; Heo et al. 2024, arXiv:2403.13298 (axial, in 2-D).
+    """
+    row_NF, column_NF = grid_angles(grid_GJ, head_dim // 4, base=100.0)
+    angles_TK = torch.cat([row_NF, column_NF], dim=1).repeat(1, 2)
+    if class_token:
+        angles_TK = F.pad(angles_TK, (0, 0, 1, 0))
+    return angles_TK.cos(), angles_TK.sin()
+
+
+def rotate(x_BATK: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) by its token's angle: products see differences only."""
+    cosines_TK, sines_TK = rotation
+    first, second = x_BATK.chunk(2, dim=-1)
+    turned_BATK = torch.cat([-second, first], dim=-1)
+    return x_BATK * cosines_TK.to(x_BATK.dtype) + turned_BATK * sines_TK.to(x_BATK.dtype)

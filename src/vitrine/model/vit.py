@@ -1,0 +1,133 @@
+"""A Vision Transformer for small images, from scratch.
+
+One legend of shapes for the whole project:
+
+    B images      C channels      H W pixels         P patch side
+    G J patch rows and columns    N = G * J patches  T tokens (N, or N + 1 with a class token)
+    D width       A heads         K = D / A head width               M hidden width of the MLP
+    L blocks      Y classes
+
+Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vitrine.config import ModelConfig
+from vitrine.errors import ConfigError
+from vitrine.model.layers import (
+    Block,
+    ConvStem,
+    LinearHead,
+    MLPHead,
+    PatchStem,
+    Rotation,
+    rotation_tables,
+    sincos_table,
+)
+
+
+class VisionTransformer(nn.Module):
+    """Images in, logits out; and, if asked for, the attention of every block.
+
+    Shapes:
+        images_BCHW, normalised -> logits_BY
+
+    Raises:
+        ConfigError: the number of classes is 0 (it was to be taken from data).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.n_classes == 0:
+            raise ConfigError("n_classes is 0: give the number of classes")
+        self.config = config
+        D, grid_GJ = config.embed_dim, config.grid_GJ
+        n_patches = grid_GJ[0] * grid_GJ[1]
+
+        stem = PatchStem if config.stem == "patch" else ConvStem
+        self.stem = stem(config.n_channels, D, config.patch_size)
+        if config.position == "learned":
+            self.position_ND = nn.Parameter(torch.empty(n_patches, D))
+        elif config.position == "sincos":
+            self.register_buffer("position_ND", sincos_table(grid_GJ, D), persistent=False)
+        else:
+            cosines_TK, sines_TK = rotation_tables(
+                grid_GJ, D // config.n_attention_heads, class_token=config.pool == "cls"
+            )
+            self.register_buffer("cosines_TK", cosines_TK, persistent=False)
+            self.register_buffer("sines_TK", sines_TK, persistent=False)
+        if config.pool == "cls":
+            self.class_token_D = nn.Parameter(torch.empty(D))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                D,
+                config.n_attention_heads,
+                config.hidden_dim,
+                dropout=config.dropout,
+                drop_path=config.drop_path * index / max(1, config.n_layers - 1),
+            )
+            for index in range(config.n_layers)
+        )
+        self.norm = nn.LayerNorm(D)
+        self.head = (MLPHead if config.head == "mlp" else LinearHead)(D, config.n_classes)
+        self.apply(initialise)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logits (B, Y), by the fastest way."""
+        tokens_BTD = self.embed(images_BCHW)
+        for block in self.blocks:
+            tokens_BTD, _ = block(tokens_BTD, self.rotation)
+        return self.classify(tokens_BTD)
+
+    def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the logits and the attention of each block, the very tensors that were used.
+
+        Shapes:
+            images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. With
+            a class token it is token 0; the patches follow row by row.
+        """
+        tokens_BTD = self.embed(images_BCHW)
+        attentions = []
+        for block in self.blocks:
+            tokens_BTD, attention_BATT = block(tokens_BTD, self.rotation, keep_attention=True)
+            attentions.append(attention_BATT)
+        return self.classify(tokens_BTD), tuple(attentions)
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Return the tokens the first block reads (B, T, D)."""
+        tokens_BND = self.stem(images_BCHW).flatten(2).transpose(1, 2)
+        if self.config.position != "rope":
+            tokens_BND = tokens_BND + self.position_ND
+        if self.config.pool == "mean":
+            return self.dropout(tokens_BND)  # type: ignore[no-any-return]
+        class_token_B1D = self.class_token_D.expand(tokens_BND.shape[0], 1, -1)
+        return self.dropout(torch.cat([class_token_B1D, tokens_BND], dim=1))  # type: ignore[no-any-return]
+
+    def classify(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the logits (B, Y) read off the tokens that a block left."""
+        tokens_BTD = self.norm(tokens_BTD)
+        pooled_BD = tokens_BTD[:, 0] if self.config.pool == "cls" else tokens_BTD.mean(dim=1)
+        return self.head(pooled_BD)  # type: ignore[no-any-return]
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Cosines and sines (T, K) of rotary positions, where the model has them."""
+        return (self.cosines_TK, self.sines_TK) if self.config.position == "rope" else None  # type: ignore[return-value]
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw a module's own weights: normal with deviation 0.02, cut off at 2, and zero biases.
+
+    The convolutional stem takes He's deviation instead: its activations should not shrink.
+    """
+    if isinstance(module, nn.Linear | PatchStem):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    elif isinstance(module, VisionTransformer):
+        for parameter in module.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
