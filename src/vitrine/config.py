@@ -5,6 +5,7 @@ A combination that cannot work is refused when it is built, with the remedy.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,14 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with ``message`` unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_range(config: object, names: str, low: float, high: float = math.inf) -> None:
+    """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
+    wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(config, name)
+        require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,10 @@ class ModelConfig:
     """Classifier: Linear, Tanh, Linear as the reference, or one Linear."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "embed_dim", "n_layers", "n_attention_heads"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}: give at least 1")
+        require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
+        require_range(self, "n_classes", 0)
+        require_range(self, "dropout drop_path", 0, 0.999)
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
-        require(
-            self.n_classes >= 0, f"n_classes is {self.n_classes}: give 0 (from the data) or more"
-        )
         for side in self.image_hw:
             require(
                 side >= 1 and side % self.patch_size == 0,
@@ -69,9 +75,6 @@ class ModelConfig:
                 "or another patch_size",
             )
         self._check_widths()
-        for name in ("dropout", "drop_path"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}: give a probability from 0 to below 1")
 
     def _check_widths(self) -> None:
         width, heads = self.embed_dim, self.n_attention_heads
@@ -135,7 +138,7 @@ class DataConfig:
     data_path: Path = Path("data")
     """Where the data are, or are downloaded to."""
     validation_images: int | None = None
-    """Training images kept back, stratified and always the same: a tenth unless given, 0 for none."""
+    """Training images kept back, stratified, always the same: a tenth unless given, 0 for none."""
     num_train_images: int | None = None
     """Train on the first so many training images only."""
     num_test_images: int | None = None
@@ -150,11 +153,8 @@ class DataConfig:
     """Per-channel standard deviation divided by."""
 
     def __post_init__(self) -> None:
-        for name in ("num_train_images", "num_test_images", "num_workers"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}: give at least 1")
-        kept = self.validation_images
-        require(kept is None or kept >= 0, f"validation_images is {kept}: give 0 (none) or more")
+        require_range(self, "num_train_images num_test_images num_workers", 1)
+        require_range(self, "validation_images", 0)
         require(min(self.std) > 0, f"std is {self.std}: every value must be above 0")
 
 
@@ -178,12 +178,9 @@ class AugmentConfig:
     """CutMix's Beta parameter; 0 for none; with mixup too, each batch takes one of the two."""
 
     def __post_init__(self) -> None:
-        for name in ("crop_padding", "randaugment_ops", "mixup", "cutmix"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} is {value}: give 0 (off) or more")
-        magnitude, erasing = self.randaugment_magnitude, self.random_erasing
-        require(0 <= magnitude <= 30, f"randaugment_magnitude is {magnitude}: give 0 to 30")
-        require(0 <= erasing <= 1, f"random_erasing is {erasing}: give a probability, 0 to 1")
+        require_range(self, "crop_padding randaugment_ops mixup cutmix", 0)
+        require_range(self, "randaugment_magnitude", 0, 30)
+        require_range(self, "random_erasing", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -226,18 +223,11 @@ class TrainingConfig:
     """Compile the model with torch.compile (a minute at the start, faster steps after)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "accumulate"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}: give at least 1")
-        for name in ("learning_rate", "muon_learning_rate"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} is {value}: give a number above 0")
-        for name in ("weight_decay", "minimum_learning_rate", "clip_norm", "warmup_epochs"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"{name} is {value}: give 0 or more")
-        for name in ("label_smoothing", "ema_decay"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}: give a number from 0 to below 1")
+        require_range(self, "batch_size epochs accumulate", 1)
+        require_range(self, "learning_rate muon_learning_rate", 1e-12)
+        require_range(self, "weight_decay minimum_learning_rate clip_norm warmup_epochs", 0)
+        require_range(self, "label_smoothing", 0, 0.999)
+        require_range(self, "ema_decay", 0, 0.99999999)
         require(
             self.warmup < self.epochs,
             f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
@@ -286,14 +276,8 @@ class RunConfig:
     """Write TensorBoard events into the run folder."""
 
     def __post_init__(self) -> None:
-        require(
-            self.checkpoint_epochs >= 1,
-            f"checkpoint_epochs is {self.checkpoint_epochs}: give 1 or more",
-        )
-        require(
-            self.keep_checkpoints >= 0,
-            f"keep_checkpoints is {self.keep_checkpoints}: give 0 (all) or more",
-        )
+        require_range(self, "checkpoint_epochs", 1)
+        require_range(self, "keep_checkpoints", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
             plain = value == Path(value).name or value == ""

@@ -1,1 +1,1 @@
-"""data."""
+"""From files, downloads, folders and seeds to batches of tensors."""

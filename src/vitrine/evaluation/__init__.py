@@ -1,1 +1,1 @@
-"""evaluation."""
+"""How good a model is: the numbers, and tables and pictures of them."""

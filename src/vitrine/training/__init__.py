@@ -1,1 +1,1 @@
-"""training."""
+"""How weights are learnt; nothing here knows of disks or screens."""

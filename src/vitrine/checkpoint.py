@@ -1,0 +1,267 @@
+"""Training states and weights to and from folders: atomic, hashed, versioned.
+
+    checkpoints/
+    ├── LAST, BEST               one line each: the name of a folder beside them
+    └── step-0000390/
+        ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of
+        │                        the others and of itself
+        ├── model.safetensors    the weights that predict (the moving average, where there is one)
+        └── training.safetensors what only going on needs: optimizers, raw weights
+
+A folder is written under another name, flushed, and renamed: what bears the name is whole. No file
+holds code, and a changed byte is found by its hash. The hashes guard against accidents, not
+against somebody who can write new ones.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from vitrine.config import Config
+from vitrine.configfile import from_json, to_json
+from vitrine.errors import CheckpointError, ConfigError, OutputError
+from vitrine.files import flush_folder, replace_file, write_flushed
+
+FORMAT = 1
+INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
+METADATA_KEY = "vitrine"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself; all that test, predict and explain need besides weights."""
+
+    config: Config
+    classes: tuple[str, ...]
+    numbers: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values, with the versions that wrote it."""
+        return {
+            "format": FORMAT,
+            "config": to_json(self.config),
+            "classes": list(self.classes),
+            "numbers": dict(self.numbers),
+            "metrics": dict(self.metrics),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Any, where: Path) -> "CheckpointInfo":
+        """Read what to_json() gave, checking it.
+
+        Raises:
+            CheckpointError: it is something else, or of a newer format.
+        """
+        if not isinstance(content, Mapping) or "format" not in content:
+            raise CheckpointError(f"{where}: not a Vitrine checkpoint")
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{where}: format {content['format']!r}, but this version reads format {FORMAT}: "
+                "install the version of vitrine that wrote it"
+            )
+        missing = {"config", "classes", "numbers", "metrics"} - set(content)
+        if missing:
+            raise CheckpointError(f"{where}: {', '.join(sorted(missing))} missing")
+        classes = content["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise CheckpointError(f"{where}: classes are not a list of names")
+        try:
+            config = from_json(content["config"])
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if config.model.n_classes != len(classes):
+            raise CheckpointError(
+                f"{where}: {len(classes)} class names for {config.model.n_classes} classes"
+            )
+        return cls(config, tuple(classes), content["numbers"], content["metrics"])
+
+
+def save_checkpoint(
+    folder: Path,
+    info: CheckpointInfo,
+    *,
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+) -> None:
+    """Write a checkpoint folder, all of it or nothing.
+
+    Raises:
+        OutputError: it cannot be written (no space, no permission).
+    """
+    files = {MODEL: pack(weights), TRAINING: pack(training)}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[INFO] = seal({**info.to_json(), "sha256": hashes}).encode()
+    partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
+    try:
+        clear(partial, old)
+        partial.mkdir(parents=True)
+        for name, content in files.items():
+            write_flushed(partial / name, content)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        flush_folder(folder.parent)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
+    finally:
+        clear(partial, old)
+
+
+def load_info(folder: Path) -> CheckpointInfo:
+    """Read what the checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it is missing, damaged or foreign.
+    """
+    return CheckpointInfo.from_json(read_info(folder), folder / INFO)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights that predict, if their hash is right.
+
+    Raises:
+        CheckpointError: they are missing, truncated or altered.
+    """
+    return read_tensors(folder, MODEL)
+
+
+def load_training(folder: Path) -> dict[str, Tensor]:
+    """Read what going on needs besides the weights, if its hash is right.
+
+    Raises:
+        CheckpointError: it is missing, truncated or altered.
+    """
+    return read_tensors(folder, TRAINING)
+
+
+def save_weights_file(path: Path, info: CheckpointInfo, weights: Mapping[str, Tensor]) -> None:
+    """Write one self-describing ``.safetensors`` file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    described = seal({**info.to_json(), "sha256": hash_tensors(weights)})
+    replace_file(path, pack(weights, {METADATA_KEY: described}))
+
+
+def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Read a file that save_weights_file() wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or does not describe itself.
+    """
+    file = read_bytes(path)
+    tensors = unpack(file, path)
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    described = header.get("__metadata__", {}).get(METADATA_KEY)
+    if described is None:
+        raise CheckpointError(f"{path}: not written by vitrine: it does not describe its model")
+    content = unseal(described, path)
+    if content.get("sha256") != hash_tensors(tensors):
+        raise CheckpointError(f"{path}: altered: the weights have another sha256 than it says")
+    return CheckpointInfo.from_json(content, path), tensors
+
+
+def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
+    """Let LAST or BEST name a checkpoint folder."""
+    replace_file(checkpoints / name, f"{target.name}\n".encode())
+
+
+def read_pointer(checkpoints: Path, name: str) -> Path:
+    """Return the checkpoint folder that LAST or BEST names.
+
+    Raises:
+        CheckpointError: there is no such pointer, or it points at nothing.
+    """
+    target = read_bytes(checkpoints / name).decode(errors="replace").strip()
+    if not target or target != Path(target).name or not (checkpoints / target).is_dir():
+        raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
+    return checkpoints / target
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Return tensors as the bytes of a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return bytes(save_safetensors(plain, metadata))
+
+
+def unpack(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file."""
+    try:
+        return dict(load_safetensors(content))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file: {error}") from error
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Return JSON text that holds its own hash."""
+    return json.dumps({**content, "seal": digest_json(content)}, indent=1)
+
+
+def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
+    """Return what seal() was given, if it is unchanged."""
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: damaged: {error}") from error
+    if not isinstance(content, dict) or "seal" not in content:
+        raise CheckpointError(f"{where}: not a Vitrine checkpoint")
+    if content.pop("seal") != digest_json(content):
+        raise CheckpointError(f"{where}: altered: its content has another sha256 than it says")
+    return content
+
+
+def digest_json(content: Any) -> str:
+    """Return the sha256 of a JSON value, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors, in any order."""
+    return hashlib.sha256(pack(dict(sorted(tensors.items())))).hexdigest()
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """Return the content of checkpoint.json."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    return unseal(read_bytes(folder / INFO), folder / INFO)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one file of tensors and hold its hash against checkpoint.json."""
+    hashes = read_info(folder).get("sha256")
+    content = read_bytes(folder / name)
+    digest = hashlib.sha256(content).hexdigest()
+    if not isinstance(hashes, dict) or hashes.get(name) != digest:
+        raise CheckpointError(
+            f"{folder / name}: altered or truncated: its sha256 is {digest[:16]}…"
+        )
+    return unpack(content, folder / name)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def clear(*folders: Path) -> None:
+    """Remove what an earlier, interrupted save left."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

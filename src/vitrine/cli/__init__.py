@@ -1,0 +1,65 @@
+"""Words in, exit codes out. Heavy imports wait inside the commands; no science here.
+
+Exit codes: 0 done; 1 done in part, or training could not go on; 2 refused, with one line that says
+why; 128 + n stopped by signal n.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from vitrine.errors import ConfigError, TrainingError, VitrineError, nearest
+
+COMMANDS = {
+    "train": "train a Vision Transformer, or go on with a run",
+    "test": "score a model on a data set",
+    "predict": "classify pictures",
+    "info": "show presets, runs, this machine, or one model",
+}
+
+USAGE = """\
+Vitrine: train a Vision Transformer on small images, test it, and see through it.
+
+usage: vitrine COMMAND [OPTIONS]       (vitrine COMMAND --help for its options)
+
+{commands}
+
+Start here:
+  vitrine train --preset quick         a minute on a laptop, no data needed
+  vitrine predict cat.png              with the newest model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        lines = (f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(lines)), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"vitrine {version('vitrine')}")
+        return 0
+    return guarded(lambda: run(words[0], words[1:]))
+
+
+def run(command: str, words: Sequence[str]) -> int:
+    """Run one command; its exceptions are the caller's."""
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
+    return int(importlib.import_module(f"vitrine.cli.{command}").command(words))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; turn our own exceptions into one line and an exit code."""
+    try:
+        return command()
+    except VitrineError as error:
+        print(f"vitrine: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
+        sys.stdout = None  # type: ignore[assignment]
+        return 1

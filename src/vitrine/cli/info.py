@@ -1,0 +1,111 @@
+"""``vitrine info``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from vitrine.cli.console import out
+from vitrine.cli.parsing import parse
+from vitrine.presets import PRESETS
+
+if TYPE_CHECKING:
+    from vitrine.predict import Classifier
+
+PROG = "vitrine info"
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Show the presets, the runs and this machine; or, of one model, what it is."""
+
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """A run folder, checkpoint folder, .safetensors or reference .pt."""
+    n_attention_heads: int | None = None
+    """Head count of a reference .pt, which its file does not tell (4 unless given)."""
+    output_path: Path = Path("output")
+    """Folder of the run folders."""
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrine info``."""
+    options = parse(InfoOptions, words, prog=prog)
+    if options.model is None:
+        show_machine()
+        show_presets()
+        show_runs(options.output_path)
+    else:
+        from vitrine.pretrained import load
+
+        show_model(load(options.model, n_attention_heads=options.n_attention_heads, device="cpu"))
+    return 0
+
+
+def show_machine() -> None:
+    """Print versions, device and precision."""
+    from vitrine.devices import choose_device, choose_precision
+    from vitrine.environment import describe_environment
+
+    device = choose_device("auto")
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    about = describe_environment(device, precision)
+    table = plain_table("This machine", "", "")
+    for name, value in about["versions"].items():
+        table.add_row(name, value)
+    for name in ("system", "processor", "threads", "device", "precision"):
+        table.add_row(name, str(about[name]))
+    out.print(table, "")
+
+
+def show_presets() -> None:
+    """Print the presets and what to expect of them."""
+    table = plain_table("Presets (vitrine train --preset NAME)", "name", "what", "expect")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.summary, preset.expect)
+    out.print(table, "")
+
+
+def show_runs(output_path: Path) -> None:
+    """Print the runs in a folder with their scores."""
+    from vitrine.run_folder import read_rows
+
+    folders = sorted(path.parent for path in output_path.glob("*/checkpoints"))
+    table = plain_table(
+        f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test curve"
+    )
+    for folder in folders:
+        row = (read_rows(folder) or [{}])[-1]
+        scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
+        cells = ["-" if score is None else f"{score:.2%}" for score in scores]
+        table.add_row(Text(folder.name), str(row.get("epoch", 0)), *cells)
+    out.print(table if folders else f"No runs in {output_path}/ yet: vitrine train --preset quick")
+
+
+def show_model(classifier: "Classifier") -> None:
+    """Print what a model is."""
+    from vitrine.evaluation.report import printable
+
+    config = classifier.config
+    table = plain_table(classifier.source, "", "")
+    parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("classes", Text(", ".join(map(printable, classifier.classes))))
+    for section in (config.model, config.data):
+        for name, value in vars(section).items():
+            table.add_row(name, Text(str(value)))
+    out.print(table)
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """Return an empty table in the house's look."""
+    table = Table(
+        title=Text(title), title_justify="left", show_edge=False, pad_edge=False,
+        show_header=any(columns),
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column)
+    return table

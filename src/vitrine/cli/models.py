@@ -1,0 +1,33 @@
+"""How every command names a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vitrine.cli.console import say
+
+if TYPE_CHECKING:
+    from vitrine.predict import Classifier
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it computes."""
+
+    model_path: Path | None = None
+    """A run or checkpoint folder, .safetensors, or reference .pt; the newest run unless given."""
+    n_attention_heads: int | None = None
+    """Head count of a reference .pt, which its file does not tell (4 unless given)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda, then mps, then cpu."""
+
+
+def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
+    """Load the model that was named, or the newest run, saying which."""
+    from vitrine.pretrained import load, newest_run
+
+    path = options.model_path
+    if path is None:
+        path = newest_run(runs)
+        say(f"no --model_path given: taking the newest run, {path}")
+    return load(path, n_attention_heads=options.n_attention_heads, device=options.device)

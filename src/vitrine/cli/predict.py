@@ -1,0 +1,155 @@
+"""``vitrine predict``."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from vitrine.cli.console import out, say
+from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.parsing import parse
+from vitrine.errors import ConfigError, PictureError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vitrine.predict import Classifier, Prediction
+
+PROG = "vitrine predict"
+CHUNK = 64
+"""Pictures read before they are classified together."""
+
+
+@dataclass(frozen=True)
+class PredictOptions(ModelOptions):
+    """Classify pictures of any kind and size."""
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders, globs, or - for a picture on standard input."""
+    top_k: int = 3
+    """How many classes to tell, the most probable first."""
+    fit: Literal["crop", "pad", "squash"] | None = None
+    """How a picture not of the model's shape is made so; as in training unless given."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green, blue behind transparent pictures."""
+    json: bool = False
+    """Print JSON on standard output."""
+    csv: bool = False
+    """Print CSV on standard output."""
+
+
+Answer = tuple[str, "list[Prediction]"]
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrine predict``."""
+    from vitrine.pretrained import with_data
+
+    options = parse(PredictOptions, words, prog=prog)
+    check(options)
+    names = list_pictures(options.pictures)
+    classifier = load_model(options)
+    if options.fit is not None:
+        classifier = with_data(classifier, fit=options.fit)
+    answers, broken = predict_all(classifier, names, options)
+    if broken and not answers:
+        raise PictureError(
+            broken[0] if len(broken) == 1 else f"{broken[0]} (and {len(broken) - 1} more)"
+        )
+    for message in broken:
+        say(f"vitrine: {message}")
+    print_answers(answers, options)
+    return 1 if broken else 0
+
+
+def check(options: PredictOptions) -> None:
+    """Refuse flags that do not go together."""
+    if options.json and options.csv:
+        raise ConfigError("--json and --csv are two formats: give one")
+    if not options.pictures:
+        raise ConfigError(f"no picture given: {PROG} PICTURE, a folder, a glob, or -")
+    if options.top_k < 1:
+        raise ConfigError(f"top_k is {options.top_k}: give at least 1")
+    if not all(0 <= value <= 255 for value in options.background):
+        raise ConfigError(f"background is {options.background}: give three numbers from 0 to 255")
+
+
+def list_pictures(words: Sequence[str]) -> list[str]:
+    """Return the names of all pictures that the words stand for."""
+    from vitrine.data.pictures import find_pictures
+
+    return [
+        name
+        for word in words
+        for name in ([word] if word == "-" else map(str, find_pictures([word])))
+    ]
+
+
+def predict_all(
+    classifier: "Classifier", names: list[str], options: PredictOptions
+) -> tuple[list[Answer], list[str]]:
+    """Classify the pictures that can be read; return answers, and what was wrong with the rest."""
+    from vitrine.data.pictures import read_picture
+
+    answers: list[Answer] = []
+    broken: list[str] = []
+    for start in range(0, len(names), CHUNK):
+        readable: list[tuple[str, np.ndarray]] = []
+        for name in names[start : start + CHUNK]:
+            source = sys.stdin.buffer.read() if name == "-" else name
+            try:
+                readable.append((name, read_picture(source, background=options.background)))
+            except PictureError as error:
+                broken.append(str(error))
+        predictions = classifier.predict([picture for _, picture in readable], options.top_k)
+        answers += zip((name for name, _ in readable), predictions, strict=True)
+    return answers, broken
+
+
+def print_answers(answers: list[Answer], options: PredictOptions) -> None:
+    """Print predictions as a table, JSON or CSV."""
+    if options.json:
+        print(
+            json.dumps(
+                [
+                    {"picture": name, "predictions": [as_json(p) for p in top]}
+                    for name, top in answers
+                ]
+            )
+        )
+    elif options.csv:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["picture", "rank", "class", "probability"])
+        for name, top in answers:
+            rows.writerows([name, rank, p.name, p.probability] for rank, p in enumerate(top, 1))
+        print(text.getvalue(), end="")
+    else:
+        print_table(answers, options.top_k)
+
+
+def as_json(prediction: "Prediction") -> dict[str, object]:
+    """Return one prediction as JSON knows it."""
+    return {"class": prediction.name, "probability": prediction.probability}
+
+
+def print_table(answers: list[Answer], top_k: int) -> None:
+    """Print a row a picture."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from vitrine.evaluation.report import printable
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("picture")
+    for rank in range(1, min(top_k, max((len(top) for _, top in answers), default=1)) + 1):
+        table.add_column(f"{rank}.")
+    for name, top in answers:
+        cells = [f"{printable(p.name)} {p.probability:.1%}" for p in top]
+        table.add_row(Text(printable(name)), *map(Text, cells))
+    out.print(table)

@@ -1,0 +1,104 @@
+"""``vitrine test``."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vitrine.cli.console import out, say
+from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from vitrine.evaluation.metrics import Metrics
+    from vitrine.predict import Classifier
+
+PROG = "vitrine test"
+
+
+@dataclass(frozen=True)
+class TestOptions(ModelOptions):
+    """Score a model on a data set: its own one unless another is named."""
+
+    __test__ = False  # the name is not pytest's
+
+    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
+    """Data set; the one the model was trained on unless given."""
+    data_path: Path | None = None
+    """Where the data are; the training's place unless given."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which split to score."""
+    num_test_images: int | None = None
+    """Score the first so many test images only."""
+    num_workers: int = 2
+    """Threads that decode picture files."""
+    batch_size: int = 500
+    """Images at a time."""
+    json: bool = False
+    """Print JSON on standard output and nothing else."""
+    output_path: Path | None = None
+    """Folder for the pictures and metrics.json; beside the model unless given."""
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrine test``."""
+    options = parse(TestOptions, words, prog=prog)
+    classifier = load_model(options)
+    metrics, folder = score(classifier, options)
+    if options.json:
+        print(json.dumps(metrics.to_json()))
+    else:
+        show(metrics)
+        say(f"pictures and metrics.json in {folder}/")
+    return 0
+
+
+def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Path]":
+    """Measure the model and write what was measured; return the metrics and the folder."""
+    from vitrine.data.sources import load_images
+    from vitrine.errors import ConfigError
+    from vitrine.evaluation.metrics import measure, predict_logits
+    from vitrine.files import write_json
+    from vitrine.pretrained import with_data
+    from vitrine.run import draw_metrics
+    from vitrine.run_folder import is_run_folder, log_test_use
+
+    given = ("dataset", "data_path", "num_test_images", "num_workers")
+    changes = {name: getattr(options, name) for name in given}
+    classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
+    data, model = classifier.config.data, classifier.config.model
+    images = load_images(data, options.split, image_hw=model.image_hw, n_channels=model.n_channels)
+    if images.classes != classifier.classes:
+        raise ConfigError(
+            f"{options.dataset or data.dataset} has the classes {', '.join(images.classes[:4])}…, "
+            f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
+        )
+    source = Path(classifier.source)
+    folder = options.output_path or default_folder(source, options.split)
+    if options.split == "test":
+        used = source if is_run_folder(source) else folder
+        log_test_use(used, "vitrine test", len(images))
+    logits_BY = predict_logits(
+        classifier.model, images, mean=classifier.mean, std=classifier.std,
+        device=classifier.device, batch_size=options.batch_size,
+    )  # fmt: skip
+    metrics = measure(logits_BY, images.labels_B, classes=classifier.classes)
+    write_json(folder / "metrics.json", metrics.to_json())
+    draw_metrics(metrics, folder)
+    return metrics, folder
+
+
+def default_folder(source: Path, split: str) -> Path:
+    """Return where a test's files go: into the run folder, else under output/."""
+    from vitrine.run_folder import is_run_folder
+
+    return source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
+
+
+def show(metrics: "Metrics") -> None:
+    """Print the tables."""
+    from vitrine.evaluation.report import confusion_table, metrics_table
+
+    out.print(metrics_table(metrics))
+    out.print(confusion_table(metrics))

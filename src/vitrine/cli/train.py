@@ -1,0 +1,168 @@
+"""``vitrine train``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrine.cli.console import err, out, say
+from vitrine.cli.parsing import parse, parse_known
+from vitrine.config import Config
+from vitrine.configfile import from_json, read_json, read_toml
+from vitrine.errors import CheckpointError, ConfigError
+from vitrine.presets import get_preset
+
+PROG = "vitrine train"
+MOVABLE = ("data_path", "num_workers", "device", "tensorboard", "keep_checkpoints")
+"""Settings that a run may change when it goes on: they change no weight."""
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Where the settings come from; every other flag goes over them."""
+
+    preset: str = "quick"
+    """A whole configuration by name (vitrine info lists them)."""
+    config: Path | None = None
+    """A TOML file of settings, over the preset's."""
+    resume: Path | None = None
+    """Go on with this run folder, with the settings it has."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(Config, StartOptions):
+    """Train a Vision Transformer.
+
+    Any flag below goes over the preset's value; --batch_size and --batch-size are the same flag.
+    """
+
+
+def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
+    """Run ``vitrine train``; ``name`` is the run folder's if none is asked for."""
+    start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
+    base = read_base(start)
+    defaults = TrainOptions(**vars(start), **vars(base))
+    options = parse(TrainOptions, words, prog=prog, default=defaults)
+    settings = Config(**{name: getattr(options, name) for name in vars(base)})
+    if start.resume is not None:
+        refuse_changes(base, settings)
+        return resume(start.resume, settings)
+    return begin(settings, name or start.preset)
+
+
+def read_base(start: StartOptions) -> Config:
+    """Return the settings that the flags go over."""
+    if start.resume is None:
+        base = get_preset(start.preset)
+        return base if start.config is None else read_toml(start.config, base)
+    if start.config is not None or start.preset != StartOptions.preset:
+        raise ConfigError(
+            "--resume goes on with the run's own settings: leave out --preset, --config"
+        )
+    if not (start.resume / "config.json").is_file():
+        raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
+    return from_json(read_json(start.resume / "config.json"))
+
+
+def refuse_changes(old: Config, new: Config) -> None:
+    """Refuse flags beside --resume that would make it another run."""
+    before, after = old.flat(), new.flat()
+    changed = [f"--{name}" for name in before if before[name] != after[name]]
+    refused = [flag for flag in changed if flag.removeprefix("--") not in MOVABLE]
+    if refused:
+        allowed = ", ".join(f"--{name}" for name in MOVABLE)
+        raise ConfigError(
+            f"--resume keeps the run's settings: leave out {', '.join(refused)} (only {allowed} "
+            "may change), or start another run"
+        )
+
+
+def begin(settings: Config, name: str) -> int:
+    """Start a run in a new folder."""
+    from vitrine.devices import choose_device
+    from vitrine.run import Run
+    from vitrine.run_folder import new_folder
+
+    choose_device(settings.run.device)
+    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    try:
+        run = Run.start(settings, folder)
+    except BaseException:
+        remove_if_empty(folder)
+        raise
+    return follow(run)
+
+
+def resume(folder: Path, settings: Config) -> int:
+    """Go on with a run."""
+    from vitrine.run import Run
+
+    run = Run.resume(folder, settings)
+    for notice in run.notices:
+        say(f"passed over a damaged checkpoint: {notice}")
+    say(f"going on after update {run.state.step} of {run.total_steps}")
+    return follow(run)
+
+
+def follow(run: Any) -> int:
+    """Show a run to its end, or save it when a signal asks to stop."""
+    from vitrine.cli.display import TrainingDisplay
+    from vitrine.cli.signals import stop_requests
+
+    describe(run)
+    with stop_requests() as stop, TrainingDisplay(run, err) as display:
+        for event in run.train():
+            display.show(event)
+            if stop.signal:
+                break
+    if stop.signal:
+        run.save()
+        say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
+        return 128 + stop.signal
+    conclude(run, run.finish())
+    return 0
+
+
+def describe(run: Any) -> None:
+    """Say what is about to be trained."""
+    parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
+    splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    say(
+        f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
+        f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
+        f"{run.device.type}, {run.precision}"
+    )
+
+
+def conclude(run: Any, result: dict[str, Any]) -> None:
+    """Print the result and what to try next."""
+    from rich.table import Table
+
+    table = Table(title=f"{run.folder}", title_justify="left", show_edge=False, pad_edge=False)
+    for column in ("", "accuracy", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    for split in ("validation", "test"):
+        if result[split]:
+            table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
+    out.print(table)
+    out.print(
+        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training, "
+        f"{result['images_per_second']:,.0f} images/s; best epoch {result['best_epoch']}; "
+        f"curves, confusion matrix and checkpoints in {run.folder}/",
+        markup=False,
+        soft_wrap=True,
+    )
+    out.print(
+        "\nTry next:\n"
+        f"  vitrine test --model_path {run.folder}\n"
+        f"  vitrine predict --model_path {run.folder} PICTURE\n"
+        f"  vitrine info {run.folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that never began."""
+    if not any(folder.iterdir()):
+        folder.rmdir()

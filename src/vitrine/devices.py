@@ -1,0 +1,40 @@
+"""Which device computes, and in which number format."""
+
+import torch
+
+from vitrine.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this name; ``auto`` takes cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if not available.get(name, False):
+        there = ", ".join(device for device, yes in available.items() if yes)
+        raise ConfigError(f"device {name} is not available to this PyTorch, only {there}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return bfloat16 or float32; ``auto`` takes bfloat16 where the hardware multiplies it."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device has instructions for bfloat16 products."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

@@ -1,0 +1,50 @@
+"""What a run ran on: software and hardware, for env.json and ``vitrine info``."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("vitrine", "torch", "numpy", "pillow", "safetensors", "torchmetrics")
+
+
+def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """Return versions, machine, device and number format; nothing that names a person or host."""
+    return {
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "precision": precision,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of what numbers depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout on the path, not installed
+            found[name] = "not installed"
+    return found
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device with the card's name where it has one."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

@@ -1,0 +1,52 @@
+"""Files written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vitrine.errors import OutputError
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it: a reader sees the old or the new, whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_flushed(partial, content)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people to read."""
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_json_lines(path: Path, rows: list[Any]) -> None:
+    """Write one JSON value a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, text.encode())
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's renames (not every system can)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

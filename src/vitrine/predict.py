@@ -1,0 +1,103 @@
+"""Pictures -> predictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrine.config import Config
+from vitrine.data.images import normalise
+from vitrine.data.pictures import fit_picture, read_picture
+from vitrine.errors import ConfigError
+from vitrine.model import VisionTransformer
+
+Picture = str | Path | bytes | Image.Image | np.ndarray
+"""A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
+
+
+class Prediction(NamedTuple):
+    """One class and how probable the model finds it."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model with all it needs to read pictures: its settings and its classes.
+
+    Made by ``vitrine.load``. The model is in evaluation mode on its device.
+    """
+
+    model: VisionTransformer
+    config: Config
+    classes: tuple[str, ...]
+    source: str = ""
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Per-channel mean the model was trained with, pixels counted 0 to 1."""
+        return self.config.data.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Per-channel standard deviation the model was trained with."""
+        return self.config.data.std
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def predict(
+        self, pictures: Picture | Sequence[Picture], top_k: int = 3
+    ) -> list[list[Prediction]]:
+        """Return for each picture its ``top_k`` most probable classes, the most probable first.
+
+        Raises:
+            PictureError: a picture cannot be read.
+            ConfigError: top_k is below 1.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k is {top_k}: give at least 1")
+        probabilities_BY = self.probabilities(self.prepare(pictures))
+        values_BK, indices_BK = probabilities_BY.topk(min(top_k, len(self.classes)), dim=1)
+        return [
+            [Prediction(self.classes[i], p) for p, i in zip(row_p, row_i, strict=True)]
+            for row_p, row_i in zip(values_BK.tolist(), indices_BK.tolist(), strict=True)
+        ]
+
+    def prepare(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Turn pictures of any kind and size into what the model reads.
+
+        Shapes:
+            images_BCHW, float32, normalised, on the model's device.
+        """
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        size_hw = self.config.model.image_hw
+        raws = [self.prepare_raw(picture, size_hw) for picture in pictures]
+        raw_BHWC = np.stack(raws) if raws else np.zeros((0, *size_hw, 3), np.uint8)
+        raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
+        return normalise(raw_BCHW, self.mean, self.std)
+
+    def prepare_raw(self, picture: Picture, size_hw: tuple[int, int]) -> np.ndarray:
+        """Return one picture as bytes (H, W, C) of the model's size."""
+        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+        fitted_HWC = fit_picture(rgb_HWC, size_hw, self.config.data.fit)
+        if self.config.model.n_channels == 1:
+            return np.asarray(Image.fromarray(fitted_HWC).convert("L"))[:, :, None]
+        return fitted_HWC
+
+    def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
+        """Return class probabilities (B, Y) on the CPU."""
+        with torch.inference_mode():
+            parts = [
+                self.model(part).float().softmax(1).cpu() for part in images_BCHW.split(batch_size)
+            ]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))

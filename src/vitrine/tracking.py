@@ -1,0 +1,46 @@
+"""TensorBoard events, for those who ask for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vitrine.errors import ConfigError
+
+
+class EventWriter:
+    """Writes an epoch's numbers as TensorBoard events, or, switched off, nothing.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self.writer: Any = None
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    'tensorboard is not installed: pip install "vitrine[track]"'
+                ) from error
+            self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write every number of an epoch under its name."""
+        if self.writer is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    self.writer.add_scalar(name, value, row["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,123 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from PIL import Image
+
+from vitrine.errors import DataError, OutputError
+from vitrine.evaluation import figures
+from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
+from vitrine.evaluation.metrics import Metrics, measure
+
+
+def scored(classes: list[str], count: int = 97) -> Metrics:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, len(classes), (count,), generator=generator)
+    logits = torch.randn(count, len(classes), generator=generator)
+    return measure(logits, labels, classes=classes)
+
+
+def epochs(count: int) -> list[dict[str, float | int | None]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 2 / epoch,
+            "train_accuracy": 1 - 0.9 / epoch,
+            "validation_loss": 1 + (epoch - 3) ** 2 / 100 if epoch % 2 else None,
+            "validation_accuracy": 0.8 - (epoch - 5) ** 2 / 100 if epoch % 2 else None,
+            "test_loss": 1.5,
+            "test_accuracy": 0.25 + epoch / 100,
+        }
+        for epoch in range(1, count + 1)
+    ]
+
+
+def legend(figure: figures.Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 31])
+def test_curves_are_written(tmp_path: Path, count: int) -> None:
+    plot_curves(epochs(count), tmp_path)
+    for name in ("graph_loss.png", "graph_accuracy.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_best_of_validation_and_last_of_test_are_named() -> None:
+    assert legend(figures._curves(epochs(8), "loss")) == [
+        "train",
+        "validation: lowest 1.000, epoch 3",
+        "test: last 1.500, epoch 8",
+    ]
+    assert legend(figures._curves(epochs(8), "accuracy"))[1:] == [
+        "validation: best 80.0 %, epoch 5",
+        "test: last 33.0 %, epoch 8",
+    ]
+
+
+def test_only_the_splits_that_were_scored_are_drawn() -> None:
+    rows = [{"epoch": 1, "train_loss": 0.5, "validation_loss": None}]
+    assert legend(figures._curves(rows, "loss")) == ["train"]
+
+
+def test_names_are_drawn_literally_or_by_number() -> None:
+    assert figures._drawable("$a$", 3) == "$a$"
+    assert figures._drawable("a\x1b", 3) == "a�"
+    assert figures._drawable("猫", 3) == "class 3"
+    assert figures._drawable("x" * 21, 3) == "x" * 19 + "…"
+    figure, axes = figures._figure(3, 2)
+    figures._name_classes(axes, ["$a$", "$"], size=8)
+    figure.draw_without_rendering()
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        assert not label.get_parse_math()
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 37, 131])
+def test_confusion_is_drawn_for_few_and_many_classes(tmp_path: Path, n_classes: int) -> None:
+    path = tmp_path / "confusion.png"
+    plot_confusion(scored([f"class {y}" for y in range(n_classes)]), path)
+    with Image.open(path) as picture:
+        assert min(picture.size) > 400
+        assert max(picture.size) < 3500
+
+
+def test_odd_names_can_be_drawn(tmp_path: Path) -> None:
+    plot_confusion(scored(["[x]", "$\\frac$", "猫\t"]), tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").exists()
+
+
+def test_calibration_is_drawn(tmp_path: Path) -> None:
+    plot_calibration(scored(["a", "b", "c"], count=1), tmp_path / "one.png")
+    plot_calibration(scored(["a", "b", "c"]), tmp_path / "many.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "many.png").read_bytes()
+
+
+def test_what_cannot_be_drawn_or_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no epoch to draw"):
+        plot_curves([], tmp_path)
+    with pytest.raises(OutputError, match="absent"):
+        plot_curves(epochs(2), tmp_path / "absent")
+    taken = tmp_path / "taken.png"
+    taken.mkdir()
+    with pytest.raises(OutputError, match="cannot write"):
+        plot_calibration(scored(["a", "b"]), taken)
+
+
+def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    plot_curves(epochs(3), tmp_path)
+    plot_confusion(scored(["a", "b"]), tmp_path / "confusion.png")
+    assert dict(mpl.rcParams) == before
+
+
+def test_pyplot_is_never_loaded() -> None:
+    code = (
+        "import sys, vitrine.evaluation.figures; "
+        "print([m for m in ('matplotlib.pyplot', 'torchmetrics') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,7 @@
+"""Train as the reference system does: ``python train.py --batch_size 128 --epochs 200``."""
+
+import sys
+
+from vitrine.cli.reference import train_command
+
+sys.exit(train_command())
