@@ -259,5 +259,5 @@ def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
 
 def draw_metrics(metrics: Metrics, folder: Path) -> None:
     """Draw the confusion matrix and the reliability diagram."""
-    plot_confusion(metrics, metrics.classes, folder / "confusion_matrix.png")
+    plot_confusion(metrics, folder / "confusion_matrix.png")
     plot_calibration(metrics, folder / "calibration.png")

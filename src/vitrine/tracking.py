@@ -24,7 +24,7 @@ class EventWriter:
                 raise ConfigError(
                     'tensorboard is not installed: pip install "vitrine[track]"'
                 ) from error
-            self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(folder))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write every number of an epoch under its name."""

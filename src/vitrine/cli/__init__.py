@@ -61,5 +61,5 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"vitrine: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1

@@ -25,6 +25,7 @@ CHUNK = 64
 """Pictures read before they are classified together."""
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class PredictOptions(ModelOptions):
     """Classify pictures of any kind and size."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 from vitrine.cli import guarded, train
 from vitrine.cli.console import out, say
 from vitrine.cli.models import ModelOptions, load_model
@@ -77,6 +79,7 @@ def take_value(words: Sequence[str], flag: str, default: str) -> tuple[list[str]
     return left, value
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ReferenceTestOptions:
     """Test a model as the reference system does.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 from vitrine.cli.console import out, say
 from vitrine.cli.models import ModelOptions, load_model
 from vitrine.cli.parsing import parse
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 PROG = "vitrine test"
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class TestOptions(ModelOptions):
     """Score a model on a data set: its own one unless another is named."""

@@ -1,6 +1,6 @@
 """A split in memory, and the step from its bytes to what the model reads.
 
-Pixels have three names: ``raw`` (uint8, 0 to 255), ``unit`` (float, 0 to 1), ``images`` (normalised).
+Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalised floats).
 """
 
 from collections.abc import Sequence

@@ -18,6 +18,7 @@ from vitrine.errors import ConfigError
 from vitrine.model.layers import (
     Block,
     ConvStem,
+    Dropout,
     LinearHead,
     MLPHead,
     PatchStem,
@@ -59,7 +60,7 @@ class VisionTransformer(nn.Module):
             self.register_buffer("sines_TK", sines_TK, persistent=False)
         if config.pool == "cls":
             self.class_token_D = nn.Parameter(torch.empty(D))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(
                 D,

@@ -12,9 +12,9 @@ from torch import Tensor
 from vitrine import rng
 from vitrine.config import Config
 from vitrine.data.batches import Batch, Batches
+from vitrine.devices import choose_precision
 from vitrine.errors import TrainingError
 from vitrine.training.optim import set_learning_rate
-from vitrine.devices import choose_precision
 from vitrine.training.schedule import multiplier
 from vitrine.training.state import TrainingState
 
@@ -108,7 +108,7 @@ def backward(
             logits_BY.float(), targets_BY, label_smoothing=config.training.label_smoothing
         )
         loss = loss * (len(labels_B) / total)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         loss_sum += loss.detach()
         correct += (logits_BY.argmax(dim=1) == labels_B).sum()
     return loss_sum.item(), int(correct.item())

@@ -1,0 +1,237 @@
+"""RandAugment on whole batches of bytes: each image draws its own operations.
+
+Every operation is a function ``(raw_BCHW, strength_B) -> raw_BCHW`` on uint8, with Pillow's
+arithmetic, so that the results are Pillow's to the byte; the strengths are torchvision's.
+
+Source: Cubuk et al. 2020, arXiv:1909.13719.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 31
+"""Magnitudes run from 0 to 30."""
+FIXED = 1 << 16
+"""Pillow computes affine coordinates in 16.16 fixed point."""
+
+
+def rand_augment(
+    raw_BCHW: Tensor, generator: torch.Generator, n_ops: int, magnitude: int
+) -> Tensor:
+    """Apply ``n_ops`` operations to each image, each drawn uniformly, at ``magnitude`` (0 to 30).
+
+    Draws come from the CPU generator whatever the device of the images.
+    """
+    raw_BCHW = raw_BCHW.clone()
+    side_hw = (raw_BCHW.shape[-2], raw_BCHW.shape[-1])
+    for _ in range(n_ops):
+        op_B = torch.randint(len(OPERATIONS), (len(raw_BCHW),), generator=generator)
+        sign_B = torch.randint(2, (len(raw_BCHW),), generator=generator) * 2 - 1
+        for number, (name, operation) in enumerate(OPERATIONS.items()):
+            chosen = (op_B == number).nonzero().flatten()
+            if len(chosen) == 0 or operation is identity:
+                continue
+            value, signed = strength(name, magnitude, side_hw)
+            strength_B = value * (sign_B[chosen] if signed else torch.ones(len(chosen))).double()
+            chosen = chosen.to(raw_BCHW.device)
+            raw_BCHW[chosen] = operation(raw_BCHW[chosen], strength_B.to(raw_BCHW.device))
+    return raw_BCHW
+
+
+def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float, bool]:
+    """Return how strong an operation is at a magnitude, and whether its sign is drawn.
+
+    In slope (shear), pixels (translate), degrees (rotate), factor - 1 (brightness, color, contrast,
+    sharpness), bits kept (posterize), first byte inverted (solarize).
+    """
+    share = magnitude / (BINS - 1)
+    if name == "Posterize":
+        return 8.0 - round(4 * share), False
+    if name == "Solarize":
+        return 255.0 * (1 - share), False
+    highest = {
+        "ShearX": 0.3,
+        "ShearY": 0.3,
+        "TranslateX": 150 / 331 * side_hw[1],
+        "TranslateY": 150 / 331 * side_hw[0],
+        "Rotate": 30.0,
+        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9),
+    }
+    return highest.get(name, 0.0) * share, name in highest
+
+
+def identity(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+    """Leave the images as they are."""
+    return raw_BCHW
+
+
+def shear_x(raw_BCHW: Tensor, slope_B: Tensor) -> Tensor:
+    """Push each row sideways, in proportion to its height below the top."""
+    return affine(raw_BCHW, xy=slope_B)
+
+
+def shear_y(raw_BCHW: Tensor, slope_B: Tensor) -> Tensor:
+    """Push each column down, in proportion to its distance from the left."""
+    return affine(raw_BCHW, yx=slope_B)
+
+
+def translate_x(raw_BCHW: Tensor, pixels_B: Tensor) -> Tensor:
+    """Move the images right by whole pixels."""
+    return affine(raw_BCHW, x=-pixels_B.trunc())
+
+
+def translate_y(raw_BCHW: Tensor, pixels_B: Tensor) -> Tensor:
+    """Move the images down by whole pixels."""
+    return affine(raw_BCHW, y=-pixels_B.trunc())
+
+
+def rotate(raw_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
+    """Turn the images counter-clockwise about their middle."""
+    height, width = raw_BCHW.shape[-2:]
+    radians_B = -degrees_B * (math.pi / 180)
+    cos_B, sin_B = radians_B.cos(), radians_B.sin()
+    x_B = width / 2 - cos_B * (width / 2) - sin_B * (height / 2)
+    y_B = height / 2 + sin_B * (width / 2) - cos_B * (height / 2)
+    return affine(raw_BCHW, xx=cos_B, xy=sin_B, x=x_B, yx=-sin_B, yy=cos_B, y=y_B)
+
+
+def affine(
+    raw_BCHW: Tensor,
+    *,
+    xx: Tensor | float = 1.0,
+    xy: Tensor | float = 0.0,
+    x: Tensor | float = 0.0,
+    yx: Tensor | float = 0.0,
+    yy: Tensor | float = 1.0,
+    y: Tensor | float = 0.0,
+) -> Tensor:
+    """Fetch each pixel from ``(xx X + xy Y + x, yx X + yy Y + y)``: nearest, black outside.
+
+    Pixel centres lie at half coordinates; coordinates are fixed-point numbers, as in Pillow.
+    """
+    B, C, H, W = raw_BCHW.shape
+    columns_W = torch.arange(W, device=raw_BCHW.device)
+    rows_H1 = torch.arange(H, device=raw_BCHW.device)[:, None]
+
+    def coordinate(by_x: Tensor | float, by_y: Tensor | float, offset: Tensor | float) -> Tensor:
+        terms = [by_x, by_y, offset + by_x * 0.5 + by_y * 0.5]
+        fixed = [torch.as_tensor(term, dtype=torch.float64) * FIXED + 0.5 for term in terms]
+        step_x, step_y, start = (f.floor().long().view(-1, 1, 1).to(raw_BCHW.device) for f in fixed)
+        return (start + step_x * columns_W + step_y * rows_H1) >> 16
+
+    from_x_BHW, from_y_BHW = coordinate(xx, xy, x), coordinate(yx, yy, y)
+    inside_BHW = (from_x_BHW >= 0) & (from_x_BHW < W) & (from_y_BHW >= 0) & (from_y_BHW < H)
+    index_BHW = from_y_BHW.clamp(0, H - 1) * W + from_x_BHW.clamp(0, W - 1)
+    index_B1N = index_BHW.expand(B, H, W).reshape(B, 1, H * W).expand(B, C, H * W)
+    fetched_BCHW = raw_BCHW.flatten(2).gather(2, index_B1N).view(B, C, H, W)
+    return fetched_BCHW * inside_BHW[:, None]
+
+
+def brightness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend with black."""
+    return blend(torch.zeros_like(raw_BCHW), raw_BCHW, change_B)
+
+
+def color(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend with the gray image."""
+    return blend(gray(raw_BCHW).expand_as(raw_BCHW), raw_BCHW, change_B)
+
+
+def contrast(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend with the mean gray of the image."""
+    gray_B1HW = gray(raw_BCHW).double()
+    mean_B111 = (gray_B1HW.mean(dim=(2, 3), keepdim=True) + 0.5).floor().to(torch.uint8)
+    return blend(mean_B111.expand_as(raw_BCHW), raw_BCHW, change_B)
+
+
+def sharpness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the border is left alone."""
+    if min(raw_BCHW.shape[-2:]) < 3:
+        return raw_BCHW
+    values_BCHW = raw_BCHW.float()
+    sum_BCHW = F.avg_pool2d(values_BCHW, 3, stride=1) * 9 + 4 * values_BCHW[..., 1:-1, 1:-1]
+    smooth_BCHW = raw_BCHW.clone()
+    smooth_BCHW[..., 1:-1, 1:-1] = (sum_BCHW.round() / 13 + 0.5).floor().to(torch.uint8)
+    return blend(smooth_BCHW, raw_BCHW, change_B)
+
+
+def posterize(raw_BCHW: Tensor, bits_B: Tensor) -> Tensor:
+    """Keep the highest bits of every byte."""
+    mask_B = 256 - 2 ** (8 - bits_B.long())
+    return raw_BCHW & mask_B.to(torch.uint8).view(-1, 1, 1, 1)
+
+
+def solarize(raw_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
+    """Invert the bytes from a threshold on."""
+    return torch.where(raw_BCHW < threshold_B.view(-1, 1, 1, 1), raw_BCHW, 255 - raw_BCHW)
+
+
+def auto_contrast(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+    """Stretch each channel to run from 0 to 255."""
+    pixels_BCN = raw_BCHW.flatten(2)
+    low_BC1 = pixels_BCN.amin(2, keepdim=True).double()
+    high_BC1 = pixels_BCN.amax(2, keepdim=True).double()
+    scale_BC1 = 255.0 / (high_BC1 - low_BC1)
+    bytes_256 = torch.arange(256, device=raw_BCHW.device, dtype=torch.float64)
+    table_BC256 = (bytes_256 * scale_BC1 - low_BC1 * scale_BC1).trunc().clamp(0, 255)
+    flat_BC1 = high_BC1 <= low_BC1
+    return look_up(raw_BCHW, torch.where(flat_BC1, bytes_256, table_BC256))
+
+
+def equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+    """Give every channel a flat histogram."""
+    B, C, H, W = raw_BCHW.shape
+    pixels_BCN = raw_BCHW.flatten(2).long()
+    counts_BC256 = torch.zeros(B, C, 256, dtype=torch.int64, device=raw_BCHW.device)
+    counts_BC256.scatter_add_(2, pixels_BCN, torch.ones_like(pixels_BCN))
+    last_BC1 = counts_BC256.gather(2, pixels_BCN.amax(2, keepdim=True))
+    step_BC1 = (H * W - last_BC1) // 255
+    below_BC256 = counts_BC256.cumsum(2) - counts_BC256
+    table_BC256 = (below_BC256 + step_BC1 // 2) // step_BC1.clamp(min=1)
+    bytes_256 = torch.arange(256, device=raw_BCHW.device)
+    return look_up(raw_BCHW, torch.where(step_BC1 == 0, bytes_256, table_BC256.clamp(max=255)))
+
+
+def look_up(raw_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
+    """Replace every byte by its entry in the table of its image and channel."""
+    indices_BCN = raw_BCHW.flatten(2).long()
+    return table_BC256.to(torch.uint8).gather(2, indices_BCN).view_as(raw_BCHW)
+
+
+def blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Go from one image to the other by 1 + change, beyond it where that is above 1."""
+    factor_B111 = (1 + change_B).float().view(-1, 1, 1, 1)
+    start_BCHW = from_BCHW.float()
+    mixed_BCHW = start_BCHW + factor_B111 * (to_BCHW.float() - start_BCHW)
+    return mixed_BCHW.clamp(0, 255).to(torch.uint8)
+
+
+def gray(raw_BCHW: Tensor) -> Tensor:
+    """Return the luma of colour images (B, 1, H, W), as ITU-R 601 and Pillow round it."""
+    if raw_BCHW.shape[1] == 1:
+        return raw_BCHW
+    r, g, b = raw_BCHW.int().unbind(1)
+    luma_BHW: Tensor = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
+    return luma_BHW.to(torch.uint8).unsqueeze(1)
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Identity": identity,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "Rotate": rotate,
+    "Brightness": brightness,
+    "Color": color,
+    "Contrast": contrast,
+    "Sharpness": sharpness,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+}

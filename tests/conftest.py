@@ -1,0 +1,73 @@
+"""Fixtures that several files of tests use."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitrine.config import Config, ModelConfig
+from vitrine.configfile import from_json
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny tensors are faster on one thread, and sums are then the same everywhere."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> ModelConfig:
+    """A model whose sizes are all different and not square."""
+    return ModelConfig(
+        image_size=(20, 28),
+        n_classes=7,
+        patch_size=4,
+        embed_dim=24,
+        n_layers=2,
+        n_attention_heads=3,
+        forward_mul=1.5,
+    )
+
+
+@pytest.fixture
+def tiny_run() -> Config:
+    """A run on the drawn shapes that takes a second."""
+    return from_json(
+        {
+            "model": {
+                "image_size": 32,
+                "patch_size": 8,
+                "embed_dim": 12,
+                "n_layers": 1,
+                "n_attention_heads": 3,
+            },
+            "data": {"dataset": "shapes", "num_train_images": 90, "num_test_images": 70},
+            "augment": {"randaugment_ops": 1},
+            "training": {"batch_size": 40, "epochs": 3, "warmup_epochs": 0.5, "ema_decay": 0.9},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def vitrine() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own."""
+
+    def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vitrine", *map(str, words)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of weights and outputs of the reference system's own code."""
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        pytest.skip("the reference system's weights and outputs are not at hand")
+    return folder

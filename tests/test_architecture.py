@@ -1,0 +1,73 @@
+"""The house's rules that a machine can hold: import order, sizes, light imports, public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitrine
+
+SOURCE = Path(vitrine.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+ORDER = [
+    "errors", "files", "rng", "config", "configfile", "presets", "devices", "environment", "data",
+    "model", "training", "checkpoint", "evaluation", "predict", "explain", "export", "pretrained",
+    "tracking", "run_folder", "run", "cli", "__main__",
+]  # fmt: skip
+"""Each room may import from those before it, and from itself."""
+
+
+def room(path: Path) -> str:
+    """The room a file is in."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST) -> set[str]:
+    """The rooms of ours that a file imports from, anywhere in it."""
+    modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names = {
+        a.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "vitrine"
+        for a in n.names
+    }
+    return names | {m.split(".")[1] for m in modules if m.startswith("vitrine.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    if path == SOURCE / "__init__.py":
+        pytest.skip("the package's own file names everything, lazily")
+    here = ORDER.index(room(path))
+    for other in imported_rooms(ast.parse(path.read_text())):
+        assert ORDER.index(other) <= here, f"{room(path)} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 50, f"{node.name} is too long"
+            named = [a for a in node.args.args if a.arg not in ("self", "cls")]
+            assert len(named) + len(node.args.kwonlyargs) <= 7, f"{node.name} takes too many"
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, vitrine, vitrine.cli, vitrine.cli.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert vitrine.__all__ == sorted(vitrine.__all__) == dir(vitrine)
+    for name in vitrine.__all__:
+        assert getattr(vitrine, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        vitrine.nothing_like_this  # noqa: B018

@@ -1,0 +1,103 @@
+"""Settings: one vocabulary, JSON and TOML and back, what is refused; presets."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitrine.config import Config, TrainingConfig
+from vitrine.configfile import from_json, read_toml, to_json
+from vitrine.errors import ConfigError
+from vitrine.presets import PRESETS, get_preset
+
+
+def test_no_two_sections_share_a_name() -> None:
+    config = Config()
+    names = [f.name for s in dataclasses.fields(config) for f in dataclasses.fields(s.type)]
+    assert len(names) == len(set(names)) == len(config.flat())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_survive_json(name: str) -> None:
+    config = get_preset(name)
+    model = dataclasses.replace(config.model, image_size=(24, 40))
+    for each in (config, dataclasses.replace(config, model=model)):
+        assert from_json(to_json(each)) == each
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ([], "table of sections"),
+        ({"modle": {}}, "did you mean 'model'"),
+        ({"model": 3}, "section model"),
+        ({"model": {"embed_dims": 3}}, "did you mean 'embed_dim'"),
+        ({"model": {"embed_dim": "64"}}, "embed_dim is '64': give a whole number"),
+        ({"model": {"embed_dim": True}}, "embed_dim is True"),
+        ({"model": {"pool": "max"}}, "'cls', 'mean'"),
+        ({"data": {"mean": [0.5, 0.5]}}, "a list of 3 numbers"),
+        ({"training": {"compile": 1}}, "true or false"),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate is nan"),
+    ],
+)
+def test_wrong_json_is_refused(sections: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        from_json(sections)
+    assert words in str(refusal.value)
+
+
+def test_toml_goes_over_a_preset_with_and_without_sections(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('epochs = 3\npool = "cls"\n[training]\nbatch_size = 7\nlearning_rate = 1\n')
+    config = read_toml(path, get_preset("quick"))
+    assert (config.training.epochs, config.training.batch_size) == (3, 7)
+    assert config.training.learning_rate == 1.0
+    assert config.model == dataclasses.replace(get_preset("quick").model, pool="cls")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("epoch = 3", "did you mean 'epochs'"), ("epochs = ", "not TOML")]
+)
+def test_wrong_toml_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_toml(path, Config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": 5, "warmup_epochs": 5}, "--warmup_epochs"),
+        ({"minimum_learning_rate": 1.0}, "minimum_learning_rate"),
+        ({"accumulate": 999}, "accumulate"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+    ],
+)
+def test_impossible_training_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainingConfig(**changes)
+
+
+def test_seed_preset_is_the_references_recipe() -> None:
+    flat = get_preset("seed").flat()
+    expected = {
+        "batch_size": 128, "learning_rate": 5e-4, "epochs": 200, "image_size": 32, "n_channels": 3,
+        "patch_size": 4, "embed_dim": 128, "n_layers": 6, "n_attention_heads": 4, "forward_mul": 2,
+        "dropout": 0.1, "weight_decay": 1e-3, "decay": "all", "minimum_learning_rate": 1e-5,
+        "schedule": "cosine", "schedule_by": "epoch", "optimizer": "adamw", "seed": 1234,
+        "crop_padding": 4, "flip": True, "randaugment_ops": 2, "randaugment_magnitude": 9,
+        "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "validation_images": 0, "pool": "cls",
+        "stem": "patch", "position": "learned", "head": "mlp", "label_smoothing": 0, "mixup": 0,
+    }  # fmt: skip
+    assert {name: flat[name] for name in expected} == expected
+    assert get_preset("seed").training.warmup == 10
+    assert get_preset("seed12").model.n_layers == 12
+
+
+def test_an_unknown_preset_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quick'"):
+        get_preset("quik")

@@ -1,0 +1,160 @@
+"""The Vision Transformer: shapes, the two forwards, initialisation, what is refused."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from vitrine.config import ModelConfig
+from vitrine.errors import ConfigError
+from vitrine.model import VisionTransformer
+from vitrine.model.layers import (
+    Block,
+    Dropout,
+    DropPath,
+    rotate,
+    rotation_tables,
+    sincos_table,
+)
+
+CHOICES = {
+    "pool": ("cls", "mean"),
+    "stem": ("patch", "conv"),
+    "position": ("learned", "sincos", "rope"),
+    "head": ("mlp", "linear"),
+}
+
+
+@pytest.mark.parametrize("choice", list(itertools.product(*CHOICES.values())), ids="-".join)
+def test_both_forwards_agree_and_attention_is_a_distribution(
+    tiny_model: ModelConfig, choice: tuple[str, ...]
+) -> None:
+    config = dataclasses.replace(tiny_model, **dict(zip(CHOICES, choice, strict=True)))
+    torch.manual_seed(0)
+    model = VisionTransformer(config).eval()
+    images_BCHW = torch.randn(5, 3, 20, 28)
+    logits_BY, attentions = model.forward_with_attention(images_BCHW)
+    n_tokens = 5 * 7 + (config.pool == "cls")
+    assert logits_BY.shape == (5, 7)
+    assert [a.shape for a in attentions] == [(5, 3, n_tokens, n_tokens)] * 2
+    torch.testing.assert_close(logits_BY, model(images_BCHW))
+    for attention_BATT in attentions:
+        torch.testing.assert_close(attention_BATT.sum(-1), torch.ones(5, 3, n_tokens))
+    torch.testing.assert_close(model(images_BCHW[2:3]), logits_BY[2:3], atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_reach_the_attention_that_was_used(tiny_model: ModelConfig) -> None:
+    model = VisionTransformer(tiny_model).eval()
+    logits_BY, attentions = model.forward_with_attention(torch.randn(2, 3, 20, 28))
+    for gradient in torch.autograd.grad(logits_BY[:, 3].sum(), attentions):
+        assert gradient.abs().sum() > 0
+
+
+def test_a_model_sees_where_a_patch_is(tiny_model: ModelConfig) -> None:
+    images_BCHW = torch.randn(1, 3, 20, 28)
+    turned_BCHW = images_BCHW.roll(4, dims=3)
+    for position in ("learned", "sincos", "rope"):
+        torch.manual_seed(1)
+        model = VisionTransformer(dataclasses.replace(tiny_model, position=position)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8)  # far from the linear regime of a fresh model
+        assert not torch.allclose(model(images_BCHW), model(turned_BCHW), atol=1e-4), position
+
+
+def test_rotary_products_depend_on_differences_only() -> None:
+    rotation = rotation_tables((5, 7), 8, class_token=False)
+    q_K, k_K = torch.randn(8), torch.randn(8)
+    q_NK, k_NK = rotate(q_K.expand(35, 8), rotation), rotate(k_K.expand(35, 8), rotation)
+    products_NN = q_NK @ k_NK.T
+    at = {(g, j): g * 7 + j for g in range(5) for j in range(7)}
+    first = products_NN[at[1, 2], at[3, 5]]
+    torch.testing.assert_close(products_NN[at[0, 0], at[2, 3]], first)
+    assert not torch.allclose(products_NN[at[0, 0], at[3, 2]], first)
+
+
+def test_sincos_positions_are_all_different() -> None:
+    table_ND = sincos_table((5, 7), 24)
+    distances_NN = torch.cdist(table_ND, table_ND)
+    assert distances_NN.fill_diagonal_(1.0).min() > 0.1
+
+
+def test_initialisation_is_the_references(tiny_model: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(dataclasses.replace(tiny_model, embed_dim=96))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        elif "norm" in name:
+            assert parameter.eq(1).all(), name
+        elif parameter.numel() > 500:
+            assert 0.015 < parameter.std() < 0.022, name
+            assert parameter.abs().max() < 2.01, name
+
+
+def test_blocks_start_different(tiny_model: ModelConfig) -> None:
+    first, second = VisionTransformer(tiny_model).blocks
+    assert not torch.equal(first.mlp.fc1.weight, second.mlp.fc1.weight)
+
+
+def test_a_block_whose_branches_are_silent_is_the_identity() -> None:
+    block = Block(24, 3, 36, dropout=0.0, drop_path=0.0)
+    for layer in (block.attention.out_projection, block.mlp.fc2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    tokens_BTD = torch.randn(2, 5, 24)
+    assert torch.equal(block(tokens_BTD)[0], tokens_BTD)
+
+
+def test_dropout_zeroes_the_share_asked_for_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    dropout, ones = Dropout(0.3), torch.ones(101, 997)
+    dropped = dropout(ones)
+    assert dropped.eq(0).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert dropped.mean() == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_drop_path_drops_whole_images() -> None:
+    torch.manual_seed(0)
+    path = DropPath(0.4)
+    kept_B = path(torch.ones(997, 3, 5)).flatten(1)
+    torch.testing.assert_close(kept_B.unique(), torch.tensor([0.0, 1 / 0.6]))
+    assert kept_B.std(dim=1).max() == 0
+    assert kept_B.mean() == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 30}, ["image_size 30", "patch_size 4", "give image_size 32"]),
+        ({"embed_dim": 25}, ["embed_dim 25", "n_attention_heads 3", "give embed_dim 24"]),
+        ({"position": "rope", "embed_dim": 18}, ["rope", "head width", "give embed_dim 24"]),
+        ({"position": "sincos", "embed_dim": 27}, ["sincos", "27"]),
+        ({"stem": "conv", "patch_size": 5, "image_size": 20}, ["conv", "patch_size 5"]),
+        ({"dropout": 1.0}, ["dropout is 1.0"]),
+        ({"n_layers": 0}, ["n_layers is 0"]),
+        ({"n_channels": 2}, ["n_channels is 2"]),
+        ({"forward_mul": 0.01}, ["forward_mul"]),
+    ],
+)
+def test_impossible_models_are_refused_with_the_remedy(
+    tiny_model: ModelConfig, changes: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        dataclasses.replace(tiny_model, **changes)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_model_without_classes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="n_classes is 0"):
+        VisionTransformer(ModelConfig())
+
+
+@pytest.mark.parametrize(("n_layers", "parameters"), [(6, 827_530), (12, 1_622_410)])
+def test_parameter_counts_are_the_references(n_layers: int, parameters: int) -> None:
+    model = VisionTransformer(ModelConfig(n_classes=10, n_layers=n_layers))
+    assert sum(p.numel() for p in model.parameters()) == parameters

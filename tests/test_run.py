@@ -1,0 +1,205 @@
+"""A run: its folder, stopping and going on to the bit, what stops it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitrine
+from vitrine.checkpoint import load_training, load_weights, read_pointer
+from vitrine.config import Config
+from vitrine.configfile import from_json
+from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrine.run import EpochEnd, Run
+from vitrine.run_folder import is_best, new_folder, prune
+from vitrine.training.loop import Update
+
+
+def run_whole(config: Config, folder: Path) -> Run:
+    folder.mkdir()
+    run = Run.start(config, folder)
+    for _ in run.train():
+        pass
+    return run
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    last = read_pointer(folder / "checkpoints", "LAST")
+    return {**load_weights(last), **load_training(last)}
+
+
+def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> None:
+    run = run_whole(tiny_run, tmp_path / "a")
+    result = run.finish()
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {
+        "config.json", "env.json", "metrics.jsonl", "result.json", "test_uses.jsonl",
+        "graph_loss.png", "graph_accuracy.png", "confusion_matrix.png", "calibration.png",
+        "checkpoints",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    assert result["test"]["images"] == 70
+    assert result["train_images"] == 90
+    assert result["validation"]["accuracy"] == max(row["validation_accuracy"] for row in rows)
+    uses = (tmp_path / "a/test_uses.jsonl").read_text().splitlines()
+    assert len(uses) == 1
+    classifier = vitrine.load(tmp_path / "a", device="cpu")
+    assert len(classifier.classes) == 10
+    kept = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
+    assert {"BEST", "LAST", "step-0000009"} <= set(kept)
+    assert len(kept) <= 4
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_going_on_is_never_having_stopped(
+    tiny_run: Config, tmp_path: Path, stop_at: int, optimizer: str
+) -> None:
+    training = dataclasses.replace(tiny_run.training, optimizer=optimizer)
+    config = dataclasses.replace(tiny_run, training=training)
+    whole = run_whole(config, tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    first = Run.start(config, tmp_path / "parts")
+    for event in first.train():
+        if isinstance(event, Update) and event.step == stop_at:
+            break
+    first.save()
+    second = Run.resume(tmp_path / "parts", first.config)
+    for _ in second.train():
+        pass
+    one, other = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in run.rows]
+        for run in (whole, second)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_training_learns_and_accumulating_changes_nothing(tiny_run: Config, tmp_path: Path) -> None:
+    plain = dataclasses.replace(
+        tiny_run, model=dataclasses.replace(tiny_run.model, dropout=0.0, n_classes=0)
+    )
+    losses = []
+    for accumulate in (1, 4):
+        training = dataclasses.replace(
+            plain.training, accumulate=accumulate, precision="float32", learning_rate=3e-3
+        )
+        run = run_whole(dataclasses.replace(plain, training=training), tmp_path / str(accumulate))
+        losses.append([row["train_loss"] for row in run.rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny_run: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        tiny_run, run=dataclasses.replace(tiny_run.run, keep_checkpoints=0)
+    )
+    whole = run_whole(config, tmp_path / "a")
+    sound = final(tmp_path / "a")
+    newest = tmp_path / "a/checkpoints/step-0000009/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = Run.resume(tmp_path / "a", whole.config)
+    assert resumed.state.step == 6
+    assert "step-0000009" in resumed.notices[0]
+    for _ in resumed.train():
+        pass
+    for name, tensor in final(tmp_path / "a").items():
+        assert torch.equal(tensor, sound[name])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    run = Run.start(tiny_run, tmp_path / "a")
+    events = run.train()
+    next(events)
+    weights = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+    with torch.no_grad():
+        run.state.model.head.fc2.bias[0] = float("nan")
+        weights["head.fc2.bias"][0] = float("nan")
+    with pytest.raises(TrainingError, match="update 2: stopped before it"):
+        next(events)
+    for name, tensor in run.state.model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7), weights[name].nan_to_num(7)), name
+    assert run.state.step == 1
+
+
+def test_the_reference_curve_is_drawn_on_test_and_logged(tiny_run: Config, tmp_path: Path) -> None:
+    sections = {"data": {"validation_images": 0}, "run": {"monitor": "test"}}
+    config = from_json(sections, tiny_run)
+    run = run_whole(config, tmp_path / "a")
+    run.finish()
+    assert all("test_accuracy" in row and "validation_accuracy" not in row for row in run.rows)
+    uses = [json.loads(line) for line in (tmp_path / "a/test_uses.jsonl").open()]
+    assert len(uses) == 4
+    assert read_pointer(run.checkpoints, "BEST").name == "step-0000009"
+
+
+def test_final_weights_go_where_the_references_flags_say(tiny_run: Config, tmp_path: Path) -> None:
+    sections = {"run": {"model_path": str(tmp_path / "model"), "model_name": "mine"}}
+    run_whole(from_json(sections, tiny_run), tmp_path / "a").finish()
+    written = tmp_path / "model" / "a" / "mine-002.safetensors"
+    from_file = vitrine.load(written, device="cpu").model.state_dict()
+    best = vitrine.load(tmp_path / "a", device="cpu").model.state_dict()
+    assert all(torch.equal(from_file[name], best[name]) for name in best)
+
+
+def test_events_tell_each_epoch_once(tiny_run: Config, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    events = list(Run.start(tiny_run, tmp_path / "a").train())
+    assert [e.row["epoch"] for e in events if isinstance(e, EpochEnd)] == [1, 2, 3]
+    assert [e.step for e in events if isinstance(e, Update)] == list(range(1, 10))
+
+
+def test_another_number_of_classes_than_the_data_have_is_refused(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="n_classes is 7, but the data have 10"):
+        Run.start(from_json({"model": {"n_classes": 7}}, tiny_run), tmp_path)
+
+
+def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> None:
+    names = [new_folder(tmp_path, "", "quick").name for _ in range(3)]
+    assert names == ["quick", "quick-2", "quick-3"]
+    with pytest.raises(ConfigError, match="--resume"):
+        new_folder(tmp_path, "quick", "x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        new_folder(tmp_path / "file", "", "quick")
+
+
+def test_nothing_to_go_on_from_is_one_clear_error(tiny_run: Config, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run folder"):
+        Run.resume(tmp_path, tiny_run)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        Run.resume(tmp_path, tiny_run)
+
+
+def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
+    def row(accuracy: float, loss: float) -> dict[str, float]:
+        return {"validation_accuracy": accuracy, "validation_loss": loss}
+
+    assert is_best(row(0.5, 1.0), [row(0.4, 0.1)])
+    assert is_best(row(0.5, 0.9), [row(0.5, 1.0)])
+    assert not is_best(row(0.5, 1.0), [row(0.5, 1.0)])
+    assert not is_best(row(0.3, 0.1), [row(0.5, 1.0)])
+
+
+def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 12):
+        (tmp_path / f"step-{step:07}").mkdir()
+    (tmp_path / "BEST").write_text("step-0000003")
+    (tmp_path / "LAST").write_text("step-0000012")
+    prune(tmp_path, 2)
+    kept = {path.name for path in tmp_path.glob("step-*")}
+    assert kept == {"step-0000003", "step-0000009", "step-0000012"}
