@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitrine import rng
+from vitrine import pretrained, rng
 from vitrine.checkpoint import (
     CheckpointInfo,
     read_pointer,
@@ -28,7 +28,7 @@ from vitrine.config import Config, Split
 from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
-from vitrine.data.sources import load_images
+from vitrine.data.sources import load_splits
 from vitrine.devices import choose_device, choose_precision
 from vitrine.environment import describe_environment
 from vitrine.errors import ConfigError
@@ -37,7 +37,6 @@ from vitrine.evaluation.metrics import Metrics, measure, predict_logits, quick_s
 from vitrine.files import write_json, write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
-from vitrine.pretrained import load
 from vitrine.run_folder import is_best, log_test_use, newest_sound, prune, read_rows
 from vitrine.tracking import EventWriter
 from vitrine.training.loop import Update, train
@@ -68,12 +67,11 @@ class Run:
     def __init__(self, config: Config, folder: Path) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.device = choose_device(config.run.device)
-        train_set = load_split(config, "train")
+        splits = load(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
+        train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
-        names: set[Split] = {"validation", config.run.monitor}
-        loaded = {name: load_split(config, name) for name in sorted(names)}
-        self.monitored = {name: images for name, images in loaded.items() if len(images)}
+        self.monitored = {name: images for name, images in splits.items() if len(images)}
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
         self.state = TrainingState.start(model, config.training)
@@ -140,9 +138,10 @@ class Run:
         """
         with EventWriter(self.folder / "tensorboard", self.config.run.tensorboard) as events:
             for update in train(self.state, self.batches, self.config):
+                # Before the update is told, so that leaving right then loses nothing of the epoch.
+                end = self.end_epoch(update) if update.ends_epoch else None
                 yield update
-                if update.ends_epoch:
-                    end = self.end_epoch(update)
+                if end is not None:
                     events.write(end.row)
                     yield end
 
@@ -189,8 +188,8 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
-        best = load(read_pointer(self.checkpoints, "BEST"), device=self.device.type)
-        test = load_split(self.config, "test")
+        best = pretrained.load(read_pointer(self.checkpoints, "BEST"), device=self.device.type)
+        test = load(self.config, "test")["test"]
         log_test_use(self.folder, f"result of {Path(best.source).name}", len(test))
         metrics = measure(self.logits(best.model, test), test.labels_B, classes=self.classes)
         result = {**self.summary(best), "test": metrics.to_json()}
@@ -239,10 +238,10 @@ class Run:
         return predict_logits(model, images, mean=data.mean, std=data.std, device=self.device)
 
 
-def load_split(config: Config, split: Split) -> ImageSet:
-    """Load one split as the model reads it."""
+def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
+    """Load splits as the model reads them."""
     model = config.model
-    return load_images(config.data, split, image_hw=model.image_hw, n_channels=model.n_channels)
+    return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
 
 
 def with_classes(config: Config, classes: tuple[str, ...]) -> Config:

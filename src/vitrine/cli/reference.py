@@ -186,15 +186,12 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     """``--mode cifar-single``: one test image, its label and what the model says."""
     from PIL import Image
 
-    from vitrine.data.sources import load_images
     from vitrine.pretrained import with_data
+    from vitrine.run import load
     from vitrine.run_folder import log_test_use
 
     classifier = with_data(classifier, data_path=options.data_path)
-    model = classifier.config.model
-    images = load_images(
-        classifier.config.data, "test", image_hw=model.image_hw, n_channels=model.n_channels
-    )
+    images = load(classifier.config, "test")["test"]
     if not 0 <= options.index < len(images):
         raise ConfigError(f"--index is {options.index}: give 0 to {len(images) - 1}")
     raw_CHW = images.raw_BCHW[options.index]

@@ -59,22 +59,20 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 
 def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Path]":
     """Measure the model and write what was measured; return the metrics and the folder."""
-    from vitrine.data.sources import load_images
     from vitrine.errors import ConfigError
     from vitrine.evaluation.metrics import measure, predict_logits
     from vitrine.files import write_json
     from vitrine.pretrained import with_data
-    from vitrine.run import draw_metrics
+    from vitrine.run import draw_metrics, load
     from vitrine.run_folder import is_run_folder, log_test_use
 
     given = ("dataset", "data_path", "num_test_images", "num_workers")
     changes = {name: getattr(options, name) for name in given}
     classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
-    data, model = classifier.config.data, classifier.config.model
-    images = load_images(data, options.split, image_hw=model.image_hw, n_channels=model.n_channels)
+    images = load(classifier.config, options.split)[options.split]
     if images.classes != classifier.classes:
         raise ConfigError(
-            f"{options.dataset or data.dataset} has the classes {', '.join(images.classes[:4])}…, "
+            f"{classifier.config.data.dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
         )
     source = Path(classifier.source)

@@ -8,7 +8,9 @@ one seed gives the same bytes on every platform, and no image depends on the oth
 """
 
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -32,6 +34,7 @@ TURN = 64
 COSINES = np.array([round(math.cos(2 * math.pi * i / TURN) * 2**14) for i in range(TURN)], np.int32)
 SINES = np.roll(COSINES, TURN // 4)
 DISTRACTORS = 6
+STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
@@ -51,7 +54,9 @@ def draw_shapes(count: int, *, seed: int) -> ImageSet:
     """
     key = rng.derive_seed(seed, "shapes")
     starts = range(0, count, CHUNK)
-    parts = [draw_chunk(np.arange(start, min(start + CHUNK, count)), key) for start in starts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy works outside of Python's lock
+        chunks = (np.arange(start, min(start + CHUNK, count)) for start in starts)
+        parts = list(pool.map(lambda index_B: draw_chunk(index_B, key), chunks))
     raw_BHWC = np.concatenate([raw for raw, _ in parts])
     masks_BHW = np.concatenate([masks for _, masks in parts])
     return ImageSet(
@@ -66,13 +71,13 @@ def draw_chunk(index_B: NDArray[np.int64], key: int) -> tuple[NDArray[np.uint8],
     """Draw some images by number; return raw (B, H, W, 3) and masks (B, H, W)."""
     draw = Draws(index_B, key)
     y_HW, x_HW = np.mgrid[:SIDE, :SIDE]
-    ground_B3 = draw.numbers(20, 236, columns=3)
+    ground_B3 = draw.numbers(20, 120, columns=3)
     canvas_BHWC = draw_ground(draw, ground_B3, x_HW, y_HW)
     draw_distractors(draw, canvas_BHWC, x_HW, y_HW)
     mask_BHW = draw_mask(draw, index_B % len(CLASSES), x_HW, y_HW)
     paint = draw_paint(draw, ground_B3, x_HW, y_HW)
     canvas_BHWC = np.where(mask_BHW[..., None], paint, canvas_BHWC)
-    noise_BHWC = draw.numbers(-9, 10, columns=SIDE * SIDE * 3).reshape(canvas_BHWC.shape)
+    noise_BHWC = draw.noise(9).reshape(canvas_BHWC.shape)
     return np.clip(canvas_BHWC + noise_BHWC, 0, 255).astype(np.uint8), mask_BHW
 
 
@@ -87,9 +92,18 @@ class Draws:
         """Return (B, columns) numbers from ``low`` to below ``high``, each column a new draw."""
         column = np.arange(self.used, self.used + columns, dtype=np.uint64)
         self.used += columns
-        words = hash_words(self.image_B[:, None] + column * np.uint64(0x9E3779B97F4A7C15))
+        words = hash_words(self.image_B[:, None] + column * STRIDE)
         spread = (words >> np.uint64(32)) * np.uint64(high - low) >> np.uint64(32)
         return spread.astype(np.int32) + low
+
+    def noise(self, strength: int) -> Ints:
+        """Return (B, pixels, 3) numbers from -strength to strength: three lanes of each word."""
+        column = np.arange(self.used, self.used + SIDE * SIDE, dtype=np.uint64)
+        self.used += SIDE * SIDE
+        words = hash_words(self.image_B[:, None] + column * STRIDE)
+        # Little-endian lanes on every machine.
+        lanes = words.astype("<u8").view("<u2").reshape(*words.shape, 4)[..., :3].astype(np.int32)
+        return (lanes * (2 * strength + 1) >> 16) - strength
 
     def number(self, low: int, high: int) -> Ints:
         """Return one number an image, of shape (B, 1, 1)."""
@@ -117,8 +131,8 @@ def draw_ground(draw: Draws, ground_B3: Ints, x_HW: Ints, y_HW: Ints) -> Ints:
     """Return grounds (B, H, W, 3): a colour that fades in one direction, with waves on it."""
     angle, period = draw.number(0, TURN), draw.number(5, 14) * 16
     along, across = turned((x_HW - 16) * 16, (y_HW - 16) * 16, angle, 16 * 16)
-    fade_B3 = draw.numbers(-60, 61, columns=3)
-    wave = np.abs(across * 16 * 16 // UNIT % period * 2 - period) * draw.number(0, 40) // period
+    fade_B3 = draw.numbers(-40, 41, columns=3)
+    wave = np.abs(across * 16 * 16 // UNIT % period * 2 - period) * draw.number(0, 30) // period
     faded: Ints = ground_B3[:, None, None] + along[..., None] * fade_B3[:, None, None] // UNIT
     waved: Ints = faded + wave[..., None]
     return waved
@@ -134,8 +148,8 @@ def draw_distractors(draw: Draws, canvas_BHWC: Ints, x_HW: Ints, y_HW: Ints) -> 
             (draw.number(3, 9), draw.number(0, 1)) if line else (draw.number(1, 3),) * 2
         )
         inside = (np.abs(along) <= length * UNIT) & (np.abs(across) <= (breadth + 1) * UNIT // 2)
-        colour_B3 = draw.numbers(0, 256, columns=3)[:, None, None]
-        canvas_BHWC[:] = np.where(inside[..., None], colour_B3, canvas_BHWC)
+        colour_B3 = draw.numbers(20, 200, columns=3)
+        canvas_BHWC[inside] = colour_B3[inside.nonzero()[0]]
 
 
 def draw_mask(draw: Draws, label_B: NDArray[np.int64], x_HW: Ints, y_HW: Ints) -> Bools:
@@ -154,7 +168,7 @@ def draw_mask(draw: Draws, label_B: NDArray[np.int64], x_HW: Ints, y_HW: Ints) -
 
 def draw_paint(draw: Draws, ground_B3: Ints, x_HW: Ints, y_HW: Ints) -> Ints:
     """Return textures (B, H, W, 3): two shades far from the ground's, in stripes or checks."""
-    candidates_B4C = draw.numbers(10, 246, columns=12).reshape(-1, 4, 3)
+    candidates_B4C = draw.numbers(100, 246, columns=12).reshape(-1, 4, 3)
     far_B4 = np.abs(candidates_B4C - ground_B3[:, None]).sum(axis=2)
     colour_B3 = candidates_B4C[np.arange(len(far_B4)), far_B4.argmax(axis=1)]
     shade_B3 = np.clip(colour_B3 + draw.numbers(-50, 51, columns=3), 0, 255)

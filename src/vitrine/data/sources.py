@@ -1,5 +1,6 @@
 """The one door to data: settings and the name of a split -> images in memory."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,28 +18,35 @@ from vitrine.data.split import split_indices
 from vitrine.errors import DataError
 
 
-def load_images(
+def load_splits(
     config: DataConfig,
-    split: Split,
+    splits: Sequence[Split],
     *,
     image_hw: tuple[int, int] = (32, 32),
     n_channels: int = 3,
-) -> ImageSet:
-    """Load one split at the model's size, in colour (3 channels) or gray (1).
+) -> dict[Split, ImageSet]:
+    """Load splits at the model's size, in colour (3 channels) or gray (1).
 
-    Validation is cut from the files' training part, always the same; it may be empty.
+    Validation is cut from the files' training part, always the same; it may be empty. The test
+    split is opened only where it is named.
 
     Raises:
         DataError: the data are missing, damaged, or would run code.
-        ConfigError: more images are asked for than there are.
+        ConfigError: more validation images are asked for than there are.
     """
-    images = load_file_part(config, split, image_hw)
-    if split != "test":
+    loaded: dict[Split, ImageSet] = {}
+    if "train" in splits or "validation" in splits:
+        images = load_file_part(config, "train", image_hw)
         train_B, validation_B = split_indices(images.labels_B, config.validation_images)
-        images = images.take(train_B if split == "train" else validation_B)
-    images = images.first(
-        {"train": config.num_train_images, "test": config.num_test_images}.get(split)
-    )
+        loaded["train"] = images.take(train_B).first(config.num_train_images)
+        loaded["validation"] = images.take(validation_B)
+    if "test" in splits:
+        loaded["test"] = load_file_part(config, "test", image_hw).first(config.num_test_images)
+    return {split: finish(loaded[split], split, n_channels) for split in splits}
+
+
+def finish(images: ImageSet, split: Split, n_channels: int) -> ImageSet:
+    """Refuse a training split that teaches nothing; turn images gray if that is wanted."""
     if split == "train" and images.labels_B.unique().numel() < 2:
         raise DataError(
             f"the {len(images)} training images are all of one class: raise num_train_images"
@@ -46,9 +54,10 @@ def load_images(
     return to_gray(images) if n_channels == 1 else images
 
 
-def load_file_part(config: DataConfig, split: Split, image_hw: tuple[int, int]) -> ImageSet:
+def load_file_part(
+    config: DataConfig, part: Literal["train", "test"], image_hw: tuple[int, int]
+) -> ImageSet:
     """Load the files' test part, or their training part, which validation is cut from."""
-    part: Literal["train", "test"] = "test" if split == "test" else "train"
     if config.dataset == "folder":
         return load_folder(
             config.data_path,
