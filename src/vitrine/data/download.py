@@ -1,7 +1,8 @@
 """One file from the first of several mirrors that has it whole."""
 
 import hashlib
-import sys
+import queue
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from vitrine.errors import DataError, OutputError
 
-CONNECT_SECONDS, READ_SECONDS = 3.0, 20.0
+ANSWER_SECONDS, READ_SECONDS = 3.5, 20.0
 """How long a mirror may take to answer, and to send the next bytes."""
 BLOCK = 1 << 20
 
@@ -47,37 +48,64 @@ def fetch(urls: Sequence[str], target: Path, *, md5: str) -> Path:
 def receive(url: str, partial: Path) -> None:
     """Append to ``partial`` what it lacks of the file at ``url``."""
     have = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    timeout = (CONNECT_SECONDS, READ_SECONDS)
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+    with ask(url, start=have) as answer:
         if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
             return  # nothing is lacking; the checksum will tell
         answer.raise_for_status()
         resumed = answer.status_code == requests.codes.partial_content
         have = have if resumed else 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length and length.isdigit() else None
-        with partial.open("ab" if resumed else "wb") as file, progress_bar() as progress:
-            task = progress.add_task(
-                url.split("?")[0].rsplit("/", 1)[-1], total=total, completed=have
-            )
+        length = answer.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        with partial.open("ab" if resumed else "wb") as file, progress_bar(url) as progress:
+            task = progress.add_task(partial.stem, total=total, completed=have)
             for block in answer.iter_content(BLOCK):
                 file.write(block)
                 progress.advance(task, len(block))
     if total is not None and partial.stat().st_size < total:
-        raise requests.ConnectionError("cut off")
+        raise requests.exceptions.ChunkedEncodingError
 
 
-def progress_bar() -> Progress:
-    """Return a bar on standard error; where that is no terminal, one that stays silent."""
+def ask(url: str, *, start: int) -> requests.Response:
+    """Return the head of a mirror's answer, the file from byte ``start`` on to follow.
+
+    A name server that is silent, or many addresses that are, take longer than any timeout of
+    requests: so it asks in a thread, which is left to itself when the time is over.
+
+    Raises:
+        requests.RequestException: there is no answer in time, or none at all.
+    """
+    answers: queue.SimpleQueue[requests.Response | requests.RequestException] = queue.SimpleQueue()
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+
+    def get() -> None:
+        timeout = (ANSWER_SECONDS, READ_SECONDS)
+        try:
+            answers.put(requests.get(url, headers=headers, stream=True, timeout=timeout))
+        except requests.RequestException as error:
+            answers.put(error)
+
+    threading.Thread(target=get, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise requests.Timeout from None
+    if isinstance(answer, requests.RequestException):
+        raise answer
+    return answer
+
+
+def progress_bar(url: str) -> Progress:
+    """Return a bar on standard error; where that is no terminal, one line says what comes."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"downloading {url}", markup=False, highlight=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
     )
-    return Progress(*columns, console=console, disable=not sys.stderr.isatty())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def file_md5(path: Path) -> str:
@@ -92,4 +120,6 @@ def describe(error: requests.RequestException) -> str:
         return f"answered {error.response.status_code}"
     if isinstance(error, requests.Timeout):
         return "no answer in time"
-    return "cut off" if "cut off" in str(error) else "no connection"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "cut off"
+    return "no connection"

@@ -2,13 +2,15 @@
 
     data_path/train/CLASS/*  and  data_path/test/CLASS/*      or      data_path/CLASS/*
 
-Of one tree, a fixed tenth of each class is the test split: the pictures whose relative names have
-the lowest hashes, whatever the machine and the order of its listing.
+Beside train/ and test/ nothing is read, a val/ neither: validation is always cut from train/. Of
+one tree, a fixed tenth of each class is the test split (one picture at least, if the class has
+two): those whose relative names have the lowest hashes, whatever the machine and its listing.
 """
 
 import hashlib
 import logging
 import sys
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vitrine.data.images import ImageSet
-from vitrine.data.pictures import SUFFIXES, Fit, fit_picture, read_picture
+from vitrine.data.pictures import Fit, fit_picture, is_picture, read_picture
 from vitrine.errors import DataError, PictureError
 
 log = logging.getLogger("vitrine")
@@ -67,13 +69,13 @@ def list_split(
         raise DataError(
             f"{data_path}: no such folder; give --data_path with a folder for each class"
         )
-    two_trees = (data_path / "train").is_dir()
+    two_trees = bool(list_classes(data_path / "train"))
     root = data_path / "train" if two_trees else data_path
-    classes = tuple(sorted(path.name for path in root.iterdir() if is_class(path)))
+    classes = list_classes(root)
     if len(classes) < 2:
         raise DataError(
-            f"{root}: {len(classes)} folder(s) with pictures, but a classifier needs one for each "
-            "of at least 2 classes"
+            f"{root}: {len(classes)} folders with pictures in them, but a classifier needs one for "
+            "each of at least 2 classes"
         )
     if two_trees:
         tree = list_tree(data_path / which, classes)
@@ -81,7 +83,7 @@ def list_split(
     chosen = []
     for label, paths in enumerate(list_tree(root, classes)):
         ranked = sorted(paths, key=lambda path: name_hash(path.relative_to(root)))
-        n_test = max(1, round(len(paths) / 10))
+        n_test = min(len(paths) - 1, max(1, round(len(paths) / 10)))
         part = ranked[:n_test] if which == "test" else ranked[n_test:]
         chosen += [(path, label) for path in sorted(part)]
     return classes, chosen
@@ -93,7 +95,7 @@ def list_tree(root: Path, classes: Sequence[str]) -> list[list[Path]]:
         raise DataError(
             f"{root}: no such folder, but train/ is there beside it: make it, with classes"
         )
-    strange = sorted({path.name for path in root.iterdir() if is_class(path)} - set(classes))
+    strange = sorted(set(list_classes(root)) - set(classes))
     if strange:
         raise DataError(f"{root}: class {strange[0]!r} is not among the training classes")
     return [
@@ -101,19 +103,17 @@ def list_tree(root: Path, classes: Sequence[str]) -> list[list[Path]]:
     ]
 
 
-def is_class(path: Path) -> bool:
-    """Tell whether a folder holds pictures."""
-    return path.is_dir() and any(is_picture(inner) for inner in path.rglob("*"))
-
-
-def is_picture(path: Path) -> bool:
-    """Tell whether a file's name is a picture's; hidden files are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def list_classes(root: Path) -> tuple[str, ...]:
+    """Return the sorted names of the folders that hold pictures, hidden ones apart."""
+    folders = [path for path in root.glob("[!.]*") if path.is_dir()]
+    return tuple(
+        sorted(path.name for path in folders if any(is_picture(p) for p in path.rglob("*")))
+    )
 
 
 def name_hash(path: Path) -> bytes:
-    """Return a hash of a relative name, the same on every system."""
-    return hashlib.sha256(path.as_posix().encode()).digest()
+    """Return a hash of a relative name, the same on every system (some decompose accents)."""
+    return hashlib.sha256(unicodedata.normalize("NFC", path.as_posix()).encode()).digest()
 
 
 def decode(

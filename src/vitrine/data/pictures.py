@@ -2,7 +2,10 @@
 
 import glob
 import io
+import struct
+import threading
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,8 +25,37 @@ SUFFIXES = frozenset((
 ))  # fmt: skip
 """Endings that count as pictures when a folder is searched."""
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
-          AttributeError, MemoryError, OverflowError, RuntimeError)  # fmt: skip
+          AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
+          zlib.error)  # fmt: skip
 """What Pillow's decoders raise on damaged files, besides their own UnidentifiedImageError."""
+
+
+class Quiet:
+    """Silences Pillow's warnings of odd metadata and sizes, in any number of threads at once.
+
+    ``catch_warnings`` swaps a list that all threads share, so overlapping uses would restore it in
+    the wrong order: here the first to come swaps it and the last to go swaps it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.filters = warnings.catch_warnings()
+                self.filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.filters.__exit__(None, None, None)
+
+
+quiet = Quiet()
 
 
 def read_picture(
@@ -31,16 +63,15 @@ def read_picture(
 ) -> np.ndarray:
     """Return the picture as RGB bytes (H, W, 3), upright, its first frame, over ``background``.
 
-    Gray, palette, 1-bit, CMYK, alpha and 16-bit pictures become RGB; 16-bit and floating-point ones
-    are scaled from their full range (65,535; or their own smallest and largest value) to 255.
+    Gray, palette, 1-bit, CMYK, alpha, 16-bit and floating-point pictures all become RGB; how wide
+    values are brought to bytes is told at ``scale_to_bytes``.
 
     Raises:
         PictureError: it is not a picture, is damaged, or has more than MAX_PIXELS pixels.
     """
     name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels are fine
+        with quiet:
             if isinstance(source, Image.Image):
                 return to_rgb(source, name, background)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -61,7 +92,8 @@ def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> n
         raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
     if width * height == 0:
         raise PictureError(f"{name}: it has no pixels")
-    image.seek(0) if getattr(image, "is_animated", False) else None
+    if getattr(image, "is_animated", False):
+        image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(scale_to_bytes(np.asarray(image))[:, :, None], 3, axis=2)
@@ -72,14 +104,22 @@ def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> n
 
 
 def scale_to_bytes(values_HW: np.ndarray) -> np.ndarray:
-    """Scale 16-bit or wider gray values to bytes."""
-    wide_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = 0.0, 65_535.0
-    if values_HW.dtype != np.uint16 and not 255 < wide_HW.max() <= high:
-        low, high = wide_HW.min(), wide_HW.max()
-    if high <= low:
-        return np.full(values_HW.shape, np.uint8(np.clip(low, 0, 255)))
-    return (np.clip((wide_HW - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    """Scale gray values that are wider than bytes.
+
+    Whole numbers count to 65,535; floating-point ones to 1, 255 or 65,535, whichever is the first
+    to hold them all. Values that none of these holds run from their own lowest to their highest.
+    What is not finite counts as 0.
+    """
+    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
+        wide_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = wide_HW.min(), wide_HW.max()
+    for top in (1.0, 255.0, 65_535.0) if values_HW.dtype.kind == "f" else (65_535.0,):
+        if low >= 0 and high <= top:
+            low, high = 0.0, top
+            break
+    wide_HW -= low
+    wide_HW *= 255 / (high - low or 1.0)
+    return wide_HW.round().astype(np.uint8)
 
 
 def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.ndarray:
@@ -92,10 +132,15 @@ def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.n
         return rgb_HWC
     image, resampling = Image.fromarray(rgb_HWC), Image.Resampling.BILINEAR
     if fit == "crop":
-        return np.asarray(ImageOps.fit(image, (width, height), resampling))
+        return np.array(ImageOps.fit(image, (width, height), resampling))
     if fit == "pad":
-        return np.asarray(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
-    return np.asarray(image.resize((width, height), resampling))
+        return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
+    return np.array(image.resize((width, height), resampling))
+
+
+def is_picture(path: Path) -> bool:
+    """Tell whether a file's name is a picture's; hidden files are not."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def find_pictures(words: Sequence[str]) -> list[Path]:
@@ -106,18 +151,23 @@ def find_pictures(words: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for word in words:
-        path = Path(word)
-        if path.is_dir():
-            paths = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-            )
-        elif path.exists():
-            paths = [path]
-        else:
-            matches = glob.glob(word, recursive=True)  # noqa: PTH207 (absolute and relative alike)
-            paths = sorted(match for match in map(Path, matches) if match.is_file())
+        try:
+            paths = find_word(word)
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise PictureError(f"{word:.200}: {error.strerror}") from error
         if not paths:
-            kind = "no picture in this folder" if path.is_dir() else "no such picture"
+            kind = "no picture in this folder" if Path(word).is_dir() else "no such picture"
             raise PictureError(f"{word}: {kind}")
         found += paths
     return found
+
+
+def find_word(word: str) -> list[Path]:
+    """Return the files that one word stands for."""
+    path = Path(word)
+    if path.is_dir():
+        return sorted(inner for inner in path.rglob("*") if is_picture(inner))
+    if path.exists():
+        return [path]
+    matches = map(Path, glob.glob(word, recursive=True))  # noqa: PTH207 (absolute and relative alike)
+    return sorted(match for match in matches if match.is_file())

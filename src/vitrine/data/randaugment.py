@@ -1,7 +1,9 @@
 """RandAugment on whole batches of bytes: each image draws its own operations.
 
 Every operation is a function ``(raw_BCHW, strength_B) -> raw_BCHW`` on uint8, with Pillow's
-arithmetic, so that the results are Pillow's to the byte; the strengths are torchvision's.
+arithmetic, so that the results are Pillow's to the byte; the strengths are torchvision's. They lie
+on the CPU as float64, and only whole numbers and float32 go to the images' device: not every device
+has float64, and so all of them see the same pictures.
 
 Source: Cubuk et al. 2020, arXiv:1909.13719.
 """
@@ -22,10 +24,7 @@ FIXED = 1 << 16
 def rand_augment(
     raw_BCHW: Tensor, generator: torch.Generator, n_ops: int, magnitude: int
 ) -> Tensor:
-    """Apply ``n_ops`` operations to each image, each drawn uniformly, at ``magnitude`` (0 to 30).
-
-    Draws come from the CPU generator whatever the device of the images.
-    """
+    """Apply to each image ``n_ops`` operations, drawn uniformly, at ``magnitude`` (0 to 30)."""
     raw_BCHW = raw_BCHW.clone()
     side_hw = (raw_BCHW.shape[-2], raw_BCHW.shape[-1])
     for _ in range(n_ops):
@@ -38,7 +37,7 @@ def rand_augment(
             value, signed = strength(name, magnitude, side_hw)
             strength_B = value * (sign_B[chosen] if signed else torch.ones(len(chosen))).double()
             chosen = chosen.to(raw_BCHW.device)
-            raw_BCHW[chosen] = operation(raw_BCHW[chosen], strength_B.to(raw_BCHW.device))
+            raw_BCHW[chosen] = operation(raw_BCHW[chosen], strength_B)
     return raw_BCHW
 
 
@@ -48,11 +47,10 @@ def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float
     In slope (shear), pixels (translate), degrees (rotate), factor - 1 (brightness, color, contrast,
     sharpness), bits kept (posterize), first byte inverted (solarize).
     """
-    share = magnitude / (BINS - 1)
     if name == "Posterize":
-        return 8.0 - round(4 * share), False
+        return 8.0 - round(magnitude / (BINS - 1) * 4), False
     if name == "Solarize":
-        return 255.0 * (1 - share), False
+        return torch.linspace(255, 0, BINS)[magnitude].item(), False
     highest = {
         "ShearX": 0.3,
         "ShearY": 0.3,
@@ -61,7 +59,8 @@ def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float
         "Rotate": 30.0,
         **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9),
     }
-    return highest.get(name, 0.0) * share, name in highest
+    value = torch.linspace(0, highest.get(name, 0.0), BINS)[magnitude].item()
+    return value, name in highest
 
 
 def identity(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
@@ -143,9 +142,10 @@ def color(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
 
 def contrast(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
     """Blend with the mean gray of the image."""
-    gray_B1HW = gray(raw_BCHW).double()
-    mean_B111 = (gray_B1HW.mean(dim=(2, 3), keepdim=True) + 0.5).floor().to(torch.uint8)
-    return blend(mean_B111.expand_as(raw_BCHW), raw_BCHW, change_B)
+    gray_B1HW = gray(raw_BCHW).int()
+    sum_B111, count = gray_B1HW.sum(dim=(2, 3), keepdim=True), gray_B1HW[0].numel()
+    mean_B111 = (2 * sum_B111 + count) // (2 * count)
+    return blend(mean_B111.to(torch.uint8).expand_as(raw_BCHW), raw_BCHW, change_B)
 
 
 def sharpness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
@@ -162,32 +162,33 @@ def sharpness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
 def posterize(raw_BCHW: Tensor, bits_B: Tensor) -> Tensor:
     """Keep the highest bits of every byte."""
     mask_B = 256 - 2 ** (8 - bits_B.long())
-    return raw_BCHW & mask_B.to(torch.uint8).view(-1, 1, 1, 1)
+    return raw_BCHW & mask_B.to(torch.uint8).view(-1, 1, 1, 1).to(raw_BCHW.device)
 
 
 def solarize(raw_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
     """Invert the bytes from a threshold on."""
-    return torch.where(raw_BCHW < threshold_B.view(-1, 1, 1, 1), raw_BCHW, 255 - raw_BCHW)
+    threshold_B111 = threshold_B.float().view(-1, 1, 1, 1).to(raw_BCHW.device)
+    return torch.where(raw_BCHW < threshold_B111, raw_BCHW, 255 - raw_BCHW)
 
 
 def auto_contrast(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
     """Stretch each channel to run from 0 to 255."""
     pixels_BCN = raw_BCHW.flatten(2)
-    low_BC1 = pixels_BCN.amin(2, keepdim=True).double()
-    high_BC1 = pixels_BCN.amax(2, keepdim=True).double()
-    scale_BC1 = 255.0 / (high_BC1 - low_BC1)
-    bytes_256 = torch.arange(256, device=raw_BCHW.device, dtype=torch.float64)
-    table_BC256 = (bytes_256 * scale_BC1 - low_BC1 * scale_BC1).trunc().clamp(0, 255)
-    flat_BC1 = high_BC1 <= low_BC1
-    return look_up(raw_BCHW, torch.where(flat_BC1, bytes_256, table_BC256))
+    low_BC1 = pixels_BCN.amin(2, keepdim=True).cpu().double()
+    high_BC1 = pixels_BCN.amax(2, keepdim=True).cpu().double()
+    # A tensor divided by a tensor is rounded once; a number divided by one is not.
+    scale_BC1 = torch.full_like(low_BC1, 255) / (high_BC1 - low_BC1)
+    bytes_256 = torch.arange(256, dtype=torch.float64)
+    table_BC256 = (bytes_256 * scale_BC1 - low_BC1 * scale_BC1).clamp(0, 255)
+    return look_up(raw_BCHW, torch.where(high_BC1 <= low_BC1, bytes_256, table_BC256))
 
 
 def equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
     """Give every channel a flat histogram."""
     B, C, H, W = raw_BCHW.shape
     pixels_BCN = raw_BCHW.flatten(2).long()
-    counts_BC256 = torch.zeros(B, C, 256, dtype=torch.int64, device=raw_BCHW.device)
-    counts_BC256.scatter_add_(2, pixels_BCN, torch.ones_like(pixels_BCN))
+    counts_BC256 = torch.zeros(B, C, 256, dtype=torch.int32, device=raw_BCHW.device)
+    counts_BC256.scatter_add_(2, pixels_BCN, torch.ones_like(pixels_BCN, dtype=torch.int32))
     last_BC1 = counts_BC256.gather(2, pixels_BCN.amax(2, keepdim=True))
     step_BC1 = (H * W - last_BC1) // 255
     below_BC256 = counts_BC256.cumsum(2) - counts_BC256
@@ -198,13 +199,13 @@ def equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
 
 def look_up(raw_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
     """Replace every byte by its entry in the table of its image and channel."""
-    indices_BCN = raw_BCHW.flatten(2).long()
-    return table_BC256.to(torch.uint8).gather(2, indices_BCN).view_as(raw_BCHW)
+    table_BC256 = table_BC256.to(torch.uint8).to(raw_BCHW.device)
+    return table_BC256.gather(2, raw_BCHW.flatten(2).long()).view_as(raw_BCHW)
 
 
 def blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
     """Go from one image to the other by 1 + change, beyond it where that is above 1."""
-    factor_B111 = (1 + change_B).float().view(-1, 1, 1, 1)
+    factor_B111 = (1 + change_B).float().view(-1, 1, 1, 1).to(from_BCHW.device)
     start_BCHW = from_BCHW.float()
     mixed_BCHW = start_BCHW + factor_B111 * (to_BCHW.float() - start_BCHW)
     return mixed_BCHW.clamp(0, 255).to(torch.uint8)

@@ -24,15 +24,18 @@ def split_indices(labels_B: Tensor, validation_images: int | None) -> tuple[Tens
         raise ConfigError(
             f"validation_images is {wanted}, but there are {total} training images: give fewer"
         )
-    generator = rng.generator(SPLIT_SEED, "split")
-    # Rank each image within its class, in a fixed random order; the lowest ranks are validation.
-    order_B = torch.randperm(total, generator=generator)
-    rank_B = torch.empty(total, dtype=torch.float64)
-    for label in labels_B.unique():
-        members = order_B[labels_B[order_B] == label]
-        rank_B[members] = (torch.arange(len(members)) + 0.5).double() / len(members)
-    # Equal ranks of different classes are taken in the random order: a stable sort keeps it.
-    chosen = order_B[rank_B[order_B].sort(stable=True).indices[:wanted]]
-    validation = torch.zeros(total, dtype=torch.bool)
-    validation[chosen] = True
-    return (~validation).nonzero().flatten(), validation.nonzero().flatten()
+    order_B = torch.randperm(total, generator=rng.generator(SPLIT_SEED, "split"))
+    validation_B = torch.zeros(total, dtype=torch.bool)
+    for label, share in zip(*class_shares(labels_B, wanted), strict=True):
+        validation_B[order_B[labels_B[order_B] == label][:share]] = True
+    return (~validation_B).nonzero().flatten(), validation_B.nonzero().flatten()
+
+
+def class_shares(labels_B: Tensor, wanted: int) -> tuple[list[int], list[int]]:
+    """Return the classes, and how many images each gives so that together they give ``wanted``."""
+    labels, counts = labels_B.unique(return_counts=True)
+    # Each its whole part of the exact share; what is left goes to the largest fractions.
+    shares, remainders = counts * wanted // len(labels_B), counts * wanted % len(labels_B)
+    left = wanted - int(shares.sum())
+    shares[remainders.sort(descending=True, stable=True).indices[:left]] += 1
+    return labels.tolist(), shares.tolist()

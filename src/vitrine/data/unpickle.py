@@ -8,23 +8,34 @@ import numpy as np
 
 from vitrine.errors import DataError
 
-ALLOWED = {
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
+
+def encode_latin1(text: str, encoding: str) -> bytes:
+    """Make bytes of text, as Python 3 writes bytes in the protocols of Python 2."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode(encoding)
+
+
+RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
+FROM_BUFFER: Any = np.empty(0).__reduce_ex__(5)[0]
+"""What NumPy itself writes into a pickle to make the array again, up to protocol 4 and from 5."""
+ALLOWED: dict[str, Any] = {
+    "numpy.dtype": np.dtype,
+    "numpy.ndarray": np.ndarray,
+    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy.core.numeric._frombuffer": FROM_BUFFER,
+    "numpy._core.numeric._frombuffer": FROM_BUFFER,
+    "_codecs.encode": encode_latin1,
 }
-"""What a pickled array of numbers is made with; encode turns text into bytes, no more."""
-
-
+"""What pickled arrays are made with, by NumPy 1 (``core``) and 2 (``_core``)."""
 BROKEN = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError,
-          ImportError, OverflowError, MemoryError)  # fmt: skip
+          OverflowError, MemoryError)  # fmt: skip
 """What the unpickler raises on damaged pickles."""
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Refuses every global that an array is not made with."""
+    """Refuses every global that an array is not made with; nothing is ever imported."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return an allowed global.
@@ -32,9 +43,9 @@ class ArrayUnpickler(pickle.Unpickler):
         Raises:
             DataError: it is another one.
         """
-        if (module, name) not in ALLOWED:
+        if f"{module}.{name}" not in ALLOWED:
             raise DataError(f"it would run {module}.{name}, which no data file needs")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return ALLOWED[f"{module}.{name}"]
 
 
 def load_arrays(content: bytes, where: str) -> Any:
@@ -44,18 +55,8 @@ def load_arrays(content: bytes, where: str) -> Any:
         DataError: it is damaged, or would run code.
     """
     try:
-        loaded = ArrayUnpickler(BytesIO(content), encoding="latin1").load()
+        return ArrayUnpickler(BytesIO(content), encoding="latin1").load()
     except DataError as error:
         raise DataError(f"{where}: refused: {error}") from error
     except BROKEN as error:
         raise DataError(f"{where}: damaged: not a whole pickle ({type(error).__name__})") from error
-    if any(
-        isinstance(value, np.ndarray) and value.dtype.hasobject for value in plain_values(loaded)
-    ):
-        raise DataError(f"{where}: refused: an array of objects, not of numbers")
-    return loaded
-
-
-def plain_values(loaded: Any) -> list[Any]:
-    """Return the values of a dictionary, or nothing."""
-    return list(loaded.values()) if isinstance(loaded, dict) else []

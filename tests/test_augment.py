@@ -1,0 +1,141 @@
+"""Crop, flip, erasing, mixup, cutmix; and batches as a function of the step."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrine import rng
+from vitrine.config import AugmentConfig
+from vitrine.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
+from vitrine.data.batches import Batches
+from vitrine.data.images import ImageSet, normalise
+from vitrine.errors import DataError
+
+
+def numbered(count: int, height: int = 9, width: int = 13) -> Tensor:
+    """Images of bytes that are all different within an image, and never 0."""
+    size = 3 * height * width
+    plain = torch.arange(size).remainder(251).add(1).to(torch.uint8).view(3, height, width)
+    return plain.expand(count, -1, -1, -1).contiguous()
+
+
+def generator() -> torch.Generator:
+    return rng.generator(7, "augment")
+
+
+def test_a_crop_is_a_window_of_the_padded_image() -> None:
+    raw_BCHW = numbered(61)
+    padded_BCHW = torch.nn.functional.pad(raw_BCHW, (3, 3, 3, 3))
+    windows = [padded_BCHW[0, :, y : y + 9, x : x + 13] for y in range(7) for x in range(7)]
+    seen = set()
+    for image in random_crop(raw_BCHW, generator(), 3):
+        matches = [i for i, window in enumerate(windows) if torch.equal(image, window)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) > 25
+
+
+def test_a_flip_mirrors_about_half_of_the_images() -> None:
+    raw_BCHW = numbered(401)
+    flipped_BCHW = random_flip(raw_BCHW, generator())
+    mirrored_B = (flipped_BCHW == raw_BCHW.flip(3)).flatten(1).all(1)
+    kept_B = (flipped_BCHW == raw_BCHW).flatten(1).all(1)
+    assert (mirrored_B ^ kept_B).all()
+    assert 150 < mirrored_B.sum() < 250
+
+
+def test_erasing_overwrites_a_rectangle_of_the_share_asked_for() -> None:
+    raw_BCHW = torch.zeros(503, 3, 31, 37, dtype=torch.uint8)
+    erased_BHW = random_erasing(raw_BCHW, generator(), 0.25).amax(1) > 0
+    areas_B = erased_BHW.flatten(1).float().mean(1)
+    assert 0.2 < (areas_B > 0).float().mean() < 0.3
+    assert 0.1 < areas_B[areas_B > 0].mean() < 0.25
+    assert areas_B.max() < 0.4
+    for mask_HW in erased_BHW[areas_B > 0][:20]:
+        rows, columns = mask_HW.any(1), mask_HW.any(0)
+        assert mask_HW[rows][:, columns].float().mean() > 0.95  # noise may hold a black pixel
+
+
+def test_mixup_mixes_images_and_targets_in_the_same_shares() -> None:
+    targets_BY = torch.eye(11)
+    images_BCHW = targets_BY[:, None, None].expand(11, 3, 5, 11).contiguous()
+    mixed_BCHW, mixed_BY = mixup(images_BCHW, targets_BY, generator(), 0.8)
+    torch.testing.assert_close(mixed_BCHW[:, 0, 0], mixed_BY)
+    torch.testing.assert_close(mixed_BY.sum(1), torch.ones(11))
+    assert mixed_BY.max() < 1
+
+
+def test_cutmix_mixes_targets_by_the_area_pasted() -> None:
+    targets_BY = torch.eye(11)
+    images_BCHW = torch.arange(11.0).view(11, 1, 1, 1).expand(11, 3, 15, 17)
+    for seed in range(20):
+        generator_ = rng.generator(seed, "augment")
+        mixed_BCHW, mixed_BY = cutmix(images_BCHW, targets_BY, generator_, 1.0)
+        for index in range(11):
+            own = (mixed_BCHW[index, 0] == index).float().mean()
+            assert mixed_BY[index, index] == pytest.approx(own.item(), abs=1e-5)
+
+
+def batches(config: AugmentConfig, count: int = 23, batch_size: int = 5) -> Batches:
+    raw_BCHW = numbered(count) // 2 + torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    images = ImageSet(raw_BCHW, torch.arange(count) % 3, ("a", "b", "c"))
+    return Batches(
+        images, config, batch_size=batch_size, seed=3, device=torch.device("cpu"),
+        mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
+    )  # fmt: skip
+
+
+PLAIN = AugmentConfig(crop_padding=0, flip=False)
+
+
+def test_an_epoch_visits_every_image_once() -> None:
+    made = batches(PLAIN)
+    assert made.steps_per_epoch == 5
+    first = torch.cat([made(step).images_BCHW for step in range(5)])
+    second = torch.cat([made(step).images_BCHW for step in range(5, 10)])
+    assert len(first) == 23
+    assert len(first.flatten(1).unique(dim=0)) == 23
+    assert torch.equal(first.flatten(1).unique(dim=0), second.flatten(1).unique(dim=0))
+    assert not torch.equal(first, second)
+
+
+def test_a_batch_depends_on_the_step_alone() -> None:
+    config = AugmentConfig(randaugment_ops=1, random_erasing=0.5, mixup=0.3, cutmix=0.3)
+    walked, alone = batches(config), batches(config)
+    seen = [walked(step) for step in range(12)]
+    for step in (11, 3, 7):
+        for one, other in zip(seen[step], alone(step), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_padding": 2}, {"flip": True}, {"randaugment_ops": 2}, {"random_erasing": 1.0},
+        {"mixup": 1.0}, {"cutmix": 1.0}, {"randaugment_ops": 2, "randaugment_magnitude": 25},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_setting_changes_the_batch(change: dict[str, float]) -> None:
+    plain = batches(PLAIN)(0)
+    changed = batches(dataclasses.replace(PLAIN, **change))(0)  # type: ignore[arg-type]
+    assert not torch.equal(plain.images_BCHW, changed.images_BCHW)
+    assert torch.equal(plain.labels_B, changed.labels_B)
+
+
+def test_images_are_normalised_and_targets_one_hot() -> None:
+    raw_BCHW = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    images_BCHW = normalise(raw_BCHW, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    torch.testing.assert_close(images_BCHW.flatten(), torch.tensor([-2.0, -1.0, 1.0]))
+    gray_BCHW = normalise(raw_BCHW[:, 1:2], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    torch.testing.assert_close(gray_BCHW.flatten(), torch.tensor([-1.0]))
+    batch = batches(PLAIN)(1)
+    assert torch.equal(batch.targets_BY.argmax(1), batch.labels_B)
+    assert torch.equal(batch.targets_BY.sum(1), torch.ones(5))
+
+
+def test_no_images_is_refused() -> None:
+    with pytest.raises(DataError, match="no images to train on"):
+        batches(PLAIN, count=0)

@@ -1,0 +1,243 @@
+"""Any picture -> RGB bytes."""
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vitrine.data import pictures
+from vitrine.data.pictures import find_pictures, fit_picture, read_picture
+from vitrine.errors import PictureError
+
+RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
+GRAY = RGB[:, :, 0]
+
+
+def encoded(image: Image.Image, format: str = "PNG", **settings: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return file.getvalue()
+
+
+def gray_of(values: np.ndarray, format: str = "PNG") -> list[list[int]]:
+    """What one channel of a picture with these values is read as."""
+    rgb_HWC = read_picture(encoded(Image.fromarray(values), format))
+    assert (rgb_HWC == rgb_HWC[:, :, :1]).all()
+    return rgb_HWC[:, :, 0].tolist()
+
+
+def test_reads_files_by_name_by_content_and_opened(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(encoded(Image.fromarray(RGB)))
+    for source in (path, str(path), path.read_bytes(), Image.fromarray(RGB)):
+        rgb_HWC = read_picture(source)
+        assert rgb_HWC.dtype == np.uint8
+        assert np.array_equal(rgb_HWC, RGB)
+
+
+def test_reads_gray_one_bit_and_palette() -> None:
+    assert gray_of(GRAY) == GRAY.tolist()
+    assert gray_of(GRAY > 99) == ((GRAY > 99) * 255).tolist()
+    palette = Image.fromarray(RGB).quantize(13)
+    assert np.array_equal(read_picture(encoded(palette)), np.array(palette.convert("RGB")))
+
+
+def test_reads_16_bits_from_their_full_range() -> None:
+    deep = np.array([[0, 257, 128 * 257], [12_850, 65_278, 65_535]], dtype=np.uint16)
+    assert gray_of(deep) == [[0, 1, 128], [50, 254, 255]]
+    assert gray_of(deep.astype(np.int32), "TIFF") == [[0, 1, 128], [50, 254, 255]]
+    assert gray_of(deep // 1000) == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        ([0.0, 0.2, 1.0], [0, 51, 255]),
+        ([0.5, 0.5, 0.5], [128, 128, 128]),
+        ([0.0, 51.0, 200.0], [0, 51, 200]),
+        ([0.0, 257.0, 25_700.0], [0, 1, 100]),
+        ([-2.0, 0.0, 8.0], [0, 51, 255]),
+        ([-7.0, -7.0, -7.0], [0, 0, 0]),
+        ([np.nan, np.inf, 1.0], [0, 0, 255]),
+    ],
+)
+def test_reads_floating_point_by_the_range_that_holds_it(
+    values: list[float], read: list[int]
+) -> None:
+    assert gray_of(np.array([values], dtype=np.float32), "TIFF") == [read]
+
+
+def test_reads_every_kind_of_nan() -> None:
+    signalling = np.array([[0x7F80_0001, 0x3F80_0000]], dtype=np.uint32).view(np.float32)
+    assert gray_of(signalling, "TIFF") == [[0, 255]]
+
+
+def test_lays_alpha_over_the_ground() -> None:
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0, :, 0], rgba[0, :, 3] = 200, (0, 102, 255)
+    assert read_picture(encoded(Image.fromarray(rgba)))[0].tolist() == [
+        [255, 255, 255],
+        [233, 153, 153],
+        [200, 0, 0],
+    ]
+    over_blue = read_picture(encoded(Image.fromarray(rgba)), background=(0, 0, 250))
+    assert over_blue[0].tolist() == [[0, 0, 250], [80, 0, 150], [200, 0, 0]]
+    gray_alpha = Image.fromarray(rgba).convert("LA")
+    assert read_picture(gray_alpha, background=(1, 2, 3))[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
+def test_lays_a_palette_with_transparency_over_the_ground(transparency: int | bytes) -> None:
+    palette = Image.fromarray(np.array([[0, 1, 0]], dtype=np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    content = encoded(palette, transparency=transparency)
+    row = read_picture(content, background=(7, 8, 9))[0].tolist()
+    assert row == [[10, 20, 30], [7, 8, 9], [10, 20, 30]]
+
+
+def test_reads_cmyk() -> None:
+    cmyk = Image.new("CMYK", (5, 3), (255, 0, 0, 0))
+    assert read_picture(encoded(cmyk, "TIFF"))[1, 2].tolist() == [0, 255, 255]
+    red, green, blue = read_picture(encoded(cmyk, "JPEG"))[1, 2].tolist()
+    assert red < 5
+    assert min(green, blue) > 250
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_turns_upright(orientation: int, turns: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(
+        read_picture(encoded(Image.fromarray(RGB), exif=exif)), np.rot90(RGB, turns)
+    )
+    rgba = Image.fromarray(np.dstack([RGB, np.where(GRAY > 99, 255, 0).astype(np.uint8)]))
+    expected = np.where(GRAY[:, :, None] > 99, RGB, 255)
+    assert np.array_equal(read_picture(encoded(rgba, exif=exif)), np.rot90(expected, turns))
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_takes_the_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (7, 5), (level, level, level)) for level in (40, 140, 240)]
+    content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert abs(int(read_picture(content)[2, 3, 1]) - 40) < 4
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.seek(2)
+        assert abs(int(read_picture(opened)[2, 3, 1]) - 40) < 4
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_refuses_every_cut_in_one_line_with_the_name(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "cat.xyz"
+    whole = encoded(Image.fromarray(RGB), format)
+    for length in (0, 1, 13, len(whole) // 2, len(whole) * 3 // 4):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PictureError) as refused:
+            read_picture(path)
+        assert str(refused.value).startswith(f"{path}: ")
+        assert "\n" not in str(refused.value)
+
+
+def test_refuses_what_is_not_there_or_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    with pytest.raises(PictureError, match=r"notes\.png: not a picture that can be read$"):
+        read_picture(tmp_path / "notes.png")
+    with pytest.raises(PictureError, match=r"none\.png: cannot be read: No such file"):
+        read_picture(tmp_path / "none.png")
+    with pytest.raises(PictureError, match=r"cannot be read: Is a directory"):
+        read_picture(tmp_path)
+
+
+@pytest.mark.parametrize("side", [10_001, 20_011])
+def test_refuses_a_bomb_before_it_is_decoded(side: int, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pbm"
+    path.write_bytes(f"P4 {side} {side}\n".encode())
+    bound = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(PictureError, match=r"bomb\.pbm: .*more than 100,000,000"):
+        read_picture(path)
+    assert bound == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillow_never_warns_even_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # RGB has more, so that Pillow warns
+    content = encoded(Image.fromarray(RGB))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(7) as pool:
+        read = list(pool.map(read_picture, [content] * 300))
+    assert all(np.array_equal(rgb_HWC, RGB) for rgb_HWC in read)
+    assert warnings.filters == before
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.integers(1, 23), st.integers(1, 23)),
+    st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"]),
+    st.sampled_from(["crop", "pad", "squash"]),
+)
+def test_every_mode_and_size_becomes_the_wanted_size(
+    size: tuple[int, int], size_hw: tuple[int, int], mode: str, fit: pictures.Fit
+) -> None:
+    rgb_HWC = read_picture(Image.new(mode, size))
+    assert rgb_HWC.shape == (size[1], size[0], 3)
+    fitted_HWC = fit_picture(rgb_HWC, size_hw, fit)
+    assert fitted_HWC.shape == (*size_hw, 3)
+    assert fitted_HWC.dtype == rgb_HWC.dtype == np.uint8
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_what_fits_stays_as_it_is(fit: pictures.Fit) -> None:
+    assert np.array_equal(fit_picture(RGB, (11, 17), fit), RGB)
+
+
+def test_crops_pads_and_squashes() -> None:
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, :10], wide[:, 10:20], wide[:, 20:] = 60, 150, 240
+    assert (fit_picture(wide, (10, 10), "crop") == 150).all()
+    assert (fit_picture(wide, (5, 5), "crop")[:, 1:4] == 150).all()
+    padded = fit_picture(wide, (30, 30), "pad")
+    assert np.array_equal(padded[10:20], wide)
+    assert not padded[:10].any()
+    assert not padded[20:].any()
+    left, middle, right = fit_picture(wide, (7, 3), "squash")[3, :, 1].tolist()
+    assert 60 < left < middle == 150 < right == 300 - left
+
+
+def test_scaling_is_pillows_antialiased_bilinear() -> None:
+    expected = Image.fromarray(RGB).resize((5, 3), Image.Resampling.BILINEAR)
+    assert np.array_equal(fit_picture(RGB, (3, 5), "squash"), np.array(expected))
+    stripes = np.tile(np.array([0, 255], dtype=np.uint8)[None, :, None], (24, 12, 3))
+    assert np.ptp(fit_picture(stripes, (4, 4), "squash")[:, 1:3].astype(int)) < 9
+
+
+def test_finds_files_folders_and_globs(tmp_path: Path) -> None:
+    names = ["b.JPG", "a.png", "in/side/c.webp", "notes.txt", ".hidden.png", "odd[1].png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*words: str) -> list[str]:
+        paths = find_pictures([str(tmp_path / word) for word in words])
+        return [path.relative_to(tmp_path).as_posix() for path in paths]
+
+    assert found("") == ["a.png", "b.JPG", "in/side/c.webp", "odd[1].png"]
+    assert found("notes.txt", "a.png") == ["notes.txt", "a.png"]
+    assert found("odd[1].png") == ["odd[1].png"]
+    assert found("*.png") == ["a.png", "odd[1].png"]
+    assert found("**/*.webp", "?.JPG") == ["in/side/c.webp", "b.JPG"]
+
+
+def test_names_the_word_that_stands_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PictureError, match=r"cat\.png: no such picture$"):
+        find_pictures([str(tmp_path / "cat.png")])
+    with pytest.raises(PictureError, match=r"\*\.gif: no such picture$"):
+        find_pictures([str(tmp_path / "*.gif")])
+    with pytest.raises(PictureError, match=r"empty: no picture in this folder$"):
+        find_pictures([str(tmp_path / "empty")])
+    with pytest.raises(PictureError, match=r"^x{200}: File name too long$"):
+        find_pictures(["x" * 999])

@@ -1,0 +1,104 @@
+"""The drawn shapes: the same bytes everywhere, exact masks, and not solvable by anything simple."""
+
+import hashlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vitrine.data.images import ImageSet
+from vitrine.data.shapes import draw_shapes, load_shapes
+
+DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
+"""SHA-256 of the bytes and masks of 70 images of seed 3, on every platform."""
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ImageSet:
+    return load_shapes("train").first(4000)
+
+
+@pytest.fixture(scope="module")
+def unseen() -> ImageSet:
+    return load_shapes("test").first(1000)
+
+
+def accuracy_of_ridge(train: torch.Tensor, test: torch.Tensor, sets: list[ImageSet]) -> float:
+    """Test accuracy of the linear classifier of least squared error, mildly held back."""
+    train, test = (F.pad(x, (0, 1), value=1.0) for x in (train, test))
+    targets_BY = F.one_hot(sets[0].labels_B).float() - 0.1
+    penalty = 3 * train.shape[0] ** 0.5 * torch.eye(train.shape[1])
+    weights = torch.linalg.solve(train.T @ train + penalty, train.T @ targets_BY)
+    return float(((test @ weights).argmax(1) == sets[1].labels_B).float().mean())
+
+
+def test_a_seed_gives_the_same_bytes_everywhere() -> None:
+    drawn = draw_shapes(70, seed=3)
+    assert drawn.masks_BHW is not None
+    digest = hashlib.sha256(drawn.raw_BCHW.numpy().tobytes())
+    digest.update(drawn.masks_BHW.numpy().tobytes())
+    assert digest.hexdigest() == DIGEST
+
+
+def test_an_image_depends_on_its_seed_and_number_alone() -> None:
+    many, few = draw_shapes(613, seed=3), draw_shapes(517, seed=3)
+    assert torch.equal(many.raw_BCHW[:517], few.raw_BCHW)
+    assert len(many.raw_BCHW.flatten(1).unique(dim=0)) == 613
+    assert not torch.equal(draw_shapes(13, seed=4).raw_BCHW, few.raw_BCHW[:13])
+
+
+def test_the_splits_are_bytes_balanced_and_apart() -> None:
+    train, test = load_shapes("train"), load_shapes("test")
+    assert train.raw_BCHW.shape == (10_000, 3, 32, 32)
+    assert test.raw_BCHW.shape == (2_000, 3, 32, 32)
+    assert train.raw_BCHW.dtype == torch.uint8
+    assert train.labels_B.bincount().tolist() == [1000] * 10
+    assert len(set(train.classes)) == 10
+    both = torch.cat([train.raw_BCHW, test.raw_BCHW])[:, :, 16].flatten(1)
+    assert len(both.unique(dim=0)) == 12_000
+
+
+def test_masks_are_one_object_of_a_fitting_size(shapes: ImageSet) -> None:
+    masks_BHW = shapes.masks_BHW
+    assert masks_BHW is not None
+    assert masks_BHW.dtype == torch.bool
+    for along in (1, 2):
+        extent_B = masks_BHW.any(along).sum(1)
+        assert extent_B.min() >= 3
+        assert extent_B.max() <= 25
+    share_B = masks_BHW.flatten(1).float().mean(1)
+    assert share_B.min() > 0.03
+    assert share_B.max() < 0.45
+
+
+def test_an_object_differs_from_the_ground_beside_it(shapes: ImageSet) -> None:
+    assert shapes.masks_BHW is not None
+    mask_B1HW = shapes.masks_BHW[:, None].float()
+    beside_B1HW = F.max_pool2d(mask_B1HW, 5, stride=1, padding=2) - mask_B1HW
+    raw_BCHW = shapes.raw_BCHW.float()
+
+    def mean_colour(weight_B1HW: torch.Tensor) -> torch.Tensor:
+        return (raw_BCHW * weight_B1HW).sum((2, 3)) / weight_B1HW.sum((2, 3))
+
+    contrast_B = (mean_colour(mask_B1HW) - mean_colour(beside_B1HW)).abs().sum(1)
+    assert contrast_B.quantile(0.01) > 60
+
+
+def test_pixels_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
+    sets = [shapes, unseen]
+    pixels = [s.raw_BCHW.float().flatten(1) / 128 - 1 for s in sets]
+    assert accuracy_of_ridge(*pixels, sets) < 0.45
+
+
+def test_colours_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
+    colours, unseen_colours = (s.raw_BCHW.float().mean((2, 3)) for s in (shapes, unseen))
+    nearest_B = torch.cdist(unseen_colours, colours).argmin(1)
+    assert (shapes.labels_B[nearest_B] == unseen.labels_B).float().mean() < 0.16
+
+
+def test_the_masks_do_tell_more_than_chance(shapes: ImageSet, unseen: ImageSet) -> None:
+    """The labels belong to the pictures: the area of the object alone tells something."""
+    sets = [shapes, unseen]
+    areas = [s.masks_BHW.flatten(1).float().mean(1) for s in sets if s.masks_BHW is not None]
+    features = [torch.stack([a, a**2, a**3], 1) * 10 for a in areas]
+    assert accuracy_of_ridge(*features, sets) > 0.15

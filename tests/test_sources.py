@@ -1,0 +1,128 @@
+"""The one door to data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrine.config import DataConfig
+from vitrine.data import sources
+from vitrine.data.images import ImageSet
+from vitrine.data.sources import load_splits
+from vitrine.errors import ConfigError, DataError
+
+
+def coloured(count: int, seed: int) -> ImageSet:
+    """Images of noise with a bright square that the masks know; 7 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    raw_BCHW = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    masks_BHW = torch.zeros(count, 32, 32, dtype=torch.bool)
+    masks_BHW[:, 4:20, 8:30] = True
+    classes = tuple(f"class {number}" for number in range(7))
+    return ImageSet(raw_BCHW, torch.arange(count) % 7, classes, masks_BHW)
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ImageSet]:
+    """The files' two parts of ``shapes``, and a list of those that were opened."""
+    files = {"train": coloured(97, 1), "test": coloured(41, 2)}
+    monkeypatch.setattr(sources, "load_shapes", lambda part: files[part])
+    return files
+
+
+def test_cuts_validation_from_the_training_part(parts: dict[str, ImageSet]) -> None:
+    loaded = load_splits(DataConfig(validation_images=15), ["train", "validation", "test"])
+    assert {split: len(images) for split, images in loaded.items()} == {
+        "train": 82,
+        "validation": 15,
+        "test": 41,
+    }
+    both = torch.cat([loaded["train"].raw_BCHW, loaded["validation"].raw_BCHW])
+    assert len(torch.cat([both, parts["train"].raw_BCHW]).flatten(1).unique(dim=0)) == 97
+    assert torch.equal(loaded["test"].raw_BCHW, parts["test"].raw_BCHW)
+
+
+def test_keeps_the_first_so_many_of_each_part(parts: dict[str, ImageSet]) -> None:
+    config = DataConfig(validation_images=0, num_train_images=31, num_test_images=23)
+    loaded = load_splits(config, ["train", "validation", "test"])
+    assert torch.equal(loaded["train"].raw_BCHW, parts["train"].raw_BCHW[:31])
+    assert torch.equal(loaded["test"].labels_B, parts["test"].labels_B[:23])
+    assert loaded["validation"].raw_BCHW.shape == (0, 3, 32, 32)
+
+
+def test_validation_does_not_change_with_the_training_images() -> None:
+    few = load_splits(DataConfig(num_train_images=20), ["train", "validation"])
+    assert len(few["train"]) == 20
+    all_of_it = load_splits(DataConfig(), ["validation"])
+    assert torch.equal(few["validation"].raw_BCHW, all_of_it["validation"].raw_BCHW)
+
+
+def test_opens_the_test_part_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(sources, "load_shapes", lambda part: opened.append(part) or coloured(41, 3))
+    assert set(load_splits(DataConfig(), ["train"])) == {"train"}
+    assert set(load_splits(DataConfig(), ["validation"])) == {"validation"}
+    assert opened == ["train", "train"]
+    assert set(load_splits(DataConfig(), ["test"])) == {"test"}
+    assert opened == ["train", "train", "test"]
+
+
+def test_resizes_images_and_masks_alike(parts: dict[str, ImageSet]) -> None:
+    raw_BCHW, masks_BHW = parts["test"].raw_BCHW, parts["test"].masks_BHW
+    assert masks_BHW is not None
+    raw_BCHW[masks_BHW[:, None].expand_as(raw_BCHW)] = 255
+    raw_BCHW[~masks_BHW[:, None].expand_as(raw_BCHW)] = 0
+    for fit in ("crop", "pad", "squash"):
+        config = DataConfig(fit=fit)  # type: ignore[arg-type]
+        images = load_splits(config, ["test"], image_hw=(20, 28))["test"]
+        assert images.raw_BCHW.shape == (41, 3, 20, 28)
+        assert images.masks_BHW is not None
+        assert torch.equal(images.masks_BHW, images.raw_BCHW[:, 0] >= 128)
+        assert 0 < images.masks_BHW.float().mean() < 1
+
+
+def test_turns_gray_as_pillow_does(parts: dict[str, ImageSet]) -> None:
+    images = load_splits(DataConfig(), ["test"], n_channels=1)["test"]
+    expected = [
+        np.asarray(Image.fromarray(raw_HWC).convert("L"))
+        for raw_HWC in parts["test"].raw_BCHW.permute(0, 2, 3, 1).numpy()
+    ]
+    assert np.array_equal(images.raw_BCHW[:, 0].numpy(), np.stack(expected))
+    assert images.raw_BCHW.shape == (41, 1, 32, 32)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_goes_to_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_cifar(*words: str, data_path: Path) -> ImageSet:
+        asked.append((*words, data_path))
+        return coloured(41, 5)
+
+    monkeypatch.setattr(sources, "load_cifar", load_cifar)
+    config = DataConfig(dataset=dataset, data_path=Path("there"))  # type: ignore[arg-type]
+    assert len(load_splits(config, ["train", "test"])["test"]) == 41
+    assert asked == [(dataset, "train", Path("there")), (dataset, "test", Path("there"))]
+
+
+def test_goes_to_folders(tmp_path: Path) -> None:
+    for name, level in (("dark", 20), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(11):
+            Image.new("RGB", (40, 20), (level,) * 3).save(tmp_path / name / f"{number}.png")
+    config = DataConfig(dataset="folder", data_path=tmp_path, fit="pad", validation_images=4)
+    loaded = load_splits(config, ["train", "validation", "test"], image_hw=(12, 8))
+    assert [len(loaded[split]) for split in ("train", "validation", "test")] == [16, 4, 2]
+    assert loaded["test"].classes == ("dark", "light")
+    assert loaded["test"].raw_BCHW[:, 0, :, 3].tolist() == [
+        [0] * 4 + [level] * 4 + [0] * 4 for level in (20, 200)
+    ]
+
+
+def test_refuses_what_teaches_nothing() -> None:
+    with pytest.raises(DataError, match=r"^the 1 training images are all of one class: raise num_"):
+        load_splits(DataConfig(num_train_images=1), ["train"])
+    with pytest.raises(ConfigError, match=r"^validation_images is 97, but there are 97 "):
+        load_splits(DataConfig(validation_images=97), ["train"])
