@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_best_of_validation_and_last_of_test_are_named() -> None:
 def test_only_the_splits_that_were_scored_are_drawn() -> None:
     rows = [{"epoch": 1, "train_loss": 0.5, "validation_loss": None}]
     assert legend(figures._curves(rows, "loss")) == ["train"]
+
+
+def test_axis_of_near_equal_values_is_neither_blown_up_nor_beyond_what_can_be() -> None:
+    assert figures._limits(0.0, 0.01, largest=1.0) == pytest.approx((-0.004, 0.055))
+    assert figures._limits(0.2, 3.2, largest=math.inf) == (0.2, 3.2)
+    rows = [{"epoch": epoch, "train_loss": 0.5, "train_accuracy": 1.0} for epoch in (1, 2)]
+    low, high = figures._curves(rows, "loss").axes[0].get_ylim()
+    assert high - low == pytest.approx(0.1)
+    assert 1 < figures._curves(rows, "accuracy").axes[0].get_ylim()[1] < 1.01
 
 
 def test_names_are_drawn_literally_or_by_number() -> None:

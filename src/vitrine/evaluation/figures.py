@@ -115,14 +115,18 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
     axes.set(xlabel="epoch", ylabel="cross-entropy in nats" if quantity == "loss" else "")
     _title(axes, quantity.capitalize())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    low, high = axes.get_ylim()
-    spare = max(0.0, SMALLEST_SPAN - (high - low)) / 2
-    axes.set_ylim(low - spare, high + spare)
+    axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
     if quantity == "accuracy":
-        axes.set_ylim(max(low - spare, -0.03), min(high + spare, 1.03))
         axes.yaxis.set_major_formatter(_percent_axis())
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _limits(low: float, high: float, *, largest: float) -> tuple[float, float]:
+    """Widen a narrow axis, and cut it at 0 and the largest value, leaving room for a dot there."""
+    spare = max(0.0, SMALLEST_SPAN - (high - low)) / 2
+    room = 0.04 * (high - low + 2 * spare)
+    return max(low - spare, -room), min(high + spare, largest + room)
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[Any, Any]], split: str, quantity: str) -> None:

@@ -12,6 +12,7 @@ MATRIX_CLASSES = 12
 LISTED_CLASSES = 20
 """With more classes only the weakest are listed."""
 LISTED_LINES = 10
+"""Lines of a list of the weakest classes or the commonest confusions."""
 
 
 def printable(name: str) -> str:
