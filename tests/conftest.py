@@ -1,15 +1,19 @@
 """Fixtures that several files of tests use."""
 
+import functools
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vitrine.config import Config, ModelConfig
 from vitrine.configfile import from_json
+from vitrine.data.shapes import load_shapes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -18,6 +22,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def one_thread() -> None:
     """Tiny tensors are faster on one thread, and sums are then the same everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def drawn_once() -> Iterator[None]:
+    """Draw the shapes once for all tests: they are the same bytes every time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitrine.data.sources.load_shapes", functools.cache(load_shapes))
+        yield
 
 
 @pytest.fixture
@@ -70,4 +82,17 @@ def reference() -> Path:
     folder = SHARED / "reference"
     if not folder.is_dir():
         pytest.skip("the reference system's weights and outputs are not at hand")
+    return folder
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path) -> Path:
+    """Random pictures in CIFAR-10's official layout, pickled by Python 3: 60 to train, 23 to test."""
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(5)
+    for name, count in [*((f"data_batch_{n}", 12) for n in range(1, 6)), ("test_batch", 23)]:
+        labels = [index % 10 for index in range(count)]
+        data = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": data, b"labels": labels}))
     return folder

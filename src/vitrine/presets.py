@@ -42,7 +42,7 @@ def quick_recipe() -> Config:
         data=DataConfig(dataset="shapes"),
         augment=AugmentConfig(crop_padding=2),
         training=TrainingConfig(
-            epochs=8, batch_size=100, learning_rate=2e-3, warmup_epochs=0.5, schedule="linear",
+            epochs=5, batch_size=100, learning_rate=2e-3, warmup_epochs=0.5, schedule="linear",
             optimizer="muon", muon_learning_rate=0.02, weight_decay=0.01, label_smoothing=0.1,
         ),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -71,6 +72,8 @@ def load_reference(
     path: Path, n_attention_heads: int | None
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Load a state dict of the reference system. Only tensors are unpickled, never code."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: not a sound file of weights: torch.save writes a zip file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

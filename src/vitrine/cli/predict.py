@@ -147,7 +147,7 @@ def print_table(answers: list[Answer], top_k: int) -> None:
     from vitrine.evaluation.report import printable
 
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("picture")
+    table.add_column("picture", overflow="fold")
     for rank in range(1, min(top_k, max((len(top) for _, top in answers), default=1)) + 1):
         table.add_column(f"{rank}.")
     for name, top in answers:

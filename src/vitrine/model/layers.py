@@ -28,10 +28,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mixed tokens (B, T, D) and, if asked for, the attention (B, A, T, T)."""
         B, T, D = tokens_BTD.shape
-        qkv_3BATK = (
-            self.qkv(tokens_BTD).view(B, T, 3, self.n_attention_heads, -1).permute(2, 0, 3, 1, 4)
-        )
-        q_BATK, k_BATK, v_BATK = qkv_3BATK.unbind(0)
+        A = self.n_attention_heads
+        qkv_BT3AK = self.qkv(tokens_BTD).view(B, T, 3, A, D // A)
+        q_BATK, k_BATK, v_BATK = qkv_BT3AK.permute(2, 0, 3, 1, 4).unbind(0)
         if rotation is not None:
             q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
 

@@ -1,0 +1,414 @@
+"""The command line: what it prints, what it refuses, with which exit code."""
+
+import csv
+import io
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrine.checkpoint import CheckpointInfo, read_pointer, save_weights_file
+from vitrine.cli import COMMANDS, main
+from vitrine.config import Config, ModelConfig
+from vitrine.model import VisionTransformer
+
+TINY = (
+    "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
+    "--num_train_images 80 --num_test_images 30 --validation_images 50 --device cpu"
+).split()
+"""A run of half a second."""
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    output = tmp_path_factory.mktemp("runs")
+    words = ["train", *TINY, "--epochs", "2", "--output_path", str(output), "--folder_name", "a"]
+    assert main(words) == 0
+    return output / "a"
+
+
+@pytest.fixture
+def weights(here: Path) -> Path:
+    """A file of weights for pictures of 8 x 12, three classes."""
+    config = Config(
+        model=ModelConfig(
+            image_size=(8, 12), patch_size=4, embed_dim=8, n_layers=1, n_attention_heads=2,
+            n_classes=3,
+        )
+    )  # fmt: skip
+    info = CheckpointInfo(config, ("cat", "d\u001b[31mog", "köttur"), {}, {})
+    path = here / "model.safetensors"
+    torch.manual_seed(1)
+    save_weights_file(path, info, VisionTransformer(config.model).state_dict())
+    return path
+
+
+@pytest.fixture
+def pictures(here: Path) -> Path:
+    """A folder with two pictures and a broken one."""
+    folder = here / "pictures"
+    folder.mkdir()
+    for name, side in (("a.png", 9), ("b.jpg", 30)):
+        Image.effect_noise((side, side + 4), 90).convert("RGB").save(folder / name)
+    (folder / "c.png").write_bytes(b"no picture")
+    return folder
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -> str:
+    """Run a command line that must be refused with one line that has these parts."""
+    capsys.readouterr()
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "MD5" not in line or "vitrine:" in line]
+    assert captured.out == ""
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("vitrine: ")
+    for part in parts:
+        assert part in lines[0]
+    return lines[0]
+
+
+# --- help and speed -------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_in_half_a_second(vitrine: Runner) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = vitrine("--help")
+        seconds.append(time.perf_counter() - began)
+        assert shown.returncode == 0
+    assert all(f"  {name} " in shown.stdout for name in COMMANDS)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--" in shown
+    assert f"vitrine {command}" in shown
+
+
+def test_no_words_show_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: vitrine" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vitrine 0.")
+
+
+def test_a_reader_that_has_gone_is_no_traceback(here: Path) -> None:
+    shell = f"{sys.executable} -m vitrine info | head -c 1 >/dev/null"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_training_tells_the_result_and_what_to_try_next(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert main(["train", *TINY, "--epochs", "2", "--embed-dim", "16", "--warmup_epochs", "0"]) == 0
+    captured = capsys.readouterr()
+    assert "validation" in captured.out
+    assert "test" in captured.out
+    assert "vitrine predict --model_path output/quick" in captured.out
+    assert "epoch   2/2" in captured.err
+    config = json.loads((here / "output/quick/config.json").read_text())
+    assert config["model"]["embed_dim"] == 16
+    assert config["training"]["warmup_epochs"] == 0
+    assert config["model"]["pool"] == "mean"  # the preset's
+
+
+def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "my.toml").write_text("embed_dim = 16\n[training]\nepochs = 1\nbatch_size = 20\n")
+    words = ["train", *TINY, "--config", "my.toml", "--embed_dim", "8", "--folder_name", "x"]
+    assert main(words) == 0
+    config = json.loads((here / "output/x/config.json").read_text())
+    assert config["model"]["embed_dim"] == 8
+    assert config["training"]["epochs"] == 1
+    assert config["training"]["batch_size"] == 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--learning_rat", "3"], ["unknown flag --learning_rat", "did you mean '--learning_rate'"]),
+        (["--preset", "quik"], ["unknown preset 'quik'", "did you mean 'quick'"]),
+        (["--batch_size", "many"], ["batch"]),
+        (["--pool", "max"], ["cls", "mean"]),
+        (["--patch_size", "5"], ["image_size 32 is not a multiple of patch_size 5"]),
+        (["--n_attention_heads", "3"], ["embed_dim 64 is not a multiple", "3"]),
+        (["--warmup_epochs", "9"], ["warmup_epochs 9", "leaves nothing of"]),
+        (["--n_classes", "7"], ["n_classes is 7", "10 classes"]),
+        (["--dataset", "folder", "--data_path", "nowhere"], ["nowhere: no such folder"]),
+        (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be made"]),
+        (["--config", "none.toml"], ["none.toml: No such file"]),
+        (["--resume", "nowhere"], ["nowhere: not a run folder"]),
+        (["--preset", "seed", "--resume", "x"], ["--resume goes on with the run's own settings"]),
+        (["word"], ["unknown word word"]),
+    ],
+)
+def test_impossible_training_is_one_line(
+    flags: list[str], parts: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").write_text("")
+    refused(["train", *flags], capsys, *parts)
+    assert not (here / "output/quick").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+@pytest.mark.parametrize("command", [["train"], ["test"], ["predict", "a.png"]])
+def test_cuda_without_cuda_is_refused(
+    command: list[str], weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if command == ["train"] else ["--model_path", str(weights)]
+    words = [str(pictures / w) if w == "a.png" else w for w in command]
+    refused([*words, *model, "--device", "cuda"], capsys, "device cuda is not available")
+
+
+def test_unknown_commands_offer_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["pridict"], capsys, "unknown command 'pridict'", "did you mean 'predict'")
+
+
+def test_resume_keeps_the_settings(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resume = ["train", "--resume", str(run_folder)]
+    refused([*resume, "--learning_rate", "1"], capsys, "leave out --learning_rate")
+    assert main([*resume, "--keep_checkpoints", "2"]) == 0
+    assert "going on after update 4 of 4" in capsys.readouterr().err
+
+
+# --- data that are missing, damaged or hostile ----------------------------------------------------
+
+
+class RunsCode:
+    """Pickles to a call that would leave a file behind."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("was_run", "w")
+
+
+def test_data_that_are_missing_damaged_or_hostile_are_refused(
+    cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--dataset", "cifar10", "--data_path", str(cifar_folder.parent)]
+    batch = cifar_folder / "data_batch_2"
+    sound = batch.read_bytes()
+    batch.write_bytes(sound[:-9])
+    refused(words, capsys, "data_batch_2")
+    batch.write_bytes(b"\x80\x02}q\x01(U" + sound)  # as Python 2 begins, with another checksum
+    refused(words, capsys, "data_batch_2: damaged: wrong checksum")
+    batch.write_bytes(pickle.dumps({"data": RunsCode(), "labels": []}))
+    refused(words, capsys, "data_batch_2", "open")
+    assert not (here / "was_run").exists()
+    batch.unlink()
+    refused(words, capsys, "data_batch_2: No such file")
+    (cifar_folder.parent / "cifar-10-python.tar.gz").write_bytes(b"x")
+    for path in cifar_folder.iterdir():
+        path.unlink()
+    refused(words, capsys, "cifar-10-python.tar.gz")
+
+
+# --- models that are missing, damaged or foreign --------------------------------------------------
+
+
+def test_models_that_are_missing_damaged_or_foreign_are_refused(
+    run_folder: Path, weights: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(pictures / "a.png")
+
+    def check(model: Path, *parts: str) -> None:
+        refused(["predict", picture, "--model_path", str(model)], capsys, *parts)
+        refused(["test", "--model_path", str(model)], capsys, *parts)
+        refused(["info", str(model)], capsys, *parts)
+
+    check(here / "nothing", "nothing: no such model")
+    check(pictures / "a.png", "not a model file")
+    check(pictures, "pictures")
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1])
+    check(weights, "model.safetensors", "not a sound safetensors file")
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    check(weights, "model.safetensors: altered")
+    torch.save({"layer.weight": torch.ones(2, 3)}, here / "foreign.pt")
+    check(here / "foreign.pt", "foreign.pt: not the reference system's weights")
+    (here / "code.pt").write_bytes(pickle.dumps(RunsCode()))
+    check(here / "code.pt", "code.pt: not a sound file of weights")
+    assert not (here / "was_run").exists()
+    checkpoint = read_pointer(run_folder / "checkpoints", "BEST")
+    model = checkpoint / "model.safetensors"
+    sound = model.read_bytes()
+    model.write_bytes(sound[:-1])
+    try:
+        check(run_folder, "model.safetensors: altered or truncated")
+    finally:
+        model.write_bytes(sound)
+
+
+def test_without_a_model_the_newest_run_is_taken_and_said(
+    run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["predict", str(pictures / "a.png")], capsys, "no trained model in output")
+    (here / "output").symlink_to(run_folder.parent)
+    assert main(["predict", str(pictures / "a.png")]) == 0
+    assert "taking the newest run, output/a" in capsys.readouterr().err
+
+
+# --- test -----------------------------------------------------------------------------------------
+
+
+def test_test_prints_tables_or_json_and_counts_the_use(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uses = len((run_folder / "test_uses.jsonl").read_text().splitlines())
+    assert main(["test", "--model_path", str(run_folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    assert "calibration" in shown
+    assert "ring" in shown
+    assert main(["test", "--model_path", str(run_folder), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["images"] == 30
+    saved = json.loads((run_folder / "result.json").read_text())["test"]
+    assert numbers["accuracy"] == saved["accuracy"]
+    assert numbers["loss"] == pytest.approx(saved["loss"])
+    assert len((run_folder / "test_uses.jsonl").read_text().splitlines()) == uses + 2
+    assert (run_folder / "test/confusion_matrix.png").exists()
+
+
+def test_another_split_leaves_the_test_split_alone(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_folder / "test_uses.jsonl").read_text()
+    words = ["test", "--model_path", str(run_folder), "--split", "validation", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 50
+    assert (run_folder / "test_uses.jsonl").read_text() == before
+
+
+def test_data_of_other_classes_are_refused(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["test", "--model_path", str(weights), "--dataset", "shapes"]
+    refused(words, capsys, "shapes has the classes")
+
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+def test_a_broken_picture_among_many_is_told_and_the_rest_go_on(
+    weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(pictures), "--model_path", str(weights), "--top_k", "2"]
+    assert main([*words, "--json"]) == 1
+    captured = capsys.readouterr()
+    answers = json.loads(captured.out)
+    assert [Path(a["picture"]).name for a in answers] == ["a.png", "b.jpg"]
+    for answer in answers:
+        first, second = answer["predictions"]
+        assert first["probability"] >= second["probability"] > 0
+        assert {first["class"], second["class"]} < {"cat", "d\u001b[31mog", "köttur"}
+    assert "c.png" in captured.err
+    assert main([*words, "--csv"]) == 1
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert rows[0] == ["picture", "rank", "class", "probability"]
+    assert len(rows) == 1 + 2 * 2
+
+
+def test_a_table_shows_whole_names_and_no_control_characters(
+    weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = pictures / f"{'long' * 30}.jpg"
+    (pictures / "b.jpg").rename(long)
+    assert main(["predict", str(pictures / "*.jpg"), "--model_path", str(weights)]) == 0
+    shown = capsys.readouterr().out
+    assert long.name in "".join(line.split(" ")[0] for line in shown.splitlines())
+    assert "\u001b[31m" not in shown
+
+
+def test_a_picture_on_standard_input(weights: Path, pictures: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vitrine", "predict", "-", "--model_path", weights, "--json"],
+        input=(pictures / "a.png").read_bytes(), capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["picture"] == "-"
+
+
+def test_fit_and_background_change_what_is_seen(
+    weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = np.zeros((20, 90, 4), np.uint8)
+    left[:, :30, 0] = left[:, :30, 3] = 255
+    Image.fromarray(left).save(here / "left.png")
+
+    def answer(*flags: str) -> str:
+        assert main(["predict", "left.png", "--model_path", str(weights), "--json", *flags]) == 0
+        return capsys.readouterr().out
+
+    answers = {answer("--fit", fit) for fit in ("crop", "pad", "squash")}
+    assert len(answers) == 3
+    assert answer("--background", "0", "0", "0") not in {*answers, answer()}
+    assert answer() == answer("--fit", "crop")
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ([], ["no picture given"]),
+        (["missing.png"], ["missing.png: no such picture"]),
+        (["pictures/c.png"], ["c.png"]),
+        (["pictures/a.png", "--json", "--csv"], ["two formats"]),
+        (["pictures/a.png", "--top_k", "0"], ["top_k is 0"]),
+        (["pictures/a.png", "--background", "0", "0", "256"], ["from 0 to 255"]),
+        (["pictures/a.png", "--n_attention_heads", "4"], ["has 2 attention heads, not 4"]),
+    ],
+)
+def test_impossible_predictions_are_one_line(
+    flags: list[str], parts: list[str], weights: Path, pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    refused(["predict", *flags, "--model_path", str(weights)], capsys, *parts)
+
+
+# --- info -----------------------------------------------------------------------------------------
+
+
+def test_info_shows_presets_runs_and_models(
+    run_folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--output_path", str(run_folder.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert "seed12" in shown
+    assert "torch" in shown
+    assert f"{run_folder.name} " in shown
+    assert main(["info", str(weights)]) == 0
+    shown = capsys.readouterr().out
+    assert "köttur" in shown
+    assert "(8, 12)" in shown
