@@ -87,7 +87,7 @@ def reference() -> Path:
 
 @pytest.fixture
 def cifar_folder(tmp_path: Path) -> Path:
-    """Random pictures in CIFAR-10's official layout, pickled by Python 3: 60 to train, 23 to test."""
+    """Noise in CIFAR-10's layout, pickled by Python 3: 60 images to train, 23 to test."""
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     random = np.random.default_rng(5)

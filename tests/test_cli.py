@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -20,10 +21,10 @@ from vitrine.cli import COMMANDS, main
 from vitrine.config import Config, ModelConfig
 from vitrine.model import VisionTransformer
 
-TINY = (
+TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
     "--num_train_images 80 --num_test_images 30 --validation_images 50 --device cpu"
-).split()
+)
 """A run of half a second."""
 
 Runner = Callable[..., subprocess.CompletedProcess[str]]
@@ -159,7 +160,10 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--learning_rat", "3"], ["unknown flag --learning_rat", "did you mean '--learning_rate'"]),
+        (
+            ["--learning_rat", "3"],
+            ["unknown flag --learning_rat", "did you mean '--learning_rate'"],
+        ),
         (["--preset", "quik"], ["unknown preset 'quik'", "did you mean 'quick'"]),
         (["--batch_size", "many"], ["batch"]),
         (["--pool", "max"], ["cls", "mean"]),

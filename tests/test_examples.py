@@ -1,0 +1,33 @@
+"""The scripts in examples/ are short, and run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vitrine.configfile import from_json
+from vitrine.run import Run
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_has_at_most_25_lines(path: Path) -> None:
+    assert path.read_text().count("\n") <= 25
+
+
+def test_classify(tiny_run: object, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run.start(from_json({}, tiny_run), tmp_path / "run")  # type: ignore[arg-type]
+    run.save()
+    Image.effect_noise((50, 40), 90).save(tmp_path / "a.png")
+    script = Path(__file__).parents[1] / "examples/classify.py"
+    command = [sys.executable, script, tmp_path / "run", tmp_path / "a.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith(str(tmp_path / "a.png"))
+    assert first.count("%") == 3
+    assert "(1, 3, 17, 17)" in last
