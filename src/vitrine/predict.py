@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from vitrine.config import Config
 from vitrine.data.images import normalise
 from vitrine.data.pictures import fit_picture, read_picture
 from vitrine.errors import ConfigError
+from vitrine.explain.explanation import Explanation, Subject, choose, explain
+from vitrine.explain.methods import MapSettings
 from vitrine.model import VisionTransformer
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
@@ -25,6 +27,30 @@ class Prediction(NamedTuple):
 
     name: str
     probability: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a model looked at in one picture: see ``Classifier.explain``."""
+
+    explanation: Explanation
+
+    @property
+    def maps_FGJ(self) -> np.ndarray:
+        """The maps, one a frame, a value a patch, not normalised."""
+        return self.explanation.maps_FGJ
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What each map is."""
+        return tuple(frame.title for frame in self.explanation.frames)
+
+    def save(self, path: str | Path, **look: Any) -> Path:
+        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
+        # Here, since matplotlib takes a second and predicting does not need it.
+        from vitrine.explain.drawing import Look, save
+
+        return save(self.explanation, Path(path), Look(**look))
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,49 @@ class Classifier:
             [Prediction(self.classes[i], p) for p, i in zip(row_p, row_i, strict=True)]
             for row_p, row_i in zip(values_BK.tolist(), indices_BK.tolist(), strict=True)
         ]
+
+    def explain(
+        self,
+        picture: Picture,
+        *,
+        frames: str | None = None,
+        class_name: str | None = None,
+        name: str = "",
+        **settings: Any,
+    ) -> Explained:
+        """Return what the model looked at in one picture; ``.save("x.gif")`` draws it.
+
+        Args:
+            picture: any kind of picture.
+            frames: what goes on from frame to frame: rollout, layers, heads or queries.
+            class_name: the class to explain; the predicted one unless given.
+            name: what the picture is called; its file's name unless given.
+            settings: fields of ``explain.methods.MapSettings``: method, fusion, discard_ratio,
+                query, layers, heads.
+
+        Raises:
+            PictureError: the picture cannot be read.
+            ConfigError: settings that cannot be, or a class, layer or head that is not there.
+        """
+        method, kind = choose(settings.pop("method", None), frames)
+        asked = MapSettings(method=method, **settings)
+        subject = self.subject(picture, name=name)
+        return Explained(explain(subject, asked, kind=kind, class_name=class_name))
+
+    def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
+        """Return one picture as explanations need it."""
+        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+        named = name or (Path(picture).name if isinstance(picture, str | Path) else "picture")
+        return Subject(
+            model=self.model,
+            image_1CHW=self.prepare(rgb_HWC),
+            raw_HWC=fit_picture(rgb_HWC, self.config.model.image_hw, self.config.data.fit),
+            picture_HWC=rgb_HWC,
+            fit=self.config.data.fit,
+            classes=self.classes,
+            name=named,
+            label=label,
+        )
 
     def prepare(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """Turn pictures of any kind and size into what the model reads.

@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a Vision Transformer, or go on with a run",
     "test": "score a model on a data set",
     "predict": "classify pictures",
+    "explain": "show what a model looked at in a picture",
+    "inspect": "show a model's filters, positions and heads",
     "info": "show presets, runs, this machine, or one model",
 }
 
@@ -27,6 +29,7 @@ usage: vitrine COMMAND [OPTIONS]       (vitrine COMMAND --help for its options)
 Start here:
   vitrine train --preset quick         a minute on a laptop, no data needed
   vitrine predict cat.png              with the newest model
+  vitrine explain cat.png              what it looked at, as an animation
 """
 
 

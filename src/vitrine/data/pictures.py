@@ -138,6 +138,31 @@ def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.n
     return np.array(image.resize((width, height), resampling))
 
 
+def seen_box(
+    picture_hw: tuple[int, int], size_hw: tuple[int, int], fit: Fit
+) -> tuple[float, float, float, float]:
+    """Return left, top, right, bottom, in a picture's pixels, of what ``fit_picture`` makes of it.
+
+    Cropping makes a box inside the picture, padding one that reaches beyond it.
+    """
+    (height, width), (rows, columns) = picture_hw, size_hw
+    if fit == "squash" or picture_hw == size_hw:
+        return 0.0, 0.0, float(width), float(height)
+    if fit == "crop":
+        scale = min(width / columns, height / rows)
+        left, top = (width - scale * columns) / 2, (height - scale * rows) / 2
+        return left, top, width - left, height - top
+    # Pillow rounds the padded picture's size and place to whole pixels of the model's.
+    inner_rows, inner_columns = rows, columns
+    if width / height > columns / rows:
+        inner_rows = max(1, round(height / width * columns))
+    else:
+        inner_columns = max(1, round(width / height * rows))
+    left, top = round((columns - inner_columns) * 0.5), round((rows - inner_rows) * 0.5)
+    x_scale, y_scale = width / inner_columns, height / inner_rows
+    return -left * x_scale, -top * y_scale, (columns - left) * x_scale, (rows - top) * y_scale
+
+
 def is_picture(path: Path) -> bool:
     """Tell whether a file's name is a picture's; hidden files are not."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -1,0 +1,106 @@
+"""Speed and memory of maps in batches, beside calls one by one that catch attention with hooks.
+
+    python benchmarks/maps.py --images 10000 --rounds 3
+
+The map is the attention of the last layer, heads averaged, as the head reads it. The first row is
+what the others are held against: what tools around a model do that keeps no attention.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import tyro
+from timing import interleave, report
+from torch import Tensor
+
+from vitrine.explain.methods import MapSettings, compute_maps
+from vitrine.explain.walk import read
+from vitrine.model import VisionTransformer
+from vitrine.model.layers import Block, rotate
+from vitrine.presets import get_preset
+
+
+def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) -> Tensor:
+    """Return the last layer's map (B, G, J), the attention recomputed from what hooks caught."""
+    caught: list[Tensor] = []
+
+    def catch(_: object, __: object, qkv_BTX: Tensor) -> None:
+        B, T, X = qkv_BTX.shape
+        A = model.config.n_attention_heads
+        q_BATK, k_BATK, _v = qkv_BTX.view(B, T, 3, A, X // 3 // A).permute(2, 0, 3, 1, 4)
+        if model.rotation is not None:
+            q_BATK, k_BATK = rotate(q_BATK, model.rotation), rotate(k_BATK, model.rotation)
+        caught.append((q_BATK @ k_BATK.mT / q_BATK.shape[-1] ** 0.5).softmax(dim=-1))
+
+    handles = [block.attention.qkv.register_forward_hook(catch) for block in blocks]
+    with torch.no_grad():
+        model(image_BCHW)
+    for handle in handles:
+        handle.remove()
+    return read(model, caught[-1].mean(dim=1), None)
+
+
+def timed(images_BCHW: Tensor, explain: Callable[[Tensor], object]) -> Callable[[], float]:
+    """Return a function that explains the images and returns how many it did a second."""
+
+    def measure() -> float:
+        began = time.perf_counter()
+        explain(images_BCHW)
+        return len(images_BCHW) / (time.perf_counter() - began)
+
+    return measure
+
+
+def peak_gib() -> float:
+    """Return the most memory that this process has held so far, in GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def main(
+    preset: str = "seed", layers: int = 6, images: int = 10_000, single: int = 500, rounds: int = 3
+) -> None:
+    """Time maps of random images by a fresh model (neither changes the speed).
+
+    Args:
+        preset: name of the preset whose model it is.
+        layers: its blocks.
+        images: images explained in batches in a round.
+        single: images explained one by one in a round.
+        rounds: rounds that count, after one that does not.
+    """
+    config = dataclasses.replace(get_preset(preset).model, n_layers=layers, n_classes=10)
+    model = VisionTransformer(config).eval()
+    images_BCHW = torch.randn(images, config.n_channels, *config.image_hw)
+    settings = MapSettings(layers=(layers,))
+    every: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+
+    def one_by_one(explain: Callable[[Tensor], object]) -> Callable[[], float]:
+        return timed(images_BCHW[:single], lambda some: [explain(image) for image in some.split(1)])
+
+    expected_BGJ = torch.cat([hooked(model, image, every) for image in images_BCHW[:9].split(1)])
+    ours_BGJ = compute_maps(model, images_BCHW[:9], settings).values_BLGJ[:, 0]
+    torch.testing.assert_close(ours_BGJ, expected_BGJ)
+    speeds = interleave(
+        {
+            "one by one, hooks in every layer": one_by_one(lambda x: hooked(model, x, every)),
+            "one by one, a hook in the last": one_by_one(lambda x: hooked(model, x, every[-1:])),
+            "one by one, compute_maps": one_by_one(lambda x: compute_maps(model, x, settings)),
+            "in batches, compute_maps": timed(
+                images_BCHW, lambda some: compute_maps(model, some, settings)
+            ),
+        },
+        rounds=rounds,
+    )
+    peak = round(peak_gib(), 2)
+    print(f"Peak memory of the process, {images} images and all: {peak} GiB")
+    about = {"preset": preset, "layers": layers, "images": images, "peak_gib": peak}
+    report(f"Maps, {preset} with {layers} layers", speeds, **about)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)

@@ -1,0 +1,169 @@
+"""``vitrine explain``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitrine.cli.console import out, say
+from vitrine.cli.explain_options import (
+    ALL,
+    PROG,
+    ExplainOptions,
+    check,
+    list_methods,
+    name_files,
+    read_numbers,
+    read_query,
+)
+from vitrine.cli.models import load_model
+from vitrine.cli.parsing import parse
+from vitrine.errors import ConfigError, PictureError
+
+if TYPE_CHECKING:
+    from vitrine.explain.explanation import Explanation, Subject
+    from vitrine.explain.methods import MapSettings
+    from vitrine.model import VisionTransformer
+    from vitrine.predict import Classifier
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrine explain``."""
+    from vitrine.pretrained import with_data
+
+    options = parse(ExplainOptions, words, prog=prog)
+    check(options)
+    classifier = load_model(options)
+    changes = {
+        "fit": options.fit, "dataset": options.scoring.dataset,
+        "data_path": options.scoring.data_path,
+    }  # fmt: skip
+    classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
+    if options.scoring.score:
+        from vitrine.cli.scoring import score
+
+        return score(classifier, options)
+    return draw_all(classifier, options)
+
+
+def draw_all(classifier: "Classifier", options: ExplainOptions) -> int:
+    """Explain the pictures that can be read, and say what was drawn where."""
+    subjects, broken = read_subjects(classifier, options)
+    if broken and not subjects:
+        raise PictureError(broken[0])
+    for message in broken:
+        say(f"vitrine: {message}")
+    paths = name_files(options, [subject.name for subject in subjects])
+    for subject, path in zip(subjects, paths, strict=True):
+        draw(classifier, subject, path, options)
+    return 1 if broken else 0
+
+
+def draw(classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions) -> None:
+    """Explain one picture and say what was drawn."""
+    from vitrine.evaluation.report import printable
+    from vitrine.explain.drawing import Look, save
+
+    explanation = explain_one(classifier, subject, options)
+    save(explanation, path, Look(**vars(options.drawing)))
+    what = f"{len(explanation.frames)} frames, {explanation.frames[0].title}"
+    if len(explanation.frames) > 1:
+        what += f" to {explanation.frames[-1].title}"
+    if path.suffix == ".html":
+        what = "a page with every method, layer and head"
+    out.print(
+        f"{printable(subject.name)}: {printable(explanation.frames[-1].says)}\n"
+        f"{path}: {what}, {path.stat().st_size / 1000:,.0f} kB",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def explain_one(
+    classifier: "Classifier", subject: "Subject", options: ExplainOptions
+) -> "Explanation":
+    """Compute the maps that the flags ask for."""
+    from vitrine.explain.explanation import choose, compare, explain
+
+    methods = list_methods(options.method)
+    if len(methods) > 1:
+        if options.frames is not None:
+            raise ConfigError("several methods are the frames themselves: leave out --frames")
+        settings = [make_settings(options, method) for method in methods]
+        return compare(subject, settings, class_name=options.class_name)
+    asked = methods[0] if methods else None
+    method, kind = choose(asked, options.frames)  # type: ignore[arg-type]
+    settings_one = make_settings(options, method)
+    checkpoints = list_checkpoints(classifier, kind == "training", options.device)
+    return explain(
+        subject, settings_one, kind=kind, class_name=options.class_name, checkpoints=checkpoints
+    )
+
+
+def make_settings(options: ExplainOptions, method: str) -> "MapSettings":
+    """Return what the flags ask of one method; of several, each takes what it serves."""
+    from vitrine.explain.methods import MapSettings
+    from vitrine.explain.settings import SERVED
+
+    asked = {
+        "fusion": options.fusion,
+        "discard_ratio": options.discard_ratio,
+        "query": read_query(options.query),
+        "layers": read_numbers("layers", options.layers),
+        "heads": read_numbers("heads", options.heads),
+    }
+    if "," in (options.method or "") or options.method == ALL:
+        asked = {name: value for name, value in asked.items() if name in SERVED[method]}  # type: ignore[index]
+    return MapSettings(method=method, **asked)  # type: ignore[arg-type]
+
+
+def list_checkpoints(
+    classifier: "Classifier", wanted: bool, device: str
+) -> "list[tuple[str, VisionTransformer]]":
+    """Load all checkpoints of the run, with their epochs as titles."""
+    from vitrine.pretrained import load
+    from vitrine.run_folder import is_run_folder, read_rows
+
+    source = Path(classifier.source)
+    if not wanted or not is_run_folder(source):
+        return []
+    epochs = {row["step"]: row["epoch"] for row in read_rows(source)}
+    loaded = []
+    for folder in sorted((source / "checkpoints").glob("step-*")):
+        step = int(folder.name.removeprefix("step-"))
+        title = f"epoch {epochs[step]}" if step in epochs else f"update {step}"
+        loaded.append((title, load(folder, device=device).model))
+    return loaded
+
+
+def read_subjects(
+    classifier: "Classifier", options: ExplainOptions
+) -> "tuple[list[Subject], list[str]]":
+    """Read the pictures; return them, and what was wrong with the rest."""
+    from vitrine.data.pictures import find_pictures
+
+    if options.index is not None:
+        return [indexed(classifier, options)], []
+    subjects, broken = [], []
+    for path in find_pictures(options.pictures):
+        try:
+            subjects.append(classifier.subject(path))
+        except PictureError as error:
+            broken.append(str(error))
+    return subjects, broken
+
+
+def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
+    """Return one image of the model's data, with its label."""
+    from vitrine.run import load as load_images
+    from vitrine.run_folder import log_test_use
+
+    split, index = options.scoring.split, options.index
+    assert index is not None
+    images = load_images(classifier.config, split)[split]
+    if not 0 <= index < len(images):
+        raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({split} images)")
+    if split == "test":
+        log_test_use(options.folder, f"image {index} explained", 1)
+    raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
+    label = images.classes[int(images.labels_B[index])]
+    return classifier.subject(raw_HWC, name=f"{split}-{index}", label=label)

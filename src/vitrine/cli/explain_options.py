@@ -1,0 +1,165 @@
+"""The flags of ``vitrine explain``, and what they say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vitrine.cli.models import ModelOptions
+from vitrine.errors import ConfigError, nearest
+
+PROG = "vitrine explain"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How it is drawn."""
+
+    style: Literal["vitrine", "seed"] = "vitrine"
+    """seed draws the reference system's frames: the picture dimmed by its rollout."""
+    normalise: Literal["frame", "picture", "none"] = "frame"
+    """Scale of each map: its own, one for the whole picture, or the values as they are."""
+    colormap: str = "magma"
+    """magma, inferno, plasma, viridis or cividis."""
+    alpha: float = 0.6
+    """Share of the map's colour over the picture, 0 to 1."""
+    duration: int = 500
+    """Milliseconds of each frame of an animation."""
+    loop: int = 0
+    """Times an animation is shown again; 0 for ever."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How far the maps can be believed."""
+
+    score: bool = False
+    """Score the methods on the data set instead of drawing: a table and a plot."""
+    split: Literal["validation", "test", "train"] = "validation"
+    """The split that is scored, and that --index counts in."""
+    images: int = 200
+    """Images that are scored."""
+    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
+    """Data set; the one the model was trained on unless given."""
+    data_path: Path | None = None
+    """Where the data are; the training's place unless given."""
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class ExplainOptions(ModelOptions):
+    """Show what a model looked at in a picture."""
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders or globs."""
+    index: int | None = None
+    """Explain this image of the model's own data (of --split) instead of a file."""
+    method: str | None = None
+    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; a,b for several; all."""
+    frames: str | None = None
+    """What goes on from frame to frame: rollout, layers, heads, queries or training."""
+    format: Literal["gif", "webp", "png", "html"] | None = None
+    """Kind of file: as --output_path ends, else gif."""
+    output_path: Path | None = None
+    """File, or folder for several; output/explain unless given."""
+    layers: str | None = None
+    """Layers, from 1: 2,4-6 for example. All unless given."""
+    heads: str | None = None
+    """Heads, from 1: 1,3 for example. All unless given."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """The class to explain; the predicted one unless given."""
+    query: str | None = None
+    """Patch whose view is shown: ROW,COLUMN from 0. What the head reads unless given."""
+    fusion: Literal["mean", "max", "min"] = "mean"
+    """How heads become one."""
+    discard_ratio: float = 0.0
+    """Share of each layer's lowest entries that a rollout leaves out."""
+    fit: Literal["crop", "pad", "squash"] | None = None
+    """How a picture not of the model's shape is made so; as in training unless given."""
+    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    scoring: ScoreOptions = field(default_factory=ScoreOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that files go to."""
+        asked = self.output_path
+        if asked is None:
+            return Path("output") / "explain"
+        return asked.parent if asked.suffix and not asked.is_dir() else asked
+
+
+def check(options: ExplainOptions) -> None:
+    """Refuse flags that do not go together."""
+    given = bool(options.pictures) + (options.index is not None) + options.scoring.score
+    if given == 0:
+        raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
+    if given > 1:
+        raise ConfigError("a picture, --index and --score are three things: give one")
+
+
+def list_methods(text: str | None) -> list[str]:
+    """Return the methods named, or none if the choice is left open."""
+    from vitrine.explain.methods import METHODS
+
+    if text is None:
+        return []
+    if text == ALL:
+        return list(METHODS)
+    names = [name.strip().replace("-", "_") for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            known = f"{', '.join(METHODS)}, or {ALL}"
+            raise ConfigError(f"no method {name!r}{nearest(name, METHODS)}: one of {known}")
+    return names
+
+
+def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Read 2,4-6 as 2, 4, 5, 6."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
+            raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2 or 1,3 or 2-4")
+        stop = int(last) if dash else int(first)
+        if stop - int(first) > 1000:
+            raise ConfigError(f"--{name} is {text!r}: there are not so many")
+        numbers += range(int(first), stop + 1)
+    return tuple(numbers)
+
+
+def read_query(text: str | None) -> tuple[int, int] | None:
+    """Read ROW,COLUMN."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
+        raise ConfigError(f"--query is {text!r:.60}: give ROW,COLUMN of a patch, from 0")
+    return int(parts[0]), int(parts[1])
+
+
+def name_files(options: ExplainOptions, names: Sequence[str]) -> list[Path]:
+    """Return a file for each picture; names that come twice are numbered."""
+    asked = options.output_path
+    if asked is not None and asked.suffix and not asked.is_dir():
+        ending = asked.suffix.lower().removeprefix(".")
+        if options.format not in (None, ending):
+            raise ConfigError(f"--format {options.format} does not go with {asked}: leave one out")
+        if len(names) > 1:
+            raise ConfigError(f"{len(names)} pictures do not fit one file, {asked}: give a folder")
+        return [asked]
+    method = (options.method or options.frames or "rollout").replace(",", "-")
+    ending = options.format or "gif"
+    stem = "{}" if ending == "html" else "{}-" + method
+    paths: list[Path] = []
+    for name in names:
+        base = stem.format(Path(name).stem)
+        path, number = options.folder / f"{base}.{ending}", 2
+        while path in paths:
+            path, number = options.folder / f"{base}-{number}.{ending}", number + 1
+        paths.append(path)
+    return paths

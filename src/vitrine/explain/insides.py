@@ -1,0 +1,215 @@
+"""What a model has learnt, without a question: its filters, its positions, how far its heads look.
+
+As figure 7 of the ViT paper, with the heads' entropy beside it.
+
+Source: Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5 and appendix D.7.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitrine.errors import DataError
+from vitrine.explain.intervals import half_width
+from vitrine.model import VisionTransformer
+
+COMPONENTS = 28
+"""As many as the paper shows."""
+
+
+class PatchFilters(NamedTuple):
+    """Principal components of the stem's filters, and the share of the variance each explains.
+
+    Shapes:
+        tiles_KHWC: K components as pictures, gray for no weight, each scaled to fill 0 to 1.
+    """
+
+    tiles_KHWC: Tensor
+    shares_K: Tensor
+
+
+class HeadStatistics(NamedTuple):
+    """What the heads do, image by image.
+
+    Shapes:
+        distance_BLA: mean distance in pixels between a patch and those it attends to;
+        entropy_BLA: mean entropy of the attention in nats, between 0 and log T.
+    """
+
+    distance_BLA: Tensor
+    entropy_BLA: Tensor
+
+
+@dataclass(frozen=True)
+class Insides:
+    """All that ``vitrine inspect`` shows of a model."""
+
+    filters: PatchFilters
+    similarity_GJGJ: Tensor
+    position: str
+    """How the model knows places: learned, sincos or rope."""
+    images: int
+    """How many the heads were watched on."""
+    tokens: int
+    patch_size: int
+    distance_alike: float
+    """Mean attention distance of a head that looks at all patches alike, in pixels."""
+    distance_LA: Tensor
+    """Mean attention distance in pixels."""
+    entropy_LA: Tensor
+    """Mean attention entropy in nats; looking at all tokens alike it is log(tokens)."""
+    distance_half_LA: Tensor
+    """Half of the 95 % interval over images, likewise below."""
+    entropy_half_LA: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; of the positions the similarity of the middle patch only."""
+        G, J = self.similarity_GJGJ.shape[:2]
+        return {
+            "images": self.images,
+            "tokens": self.tokens,
+            "patch_size": self.patch_size,
+            "filter_variance_shares": rounded(self.filters.shares_K),
+            "position": self.position,
+            "similarity_to_middle_patch": rounded(self.similarity_GJGJ[G // 2, J // 2]),
+            "attention_distance_if_alike": round(self.distance_alike, 5),
+            "attention_distance_pixels": rounded(self.distance_LA),
+            "attention_distance_half_interval": rounded(self.distance_half_LA),
+            "attention_entropy_nats": rounded(self.entropy_LA),
+            "attention_entropy_half_interval": rounded(self.entropy_half_LA),
+        }
+
+
+def rounded(values: Tensor) -> Any:
+    """Return a tensor as nested lists of numbers of five digits after the point."""
+    return values.double().round(decimals=5).tolist()
+
+
+def inspect_model(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Insides:
+    """Look inside a model: filters, positions, and how its heads behave on some images.
+
+    Args:
+        model: in evaluation mode.
+        images_BCHW: normalised, on the model's device, at least ten; the paper takes 128.
+        chunk: images at once.
+
+    Raises:
+        DataError: there are fewer than ten images.
+    """
+    heads = head_statistics(model, images_BCHW, chunk=chunk)
+    G, J = model.config.grid_GJ
+    return Insides(
+        filters=patch_filters(model),
+        similarity_GJGJ=position_similarity(model),
+        position=model.config.position,
+        images=len(images_BCHW),
+        tokens=G * J + (model.config.pool == "cls"),
+        patch_size=model.config.patch_size,
+        distance_alike=float(patch_distances(model).mean()),
+        distance_LA=heads.distance_BLA.mean(0),
+        entropy_LA=heads.entropy_BLA.mean(0),
+        distance_half_LA=half_width(heads.distance_BLA),
+        entropy_half_LA=half_width(heads.entropy_BLA),
+    )
+
+
+def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> PatchFilters:
+    """Return the principal components of what the middle patch's token reads off the pixels.
+
+    The filters are the token's derivatives by the pixels at an image of 0, the mean colour of the
+    data. Of the patch stem they are its weights themselves; of the convolutional stem they show
+    what its layers do together, which reaches over the patch's border.
+    """
+    (height, width), (row, column) = model.config.image_hw, (n // 2 for n in model.config.grid_GJ)
+    D = model.config.embed_dim
+    gray_CHW = next(model.stem.parameters()).new_zeros(model.config.n_channels, height, width)
+    with torch.enable_grad():
+        # One image a filter, so that one backward pass gives all of them.
+        grays_DCHW = gray_CHW.expand(D, -1, -1, -1).clone().requires_grad_()
+        answers_DD = model.stem(grays_DCHW)[:, :, row, column]
+        (filters_DCHW,) = torch.autograd.grad(answers_DD.diagonal().sum(), grays_DCHW)
+    filters_DCHW = crop_to_support(filters_DCHW.float().cpu())
+    centred_DX = filters_DCHW.flatten(1) - filters_DCHW.flatten(1).mean(0)
+    _, strengths_X, directions_XX = torch.linalg.svd(centred_DX.double(), full_matrices=False)
+    shares_X = strengths_X**2 / (strengths_X**2).sum().clamp(min=1e-30)
+    kept = directions_XX[:components]
+    peaks_K1 = kept.gather(1, kept.abs().argmax(1, keepdim=True))  # signs are free: peaks positive
+    tiles_KX = 0.5 + 0.5 * kept / peaks_K1
+    tiles_KCHW = tiles_KX.view(-1, *filters_DCHW.shape[1:])
+    return PatchFilters(tiles_KCHW.permute(0, 2, 3, 1).float(), shares_X[:components].float())
+
+
+def crop_to_support(filters_DCHW: Tensor) -> Tensor:
+    """Cut off the rows and columns of pixels that no filter reads."""
+    read_HW = (filters_DCHW != 0).any(0).any(0)
+    rows, columns = (read_HW.any(along).nonzero().flatten() for along in (1, 0))
+    if len(rows) == 0:
+        return filters_DCHW
+    return filters_DCHW[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def position_similarity(model: VisionTransformer) -> Tensor:
+    """Return how alike the model's positions are: the cosine of each patch with each.
+
+    Rotary positions have no table. Theirs is the mean cosine of the angles between two patches
+    over the frequencies: what remains, on average, of the product of a query and an equal key.
+
+    Shapes:
+        similarity_GJGJ, from -1 to 1.
+    """
+    G, J = model.config.grid_GJ
+    if model.rotation is not None:
+        table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # a class token stands before them
+    else:
+        table_ND = model.position_ND
+    unit_ND = F.normalize(table_ND.detach().double().cpu(), dim=1)
+    return (unit_ND @ unit_ND.T).float().view(G, J, G, J)
+
+
+def attention_distance(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Tensor:
+    """Return the mean attention distance (L, A) in pixels: see head_statistics()."""
+    return head_statistics(model, images_BCHW, chunk=chunk).distance_BLA.mean(0)
+
+
+def attention_entropy(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Tensor:
+    """Return the mean attention entropy (L, A) in nats: see head_statistics()."""
+    return head_statistics(model, images_BCHW, chunk=chunk).entropy_BLA.mean(0)
+
+
+def head_statistics(
+    model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
+) -> HeadStatistics:
+    """Watch every head on images.
+
+    Distance: between the middles of patches, weighted by the attention between them, averaged over
+    all patches as queries. A class token has no place: its row and column are left out, and the
+    rest of each row is scaled to sum to 1. Entropy: of whole rows, averaged over all tokens.
+
+    Raises:
+        DataError: there are no images.
+    """
+    if len(images_BCHW) == 0:
+        raise DataError("there are no images to watch the heads on: give at least one")
+    between_NN = patch_distances(model).to(images_BCHW.device)
+    N = len(between_NN)
+    distances, entropies = [], []
+    for part_BCHW in images_BCHW.split(chunk):
+        with torch.inference_mode():
+            attentions = model.forward_with_attention(part_BCHW)[1]
+            attention_BLATT = torch.stack(attentions, dim=1).float()
+            patches_BLANN = attention_BLATT[..., -N:, -N:]
+            sums_BLAN = patches_BLANN.sum(-1).clamp(min=1e-30)
+            distance_BLAN = (patches_BLANN * between_NN).sum(-1) / sums_BLAN
+            distances.append(distance_BLAN.mean(-1).cpu())
+            entropies.append(torch.special.entr(attention_BLATT).sum(-1).mean(-1).cpu())
+    return HeadStatistics(torch.cat(distances), torch.cat(entropies))
+
+
+def patch_distances(model: VisionTransformer) -> Tensor:
+    """Return the distance in pixels between the middles of all patches (N, N)."""
+    rows, columns = (torch.arange(n) for n in model.config.grid_GJ)
+    places_N2 = torch.cartesian_prod(rows, columns).float() * model.config.patch_size
+    return torch.cdist(places_N2, places_N2)

@@ -1,0 +1,145 @@
+"""Formulas that turn attention into maps: tensors in, tensors out, no model here.
+
+Shapes: the legend is in model/vit.py. A flow (B, T, T) says how much of each token (column) has
+reached each token (row); flow_BLTT has one for every truncation, after block 1, 2, ... L.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+HeadFusion = Literal["mean", "max", "min"]
+
+
+def fuse_heads(attention_BATT: Tensor, fusion: HeadFusion) -> Tensor:
+    """Return one attention for all heads (B, T, T): their mean, maximum or minimum by entry.
+
+    With max and min the rows no longer sum to 1.
+    """
+    if fusion == "mean":
+        return attention_BATT.mean(dim=1)
+    return attention_BATT.amax(dim=1) if fusion == "max" else attention_BATT.amin(dim=1)
+
+
+def discard_lowest(attention_BTT: Tensor, share: float, *, class_token: bool) -> Tensor:
+    """Zero the lowest ``share`` of each image's entries, 0 <= share < 1.
+
+    All T * T entries of an image are ranked together and their number is rounded down. Kept all
+    the same are a token's attention to the class token, where there is one (column 0), and entries
+    equal to the lowest that is kept, so that nothing depends on the order of equals.
+
+    Source: Gildenblat 2020, "Exploring Explainability for Vision Transformers" (vit-explain).
+    """
+    T = attention_BTT.shape[-1]
+    discarded = int(share * T * T)
+    if discarded == 0:
+        return attention_BTT
+    lowest_kept_B = attention_BTT.flatten(1).kthvalue(discarded + 1, dim=1).values
+    kept_BTT = attention_BTT >= lowest_kept_B[:, None, None]
+    if class_token:
+        kept_BTT[:, :, 0] = True
+    return attention_BTT * kept_BTT
+
+
+def rollout(fused: Sequence[Tensor]) -> Tensor:
+    """Return the attention accumulated over blocks, after each of them.
+
+    ``J_l = A'_l @ J_(l-1)`` with ``J_0 = I``, where ``A'_l`` is ``A_l + I`` (the identity stands
+    for the residual branch) with each row divided by its sum.
+
+    Shapes:
+        L tensors fused_BTT, not negative -> flow_BLTT, whose rows sum to 1.
+
+    Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
+    """
+    flows: list[Tensor] = []
+    for fused_BTT in fused:
+        step_BTT = fused_BTT + identity(fused_BTT)
+        step_BTT = step_BTT / step_BTT.sum(dim=-1, keepdim=True)
+        flows.append(step_BTT @ flows[-1] if flows else step_BTT)
+    return torch.stack(flows, dim=1)
+
+
+def gradient_rollout(
+    attentions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    discard_ratio: float = 0.0,
+    class_token: bool = False,
+) -> Tensor:
+    """Return the rollout of attention weighted by the gradient of a class's logit.
+
+    As ``rollout``, with ``A_l = (mean over heads of gradient_l * attention_l)+`` in place of the
+    fused attention; ``discard_ratio`` and ``class_token`` are those of ``discard_lowest``.
+
+    Shapes:
+        L tensors attention_BATT and their gradients, both from the first block on -> flow_BLTT.
+
+    Source: Gildenblat 2020 (vit-explain), "Gradient Attention Rollout". That code pairs each
+    layer's attention with another layer's gradient and divides columns by row sums; this does not.
+    """
+    return rollout(
+        [
+            discard_lowest(
+                (gradient_BATT * attention_BATT).mean(dim=1).clamp(min=0),
+                discard_ratio,
+                class_token=class_token,
+            )
+            for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True)
+        ]
+    )
+
+
+def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return how relevant each token is to each other for a class, after each block.
+
+    ``R_l = R_(l-1) + mean over heads of (gradient_l * attention_l)+ @ R_(l-1)`` with ``R_0 = I``.
+
+    Shapes:
+        L tensors attention_BATT and their gradients, both from the first block on ->
+        relevance_BLTT, whose diagonal still holds the identity.
+
+    Source: Chefer et al. 2021, arXiv:2103.15679, equations 5 and 6.
+    """
+    relevances: list[Tensor] = []
+    for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True):
+        step_BTT = (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
+        before_BTT = relevances[-1] if relevances else identity(step_BTT)
+        relevances.append(before_BTT + step_BTT @ before_BTT)
+    return torch.stack(relevances, dim=1)
+
+
+def identity(flow_BTT: Tensor) -> Tensor:
+    """Return the identity matrix (T, T) that goes with these matrices."""
+    return torch.eye(flow_BTT.shape[-1], dtype=flow_BTT.dtype, device=flow_BTT.device)
+
+
+def read_query(
+    flow_BxTT: Tensor,
+    grid_GJ: tuple[int, int],
+    *,
+    class_token: bool,
+    query: tuple[int, int] | None,
+) -> Tensor:
+    """Return what one token has taken from each patch, as a picture of patches.
+
+    ``query`` is a patch's (row, column), counted from 0 at the top left; None takes what the head
+    reads, the class token's row or, with mean pooling, the mean of all rows. What was taken from
+    the class token is left out.
+
+    Shapes:
+        flow_BxTT, with any leading dimensions (layers, heads) -> maps_BxGJ.
+    """
+    if query is None:
+        row_BxT = flow_BxTT[..., 0, :] if class_token else flow_BxTT.mean(dim=-2)
+    else:
+        row_BxT = flow_BxTT[..., class_token + query[0] * grid_GJ[1] + query[1], :]
+    return torch.unflatten(row_BxT[..., int(class_token) :], -1, grid_GJ)
+
+
+def read_every_query(flow_BxTT: Tensor, grid_GJ: tuple[int, int], *, class_token: bool) -> Tensor:
+    """Return ``read_query`` of every patch, row by row: maps_BxNGJ."""
+    first = int(class_token)
+    return torch.unflatten(flow_BxTT[..., first:, first:], -1, grid_GJ)

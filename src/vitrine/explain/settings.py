@@ -1,0 +1,74 @@
+"""Which map: the methods there are, and the settings that each of them serves."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from vitrine.config import require, require_range
+from vitrine.errors import ConfigError, nearest
+from vitrine.explain.maps import HeadFusion
+
+Method = Literal["attention", "rollout", "gradient_rollout", "relevance", "gradcam", "occlusion"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+SERVED: dict[Method, tuple[str, ...]] = {
+    "attention": ("fusion", "query", "layers", "heads"),
+    "rollout": ("fusion", "discard_ratio", "query", "layers", "heads"),
+    "gradient_rollout": ("discard_ratio", "query", "layers"),
+    "relevance": ("query", "layers"),
+    "gradcam": (),
+    "occlusion": (),
+}
+"""The settings that change what a method shows."""
+WHY_NOT: dict[Method, str] = {
+    "attention": "it shows the attention as it is",
+    "gradient_rollout": "its gradients weigh the heads",
+    "relevance": "its gradients weigh the heads and choose what counts",
+    "gradcam": "it weighs the tokens before the last attention, and reads no attention",
+    "occlusion": "it hides patches, and looks at nothing inside the model",
+}
+"""Why a method serves no other setting."""
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """Which map of what the model looked at.
+
+    Raises:
+        ConfigError: a value that cannot be, or a setting that the method does not serve.
+    """
+
+    method: Method = "attention"
+    fusion: HeadFusion = "mean"
+    """How heads become one."""
+    discard_ratio: float = 0.0
+    """Share of each layer's entries, the lowest, that a rollout leaves out; less than 1."""
+    query: tuple[int, int] | None = None
+    """Patch (row, column), from 0, whose view is shown; None shows what the head reads."""
+    layers: tuple[int, ...] | None = None
+    """Layers, from 1; what accumulates is shown as it is after each of them. None for all."""
+    heads: tuple[int, ...] | None = None
+    """Heads, from 1; None for all."""
+    chunk: int = 64
+    """Images that go through the model at once, which bounds the memory."""
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("fusion", self.fusion, get_args(HeadFusion))
+        require(
+            0 <= self.discard_ratio < 1,
+            f"discard_ratio is {self.discard_ratio}: give a number from 0 to less than 1",
+        )
+        require_range(self, "chunk", 1)
+        for field in fields(self):
+            served = field.name in ("method", "chunk", *SERVED[self.method])
+            if not served and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"{field.name} does not go with method {self.method}: "
+                    f"{WHY_NOT[self.method]}; leave {field.name} out"
+                )
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of those known."""
+    hint = nearest(value, known)
+    require(value in known, f"{name} is {value!r}, not one of {', '.join(known)}{hint}")

@@ -1,0 +1,278 @@
+"""From a picture to frames: what each kind of frame holds, on the command line and in Python."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrine
+from vitrine.cli import main
+from vitrine.errors import ConfigError
+from vitrine.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
+from vitrine.predict import Classifier
+
+TINY = shlex.split(
+    "--patch_size 8 --embed_dim 16 --n_layers 3 --n_attention_heads 2 --batch_size 40 "
+    "--num_train_images 80 --num_test_images 30 --validation_images 50 --device cpu --epochs 2 "
+    "--keep_checkpoints 0"
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs with both checkpoints."""
+    output = tmp_path_factory.mktemp("runs")
+    words = ["train", *TINY, "--output_path", str(output), "--folder_name", "a"]
+    assert main(words) == 0
+    return output / "a"
+
+
+@pytest.fixture(scope="module")
+def classifier(run_folder: Path) -> Classifier:
+    return vitrine.load(run_folder, device="cpu")
+
+
+@pytest.fixture
+def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A picture that is larger than the model's and not square, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(4)
+    small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    small.resize((175, 125)).save(tmp_path / "cat.png")
+    return "cat.png"
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    """The frames of an animation as arrays."""
+    with Image.open(path) as image:
+        frames = []
+        for number in range(image.n_frames):
+            image.seek(number)
+            frames.append(np.asarray(image.convert("RGB")))
+    return frames
+
+
+def explain(run_folder: Path, *words: str) -> list[np.ndarray]:
+    """Draw with the command line and read the animation back."""
+    command = ["explain", "--model_path", str(run_folder), *words, "--output_path", "out.gif"]
+    assert main(command) == 0
+    return frames_of(Path("out.gif"))
+
+
+# --- in Python ------------------------------------------------------------------------------------
+
+
+def test_frames_hold_the_maps_of_their_method(classifier: Classifier, picture: str) -> None:
+    images_1CHW = classifier.prepare(picture)
+    for method in METHODS:
+        explained = classifier.explain(picture, method=method)
+        maps = compute_maps(classifier.model, images_1CHW, MapSettings(method=method))
+        assert np.array_equal(explained.maps_FGJ, maps.values_BLGJ[0].numpy())
+    rollout = classifier.explain(picture)
+    assert rollout.titles == ("through layer 1", "through layer 2", "through layer 3")
+    one = classifier.explain(picture, method="attention", layers=(2,))
+    assert one.titles == ("layer 2",)
+
+
+def test_heads_and_queries_are_grids(classifier: Classifier, picture: str) -> None:
+    heads = classifier.explain(picture, frames="heads", layers=(1, 3), heads=(2,))
+    by_head = attention_by_head(classifier.model, classifier.prepare(picture))[0]
+    assert heads.titles == ("layer 1, head 2", "layer 3, head 2")
+    assert np.array_equal(heads.maps_FGJ, by_head[[0, 2], 1].numpy())
+    queries = classifier.explain(picture, frames="queries", layers=(2,))
+    assert len(queries.titles) == 16
+    fifth = classifier.explain(picture, method="attention", query=(1, 1), layers=(2,))
+    np.testing.assert_allclose(queries.maps_FGJ[5], fifth.maps_FGJ[0], atol=1e-7)
+
+
+def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:
+    said = classifier.predict(picture, top_k=10)[0]
+    top, last = said[0].name, said[-1].name
+    default, first, other = (
+        classifier.explain(picture, method="relevance", class_name=name)
+        for name in (None, top, last)
+    )
+    assert np.array_equal(default.maps_FGJ, first.maps_FGJ)
+    assert not np.array_equal(default.maps_FGJ, other.maps_FGJ)
+    assert other.explanation.frames[0].says.startswith(top)
+    assert f"explained: {last}" in other.explanation.frames[0].says
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])
+def test_saving_makes_what_the_ending_says(
+    ending: str, classifier: Classifier, picture: str, tmp_path: Path
+) -> None:
+    path = classifier.explain(picture).save(tmp_path / "new" / f"x.{ending}")
+    head = path.read_bytes()[:200]
+    magic = {"gif": b"GIF89a", "webp": b"RIFF", "png": b"\x89PNG", "html": b"<!doctype html>"}
+    assert head.lower().startswith(magic[ending].lower())
+    if ending in ("gif", "webp"):
+        assert len(frames_of(path)) == 3
+
+
+def test_other_endings_and_looks_are_refused(
+    classifier: Classifier, picture: str, tmp_path: Path
+) -> None:
+    explained = classifier.explain(picture)
+    with pytest.raises(ConfigError, match=r"ends in \.gif"):
+        explained.save(tmp_path / "x.bmp")
+    for look in ({"alpha": 2}, {"normalise": "all"}, {"colormap": "jet"}, {"style": "x"}):
+        with pytest.raises(ConfigError):
+            explained.save(tmp_path / "x.gif", **look)
+    with pytest.raises(ConfigError, match="draws the rollout"):
+        classifier.explain(picture, method="gradcam").save(tmp_path / "x.gif", style="seed")
+    with pytest.raises(ConfigError, match="not a page"):
+        explained.save(tmp_path / "x.html", style="seed")
+    assert not list(tmp_path.glob("x.*"))
+
+
+# --- on the command line --------------------------------------------------------------------------
+
+
+def test_it_says_what_it_drew_and_where(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["explain", "--model_path", str(run_folder), picture]) == 0
+    shown = capsys.readouterr().out
+    assert "output/explain/cat-rollout.gif: 3 frames, through layer 1 to through layer 3" in shown
+    assert "cat.png: " in shown
+    assert "%" in shown
+    with Image.open("output/explain/cat-rollout.gif") as image:
+        assert image.n_frames == 3
+        assert image.info["duration"] == 500
+        assert image.info["loop"] == 0
+
+
+def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> None:
+    last = explain(run_folder, picture)[-1]
+    changes = (
+        "--method relevance", "--method attention", "--method gradcam", "--frames layers",
+        "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalise picture",
+        "--normalise none", "--colormap viridis", "--alpha 0.2", "--style seed", "--fit squash",
+        "--layers 1-2", "--method rollout,relevance",
+    )  # fmt: skip
+    seen = [last]
+    for change in changes:
+        other = explain(run_folder, picture, *shlex.split(change))[-1]
+        for before in seen:
+            assert before.shape != other.shape or not np.array_equal(before, other), change
+        seen.append(other)
+
+
+def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str) -> None:
+    assert len(explain(run_folder, picture, "--frames", "heads")) == 6
+    assert len(explain(run_folder, picture, "--frames", "queries")) == 16
+    assert len(explain(run_folder, picture, "--frames", "training")) == 2
+    assert len(explain(run_folder, picture, "--method", "all")) == 6
+    explain(run_folder, picture, "--duration", "120", "--loop", "3")
+    with Image.open("out.gif") as image:
+        assert image.info["duration"] == 120
+        assert image.info["loop"] == 3
+
+
+def test_the_still_panel_stands_still(run_folder: Path, picture: str) -> None:
+    for style in ("vitrine", "seed"):
+        frames = np.stack(explain(run_folder, picture, "--style", style)).astype(int)
+        left = frames[:, 60:300, 30:300]
+        assert np.ptp(left, axis=0).max() <= 1
+        assert np.ptp(frames[:, :, 420:], axis=0).max() > 20
+
+
+def test_several_pictures_go_into_a_folder(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("more").mkdir()
+    shutil.copy(picture, "more/cat.png")
+    Path("more/broken.png").write_text("x")
+    words = ["explain", "--model_path", str(run_folder), picture, "more", "--format", "png"]
+    assert main([*words, "--output_path", "drawn"]) == 1
+    names = sorted(path.name for path in Path("drawn").iterdir())
+    assert names == ["cat-rollout-2.png", "cat-rollout.png"]
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_an_image_of_the_data_is_explained_with_its_label(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explain", "--model_path", str(run_folder), "--index", "3", "--format", "png"]
+    assert main(words) == 0
+    assert "validation-3: " in capsys.readouterr().out
+    assert not Path("output/explain/test_uses.jsonl").exists()
+    assert main([*words, "--split", "test"]) == 0
+    assert "image 3 explained" in Path("output/explain/test_uses.jsonl").read_text()
+
+
+def test_scores_are_printed_drawn_and_kept(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explain", "--model_path", str(run_folder), "--score", "--images", "12"]
+    assert main([*words, "--method", "rollout,relevance", "--output_path", "s"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("rollout", "relevance", "random", "centre"):
+        assert name in shown
+    scores = json.loads(Path("s/scores.json").read_text())
+    assert [each["method"] for each in scores["scores"]] == [
+        "rollout", "relevance", "random", "centre",
+    ]  # fmt: skip
+    assert scores["images"] == 12
+    assert Path("s/scores.png").stat().st_size > 1000
+
+
+def test_insides_are_printed_drawn_and_kept(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", str(run_folder), "--images", "15", "--output_path", "i"]
+    assert main(words) == 0
+    assert "mean distance" in capsys.readouterr().out
+    assert Path("i/insides.png").stat().st_size > 1000
+    assert main([*words, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert torch.tensor(numbers["attention_entropy_nats"]).shape == (3, 2)
+    assert numbers == json.loads(Path("i/insides.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("", ["no picture given"]),
+        ("cat.png --index 3", ["give one"]),
+        ("cat.png --layers 4", ["layer 4", "1 to 3"]),
+        ("cat.png --layers 0", ["layer 0", "1 to 3"]),
+        ("cat.png --layers x", ["--layers is 'x'"]),
+        ("cat.png --frames heads --heads 3", ["head 3", "1 to 2"]),
+        ("cat.png --class rung", ["no class 'rung'", "did you mean 'ring'"]),
+        ("cat.png --query 4,0", ["outside the picture's 4 x 4 patches"]),
+        ("cat.png --query 4", ["--query is '4'"]),
+        ("cat.png --method rolout", ["no method 'rolout'", "did you mean 'rollout'"]),
+        ("cat.png --method gradcam --query 1,1", ["query does not go with method gradcam"]),
+        ("cat.png --method gradcam --frames layers", ["frames layers cannot show method gradcam"]),
+        ("cat.png --method all --frames layers", ["leave out --frames"]),
+        ("cat.png --frames laiers", ["did you mean 'layers'"]),
+        ("cat.png --colormap jet", ["no colour map 'jet'"]),
+        ("cat.png --duration 1", ["durations are"]),
+        ("cat.png --format gif --output_path x.png", ["--format gif does not go with x.png"]),
+        ("cat.png --output_path x.bmp", ["x.bmp"]),
+        ("cat.png cat.png --output_path x.gif", ["2 pictures do not fit one file"]),
+        ("none.png", ["none.png"]),
+        ("bad.png", ["bad.png"]),
+        ("--index 50", ["give 0 to 49"]),
+        ("--score --images 3", ["3"]),
+    ],
+)
+def test_impossible_explanations_are_one_line(
+    flags: str, parts: list[str], run_folder: Path, picture: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    Path("bad.png").write_text("x")
+    capsys.readouterr()
+    assert main(["explain", "--model_path", str(run_folder), *shlex.split(flags)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vitrine: ")
+    for part in parts:
+        assert part in line

@@ -1,0 +1,402 @@
+"""Measures of maps on cases worked by hand, and the table's honesty about what beats nothing."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist, stdev
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from vitrine.config import ModelConfig
+from vitrine.errors import CheckpointError, ConfigError, DataError, OutputError
+from vitrine.explain import measures
+from vitrine.explain.intervals import estimate_mean, half_width, surely_above_zero, t_quantile
+from vitrine.explain.score import (
+    MEASURES,
+    Outcome,
+    Score,
+    ScoreSettings,
+    centre_maps,
+    deletion_insertion,
+    mass_inside,
+    pointing_game,
+    random_maps,
+    score_methods,
+    summarise,
+)
+from vitrine.explain.score_report import plot_scores, score_table
+from vitrine.model import VisionTransformer
+
+PLACE = (1, 3)
+"""The one patch, by row and column, that ``OnePatch`` looks at; the grid has 3 x 5 patches."""
+
+
+class OnePatch(nn.Module):
+    """Probability 0.9 of class 1 while one patch is bright, 0.2 while it is not."""
+
+    config = ModelConfig(image_size=(12, 20), n_classes=2, patch_size=4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        self.batches.append(len(images_BCHW))
+        row, column = (4 * n for n in PLACE)
+        bright_B = images_BCHW[:, 0, row : row + 4, column : column + 4].mean((1, 2)) > 0.9
+        yes_B = torch.where(bright_B, 0.9, 0.2)
+        return torch.stack([1 - yes_B, yes_B], dim=1).log()
+
+
+def bright_patch(count: int = 1) -> Tensor:
+    """Images that are dark but for the patch that ``OnePatch`` looks at."""
+    images_BCHW = torch.zeros(count, 3, 12, 20)
+    row, column = (4 * n for n in PLACE)
+    images_BCHW[:, :, row : row + 4, column : column + 4] = 1
+    return images_BCHW
+
+
+def map_of(values: dict[tuple[int, int], float]) -> Tensor:
+    """One map of 3 x 5 patches: these values, and small different ones elsewhere."""
+    map_GJ = torch.linspace(0, 0.01, 15).view(3, 5)
+    for place, value in values.items():
+        map_GJ[place] = value
+    return map_GJ[None]
+
+
+# Maps against masks
+
+
+def test_pointing_game_asks_for_the_highest_point_as_it_is_drawn() -> None:
+    masks_BHW = torch.zeros(2, 12, 20, dtype=torch.bool)
+    masks_BHW[:, 4:8, 12:16] = True  # the patch at (1, 3)
+    maps_BGJ = torch.cat([map_of({(1, 3): 1.0}), map_of({(1, 2): 1.0})])
+    assert pointing_game(maps_BGJ, masks_BHW).tolist() == [1, 0]
+
+
+def test_the_highest_point_is_the_middle_of_a_patch() -> None:
+    """With a patch of 4 it lies between the pixels 5 and 6, 13 and 14."""
+    mask_1HW = torch.zeros(1, 12, 20, dtype=torch.bool)
+    mask_1HW[0, 4, 12:16] = True
+    assert pointing_game(map_of({(1, 3): 1.0}), mask_1HW).tolist() == [0]
+    mask_1HW[0, 5, 13] = True
+    assert pointing_game(map_of({(1, 3): 1.0}), mask_1HW).tolist() == [0.25]
+    nine_1HW = torch.zeros(1, 9, 15, dtype=torch.bool)
+    nine_1HW[0, 4, 10] = True  # the middle of the patch at (1, 3), of 3 pixels a side
+    assert pointing_game(map_of({(1, 3): 1.0}), nine_1HW).tolist() == [1]
+
+
+def test_equally_high_patches_share_the_hit() -> None:
+    mask_1HW = torch.zeros(1, 12, 20, dtype=torch.bool)
+    mask_1HW[0, :4, :4] = True
+    assert pointing_game(map_of({(0, 0): 1.0, (2, 1): 1.0}), mask_1HW).tolist() == [0.5]
+    assert pointing_game(torch.full((1, 3, 5), 0.3), mask_1HW).item() == pytest.approx(1 / 15)
+
+
+def test_a_random_map_hits_the_border_no_more_than_the_middle() -> None:
+    """The highest pixel of a map drawn bilinearly would: on the border nothing rounds it off."""
+    border_1HW = torch.ones(1, 12, 20, dtype=torch.bool)
+    border_1HW[:, 4:8, 4:16] = False
+    maps_BGJ = random_maps((4000, 3, 5), torch.Generator().manual_seed(7))
+    hits_B = pointing_game(maps_BGJ, border_1HW.expand(4000, -1, -1))
+    assert hits_B.mean().item() == pytest.approx(12 / 15, abs=0.02)
+
+
+def test_mass_inside_by_hand() -> None:
+    """Two patches of 2 pixels laid over 4 pixels: the first's weights are 1, 3/4, 1/4, 0."""
+    mask_1HW = torch.tensor([[[False, True, True, False], [False, True, False, False]]])
+    for lowest in (0.0, 0.5):
+        map_1GJ = torch.tensor([[[1.0, lowest]]])
+        assert mass_inside(map_1GJ, mask_1HW).item() == pytest.approx((0.75 + 0.25 + 0.75) / 4)
+
+
+def test_mass_below_zero_counts_nothing() -> None:
+    map_1GJ = torch.tensor([[[1.0, -5.0]]])
+    mask_1HW = torch.tensor([[[True, True, True, False]]])
+    assert mass_inside(map_1GJ, mask_1HW).item() == pytest.approx(1)
+    mask_1HW = torch.tensor([[[True, False, False, False]]])
+    assert mass_inside(map_1GJ, mask_1HW).item() == pytest.approx(0.5)
+
+
+def test_a_map_that_says_nothing_has_its_mass_everywhere() -> None:
+    mask_1HW = torch.zeros(1, 12, 20, dtype=torch.bool)
+    mask_1HW[0, :3, :8] = True
+    for value in (0.0, 0.3, -0.2):
+        flat_1GJ = torch.full((1, 3, 5), value)
+        assert mass_inside(flat_1GJ, mask_1HW).item() == pytest.approx(0.1)
+
+
+# Deletion and insertion
+
+
+@pytest.mark.parametrize("baseline", ["mean", "blur"])
+def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(baseline: str) -> None:
+    curves = deletion_insertion(
+        OnePatch(), bright_patch(), map_of({PLACE: 1.0}), torch.tensor([1]),
+        baseline=baseline, steps=99,
+    )  # fmt: skip
+    assert curves.shares_S.tolist() == pytest.approx([n / 15 for n in range(16)])
+    assert curves.deletion_BS[0].tolist() == pytest.approx([0.9] + [0.2] * 15)
+    assert curves.insertion_BS[0].tolist() == pytest.approx([0.2] + [0.9] * 15)
+    deletion_B, insertion_B = curves.areas()
+    assert deletion_B.item() == pytest.approx(0.2 + 0.7 / 2 / 15)
+    assert insertion_B.item() == pytest.approx(0.9 - 0.7 / 2 / 15)
+
+
+def test_a_map_that_names_it_last_does_the_reverse() -> None:
+    curves = deletion_insertion(
+        OnePatch(), bright_patch(), map_of({PLACE: -1.0}), torch.tensor([1]), baseline="mean"
+    )
+    assert curves.deletion_BS[0].tolist() == pytest.approx([0.9] * 15 + [0.2])
+    assert curves.insertion_BS[0].tolist() == pytest.approx([0.2] * 15 + [0.9])
+
+
+def test_steps_take_several_patches_and_the_areas_count_their_width() -> None:
+    curves = deletion_insertion(
+        OnePatch(), bright_patch(), map_of({PLACE: 1.0}), torch.tensor([1]),
+        baseline="mean", steps=4,
+    )  # fmt: skip
+    assert (curves.shares_S * 15).tolist() == pytest.approx([0, 4, 8, 11, 15])
+    assert curves.areas()[0].item() == pytest.approx(0.2 + 0.7 / 2 * 4 / 15)
+
+
+def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
+    model, count = OnePatch(), 7
+    maps_BGJ = random_maps((count, 3, 5), torch.Generator().manual_seed(3))
+    classes_B = torch.arange(count) % 2
+    arguments = {"baseline": "mean", "steps": 6}
+    whole = deletion_insertion(
+        model, bright_patch(count), maps_BGJ, classes_B, **arguments, batch_size=30
+    )
+    assert max(model.batches) <= 30
+    assert len(model.batches) > 2
+    for index in range(count):
+        one = deletion_insertion(
+            model, bright_patch(1), maps_BGJ[index, None], classes_B[index, None], **arguments
+        )
+        assert torch.equal(one.deletion_BS[0], whole.deletion_BS[index])
+        assert torch.equal(one.insertion_BS[0], whole.insertion_BS[index])
+
+
+def test_equal_patches_follow_in_a_shuffled_order() -> None:
+    """Row by row would favour the top left corner."""
+    ranks_BN = measures.rank_patches(torch.zeros(2, 3, 5))
+    assert ranks_BN[0].tolist() == ranks_BN[1].tolist() != list(range(15))
+    assert sorted(ranks_BN[0].tolist()) == list(range(15))
+    ranked_N = measures.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
+    assert ranked_N.tolist() == list(reversed(range(15)))
+
+
+def test_baselines_are_the_mean_colour_and_a_blur() -> None:
+    images_BCHW = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    mean_BCHW = measures.draw_baseline(images_BCHW, "mean")
+    assert mean_BCHW[1, 2].unique().tolist() == [pytest.approx(images_BCHW[1, 2].mean().item())]
+    point_1CHW = torch.zeros(1, 1, 31, 33)
+    point_1CHW[0, 0, 15, 16] = 1
+    blurred_HW = measures.blur(point_1CHW, 2.0)[0, 0]
+    expected = NormalDist(0, 2).pdf(3) * NormalDist(0, 2).pdf(1)
+    assert blurred_HW[18, 17].item() == pytest.approx(expected, rel=0.01)
+    assert blurred_HW.sum().item() == pytest.approx(1, rel=1e-4)
+    flat_1CHW = torch.full((1, 3, 5, 4), 0.7)
+    torch.testing.assert_close(measures.blur(flat_1CHW, 3.0), flat_1CHW)
+
+
+def test_maps_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="not finite"):
+        measures.rank_patches(torch.full((1, 3, 5), math.nan))
+
+
+# Floors
+
+
+def test_floors_know_nothing() -> None:
+    drawn = random_maps((4, 3, 5), torch.Generator().manual_seed(1))
+    assert drawn.shape == (4, 3, 5)
+    assert len(drawn.unique()) == 60
+    centre_GJ = centre_maps((3, 5))[0]
+    assert centre_GJ.argmax() == 7
+    torch.testing.assert_close(centre_GJ, centre_GJ.flip(0, 1))
+    assert centre_GJ[1, 3].item() == pytest.approx(math.exp(-0.5 * (1 / 1.25) ** 2))
+
+
+# Intervals
+
+
+def test_quantiles_of_students_distribution() -> None:
+    """The tables' values."""
+    assert t_quantile(0.975, 9) == pytest.approx(2.262, abs=1e-3)
+    assert t_quantile(0.975, 30) == pytest.approx(2.042, abs=1e-3)
+    assert t_quantile(0.995, 15) == pytest.approx(2.947, abs=2e-3)
+    assert t_quantile(0.975, 10**6) == pytest.approx(1.95996, abs=1e-4)
+
+
+def test_interval_of_a_mean() -> None:
+    values = [0.1, 0.4, 0.2, 0.8, 0.3, 0.9, 0.5, 0.7, 0.6, 0.0]
+    estimate = estimate_mean(torch.tensor(values))
+    assert estimate.mean == pytest.approx(0.45)
+    half = 2.262 * stdev(values) / math.sqrt(10)
+    assert estimate.high - estimate.mean == pytest.approx(half, rel=1e-3)
+    assert estimate.mean - estimate.low == pytest.approx(half, rel=1e-3)
+    with pytest.raises(DataError, match="9 images are too few"):
+        half_width(torch.rand(9))
+
+
+def test_a_difference_is_sure_only_where_its_interval_is_above_zero() -> None:
+    differences_B = torch.tensor([1.0, -1.0] * 10) + 0.5
+    low = 0.5 - half_width(differences_B).item()
+    assert low > 0
+    assert surely_above_zero(differences_B, error=0.05)
+    assert not surely_above_zero(differences_B, error=0.001)
+    assert not surely_above_zero(-differences_B, error=0.05)
+    assert not surely_above_zero(torch.zeros(20), error=0.05)
+    assert surely_above_zero(torch.ones(20), error=0.05)
+
+
+# The table
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    config = ModelConfig(
+        image_size=(12, 20), n_classes=3, patch_size=4, embed_dim=8, n_layers=2,
+        n_attention_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return VisionTransformer(config).eval()
+
+
+@pytest.fixture(scope="module")
+def scores(model: VisionTransformer) -> list[Score]:
+    """An untrained model's, so that no method beats the floors by much."""
+    generator = torch.Generator().manual_seed(5)
+    images_BCHW = torch.randn(11, 3, 12, 20, generator=generator)
+    masks_BHW = torch.rand(11, 12, 20, generator=generator) < 0.3
+    settings = ScoreSettings(steps=4, batch_size=20)
+    return score_methods(model, images_BCHW, masks_BHW, ("rollout", "gradcam"), settings=settings)
+
+
+def text_of(scores: list[Score]) -> str:
+    console = Console(width=80, record=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(score_table(scores))
+    return capture.get()
+
+
+def made_scores(values: Callable[[str, str], Tensor]) -> list[Score]:
+    """Scores of made-up values of each method and measure."""
+    curves = {name: torch.tensor([0.9, 0.1]) for name in MEASURES if "_" in name}
+    outcomes = {
+        method: Outcome(
+            {measure: values(method, measure) for measure in MEASURES},
+            torch.tensor([0.0, 1.0]),
+            curves,
+        )
+        for method in ("rollout", "gradcam", "random", "centre")
+    }
+    return [summarise(name, outcomes, 0.05 / 12) for name in outcomes]
+
+
+def test_methods_then_floors_are_scored_by_every_measure(scores: list[Score]) -> None:
+    assert [score.method for score in scores] == ["rollout", "gradcam", "random", "centre"]
+    assert [score.is_floor for score in scores] == [False, False, True, True]
+    for score in scores:
+        assert score.n == 11
+        assert list(score.estimates) == list(MEASURES)
+        for estimate in score.estimates.values():
+            assert estimate.low <= estimate.mean <= estimate.high
+        assert len(score.shares) == len(score.curves["deletion_mean"]) == 5
+        assert set(score.beats) == (set() if score.is_floor else set(MEASURES))
+    whole = {score.curves["deletion_mean"][0] for score in scores}
+    assert len(whole) == 1, "nothing is deleted at the start"
+    json.dumps([score.to_json() for score in scores], allow_nan=False)
+
+
+def test_areas_agree_with_the_curves(scores: list[Score]) -> None:
+    for score in scores:
+        for name, curve in score.curves.items():
+            area = torch.trapezoid(torch.tensor(curve), torch.tensor(score.shares)).item()
+            assert score.estimates[name].mean == pytest.approx(area, abs=1e-6)
+
+
+def test_without_masks_only_deletion_and_insertion_are_measured(model: VisionTransformer) -> None:
+    images_BCHW = torch.randn(10, 3, 12, 20, generator=torch.Generator().manual_seed(5))
+    settings = ScoreSettings(steps=2)
+    scored = score_methods(model, images_BCHW, None, ("attention",), settings=settings)
+    assert list(scored[0].estimates) == [name for name in MEASURES if "_" in name]
+    assert "On the object" not in text_of(scored)
+    again = score_methods(model, images_BCHW, None, ("attention",), settings=settings)
+    assert scored == again
+    other = ScoreSettings(steps=2, seed=1)
+    assert score_methods(model, images_BCHW, None, (), settings=other)[0] != scored[1]
+
+
+def test_lower_is_better_where_it_is() -> None:
+    """A method below both floors beats them by deletion, above them by the others."""
+    noise_B = torch.linspace(-0.01, 0.01, 20)
+
+    def values(method: str, measure: str) -> Tensor:
+        level = {"rollout": 0.2, "gradcam": 0.8, "random": 0.4, "centre": 0.5}[method]
+        return level + noise_B * (1 if method in ("rollout", "gradcam") else -1)
+
+    low, high, *floors = made_scores(values)
+    for name, measure in MEASURES.items():
+        assert low.beats[name] is not measure.higher_is_better
+        assert high.beats[name] is measure.higher_is_better
+    assert not low.beats_floors
+    assert not any(floor.beats_floors for floor in floors)
+
+
+def test_both_floors_must_be_beaten() -> None:
+    def values(method: str, measure: str) -> Tensor:
+        sign = 1 if MEASURES[measure].higher_is_better else -1
+        level = {"rollout": 0.2, "gradcam": 0.05, "random": 0.0, "centre": 0.1}[method]
+        return 0.5 + sign * level + torch.linspace(0, 0.01, 20)
+
+    best, between, *_ = made_scores(values)
+    assert best.beats_floors
+    assert not any(between.beats.values())
+    table = " ".join(text_of([best, between, *_]).split())
+    assert "rollout beats both floors by every measure" in table
+    assert "gradcam does not beat the floors by any measure" in table
+
+
+def test_pointing_has_wilsons_interval() -> None:
+    ones_B = torch.ones(20)
+    estimate = made_scores(lambda method, measure: ones_B)[0].estimates["pointing"]
+    assert estimate == pytest.approx((1, 0.8389, 1), abs=1e-4)
+
+
+def test_table_says_what_it_needs_to(scores: list[Score]) -> None:
+    table = text_of(scores)
+    assert max(map(len, table.splitlines())) <= 80
+    words = " ".join(table.split())
+    for expected in ("random (floor)", "centre (floor)", "11 images", "95 %", "paired t tests"):
+        assert expected in words
+    assert "does not beat the floors" in words
+
+
+def test_curves_are_drawn_with_and_without_masks(tmp_path: Path, scores: list[Score]) -> None:
+    plot_scores(tmp_path / "all.png", scores)
+    with Image.open(tmp_path / "all.png") as picture:
+        assert min(picture.size) > 800
+    with pytest.raises(DataError, match="no score to draw"):
+        plot_scores(tmp_path / "none.png", [])
+    with pytest.raises(OutputError, match="absent"):
+        plot_scores(tmp_path / "absent" / "all.png", scores)
+
+
+def test_what_cannot_be_scored_is_refused(model: VisionTransformer) -> None:
+    images_BCHW = torch.zeros(10, 3, 12, 20)
+    with pytest.raises(DataError, match="9 images are too few"):
+        score_methods(model, images_BCHW[:9], None)
+    with pytest.raises(DataError, match="9 masks for 10 images"):
+        score_methods(model, images_BCHW, torch.zeros(9, 12, 20, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="steps is 0"):
+        ScoreSettings(steps=0)
+    with pytest.raises(DataError, match="2 maps for 1 masks"):
+        pointing_game(torch.zeros(2, 3, 5), torch.zeros(1, 12, 20, dtype=torch.bool))
