@@ -44,8 +44,12 @@ def test_lines_where_there_is_no_terminal(
     assert "update 4/9" in printed
 
 
-def test_a_bar_where_there_is_one(tiny_run: Config, tmp_path: Path) -> None:
+def test_a_bar_where_there_is_one(
+    tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
     printed, shown = watch(tiny_run, tmp_path / "a", terminal=True)
+    assert "update " not in printed
     assert "\u001b[" in printed
     (task,) = shown.progress.tasks
     assert task.completed == task.total == 9
