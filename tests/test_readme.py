@@ -1,0 +1,89 @@
+"""What the README says is so: its links lead somewhere, its commands and flags exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vitrine.cli import main
+from vitrine.cli.reference import run_test
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("#")[0].strip() for line in README.splitlines() if line.startswith("    ")
+]
+"""The indented lines; shell commands among them begin with a program."""
+VITRINE = [line for line in COMMANDS if re.match(r"(vitrine|python (train|test)\.py) ", line)]
+
+
+def test_it_is_short_and_begins_with_a_command() -> None:
+    lines = README.splitlines()
+    assert len(lines) < 150
+    first = next(number for number, line in enumerate(lines, 1) if line.startswith("    "))
+    assert first <= 25
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "records/README.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    for link in links:
+        if not link.startswith("http"):
+            assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_the_set_up_is_two_commands() -> None:
+    assert "pip install -r requirements.txt && vitrine train --preset quick" in COMMANDS
+    assert "pip install -r requirements-dev.txt && pytest" in COMMANDS
+
+
+def show_help(words: list[str]) -> None:
+    """Ask the command that a line calls for its help, in this process."""
+    if words[:2] == ["python", "test.py"]:
+        run_test(["--help"])
+    main(["train" if words[0] == "python" else words[1], "--help"])
+
+
+@pytest.mark.parametrize("line", VITRINE)
+def test_flags_in_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(line)
+    with pytest.raises(SystemExit):
+        show_help(words)
+    shown = capsys.readouterr().out
+    for word in words:
+        if word.startswith("--"):
+            assert word in shown
+
+
+@pytest.mark.slow
+def test_the_first_command_ends_in_three_minutes(
+    vitrine: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    began = time.perf_counter()
+    done = vitrine("train", "--preset", "quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 180
+    accuracy = re.search(r"test +│ +([\d.]+)%", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 95
+
+
+@pytest.mark.slow
+def test_the_python_in_it_runs(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    words = shlex.split("train --preset quick --epochs 1 --num_train_images 200 --n_layers 1")
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    trained = [sys.executable, "-m", "vitrine", *words]
+    subprocess.run(trained, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("cat.png", "dog.jpg"):
+        Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / name)
+    run = [sys.executable, "-c", code]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True)

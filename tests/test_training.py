@@ -1,0 +1,262 @@
+"""One update after another: every setting counts, the average is an average, parts add up."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrine.config import AugmentConfig, Config, ModelConfig, TrainingConfig
+from vitrine.configfile import from_json
+from vitrine.data.batches import Batches
+from vitrine.data.images import ImageSet
+from vitrine.errors import DataError
+from vitrine.model import VisionTransformer
+from vitrine.training.loop import train
+from vitrine.training.optim import make_optimizers
+from vitrine.training.state import TrainingState
+
+BASE = from_json(
+    {
+        "model": {
+            "image_size": [8, 12], "patch_size": 4, "embed_dim": 12, "n_layers": 2,
+            "n_attention_heads": 3, "n_classes": 5,
+        },
+        "augment": {"crop_padding": 1},
+        "training": {
+            "epochs": 3, "batch_size": 4, "warmup_epochs": 1, "precision": "float32",
+            "weight_decay": 0.1, "learning_rate": 1e-3,
+        },
+    }
+)  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "batch_size": 5,
+    "epochs": 4,
+    "learning_rate": 2e-3,
+    "warmup_epochs": 2.0,
+    "schedule": "linear",
+    "minimum_learning_rate": 1e-4,
+    "schedule_by": "epoch",
+    "optimizer": "muon",
+    "weight_decay": 0.2,
+    "decay": "all",
+    "label_smoothing": 0.1,
+    "clip_norm": 1e-3,
+    "precision": "bfloat16",
+}
+"""For each setting of training another value, which must give other weights."""
+APART = {"muon_learning_rate", "accumulate", "ema_decay", "compile"}
+"""Settings with tests of their own."""
+AUGMENT: dict[str, Any] = {
+    "crop_padding": 2,
+    "flip": False,
+    "randaugment_ops": 3,
+    "random_erasing": 0.9,
+    "mixup": 0.5,
+    "cutmix": 0.5,
+}
+
+
+def images() -> ImageSet:
+    """Ten images of noise, five classes."""
+    generator = torch.Generator().manual_seed(3)
+    raw_BCHW = torch.randint(256, (10, 3, 8, 12), generator=generator, dtype=torch.uint8)
+    return ImageSet(raw_BCHW, torch.arange(10) % 5, tuple("abcde"))
+
+
+def batches(config: Config) -> Batches:
+    return Batches(
+        images(), config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
+        device=torch.device("cpu"), mean=config.data.mean, std=config.data.std,
+    )  # fmt: skip
+
+
+def trained(config: Config, updates: int = 9) -> TrainingState:
+    """Return the state after some updates, from the same first weights every time."""
+    torch.manual_seed(2)
+    state = TrainingState.start(VisionTransformer(config.model), config.training)
+    for update in train(state, batches(config), config):
+        if update.step == updates:
+            break
+    return state
+
+
+def changed(section: str, **values: Any) -> Config:
+    return dataclasses.replace(
+        BASE, **{section: dataclasses.replace(getattr(BASE, section), **values)}
+    )
+
+
+def distance(one: TrainingState, other: TrainingState) -> float:
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_the_lists_here_name_every_setting() -> None:
+    assert {f.name for f in dataclasses.fields(TrainingConfig)} == {*TRAINING, *APART}
+    names = {f.name for f in dataclasses.fields(AugmentConfig)}
+    assert names == {*AUGMENT, "randaugment_magnitude"}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_training_setting_changes_the_weights(name: str) -> None:
+    base, other = trained(BASE), trained(changed("training", **{name: TRAINING[name]}))
+    assert distance(base, trained(BASE)) == 0
+    assert distance(base, other) > 1e-7
+
+
+@pytest.mark.parametrize("name", AUGMENT)
+def test_every_augmentation_changes_the_batch(name: str) -> None:
+    base, other = (batches(c)(0) for c in (BASE, changed("augment", **{name: AUGMENT[name]})))
+    assert base.images_BCHW.shape == other.images_BCHW.shape
+    assert not torch.equal(base.images_BCHW, other.images_BCHW)
+    assert torch.equal(base.labels_B, other.labels_B)
+    mixes = name in ("mixup", "cutmix")
+    assert torch.equal(base.targets_BY, other.targets_BY) is not mixes
+    assert other.targets_BY.sum(1).allclose(torch.ones(4))
+
+
+def test_the_magnitude_of_randaugment_changes_the_batch() -> None:
+    weak, strong = (
+        batches(changed("augment", randaugment_ops=2, randaugment_magnitude=m))(0) for m in (3, 30)
+    )
+    assert not torch.equal(weak.images_BCHW, strong.images_BCHW)
+
+
+def test_muon_has_a_rate_of_its_own() -> None:
+    slow, fast = (
+        trained(changed("training", optimizer="muon", muon_learning_rate=rate))
+        for rate in (0.001, 0.1)
+    )
+    assert distance(slow, fast) > 1e-3
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    whole, parts = (
+        trained(
+            dataclasses.replace(
+                BASE,
+                model=dataclasses.replace(BASE.model, dropout=0.0),
+                training=dataclasses.replace(BASE.training, batch_size=10, accumulate=n),
+            ),
+            updates=1,
+        )
+        for n in (1, 3)
+    )
+    gradients = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    for one, other in gradients:
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_follows_its_formula() -> None:
+    config = changed("training", ema_decay=0.75)
+    torch.manual_seed(2)
+    state = TrainingState.start(VisionTransformer(config.model), config.training)
+    wanted: list[Tensor] = []
+    for update in train(state, batches(config), config):
+        weights = [p.detach().clone() for p in state.model.parameters()]
+        if wanted:
+            weights = [0.75 * a + 0.25 * w for a, w in zip(wanted, weights, strict=True)]
+        wanted = weights
+        if update.step == 5:
+            break
+    assert state.average is not None
+    for average, weight in zip(state.best_model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(average, weight)
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    state = trained(changed("training", clip_norm=1e-3), updates=1)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_matrices_decay_and_the_rest_does_not() -> None:
+    model = VisionTransformer(BASE.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    (optimizer,) = make_optimizers(model, BASE.training)
+    decayed, free = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0
+    assert {names[id(p)] for p in free["params"]} == {
+        n
+        for n in names.values()
+        if n.endswith("bias") or "norm" in n or n.startswith(("pos", "cl"))
+    }
+    (optimizer,) = make_optimizers(model, dataclasses.replace(BASE.training, decay="all"))
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == len(names)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    model = VisionTransformer(BASE.model)
+    training = dataclasses.replace(BASE.training, optimizer="muon")
+    muon, adamw = make_optimizers(model, training)
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        mine = name.startswith("blocks.") and parameter.ndim == 2
+        assert (id(parameter) in taken) == mine
+        assert (id(parameter) in rest) != mine
+
+
+def test_an_epoch_visits_every_image_once_in_another_order_each_time() -> None:
+    config = changed("augment", crop_padding=0, flip=False)
+    source = batches(config)
+    orders = []
+    for epoch in range(2):
+        steps = range(epoch * source.steps_per_epoch, (epoch + 1) * source.steps_per_epoch)
+        seen = torch.cat([source(step).images_BCHW for step in steps])
+        flat = ((seen + 1) * 127.5).round().flatten(1)
+        raw = images().raw_BCHW.float().flatten(1)
+        orders.append([int((raw == row).all(1).nonzero()) for row in flat])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1]
+
+
+def test_a_batch_depends_on_the_step_alone() -> None:
+    one, other = batches(BASE), batches(BASE)
+    for step in (7, 2, 5):
+        one(step)
+    assert torch.equal(one(4).images_BCHW, other(4).images_BCHW)
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(DataError, match="no images to train on"):
+        Batches(
+            images().first(0), AugmentConfig(), batch_size=2, seed=1, device=torch.device("cpu"),
+            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same() -> None:
+    plain, compiled = trained(BASE, 3), trained(changed("training", compile=True), 3)
+    assert 0 < distance(plain, compiled) < 1e-4
+
+
+def test_every_model_setting_changes_the_model() -> None:
+    other: dict[str, Any] = {
+        "image_size": (12, 8), "n_channels": 1, "n_classes": 6, "patch_size": 2, "embed_dim": 24,
+        "n_layers": 3, "n_attention_heads": 1, "forward_mul": 3.0, "dropout": 0.5,
+        "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
+    }  # fmt: skip
+    assert set(other) == {f.name for f in dataclasses.fields(ModelConfig)}
+    for name, value in other.items():
+        config = dataclasses.replace(BASE.model, **{name: value})
+        assert describe(config) != describe(BASE.model), name
+
+
+def describe(config: ModelConfig) -> tuple[Any, ...]:
+    """Shapes of a model's tensors, and what it answers in training."""
+    torch.manual_seed(4)
+    model = VisionTransformer(config)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    H, W = config.image_hw
+    images_BCHW = torch.linspace(-1, 1, 2 * config.n_channels * H * W)
+    logits_BY = model.train()(images_BCHW.view(2, config.n_channels, H, W))
+    shapes = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    return shapes, tuple(images_BCHW.shape), logits_BY.tolist()
