@@ -10,6 +10,7 @@ from vitrine.cli.explain_options import (
     PROG,
     ExplainOptions,
     check,
+    check_drawing,
     list_methods,
     name_files,
     read_numbers,
@@ -53,6 +54,7 @@ def draw_all(classifier: "Classifier", options: ExplainOptions) -> int:
     for message in broken:
         say(f"vitrine: {message}")
     paths = name_files(options, [subject.name for subject in subjects])
+    check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
     for subject, path in zip(subjects, paths, strict=True):
         draw(classifier, subject, path, options)
     return 1 if broken else 0

@@ -12,6 +12,8 @@ from vitrine.errors import ConfigError, nearest
 
 PROG = "vitrine explain"
 ALL = "all"
+CLASSLESS = {"attention", "rollout"}
+"""Methods that show the same whatever class is asked for."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class DrawingOptions:
     colormap: str = "magma"
     """magma, inferno, plasma, viridis or cividis."""
     alpha: float = 0.6
-    """Share of the map's colour over the picture, 0 to 1."""
+    """How much the map covers the picture, 0 to 1."""
     duration: int = 500
     """Milliseconds of each frame of an animation."""
     loop: int = 0
@@ -98,6 +100,26 @@ def check(options: ExplainOptions) -> None:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
     if given > 1:
         raise ConfigError("a picture, --index and --score are three things: give one")
+
+
+def check_drawing(options: ExplainOptions, *, page: bool) -> None:
+    """Refuse flags that would change nothing of what is to be drawn."""
+    if page:
+        default = ExplainOptions()
+        chosen = ("method", "frames", "layers", "heads", "query", "fusion", "discard_ratio")
+        idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
+        drawing = vars(options.drawing)
+        idle += [name for name in drawing if drawing[name] != vars(default.drawing)[name]]
+        if idle:
+            raise ConfigError(
+                "a page holds every method, layer and head, to be chosen in it: "
+                f"leave out {', '.join(f'--{name}' for name in idle)}"
+            )
+    elif options.class_name is not None and not set(list_methods(options.method)) - CLASSLESS:
+        raise ConfigError(
+            "attention and rollout are the same for every class: leave out --class, or take "
+            "--method relevance, gradient_rollout, gradcam or occlusion"
+        )
 
 
 def list_methods(text: str | None) -> list[str]:

@@ -47,7 +47,7 @@ class Look:
     colormap: Colormap = "magma"
     """Colours of low and high values, all in even steps to the eye."""
     alpha: float = 0.6
-    """Share of the map's colour over the picture, 0 to 1."""
+    """How much the map covers the picture, 0 to 1."""
     duration: int = 500
     """Milliseconds of each frame of an animation."""
     loop: int = 0
