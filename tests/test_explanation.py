@@ -152,7 +152,7 @@ def test_it_says_what_it_drew_and_where(
 def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> None:
     last = explain(run_folder, picture)[-1]
     changes = (
-        "--method relevance", "--method attention", "--method gradcam", "--frames layers",
+        "--method relevance", "--method attention", "--method gradcam", "--frames heads",
         "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalise picture",
         "--normalise none", "--colormap viridis", "--alpha 0.2", "--style seed", "--fit squash",
         "--layers 1-2", "--method rollout,relevance",

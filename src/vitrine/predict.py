@@ -121,10 +121,10 @@ class Classifier:
             PictureError: the picture cannot be read.
             ConfigError: settings that cannot be, or a class, layer or head that is not there.
         """
-        method, kind = choose(settings.pop("method", None), frames)
+        method, _ = choose(settings.pop("method", None), frames)
         asked = MapSettings(method=method, **settings)
         subject = self.subject(picture, name=name)
-        return Explained(explain(subject, asked, kind=kind, class_name=class_name))
+        return Explained(explain(subject, asked, kind=frames, class_name=class_name))
 
     def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
         """Return one picture as explanations need it."""

@@ -97,7 +97,11 @@ def explain_one(
     settings_one = make_settings(options, method)
     checkpoints = list_checkpoints(classifier, kind == "training", options.device)
     return explain(
-        subject, settings_one, kind=kind, class_name=options.class_name, checkpoints=checkpoints
+        subject,
+        settings_one,
+        kind=options.frames,
+        class_name=options.class_name,
+        checkpoints=checkpoints,
     )
 
 
