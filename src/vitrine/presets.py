@@ -33,7 +33,7 @@ def reference_recipe(n_layers: int) -> Config:
 
 
 def quick_recipe() -> Config:
-    """Return a small model for the drawn shapes, good after a minute on two CPU cores."""
+    """Return a small model for the drawn shapes, good after two minutes on two CPU cores."""
     return Config(
         model=ModelConfig(
             embed_dim=64, n_layers=4, n_attention_heads=4, dropout=0.0, pool="mean", stem="conv",
@@ -52,12 +52,12 @@ PRESETS = {
     "quick": Preset(
         quick_recipe(),
         "drawn shapes, a small model: see everything work",
-        "about a minute on 2 CPU cores, 95 % and more on shapes",
+        "2 minutes on 2 CPU cores, 97.8 % on shapes (records/quick)",
     ),
     "seed": Preset(
         reference_recipe(n_layers=6),
         "the reference system's recipe, 6 layers, CIFAR-10",
-        "200 epochs; published 78.31 %",
+        "200 epochs; published 78.31 %; 62.0 % after 10 (records/seed-10-epochs)",
     ),
     "seed12": Preset(
         reference_recipe(n_layers=12),

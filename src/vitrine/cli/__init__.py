@@ -27,7 +27,7 @@ usage: vitrine COMMAND [OPTIONS]       (vitrine COMMAND --help for its options)
 {commands}
 
 Start here:
-  vitrine train --preset quick         a minute on a laptop, no data needed
+  vitrine train --preset quick         two minutes on a laptop, no data needed
   vitrine predict cat.png              with the newest model
   vitrine explain cat.png              what it looked at, as an animation
 """
