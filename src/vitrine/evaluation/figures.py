@@ -49,7 +49,7 @@ def plot_curves(rows: Sequence[Row], folder: Path) -> None:
     if not rows:
         raise DataError("there is no epoch to draw: train for at least one")
     for quantity in ("loss", "accuracy"):
-        _save(_curves(rows, quantity), folder / f"graph_{quantity}.png")
+        save_figure(_curves(rows, quantity), folder / f"graph_{quantity}.png")
 
 
 def plot_confusion(metrics: Metrics, path: Path) -> None:
@@ -71,12 +71,12 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
         _write_counts(axes, metrics, shares_YY, size=min(10.0, cell * 26))
     _name_classes(axes, metrics.classes, size=max(6.5, min(10.0, cell * 32)))
     axes.set(xlabel="taken for", ylabel="true class")
-    _title(axes, f"{percent(metrics.accuracy, 2)} of {metrics.images:,} images right")
+    write_title(axes, f"{percent(metrics.accuracy, 2)} of {metrics.images:,} images right")
     shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
     bar.ax.yaxis.set_major_formatter(_percent_axis())
     bar.set_label("share of the true class")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_calibration(metrics: Metrics, path: Path) -> None:
@@ -88,17 +88,19 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     figure = Figure(figsize=(6, 7), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     _draw_reliability(upper, metrics)
-    _title(upper, f"Expected calibration error {percent(metrics.expected_calibration_error, 2)}")
+    write_title(
+        upper, f"Expected calibration error {percent(metrics.expected_calibration_error, 2)}"
+    )
     lefts = [bin.low for bin in metrics.calibration]
     shares = [bin.share for bin in metrics.calibration]
     lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
     lower.set(xlabel="confidence: the highest probability", ylabel="share of images", xlim=(0, 1))
     for axes in (upper, lower):
-        _tidy(axes)
+        tidy(axes)
         axes.xaxis.set_major_formatter(_percent_axis())
         axes.yaxis.set_major_formatter(_percent_axis())
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curves(rows: Sequence[Row], quantity: str) -> Figure:
@@ -111,9 +113,9 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
         ]
         if points:
             _draw_curve(axes, points, split, quantity)
-    _tidy(axes)
+    tidy(axes)
     axes.set(xlabel="epoch", ylabel="cross-entropy in nats" if quantity == "loss" else "")
-    _title(axes, quantity.capitalize())
+    write_title(axes, quantity.capitalize())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
     if quantity == "accuracy":
@@ -197,17 +199,24 @@ def _percent_axis() -> PercentFormatter:
     return PercentFormatter(1, symbol=" %")
 
 
-def _title(axes: Axes, title: str) -> None:
+def write_title(axes: Axes, title: str) -> None:
+    """Write a title over the left edge."""
     axes.set_title(title, loc="left", size=12, weight="bold", pad=10)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Leave two of the frame's sides, and light lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
     except OSError as error:

@@ -11,8 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from vitrine.errors import OutputError
-from vitrine.evaluation.figures import DARK, LIGHT
+from vitrine.evaluation.figures import DARK, LIGHT, save_figure, write_title
 from vitrine.explain.insides import Insides
 
 QUERIES = 14
@@ -39,21 +38,16 @@ def draw_insides(insides: Insides, path: Path) -> None:
     _draw_heads(distance, insides.distance_LA, insides.distance_half_LA)
     _draw_limit(distance, insides.distance_alike, "looking at all patches alike")
     distance.set_ylabel("pixels")
-    _title(distance, "Mean attention distance of each head")
+    write_title(distance, "Mean attention distance of each head")
     _draw_heads(entropy, insides.entropy_LA, insides.entropy_half_LA)
     _draw_limit(entropy, math.log(insides.tokens), f"looking at all {insides.tokens} tokens alike")
     _count_tokens(entropy, insides.tokens)
-    _title(entropy, "Mean attention entropy of each head")
+    write_title(entropy, "Mean attention entropy of each head")
     figure.supxlabel(
         f"Heads on {insides.images:,} images, sorted within each layer; bars: 95 % intervals",
         size=9, color=DARK,
     )  # fmt: skip
-    try:
-        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path} ({error.strerror}): choose another folder"
-        ) from error
+    save_figure(figure, path)
 
 
 def _draw_filters(axes: Axes, insides: Insides) -> None:
@@ -69,7 +63,7 @@ def _draw_filters(axes: Axes, insides: Insides) -> None:
     axes.imshow(sheet.expand(-1, -1, 3).clamp(0, 1).numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_anchor("N")
-    _title(axes, f"Stem filters: the first {K} principal components, {H} x {W} pixels")
+    write_title(axes, f"Stem filters: the first {K} principal components, {H} x {W} pixels")
     share = 100 * float(shares_K.sum())
     axes.text(
         0, -0.04, f"{share:.1f} % of the filters' variance, row by row from the strongest",
@@ -99,7 +93,7 @@ def _draw_similarity(axes: Axes, insides: Insides) -> AxesImage:
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="patch column", ylabel="patch row")
-    _title(axes, TABLE_WORDS[insides.position])
+    write_title(axes, TABLE_WORDS[insides.position])
     return image
 
 
@@ -151,7 +145,3 @@ def _count_tokens(axes: Axes, tokens: int) -> None:
     right.set_yticks([math.log(n) for n in counts], [str(n) for n in counts])
     right.set_ylabel("as many tokens, looked at alike")
     axes.set_ylabel("nats")
-
-
-def _title(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", size=11, weight="bold")

@@ -11,8 +11,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.errors import DataError, OutputError
-from vitrine.evaluation.figures import BLUE, GREEN, LIGHT, ORANGE, SKY
+from vitrine.errors import DataError
+from vitrine.evaluation.figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    save_figure,
+    tidy,
+    write_title,
+)
 from vitrine.evaluation.report import percent
 from vitrine.explain.score import MEASURES, Score
 
@@ -53,12 +61,7 @@ def plot_scores(path: Path, scores: Sequence[Score]) -> None:
             _draw_estimates(figure.add_subplot(grid[2, index]), name, scores)
     handles = figure.axes[0].get_lines()
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    try:
-        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path} ({error.strerror}): choose another folder"
-        ) from error
+    save_figure(figure, path)
 
 
 def _tables(scores: Sequence[Score]) -> list[Table]:
@@ -154,8 +157,8 @@ def _draw_curves(axes: Axes, name: str, scores: Sequence[Score]) -> None:
         xlabel=f"patches {goes} {BASELINE_WORDS[baseline]}", ylabel="probability of the class",
         xlim=(0, 1), ylim=(0, 1),
     )  # fmt: skip
-    _title(axes, f"{kind.capitalize()}, {baseline} baseline: {better} is better")
-    _tidy(axes)
+    write_title(axes, f"{kind.capitalize()}, {baseline} baseline: {better} is better")
+    tidy(axes)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
@@ -171,16 +174,6 @@ def _draw_estimates(axes: Axes, name: str, scores: Sequence[Score]) -> None:
     words = f"{scores[0].n:,} images; bars: 95 % intervals; line: the better floor"
     axes.set(xlabel=words, xlim=(0, 1.02))
     axes.set_ylim(len(scores) - 0.5, -0.5)
-    _title(axes, OBJECT_WORDS[name])
-    _tidy(axes)
+    write_title(axes, OBJECT_WORDS[name])
+    tidy(axes)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-
-
-def _title(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", size=11, weight="bold")
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
