@@ -17,7 +17,7 @@ from vitrine.checkpoint import load_training, load_weights, read_pointer
 WORDS = shlex.split(
     "--preset quick --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 --n_layers 1 "
     "--batch_size 30 --num_train_images 600 --num_test_images 30 --validation_images 50 "
-    "--randaugment_ops 1 --dropout 0.1 --ema_decay 0.9 --epochs 5"
+    "--randaugment_ops 1 --dropout 0.1 --ema_decay 0.9 --epochs 3"
 )
 
 
@@ -54,7 +54,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 def test_killed_in_mid_epoch_and_gone_on_with_is_never_killed(tmp_path: Path) -> None:
     whole = start(tmp_path, *WORDS, "--folder_name", "whole")
     killed = start(tmp_path, *WORDS, "--folder_name", "killed")
-    wait_for(tmp_path / "output/killed/checkpoints/step-0000040", killed)
+    wait_for(tmp_path / "output/killed/checkpoints/step-0000020", killed)
     time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

@@ -87,9 +87,8 @@ def begin(settings: Config, name: str) -> int:
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
     try:
         run = Run.start(settings, folder)
-    except BaseException:
-        remove_if_empty(folder)
-        raise
+    finally:
+        remove_if_empty(folder)  # where the run could not be built
     return follow(run)
 
 
@@ -138,7 +137,8 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
     """Print the result and what to try next."""
     from rich.table import Table
 
-    table = Table(title=f"{run.folder}", title_justify="left", show_edge=False, pad_edge=False)
+    out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
+    table = Table(show_edge=False, pad_edge=False)
     for column in ("", "accuracy", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     for split in ("validation", "test"):
@@ -156,6 +156,7 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
         "\nTry next:\n"
         f"  vitrine test --model_path {run.folder}\n"
         f"  vitrine predict --model_path {run.folder} PICTURE\n"
+        f"  vitrine explain --model_path {run.folder} PICTURE\n"
         f"  vitrine info {run.folder}",
         markup=False,
         soft_wrap=True,
