@@ -57,12 +57,12 @@ PRESETS = {
     "seed": Preset(
         reference_recipe(n_layers=6),
         "the reference system's recipe, 6 layers, CIFAR-10",
-        "200 epochs; published 78.31 %; 62.0 % after 10 (records/seed-10-epochs)",
+        "200 epochs: published 78.31 %; --epochs 10: 62.0 % (records/seed-10-epochs)",
     ),
     "seed12": Preset(
         reference_recipe(n_layers=12),
         "the reference system's recipe, 12 layers, CIFAR-10",
-        "200 epochs; published 82.04 %",
+        "200 epochs: published 82.04 %",
     ),
 }
 
