@@ -231,6 +231,7 @@ def test_no_images_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch, inside its compiler
 def test_a_compiled_model_learns_the_same() -> None:
     plain, compiled = trained(BASE, 3), trained(changed("training", compile=True), 3)
     assert 0 < distance(plain, compiled) < 1e-4

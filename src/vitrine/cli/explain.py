@@ -38,7 +38,9 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         "fit": options.fit, "dataset": options.scoring.dataset,
         "data_path": options.scoring.data_path,
     }  # fmt: skip
-    classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    # All test images, however few the training run looked at.
+    classifier = with_data(classifier, num_test_images=None, **changes)
     if options.scoring.score:
         from vitrine.cli.scoring import score
 

@@ -55,7 +55,9 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     options = dataclasses.replace(options, model_path=options.model or options.model_path)
     classifier = load_model(options)
     changes = {"dataset": options.dataset, "data_path": options.data_path}
-    classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    # All test images, however few the training run looked at.
+    classifier = with_data(classifier, num_test_images=None, **changes)
     images = load(classifier.config, options.split)[options.split].first(options.images)
     if options.split == "test":
         log_test_use(options.output_path, "vitrine inspect", len(images))

@@ -190,7 +190,8 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     from vitrine.run import load
     from vitrine.run_folder import log_test_use
 
-    classifier = with_data(classifier, data_path=options.data_path)
+    limit = options.num_test_images
+    classifier = with_data(classifier, data_path=options.data_path, num_test_images=limit)
     images = load(classifier.config, "test")["test"]
     if not 0 <= options.index < len(images):
         raise ConfigError(f"--index is {options.index}: give 0 to {len(images) - 1}")

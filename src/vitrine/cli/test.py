@@ -33,7 +33,7 @@ class TestOptions(ModelOptions):
     split: Literal["test", "validation", "train"] = "test"
     """Which split to score."""
     num_test_images: int | None = None
-    """Score the first so many test images only."""
+    """Score the first so many test images only; all of them unless given."""
     num_workers: int = 2
     """Threads that decode picture files."""
     batch_size: int = 500
@@ -66,9 +66,9 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     from vitrine.run import draw_metrics, load
     from vitrine.run_folder import is_run_folder, log_test_use
 
-    given = ("dataset", "data_path", "num_test_images", "num_workers")
-    changes = {name: getattr(options, name) for name in given}
-    classifier = with_data(classifier, **{n: v for n, v in changes.items() if v is not None})
+    given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    classifier = with_data(classifier, num_test_images=options.num_test_images, **changes)
     images = load(classifier.config, options.split)[options.split]
     if images.classes != classifier.classes:
         raise ConfigError(
