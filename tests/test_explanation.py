@@ -99,8 +99,8 @@ def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:
     )
     assert np.array_equal(default.maps_FGJ, first.maps_FGJ)
     assert not np.array_equal(default.maps_FGJ, other.maps_FGJ)
-    assert other.explanation.frames[0].says.startswith(top)
-    assert f"explained: {last}" in other.explanation.frames[0].says
+    assert other.frames[0].says.startswith(top)
+    assert f"explained: {last}" in other.frames[0].says
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])

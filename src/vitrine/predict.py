@@ -30,30 +30,6 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What a model looked at in one picture: see ``Classifier.explain``."""
-
-    explanation: Explanation
-
-    @property
-    def maps_FGJ(self) -> np.ndarray:
-        """The maps, one a frame, a value a patch, not normalised."""
-        return self.explanation.maps_FGJ
-
-    @property
-    def titles(self) -> tuple[str, ...]:
-        """What each map is."""
-        return tuple(frame.title for frame in self.explanation.frames)
-
-    def save(self, path: str | Path, **look: Any) -> Path:
-        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
-        # Here, since matplotlib takes a second and predicting does not need it.
-        from vitrine.explain.drawing import Look, save
-
-        return save(self.explanation, Path(path), Look(**look))
-
-
-@dataclass(frozen=True)
 class Classifier:
     """A trained model with all it needs to read pictures: its settings and its classes.
 
@@ -106,7 +82,7 @@ class Classifier:
         class_name: str | None = None,
         name: str = "",
         **settings: Any,
-    ) -> Explained:
+    ) -> Explanation:
         """Return what the model looked at in one picture; ``.save("x.gif")`` draws it.
 
         Args:
@@ -124,7 +100,7 @@ class Classifier:
         method, _ = choose(settings.pop("method", None), frames)
         asked = MapSettings(method=method, **settings)
         subject = self.subject(picture, name=name)
-        return Explained(explain(subject, asked, kind=frames, class_name=class_name))
+        return explain(subject, asked, kind=frames, class_name=class_name)
 
     def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
         """Return one picture as explanations need it."""

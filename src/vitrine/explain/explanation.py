@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a model looked at in one picture, frame by frame. ``drawing.save`` makes files of it."""
+    """What a model looked at in one picture, frame by frame; ``.save("x.gif")`` draws it."""
 
     subject: Subject
     settings: MapSettings
@@ -90,8 +91,20 @@ class Explanation:
 
     @property
     def maps_FGJ(self) -> np.ndarray:
-        """All maps, not normalised."""
+        """The maps, one a frame, a value a patch, not normalised."""
         return np.stack([frame.map_GJ for frame in self.frames])
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What each map is."""
+        return tuple(frame.title for frame in self.frames)
+
+    def save(self, path: str | Path, **look: Any) -> Path:
+        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
+        # Here, since matplotlib takes a second and computing maps does not need it.
+        from vitrine.explain.drawing import Look, save
+
+        return save(self, Path(path), Look(**look))
 
 
 def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
