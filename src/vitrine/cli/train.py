@@ -8,13 +8,11 @@ from typing import Any
 from vitrine.cli.console import err, out, say
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.config import Config
-from vitrine.configfile import from_json, read_json, read_toml
-from vitrine.errors import CheckpointError, ConfigError
+from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
+from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.presets import get_preset
 
 PROG = "vitrine train"
-MOVABLE = ("data_path", "num_workers", "device", "tensorboard", "keep_checkpoints")
-"""Settings that a run may change when it goes on: they change no weight."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,18 @@ def refuse_changes(old: Config, new: Config) -> None:
 def begin(settings: Config, name: str) -> int:
     """Start a run in a new folder."""
     from vitrine.devices import choose_device
+    from vitrine.recovery import hold
     from vitrine.run import Run
     from vitrine.run_folder import new_folder
 
     choose_device(settings.run.device)
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    try:
-        run = Run.start(settings, folder)
-    finally:
-        remove_if_empty(folder)  # where the run could not be built
-    return follow(run)
+    with hold(folder):
+        try:
+            run = Run.start(settings, folder)
+        finally:
+            remove_if_unused(folder)  # where the run could not be built
+        return follow(run)
 
 
 def resume(folder: Path, settings: Config) -> int:
@@ -98,7 +98,7 @@ def resume(folder: Path, settings: Config) -> int:
 
     run = Run.resume(folder, settings)
     for notice in run.notices:
-        say(f"passed over a damaged checkpoint: {notice}")
+        say(notice)
     say(f"going on after update {run.state.step} of {run.total_steps}")
     return follow(run)
 
@@ -106,19 +106,27 @@ def resume(folder: Path, settings: Config) -> int:
 def follow(run: Any) -> int:
     """Show a run to its end, or save it when a signal asks to stop."""
     from vitrine.cli.display import TrainingDisplay
-    from vitrine.cli.signals import stop_requests
+    from vitrine.cli.signals import Stopped, stop_requests
 
     describe(run)
-    with stop_requests() as stop, TrainingDisplay(run, err) as display:
-        for event in run.train():
-            display.show(event)
+    try:
+        with stop_requests() as stop:
+            with TrainingDisplay(run, err) as display:
+                for event in run.train(stopping=lambda: bool(stop.signal)):
+                    display.show(event)
+                    if stop.signal:
+                        break
             if stop.signal:
-                break
-    if stop.signal:
-        run.save()
+                run.save()
+                raise Stopped(stop.signal)
+            with stop.at_once():  # all is saved: only the test and the pictures are missing
+                result = run.finish()
+    except Stopped as stopped:
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
-        return 128 + stop.signal
-    conclude(run, run.finish())
+        return 128 + stopped.signal
+    except OutputError as error:
+        raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
+    conclude(run, result)
     return 0
 
 
@@ -163,7 +171,11 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
     )
 
 
-def remove_if_empty(folder: Path) -> None:
+def remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run that never began."""
-    if not any(folder.iterdir()):
+    from vitrine.recovery import LOCK
+    from vitrine.run_folder import is_unused
+
+    if is_unused(folder):
+        (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
