@@ -38,7 +38,7 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     assert names == {
         "config.json", "env.json", "metrics.jsonl", "result.json", "test_uses.jsonl",
         "graph_loss.png", "graph_accuracy.png", "confusion_matrix.png", "calibration.png",
-        "checkpoints",
+        "checkpoints", ".lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]

@@ -118,10 +118,9 @@ class Run:
             CheckpointError: the folder has no sound checkpoint, or one made with other settings.
             OutputError: another process is writing to the folder.
         """
-        lock = hold(folder)
-        saved, rows = recover(folder, config), read_rows(folder)
-        run = cls(config, folder)
-        lock.lock.release()  # the run holds it too
+        with hold(folder):
+            saved, rows = recover(folder, config), read_rows(folder)
+            run = cls(config, folder)
         if saved is None:
             run.notices = ["it was stopped before its first checkpoint: beginning again"]
             return run

@@ -63,6 +63,9 @@ def guarded(command: Callable[[], int]) -> int:
     except VitrineError as error:
         print(f"vitrine: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("vitrine: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
         sys.stdout = None
         return 1
