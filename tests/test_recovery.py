@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from vitrine.checkpoint import (
     save_checkpoint,
     write_pointer,
 )
+from vitrine.cli.signals import Stopped, stop_requests
+from vitrine.cli.train import follow
 from vitrine.config import Config
 from vitrine.configfile import from_json
 from vitrine.errors import CheckpointError, OutputError, TrainingError
@@ -80,11 +83,8 @@ def test_best_is_named_again_after_a_kill_before_it_was(
     folder, config = copied
     checkpoints = folder / "checkpoints"
     best = read_pointer(checkpoints, "BEST")
-    (other,) = {path.name for path in checkpoint_folders(checkpoints)} - {
-        best.name,
-        read_pointer(checkpoints, "LAST").name,
-    } or {"step-0000003"}
-    write_pointer(checkpoints, "BEST", checkpoints / other)
+    other = next(path for path in checkpoint_folders(checkpoints) if path != best)
+    write_pointer(checkpoints, "BEST", other)
     run = Run.resume(folder, config)
     assert read_pointer(checkpoints, "BEST") == best
     assert run.best["step"] == int(best.name[5:])
@@ -137,13 +137,10 @@ def test_a_lost_best_gives_its_place_to_the_best_that_is_left(
     lost = read_pointer(checkpoints, "BEST")
     (lost / "model.safetensors").write_bytes(b"")
     run = Run.resume(folder, config)
-    rows = [r for r in run.rows if f"step-{r['step']:07}" != lost.name]
-    wanted = max(rows, key=lambda r: (r["validation_accuracy"], -r["validation_loss"], -r["step"]))
-    if lost.name == "step-0000009":  # training comes to it again
-        wanted = max(
-            rows[:2], key=lambda r: (r["validation_accuracy"], -r["validation_loss"], -r["step"])
-        )
+    left = [row for row in run.rows if f"step-{row['step']:07}" != lost.name]
+    wanted = max(left, key=lambda r: (r["validation_accuracy"], -r["validation_loss"], -r["step"]))
     assert read_pointer(checkpoints, "BEST").name == f"step-{wanted['step']:07}"
+    assert run.best["step"] == wanted["step"]
     assert any(lost.name in notice for notice in run.notices)
 
 
@@ -242,7 +239,7 @@ def test_a_loop_that_does_not_stop_loses_no_epoch(
 def test_other_settings_than_the_checkpoints_are_refused(copied: tuple[Path, Config]) -> None:
     folder, config = copied
     training = dataclasses.replace(config.training, learning_rate=0.1)
-    with pytest.raises(CheckpointError, match="made with other settings.*learning_rate 0.1"):
+    with pytest.raises(CheckpointError, match=r"made with other settings.*learning_rate 0\.1"):
         Run.resume(folder, dataclasses.replace(config, training=training))
     moved = dataclasses.replace(config.data, num_workers=7)
     assert Run.resume(folder, dataclasses.replace(config, data=moved)).state.step == 9
@@ -332,6 +329,27 @@ def interrupted() -> int:
 def test_ctrl_c_outside_of_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(interrupted) == 130
     assert capsys.readouterr().err == "vitrine: stopped\n"
+
+
+def test_a_signal_is_noted_once_then_the_systems_own_and_raised_where_wanted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == stop.note
+        with pytest.raises(Stopped), stop.at_once():
+            raise AssertionError("not reached")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_during_the_last_test_is_followed_at_once(
+    copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.resume(*copied)
+    monkeypatch.setattr(run, "finish", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert follow(run) == 128 + signal.SIGTERM
+    assert f"vitrine train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
 
 
 class Full:

@@ -170,6 +170,7 @@ def test_another_number_of_classes_than_the_data_have_is_refused(
 def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> None:
     names = [new_folder(tmp_path, "", "quick").name for _ in range(3)]
     assert names == ["quick", "quick-2", "quick-3"]
+    (tmp_path / "quick/config.json").write_text("{}")
     with pytest.raises(ConfigError, match="--resume"):
         new_folder(tmp_path, "quick", "x")
     (tmp_path / "file").write_text("")

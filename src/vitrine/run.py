@@ -123,6 +123,7 @@ class Run:
             run = cls(config, folder)
         if saved is None:
             run.notices = ["it was stopped before its first checkpoint: beginning again"]
+            run.write_settings()
             return run
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in rows if row["step"] <= run.state.step]

@@ -112,8 +112,10 @@ def is_best(row: dict[str, Any], earlier: list[dict[str, Any]]) -> bool:
 
 
 def is_unused(path: Path) -> bool:
-    """Tell whether a folder holds nothing, or nothing but the lock of a run that never began."""
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {".lock"}
+    """Tell whether a folder holds nothing, or only what a run leaves that never began."""
+    return path.is_dir() and all(
+        entry.name == ".lock" or entry.name.startswith(".partial-") for entry in path.iterdir()
+    )
 
 
 def is_run_folder(path: Path) -> bool:

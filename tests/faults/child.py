@@ -40,6 +40,8 @@ class Plan:
     """Run as this user."""
     slow_save: bool = False
     """Saving takes a minute once there is a file ``slow`` in the working folder."""
+    slow_after: int = 1_000_000
+    """Updates, after which each further one takes its time: the run waits for what shall come."""
 
 
 class Child:
@@ -106,8 +108,9 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     os.chdir(cwd)
-    log_losses(cwd / f"{name}.losses")
+    log_losses(cwd / f"{name}.losses", plan.slow_after)
     set_up(plan, cwd)
+    mark_start(cwd / f"{name}.ready")
     sys.exit(vitrine.cli.main(words))
 
 
@@ -133,7 +136,20 @@ def set_up(plan: Plan, cwd: Path) -> None:
         slow_down(cwd)
 
 
-def log_losses(path: Path) -> None:
+def mark_start(path: Path) -> None:
+    """Make a file when the command begins: from then on a signal is the command's affair."""
+    import vitrine.cli
+
+    real = vitrine.cli.run
+
+    def run(command: str, words: Any) -> int:
+        path.touch()
+        return real(command, words)
+
+    vitrine.cli.run = run
+
+
+def log_losses(path: Path, slow_after: int) -> None:
     """Log every update's number and loss, to the bit, before anything is saved of it."""
     import vitrine.run
 
@@ -141,9 +157,10 @@ def log_losses(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def logged(*args: Any) -> Any:
-        for update in real(*args):
+        for count, update in enumerate(real(*args)):
             os.write(file, f"{update.step} {update.loss.hex()}\n".encode())
             yield update
+            time.sleep(0.2 if count >= slow_after else 0)
 
     vitrine.run.train = logged  # type: ignore[assignment]
 

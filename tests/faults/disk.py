@@ -29,7 +29,7 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
     """Let the system refuse each write, flush, rename and removal once; then go on."""
     tally = Tally("An error of the disk at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     for number, name in chosen(points_of(folder / "points", *words), only, seed):
         cwd = folder / f"point-{number}"
         code = (errno.ENOSPC, errno.EIO, errno.EROFS)[number % 3]
@@ -47,10 +47,10 @@ def full_disk(folder: Path, *, sizes: int, seed: int = 2) -> Tally:
     """Train on disks of some KiB, too small in most cases; then give them room."""
     tally = Tally("A full disk (tmpfs)")
     words = ("--epochs", "3", "--keep_checkpoints", "2")
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(sizes):
-        kib = 4 * random_.randint(1, 70)
+        kib = 4 * random_.randint(1, 200)
         cwd = folder / f"disk-{number}"
         (cwd / "output").mkdir(parents=True)
         if (reason := mount(cwd / "output", kib)) is not None:
@@ -87,7 +87,7 @@ def read_only(folder: Path, *, times: int, seed: int = 3) -> Tally:
     if user is not None and not all(open_to_all(path) for path in folder.parents):
         tally.skipped = f"{folder} is closed to other users"
         return tally
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(times):
         cwd = folder / f"disk-{number}"
@@ -96,8 +96,9 @@ def read_only(folder: Path, *, times: int, seed: int = 3) -> Tally:
             os.chown(cwd, user, user)
         plan = Plan(user=user)
         with tally.trial(f"time {number}"):
-            child = go_on(cwd, *words, plan=plan)
-            child.until(random_.randint(1, 6 * STEPS))
+            updates = random_.randint(1, 6 * STEPS)
+            child = go_on(cwd, *words, plan=Plan(user=user, slow_after=updates))
+            child.until(updates)
             with locked(cwd / "output"):
                 if child.wait() != 0:
                     require_one_line(child)
@@ -132,13 +133,14 @@ def removed(folder: Path, *, times: int, seed: int = 4) -> Tally:
     """Remove the run folder while a run trains: it goes on and saves, or stops with one error."""
     tally = Tally("The run folder removed under the run")
     words = ("--epochs", "12")
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(times):
         cwd = folder / f"run-{number}"
         with tally.trial(f"time {number}"):
-            child = go_on(cwd, *words)
-            child.until(random_.randint(1, 8 * STEPS))
+            updates = random_.randint(1, 8 * STEPS)
+            child = go_on(cwd, *words, plan=Plan(slow_after=updates))
+            child.until(updates)
             shutil.rmtree(cwd / "output/run", ignore_errors=True)
             if child.wait() == 0:
                 assert losses(cwd) == truth.losses, "other losses"
@@ -154,7 +156,7 @@ def clock(folder: Path, *, times: int) -> Tally:
     """Let the clock of the day jump by decades at every look, the other one leap or stand still."""
     tally = Tally("A clock that jumps")
     words = ("--epochs", "4")
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     for seed in range(times):
         cwd = folder / f"clock-{seed}"
         with tally.trial(f"clock {seed}"):

@@ -17,10 +17,10 @@ def storm(folder: Path, *, kills: int, recipe: str = "AdamW, moving average", se
     tally = Tally(f"SIGKILL at random moments of one run ({recipe})")
     epochs = 2 * kills
     words = (*RECIPES[recipe], "--epochs", str(epochs))
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     cwd, random_, newest = folder / "storm", random.Random(seed), 0
     while tally.tried < kills:
-        child = go_on(cwd, *words)
+        child = go_on(cwd, *words, plan=Plan(slow_after=3 * STEPS))
         child.until(random_.randint(0, 3 * STEPS))
         time.sleep(random_.uniform(0, 0.03))
         if not child.alive:
@@ -48,7 +48,7 @@ def every_point(folder: Path, *, epochs: int, only: int | None = None, seed: int
     """Kill a run at each point, from a fresh start each time, then let it go on to its end."""
     tally = Tally("SIGKILL at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     for number, name in chosen(points_of(folder / "points", *words), only, seed):
         cwd = folder / f"point-{number}"
         with tally.trial(f"point {number} ({name})"):

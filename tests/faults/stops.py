@@ -25,10 +25,10 @@ def asked(folder: Path, *, times: int, seed: int = 5) -> Tally:
     """Ask one run to stop again and again, with both signals in turn, and go on each time."""
     tally = Tally("SIGTERM, SIGINT")
     words = ("--epochs", str(2 * times))
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     cwd, random_ = folder / "asked", random.Random(seed)
     for number in range(times):
-        child = go_on(cwd, *words)
+        child = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS))
         child.until(random_.randint(1, 2 * STEPS))
         time.sleep(random_.uniform(0, 0.02))
         if not child.alive:
@@ -55,13 +55,13 @@ def early(folder: Path, *, times: int, seed: int = 6) -> Tally:
     """Send a signal while a run starts: it ends, without a traceback, and can be started again."""
     tally = Tally("SIGTERM, SIGINT before the first update")
     words = ("--epochs", "2")
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(times):
         cwd = folder / f"early-{number}"
         with tally.trial(f"time {number}"):
             child = go_on(cwd, *words)
-            while child.alive and not (cwd / "000.losses").exists():
+            while child.alive and not (cwd / "000.ready").exists():
                 time.sleep(0.001)  # the signals before belong to Python, not to us
             time.sleep(random_.uniform(0, 0.1))
             wanted = (signal.SIGTERM, signal.SIGINT)[number % 2]
@@ -76,8 +76,8 @@ def early(folder: Path, *, times: int, seed: int = 6) -> Tally:
 def twice(folder: Path, *, times: int) -> Tally:
     """Send the same signal again while a slow disk takes its time: it stops at once."""
     tally = Tally("SIGTERM, SIGINT twice")
-    words = ("--epochs", "60")
-    truth = undisturbed(folder / "truth", *words)
+    words = ("--epochs", "12")
+    truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"twice-{number}"
         with tally.trial(f"time {number}"):
@@ -85,11 +85,12 @@ def twice(folder: Path, *, times: int) -> Tally:
             child = go_on(cwd, *words, plan=Plan(slow_save=True))
             child.until(2 * STEPS)
             (cwd / "slow").touch()
-            child.signal(wanted)
             while child.alive and not (cwd / "saving").exists():
                 time.sleep(0.002)
             began = time.monotonic()
-            child.signal(wanted)
+            while child.alive:
+                child.signal(wanted)  # the first is noted, the next one ends it
+                time.sleep(0.2)
             code = child.wait()
             assert code == -wanted, f"exit code {code}: {child.errors}"
             seconds = time.monotonic() - began
@@ -103,12 +104,12 @@ def twice(folder: Path, *, times: int) -> Tally:
 def two_runs(folder: Path, *, times: int) -> Tally:
     """Start a second run in the folder of a first; kill the first; go on."""
     tally = Tally("Two runs in one folder")
-    words = ("--epochs", "40")
-    truth = undisturbed(folder / "truth", *words)
+    words = ("--epochs", "20")
+    truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"two-{number}"
         with tally.trial(f"time {number}"):
-            first = go_on(cwd, *words)
+            first = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS))
             first.until(2 * STEPS)
             second = go_on(cwd)
             require_one_line(second, codes=(2,))
@@ -124,7 +125,7 @@ def race(folder: Path, *, times: int) -> Tally:
     """Start two runs with the same folder name at the same moment: one trains."""
     tally = Tally("Two runs started at once in one folder")
     words = ("--epochs", "2")
-    truth = undisturbed(folder / "truth", *words)
+    truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"race-{number}"
         with tally.trial(f"time {number}"):

@@ -173,9 +173,9 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
 
 def remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run that never began."""
-    from vitrine.recovery import LOCK
+    import shutil
+
     from vitrine.run_folder import is_unused
 
     if is_unused(folder):
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(folder)
