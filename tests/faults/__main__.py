@@ -5,56 +5,25 @@ PYTHONPATH=tests python -m faults [--record records/faults]
 
 import argparse
 import json
+import multiprocessing
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from faults import damage, disk, kills, not_finite, stops
+from faults.long_form import all_faults, attempt
 from faults.tally import Tally
-from vitrine.configfile import from_json
 from vitrine.environment import package_versions, processor_name
 
+WORKERS = 2
+"""Faults tried at the same time, each in a process of its own."""
 COMMAND = "make faults"
-CONFIG = {
-    "model": {
-        "image_size": 32, "patch_size": 8, "embed_dim": 12, "n_layers": 1, "n_attention_heads": 3,
-    },
-    "data": {"dataset": "shapes", "num_train_images": 90, "num_test_images": 70},
-    "augment": {"randaugment_ops": 1},
-    "training": {"batch_size": 40, "epochs": 4, "warmup_epochs": 0.5, "ema_decay": 0.9},
-}  # fmt: skip
-"""The run that is damaged inside this process; those in processes of their own: child.WORDS."""
-
-
-def all_faults() -> list[Callable[[Path], Tally]]:
-    """Return every fault in its long form."""
-    config = from_json(CONFIG)
-    return [
-        lambda f: kills.storm(f, kills=60, seed=1),
-        lambda f: kills.storm(f, kills=60, recipe="Muon", seed=2),
-        lambda f: kills.every_point(f, epochs=2),
-        lambda f: disk.every_error(f, epochs=2),
-        lambda f: disk.full_disk(f, sizes=40),
-        lambda f: disk.read_only(f, times=10),
-        lambda f: disk.removed(f, times=20),
-        lambda f: disk.clock(f, times=10),
-        lambda f: damage.mutations(f, config, times=500, ends=50),
-        lambda f: stops.asked(f, times=40),
-        lambda f: stops.early(f, times=10),
-        lambda f: stops.twice(f, times=6),
-        lambda f: stops.two_runs(f, times=10),
-        lambda f: stops.race(f, times=10),
-        lambda f: not_finite.injected(f, config),
-    ]
 
 
 def main() -> int:
@@ -62,19 +31,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("--record", type=Path, help="also write README.md and faults.json there")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    console, began, rows = Console(stderr=True), time.monotonic(), []
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        root.chmod(0o755)  # one fault runs as another user
-        for number, fault in enumerate(all_faults()):
-            start = time.monotonic()
-            tally = fault(root / str(number))
-            rows.append((tally, time.monotonic() - start))
-            shutil.rmtree(root / str(number), ignore_errors=True)
+    console, began = Console(stderr=True), time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(WORKERS, mp_context=context) as pool,
+    ):
+        Path(name).chmod(0o755)  # one fault runs as another user
+        jobs = [pool.submit(attempt, n, Path(name)) for n in range(len(all_faults()))]
+        for job in as_completed(jobs):
+            tally, _ = job.result()
             console.print(f"{tally.fault}: {tally.survived} of {tally.tried} {tally.skipped}")
             for lost in tally.lost[:5]:
                 console.print(f"  lost: {lost}", markup=False)
+        rows = [job.result() for job in jobs]
     seconds = time.monotonic() - began
     Console(width=110).print(table(rows))
     print(f"{seconds / 60:.1f} minutes")
