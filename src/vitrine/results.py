@@ -48,8 +48,13 @@ def speed(images: int, seconds: float) -> float:
 
 
 def draw(metrics: Metrics, rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Draw the curves, the confusion matrix and the reliability diagram."""
+    """Draw the curves, and what draw_metrics() draws."""
     plot_curves(rows, folder)
+    draw_metrics(metrics, folder)
+
+
+def draw_metrics(metrics: Metrics, folder: Path) -> None:
+    """Draw the confusion matrix and the reliability diagram."""
     plot_confusion(metrics, folder / "confusion_matrix.png")
     plot_calibration(metrics, folder / "calibration.png")
 
