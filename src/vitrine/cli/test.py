@@ -63,7 +63,8 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     from vitrine.evaluation.metrics import measure, predict_logits
     from vitrine.files import write_json
     from vitrine.pretrained import with_data
-    from vitrine.run import draw_metrics, load
+    from vitrine.results import draw_metrics
+    from vitrine.run import load
     from vitrine.run_folder import is_run_folder, log_test_use
 
     given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
