@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "head/kernel": (D, CLASSES), "head/bias": (CLASSES,),
     },
 }  # fmt: skip
-HF = "vit.encoder.layer."
+GOOGLE = "MultiHeadDotProductAttention_1"
 BLOCKS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "reference": ("encoder.{}.", {
         **{f"attention.{name}.weight": (D, D) for name in ("queries", "keys", "values")},
@@ -67,8 +67,8 @@ BLOCKS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "layernorm_after.weight": (D,), "layernorm_after.bias": (D,),
     }),
     "google": ("Transformer/encoderblock_{}/", {
-        **{f"MultiHeadDotProductAttention_1/{n}/kernel": (D, A, K) for n in ("query", "key", "value")},
-        **{f"MultiHeadDotProductAttention_1/{n}/bias": (A, K) for n in ("query", "key", "value")},
+        **{f"{GOOGLE}/{name}/kernel": (D, A, K) for name in ("query", "key", "value")},
+        **{f"{GOOGLE}/{name}/bias": (A, K) for name in ("query", "key", "value")},
         "MultiHeadDotProductAttention_1/out/kernel": (A, K, D),
         "MultiHeadDotProductAttention_1/out/bias": (D,),
         "MlpBlock_3/Dense_0/kernel": (D, M), "MlpBlock_3/Dense_0/bias": (M,),
@@ -108,7 +108,7 @@ class Plain:
         )
 
     def qkv(self, x: Tensor, at: str) -> list[Tensor]:
-        return [self.linear(x, at + name) for name in self.names["qkv"].split()]
+        return [self.linear(x, at + name) for name in self.names["qkv"].split(",")]
 
     def tokens(self, images: Tensor) -> Tensor:
         stem = self.names["stem"]
@@ -134,7 +134,7 @@ class Plain:
         return self.head(self.norm(x, self.names["norm"])[:, 0])
 
     def head(self, x: Tensor) -> Tensor:
-        *before, last = self.names["head"].split()
+        *before, last = self.names["head"].split(",")
         for name in before:
             x = torch.tanh(self.linear(x, name))
         return self.linear(x, last)
@@ -170,31 +170,33 @@ class PlainGoogle(Plain):
         return x + self.state["Transformer/posembed_input/pos_embedding"]
 
 
+NAMES = {
+    "reference": """
+        stem=embedding.conv1 class=embedding.cls_token positions=embedding.pos_embedding norm=norm
+        norm1=norm1 norm2=norm2 out=attention.out_projection fc1=fc1 fc2=fc2
+        qkv=attention.queries,attention.keys,attention.values head=classifier.fc1,classifier.fc2""",
+    "timm": """
+        stem=patch_embed.proj class=cls_token positions=pos_embed norm=norm norm1=norm1 norm2=norm2
+        out=attn.proj fc1=mlp.fc1 fc2=mlp.fc2 head=head""",
+    "huggingface": """
+        stem=vit.embeddings.patch_embeddings.projection class=vit.embeddings.cls_token
+        positions=vit.embeddings.position_embeddings norm=vit.layernorm norm1=layernorm_before
+        norm2=layernorm_after out=attention.output.dense fc1=intermediate.dense fc2=output.dense
+        qkv=attention.attention.query,attention.attention.key,attention.attention.value
+        head=classifier""",
+    "google": f"""
+        norm=Transformer/encoder_norm norm1=LayerNorm_0 norm2=LayerNorm_2 out={GOOGLE}/out
+        fc1=MlpBlock_3/Dense_0 fc2=MlpBlock_3/Dense_1 head=pre_logits,head
+        qkv={GOOGLE}/query,{GOOGLE}/key,{GOOGLE}/value""",
+}
+
+
 def plain_logits(layout: str, state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """The function that a state dict of a layout computes."""
-    names = {
-        "reference": "stem=embedding.conv1 class=embedding.cls_token positions=embedding.pos_embedding "
-        "norm=norm norm1=norm1 norm2=norm2 out=attention.out_projection fc1=fc1 fc2=fc2",
-        "timm": "stem=patch_embed.proj class=cls_token positions=pos_embed norm=norm norm1=norm1 "
-        "norm2=norm2 out=attn.proj fc1=mlp.fc1 fc2=mlp.fc2 head=head",
-        "huggingface": "stem=vit.embeddings.patch_embeddings.projection class=vit.embeddings.cls_token "
-        "positions=vit.embeddings.position_embeddings norm=vit.layernorm norm1=layernorm_before "
-        "norm2=layernorm_after out=attention.output.dense fc1=intermediate.dense fc2=output.dense "
-        "head=classifier",
-        "google": "norm=Transformer/encoder_norm norm1=LayerNorm_0 norm2=LayerNorm_2 "
-        "out=MultiHeadDotProductAttention_1/out fc1=MlpBlock_3/Dense_0 fc2=MlpBlock_3/Dense_1",
-    }[layout]
-    table = dict(pair.split("=") for pair in names.split())
-    google = " ".join(f"MultiHeadDotProductAttention_1/{n}" for n in ("query", "key", "value"))
-    table["qkv"] = {
-        "reference": "attention.queries attention.keys attention.values",
-        "huggingface": "attention.attention.query attention.attention.key attention.attention.value",
-        "google": google,
-    }.get(layout, "")
-    table.setdefault("head", {"reference": "classifier.fc1 classifier.fc2"}.get(layout, ""))
-    if layout == "google":
-        table["head"] = "pre_logits head" if "pre_logits/kernel" in state else "head"
+    names = dict(pair.split("=") for pair in NAMES[layout].split())
+    if layout == "google" and "pre_logits/kernel" not in state:
+        names["head"] = "head"
     kind = {"timm": PlainTimm, "google": PlainGoogle}.get(layout, Plain)
     eps = {"reference": 1e-5, "huggingface": 1e-12}.get(layout, 1e-6)
     gelu = "tanh" if layout == "google" else "none"
-    return kind(state, table, BLOCKS[layout][0], eps, gelu).logits
+    return kind(state, names, BLOCKS[layout][0], eps, gelu).logits

@@ -14,7 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "files", "rng", "model_config", "config", "configfile", "presets", "devices",
     "environment", "data", "model", "training", "checkpoint", "evaluation", "explain", "predict",
-    "export", "foreign", "hub", "pretrained", "tracking", "run_folder", "run", "cli", "__main__",
+    "export", "foreign", "hub", "pretrained", "publish",
+    "tracking", "run_folder", "run", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import GRID, L, N, SIDE, D, make_state, plain_logits
 from safetensors.torch import save_file
 from torch import Tensor
 
 import vitrine
+from layouts import GRID, SIDE, D, L, N, make_state, plain_logits
 from vitrine.cli import main
 from vitrine.config import ModelConfig
 from vitrine.errors import CheckpointError, ConfigError
@@ -304,7 +304,7 @@ def test_weights_without_a_head_wait_for_one(tmp_path: Path) -> None:
     state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="without a head cannot classify.*--new_head"):
+    with pytest.raises(CheckpointError, match=r"without a head cannot classify.*--new_head"):
         vitrine.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
     found = convert(state, n_attention_heads=3)
     assert found.config.n_classes == 0
