@@ -175,6 +175,16 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     return CheckpointInfo.from_json(content, path), tensors
 
 
+def describes_itself(path: Path) -> bool:
+    """Tell whether a ``.safetensors`` file is one that save_weights_file() wrote."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return METADATA_KEY in header["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError):
+        return False
+
+
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
     """Let LAST or BEST name a checkpoint folder."""
     replace_file(checkpoints / name, f"{target.name}\n".encode())

@@ -40,6 +40,8 @@ class Classifier:
     config: Config
     classes: tuple[str, ...]
     source: str = ""
+    notes: tuple[str, ...] = ()
+    """What was assumed to read another system's weights."""
 
     @property
     def mean(self) -> tuple[float, float, float]:

@@ -64,7 +64,7 @@ class Run:
         DataError, ConfigError: the data are missing, or do not fit the settings.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.device = choose_device(config.run.device)
         splits = load(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
@@ -74,6 +74,9 @@ class Run:
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
+        self.notices: list[str] = []
+        if fresh and config.training.init:
+            self.notices = pretrained.start_from(model, config.training, self.classes)
         self.state = TrainingState.start(model, config.training)
         self.batches = Batches(
             train_set,
@@ -86,7 +89,6 @@ class Run:
         )
         self.train_images = len(train_set)
         self.rows: list[dict[str, Any]] = []
-        self.notices: list[str] = []
 
     @classmethod
     def start(cls, config: Config, folder: Path) -> "Run":
@@ -108,7 +110,7 @@ class Run:
             CheckpointError: the folder has no sound checkpoint.
         """
         saved = newest_sound(folder / "checkpoints")
-        run = cls(config, folder)
+        run = cls(config, folder, fresh=False)
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in read_rows(folder) if row["step"] <= run.state.step]
         run.notices = saved.passed_over

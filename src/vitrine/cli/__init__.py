@@ -16,6 +16,8 @@ COMMANDS = {
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
     "inspect": "show a model's filters, positions and heads",
+    "convert": "bring weights in from other systems, and out to them",
+    "push": "put a model on the Hugging Face hub",
     "info": "show presets, runs, this machine, or one model",
 }
 

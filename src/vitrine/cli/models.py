@@ -15,9 +15,9 @@ class ModelOptions:
     """Which model, and where it computes."""
 
     model_path: Path | None = None
-    """A run or checkpoint folder, .safetensors, or reference .pt; the newest run unless given."""
+    """A run folder, a file or folder of weights, or hf:OWNER/NAME; the newest run unless given."""
     n_attention_heads: int | None = None
-    """Head count of a reference .pt, which its file does not tell (4 unless given)."""
+    """Head count, for weights whose files do not tell it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda, then mps, then cpu."""
 
@@ -30,4 +30,7 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
     if path is None:
         path = newest_run(runs)
         say(f"no --model_path given: taking the newest run, {path}")
-    return load(path, n_attention_heads=options.n_attention_heads, device=options.device)
+    model = load(path, n_attention_heads=options.n_attention_heads, device=options.device)
+    for note in model.notes:
+        say(f"{path}: {note}")
+    return model

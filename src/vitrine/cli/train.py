@@ -1,5 +1,6 @@
 """``vitrine train``."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ class StartOptions:
 
 
 @dataclass(frozen=True)
+class InitOptions:
+    """What must be known of a run's first weights before the other flags make sense."""
+
+    init: str = ""
+    n_attention_heads: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainOptions(Config, StartOptions):
     """Train a Vision Transformer.
 
@@ -41,6 +50,8 @@ def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) 
     """Run ``vitrine train``; ``name`` is the run folder's if none is asked for."""
     start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
     base = read_base(start)
+    if start.resume is None:
+        base = start_from_weights(base, get_preset(start.preset), words, prog)
     defaults = TrainOptions(**vars(start), **vars(base))
     options = parse(TrainOptions, words, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
@@ -62,6 +73,33 @@ def read_base(start: StartOptions) -> Config:
     if not (start.resume / "config.json").is_file():
         raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
     return from_json(read_json(start.resume / "config.json"))
+
+
+def start_from_weights(base: Config, preset: Config, words: Sequence[str], prog: str) -> Config:
+    """Return the settings with the model of --init, where there is one.
+
+    Weights know their model better than a preset does; what a file of settings changes, stays.
+    """
+    asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
+    init = asked.init or base.training.init
+    if not init:
+        return base
+    from vitrine.pretrained import with_init
+
+    theirs = with_init(base, init, asked.n_attention_heads)
+    changed = {
+        section: {
+            name: value
+            for name, value in vars(getattr(base, section)).items()
+            if value != getattr(getattr(preset, section), name)
+        }
+        for section in ("model", "data")
+    }
+    return dataclasses.replace(
+        theirs,
+        model=dataclasses.replace(theirs.model, **changed["model"]),
+        data=dataclasses.replace(theirs.data, **changed["data"]),
+    )
 
 
 def refuse_changes(old: Config, new: Config) -> None:
@@ -89,6 +127,8 @@ def begin(settings: Config, name: str) -> int:
         run = Run.start(settings, folder)
     finally:
         remove_if_empty(folder)  # where the run could not be built
+    for notice in run.notices:
+        say(notice)
     return follow(run)
 
 

@@ -48,14 +48,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between, applied to every token alone."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+    def __init__(self, embed_dim: int, hidden_dim: int, hidden_act: str) -> None:
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.approximate = "tanh" if hidden_act == "gelu_tanh" else "none"
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Return tokens of the same shape (B, T, D)."""
-        hidden_BTM = F.gelu(self.fc1(tokens_BTD))
+        hidden_BTM = F.gelu(self.fc1(tokens_BTD), approximate=self.approximate)
         return self.fc2(hidden_BTM)  # type: ignore[no-any-return]
 
 
@@ -117,12 +118,14 @@ class Block(nn.Module):
         *,
         dropout: float,
         drop_path: float,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim, layer_norm_eps)
         self.attention = Attention(embed_dim, n_attention_heads)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.mlp = MLP(embed_dim, hidden_dim)
+        self.norm2 = nn.LayerNorm(embed_dim, layer_norm_eps)
+        self.mlp = MLP(embed_dim, hidden_dim, hidden_act)
         self.dropout = Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 

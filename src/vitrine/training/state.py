@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.config import TrainingConfig
 from vitrine.model import VisionTransformer
-from vitrine.training.optim import make_optimizers
+from vitrine.training.optim import freeze_backbone, make_optimizers
 
 
 @dataclass
@@ -49,6 +49,8 @@ class TrainingState:
     @classmethod
     def start(cls, model: VisionTransformer, config: TrainingConfig) -> "TrainingState":
         """Return the state before the first update."""
+        if config.freeze_backbone:
+            freeze_backbone(model)
         average = None
         if config.ema_decay:
             update = get_ema_multi_avg_fn(config.ema_decay)
