@@ -224,9 +224,9 @@ def communicating() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and the store's, of many wordings
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
         raise TrainingError(
-            f"process {os.environ.get('RANK', '0')} lost another one ({reason:.160}): it was "
+            f"process {os.environ.get('RANK', '0')} lost another one ({reason:.100}): it was "
             "killed, or failed with an error of its own. The last checkpoint stands: go on with "
             "--resume RUN_FOLDER, or let torchrun do so with --max-restarts"
         ) from error
