@@ -6,6 +6,7 @@ says into FOLDER/RANK.txt.
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import time
@@ -45,35 +46,11 @@ BASE = from_json(
     }
 )  # fmt: skip
 """Ten images in batches of 3, 3, 3 and 1: the second rank's share is smaller, and once empty."""
-WORDS = [
-    "train",
-    "--device",
-    "cpu",
-    "--image_size",
-    "32",
-    "--patch_size",
-    "8",
-    "--embed_dim",
-    "12",
-    "--n_attention_heads",
-    "3",
-    "--n_layers",
-    "1",
-    "--batch_size",
-    "11",
-    "--validation_images",
-    "20",
-    "--epochs",
-    "2",
-    "--dropout",
-    "0",
-    "--ema_decay",
-    "0.9",
-    "--output_path",
-    "output",
-    "--precision",
-    "float32",
-]
+WORDS = shlex.split(
+    "train --device cpu --image_size 32 --patch_size 8 --embed_dim 12 --n_attention_heads 3 "
+    "--n_layers 1 --batch_size 11 --validation_images 20 --epochs 2 --dropout 0 --ema_decay 0.9 "
+    "--output_path output --precision float32"
+)
 MOMENTUM = 0.25
 
 
