@@ -216,15 +216,15 @@ class Run:
         purpose = f"result of {Path(best.source).name}"
         ranks.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
-        metrics = measure(logits_BY, test.labels_B, classes=self.classes)
-        return ranks.on_leader(self.write_result, best, metrics)
+        return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
 
     def load_best(self) -> Classifier:
         """Load the best model; on the CPU, from where it can go to every process."""
         return pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
 
-    def write_result(self, best: Classifier, metrics: Metrics) -> dict[str, Any]:
+    def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
         """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
+        metrics = measure(logits_BY, labels_B, classes=self.classes)
         result = {**self.summary(best), "test": metrics.to_json()}
         write_json(self.folder / "result.json", result)
         plot_curves(self.rows, self.folder)
