@@ -12,7 +12,7 @@ import vitrine
 SOURCE = Path(vitrine.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "files", "rng", "model_config", "config", "configfile", "presets", "devices",
+    "errors", "files", "rng", "model_config", "config", "configfile", "presets", "ranks", "devices",
     "environment", "data", "model", "training", "checkpoint", "evaluation", "explain", "predict",
     "export", "foreign", "hub", "pretrained", "publish",
     "tracking", "run_folder", "run", "cli", "__main__",

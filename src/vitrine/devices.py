@@ -2,6 +2,7 @@
 
 import torch
 
+from vitrine import ranks
 from vitrine.errors import ConfigError
 
 
@@ -22,6 +23,37 @@ def choose_device(name: str) -> torch.device:
         there = ", ".join(device for device, yes in available.items() if yes)
         raise ConfigError(f"device {name} is not available to this PyTorch, only {there}")
     return torch.device(name)
+
+
+def choose_rank_device(name: str) -> torch.device:
+    """Return this rank's device: the n-th rank of a machine computes on its n-th GPU.
+
+    Raises:
+        ConfigError: a machine lacks it, or the ranks would compute on different kinds.
+    """
+    device = ranks.each(choose_own_device, name)
+    kinds = ranks.gather(device.type)
+    if len(set(kinds)) > 1:
+        other = next(n for n, kind in enumerate(kinds) if kind != kinds[0])
+        raise ConfigError(
+            f"process 0 computes on {kinds[0]}, process {other} on {kinds[other]}: give "
+            "--device cpu, or machines of one kind"
+        )
+    return device
+
+
+def choose_own_device(name: str) -> torch.device:
+    """Return the device of this name, if it can serve this rank."""
+    device = choose_device(name)
+    if ranks.count() > 1 and device.type == "mps":
+        raise ConfigError("device mps serves one process only: give --device cpu")
+    there, place = torch.cuda.device_count(), ranks.local_rank()
+    if ranks.count() > 1 and device.type == "cuda" and place >= there:
+        raise ConfigError(
+            f"process {place + 1} of this machine finds {there} GPUs: give torchrun "
+            f"--nproc-per-node {there}, or --device cpu"
+        )
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

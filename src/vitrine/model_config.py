@@ -143,7 +143,7 @@ class ModelConfig:
 
     @property
     def stem_widths(self) -> tuple[int, ...]:
-        """Widths of the convolutions of stem conv: half as wide at each step back from embed_dim."""
+        """Widths of stem conv's convolutions: halved at each step back from embed_dim."""
         halvings = self.patch_size.bit_length() - 1
         halved = (self.embed_dim // 2**step or 1 for step in reversed(range(halvings)))
         return self.stem_channels or tuple(halved)

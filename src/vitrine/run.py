@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitrine import pretrained, rng
+from vitrine import pretrained, ranks, rng
 from vitrine.checkpoint import (
     CheckpointInfo,
     read_pointer,
@@ -29,11 +29,11 @@ from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.data.sources import load_splits
-from vitrine.devices import choose_device, choose_precision
+from vitrine.devices import choose_precision, choose_rank_device
 from vitrine.environment import describe_environment
 from vitrine.errors import ConfigError
 from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
-from vitrine.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
+from vitrine.evaluation.metrics import Metrics, measure, quick_scores, shared_logits
 from vitrine.files import write_json, write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
@@ -54,6 +54,9 @@ class EpochEnd:
 class Run:
     """A training run and its folder. Iterate over train(), then call finish().
 
+    With several processes (see ranks.py) each has a Run and calls the same methods; the first one
+    alone reads and writes the folder.
+
     Example:
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
         for event in run.train():
@@ -66,8 +69,10 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.device = choose_device(config.run.device)
-        splits = load(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
+        self.device = choose_rank_device(config.run.device)
+        ranks.require_work(config.training.batch_size)
+        monitored = dict.fromkeys(("validation", config.run.monitor))
+        splits = ranks.first_on_machine(load, config, "train", *monitored)
         train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
@@ -94,8 +99,9 @@ class Run:
     def start(cls, config: Config, folder: Path) -> "Run":
         """Build a new run in a folder of its own (see run_folder.new_folder)."""
         run = cls(config, folder)
-        write_json(folder / "config.json", to_json(run.config))
-        write_json(folder / "env.json", describe_environment(run.device, run.precision))
+        environment = describe_environment(run.device, run.precision)
+        ranks.on_leader(write_json, folder / "config.json", to_json(run.config))
+        ranks.on_leader(write_json, folder / "env.json", environment)
         return run
 
     @classmethod
@@ -109,13 +115,15 @@ class Run:
         Raises:
             CheckpointError: the folder has no sound checkpoint.
         """
-        saved = newest_sound(folder / "checkpoints")
+        saved, rows = ranks.on_leader(
+            lambda: (newest_sound(folder / "checkpoints"), read_rows(folder))
+        )
         run = cls(config, folder, fresh=False)
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
-        run.rows = [row for row in read_rows(folder) if row["step"] <= run.state.step]
+        run.rows = [row for row in rows if row["step"] <= run.state.step]
         run.notices = saved.passed_over
-        write_json_lines(folder / "metrics.jsonl", run.rows)
-        write_pointer(run.checkpoints, "LAST", saved.folder)
+        ranks.on_leader(write_json_lines, folder / "metrics.jsonl", run.rows)
+        ranks.on_leader(write_pointer, run.checkpoints, "LAST", saved.folder)
         return run
 
     @property
@@ -138,6 +146,7 @@ class Run:
             TrainingError: the loss is not finite.
             OutputError: the run folder cannot be written.
         """
+        self.agree()
         with EventWriter(self.folder / "tensorboard", self.config.run.tensorboard) as events:
             for update in train(self.state, self.batches, self.config):
                 # Before the update is told, so that leaving right then loses nothing of the epoch.
@@ -149,6 +158,7 @@ class Run:
 
     def end_epoch(self, update: Update) -> EpochEnd:
         """Score the epoch, write its line, save and prune checkpoints."""
+        self.agree()
         loss, accuracy = self.state.tally.means()
         row = {
             "epoch": update.epoch,
@@ -161,23 +171,36 @@ class Run:
         }
         for name, images in self.monitored.items():
             if name == "test":
-                log_test_use(self.folder, f"curve, epoch {update.epoch}", len(images))
+                purpose = f"curve, epoch {update.epoch}"
+                ranks.on_leader(log_test_use, self.folder, purpose, len(images))
             logits_BY = self.logits(self.state.best_model, images)
             row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
         best = is_best(row, self.rows)
         self.rows.append(row)
+        ranks.on_leader(self.write_epoch, update, best)
+        return EpochEnd(row, best)
+
+    def agree(self) -> None:
+        """Take over the leader's state: processors of unlike kinds round unlike."""
+        ranks.copy_from_leader([*self.state.weights().values(), *self.state.tensors().values()])
+
+    def write_epoch(self, update: Update, best: bool) -> None:
+        """Write an epoch's line; save and prune checkpoints. The leader's work."""
         write_json_lines(self.folder / "metrics.jsonl", self.rows)
         last = update.step == self.total_steps
         if best or last or update.epoch % self.config.run.checkpoint_epochs == 0:
-            checkpoint = self.save()
+            checkpoint = self.write_checkpoint()
             if best:
                 write_pointer(self.checkpoints, "BEST", checkpoint)
             if self.config.run.keep_checkpoints:
                 prune(self.checkpoints, self.config.run.keep_checkpoints)
-        return EpochEnd(row, best)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and let LAST name it."""
+        return ranks.on_leader(self.write_checkpoint)
+
+    def write_checkpoint(self) -> Path:
+        """Do what save() says. The leader's work."""
         metrics = self.rows[-1] if self.rows else {}
         info = CheckpointInfo(self.config, self.classes, self.state.numbers(), metrics)
         folder = self.checkpoints / f"step-{self.state.step:07}"
@@ -190,10 +213,20 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
-        best = pretrained.load(read_pointer(self.checkpoints, "BEST"), device=self.device.type)
-        test = load(self.config, "test")["test"]
-        log_test_use(self.folder, f"result of {Path(best.source).name}", len(test))
-        metrics = measure(self.logits(best.model, test), test.labels_B, classes=self.classes)
+        best = ranks.on_leader(self.load_best)
+        test = ranks.first_on_machine(load, self.config, "test")["test"]
+        purpose = f"result of {Path(best.source).name}"
+        ranks.on_leader(log_test_use, self.folder, purpose, len(test))
+        logits_BY = self.logits(best.model.to(self.device), test)
+        return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
+
+    def load_best(self) -> Classifier:
+        """Load the best model; on the CPU, from where it can go to every process."""
+        return pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
+
+    def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
+        """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
+        metrics = measure(logits_BY, labels_B, classes=self.classes)
         result = {**self.summary(best), "test": metrics.to_json()}
         write_json(self.folder / "result.json", result)
         plot_curves(self.rows, self.folder)
@@ -235,9 +268,9 @@ class Run:
         save_weights_file(path, info, best.model.state_dict())
 
     def logits(self, model: Any, images: ImageSet) -> Any:
-        """Return the logits of a model for a split (see predict_logits)."""
+        """Return the logits of a model for a split, the work being shared (see shared_logits)."""
         data = self.config.data
-        return predict_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+        return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
 
 
 def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:

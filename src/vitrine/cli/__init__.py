@@ -55,7 +55,14 @@ def run(command: str, words: Sequence[str]) -> int:
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
+    if command != "train":
+        importlib.import_module("vitrine.cli.processes").refuse_many(command)
     return int(importlib.import_module(f"vitrine.cli.{command}").command(words))
+
+
+def exit_code(error: VitrineError) -> int:
+    """Return how a process ends with one of our own exceptions."""
+    return 1 if isinstance(error, TrainingError) else 2
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -64,7 +71,7 @@ def guarded(command: Callable[[], int]) -> int:
         return command()
     except VitrineError as error:
         print(f"vitrine: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+        return exit_code(error)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
         sys.stdout = None
         return 1

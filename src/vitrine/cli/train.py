@@ -8,6 +8,7 @@ from typing import Any
 
 from vitrine.cli.console import err, out, say
 from vitrine.cli.parsing import parse, parse_known
+from vitrine.cli.processes import one_run
 from vitrine.config import Config
 from vitrine.configfile import from_json, read_json, read_toml
 from vitrine.errors import CheckpointError, ConfigError
@@ -48,6 +49,15 @@ class TrainOptions(Config, StartOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
     """Run ``vitrine train``; ``name`` is the run folder's if none is asked for."""
+    with one_run() as on_leader:
+        start, settings = on_leader(read, words, prog)
+        if start.resume is not None:
+            return resume(start.resume, settings)
+        return begin(settings, name or start.preset)
+
+
+def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
+    """Return where the settings come from, and the settings."""
     start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
     base = read_base(start)
     if start.resume is None:
@@ -57,8 +67,7 @@ def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) 
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
         refuse_changes(base, settings)
-        return resume(start.resume, settings)
-    return begin(settings, name or start.preset)
+    return start, settings
 
 
 def read_base(start: StartOptions) -> Config:
@@ -116,20 +125,36 @@ def refuse_changes(old: Config, new: Config) -> None:
 
 
 def begin(settings: Config, name: str) -> int:
-    """Start a run in a new folder."""
-    from vitrine.devices import choose_device
+    """Start a run in a new folder, or go on with it where torchrun has restarted us."""
+    from vitrine import ranks
+    from vitrine.devices import choose_rank_device
     from vitrine.run import Run
-    from vitrine.run_folder import new_folder
 
-    choose_device(settings.run.device)
-    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    choose_rank_device(settings.run.device)
+    folder, begun = ranks.on_leader(choose_folder, settings, name)
+    if begun:
+        return resume(folder, settings)
     try:
         run = Run.start(settings, folder)
     finally:
-        remove_if_empty(folder)  # where the run could not be built
+        if ranks.is_leader():
+            remove_if_empty(folder)  # where the run could not be built
     for notice in run.notices:
         say(notice)
     return follow(run)
+
+
+def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
+    """Return the run's folder, and whether there is a checkpoint in it to go on from."""
+    from vitrine import ranks
+    from vitrine.run_folder import new_folder
+
+    known = ranks.recall("run folder")
+    if known is not None and Path(known).is_dir():
+        return Path(known), any(Path(known, "checkpoints").glob("step-*"))
+    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    ranks.remember("run folder", str(folder))
+    return folder, False
 
 
 def resume(folder: Path, settings: Config) -> int:
@@ -145,31 +170,36 @@ def resume(folder: Path, settings: Config) -> int:
 
 def follow(run: Any) -> int:
     """Show a run to its end, or save it when a signal asks to stop."""
+    from vitrine import ranks
     from vitrine.cli.display import TrainingDisplay
     from vitrine.cli.signals import stop_requests
 
     describe(run)
+    stopped = 0
     with stop_requests() as stop, TrainingDisplay(run, err) as display:
         for event in run.train():
             display.show(event)
-            if stop.signal:
+            if stopped := ranks.highest(stop.signal):
                 break
-    if stop.signal:
+    if stopped:
         run.save()
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
-        return 128 + stop.signal
+        return 128 + stopped
     conclude(run, run.finish())
     return 0
 
 
 def describe(run: Any) -> None:
     """Say what is about to be trained."""
+    from vitrine import ranks
+
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    processes = f"{ranks.count()} processes on " if ranks.count() > 1 else ""
     say(
         f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
-        f"{run.device.type}, {run.precision}"
+        f"{processes}{run.device.type}, {run.precision}"
     )
 
 

@@ -19,7 +19,9 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        hidden = [name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)]
+        hidden = [
+            name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)
+        ]
         matrices = [parameters.pop(name) for name in hidden]
         rate = config.muon_learning_rate
         groups = by_layer([{"params": matrices, "peak": rate}], model, config.layer_decay)
