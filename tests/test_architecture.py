@@ -12,9 +12,10 @@ import vitrine
 SOURCE = Path(vitrine.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "files", "rng", "config", "configfile", "presets", "devices", "environment", "data",
-    "model", "training", "checkpoint", "evaluation", "explain", "predict", "export", "pretrained",
-    "tracking", "run_folder", "run", "cli", "__main__",
+    "errors", "extras", "files", "rng", "config", "configfile", "presets", "devices",
+    "environment", "data", "model", "training", "checkpoint", "evaluation", "explain",
+    "predictions", "predict", "onnx_predict", "export", "pretrained", "tracking", "run_folder",
+    "run", "sweep", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 
