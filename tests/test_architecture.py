@@ -14,8 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "extras", "files", "rng", "config", "configfile", "presets", "devices",
     "environment", "data", "model", "training", "checkpoint", "evaluation", "explain",
-    "predictions", "predict", "onnx_predict", "export", "pretrained", "tracking", "run_folder",
-    "run", "sweep", "cli", "__main__",
+    "predictions", "predict", "onnx_predict", "export", "pretrained", "tracking", "trackers",
+    "run_folder", "run", "sweep", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 

@@ -233,15 +233,11 @@ class TrainingConfig:
             f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
             f"give --warmup_epochs {self.epochs / 20:g} or more epochs",
         )
+        low, top = self.minimum_learning_rate, self.learning_rate
+        require(low <= top, f"minimum_learning_rate {low} is above learning_rate {top}: lower it")
+        parts, size = self.accumulate, self.batch_size
         require(
-            self.minimum_learning_rate <= self.learning_rate,
-            f"minimum_learning_rate {self.minimum_learning_rate} is above "
-            f"learning_rate {self.learning_rate}: lower it",
-        )
-        require(
-            self.accumulate <= self.batch_size,
-            f"accumulate {self.accumulate} leaves parts of a batch of {self.batch_size} empty: "
-            "lower it",
+            parts <= size, f"accumulate {parts} leaves parts of a batch of {size} empty: lower it"
         )
 
     @property
@@ -274,10 +270,16 @@ class RunConfig:
     """Newest checkpoints to keep beside the best one; 0 keeps all."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well, by your own installation of wandb and your own account."""
+    mlflow: bool = False
+    """Log to MLflow as well, by your own installation; MLFLOW_TRACKING_URI says where."""
+    attention_epochs: int = 0
+    """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
         require_range(self, "checkpoint_epochs", 1)
-        require_range(self, "keep_checkpoints", 0)
+        require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
             plain = value == Path(value).name or value == ""

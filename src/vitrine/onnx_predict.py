@@ -184,7 +184,9 @@ def choose_providers(device: str, available: Sequence[str]) -> list[str]:
     if device == "auto":
         return list(there.values())
     if device not in there:
-        raise ConfigError(f"device {device} is not available to onnxruntime, only {', '.join(there)}")
+        raise ConfigError(
+            f"device {device} is not available to onnxruntime, only {', '.join(there)}"
+        )
     return [there[device]]
 
 

@@ -7,6 +7,8 @@ output/NAME/
 ├── test_uses.jsonl                each time the test split was opened
 ├── graph_loss.png  graph_accuracy.png  confusion_matrix.png  calibration.png
 ├── checkpoints/                   LAST, BEST and their folders: see checkpoint.py
+├── attention/                     with --attention_epochs: a picture every so many epochs
+├── trackers.json                  with --wandb or --mlflow: which run there is this one
 └── tensorboard/                   with --tensorboard
 """
 
@@ -34,11 +36,12 @@ from vitrine.environment import describe_environment
 from vitrine.errors import ConfigError
 from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
 from vitrine.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
+from vitrine.explain.watch import choose_watched, draw_attention
 from vitrine.files import write_json, write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
 from vitrine.run_folder import is_best, log_test_use, newest_sound, prune, read_rows
-from vitrine.tracking import EventWriter
+from vitrine.trackers import Trackers, check_trackers
 from vitrine.training.loop import Update, train
 from vitrine.training.state import TrainingState
 
@@ -72,6 +75,8 @@ class Run:
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
+        check_trackers(config.run)
+        self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
         self.state = TrainingState.start(model, config.training)
@@ -136,13 +141,13 @@ class Run:
             TrainingError: the loss is not finite.
             OutputError: the run folder cannot be written.
         """
-        with EventWriter(self.folder / "tensorboard", self.config.run.tensorboard) as events:
+        with Trackers(self.config, self.folder) as trackers:
             for update in train(self.state, self.batches, self.config):
                 # Before the update is told, so that leaving right then loses nothing of the epoch.
                 end = self.end_epoch(update) if update.ends_epoch else None
                 yield update
                 if end is not None:
-                    events.write(end.row)
+                    trackers.write(end.row, self.attention_picture(end.row))
                     yield end
 
     def end_epoch(self, update: Update) -> EpochEnd:
@@ -173,6 +178,14 @@ class Run:
             if self.config.run.keep_checkpoints:
                 prune(self.checkpoints, self.config.run.keep_checkpoints)
         return EpochEnd(row, best)
+
+    def attention_picture(self, row: dict[str, Any]) -> Path | None:
+        """Draw what the model looks at now, if this epoch is one of those that are drawn."""
+        every = self.config.run.attention_epochs
+        if not every or row["epoch"] % every:
+            return None
+        path = self.folder / "attention" / f"epoch-{row['epoch']:04}.png"
+        return draw_attention(self.state.best_model, self.watched, self.config, path)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and let LAST name it."""

@@ -16,6 +16,8 @@ COMMANDS = {
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
     "inspect": "show a model's filters, positions and heads",
+    "export": "write a model as ONNX or as a torch program",
+    "sweep": "search for good settings",
     "info": "show presets, runs, this machine, or one model",
 }
 

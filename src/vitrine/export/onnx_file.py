@@ -74,7 +74,7 @@ def runner(content: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
     options.log_severity_level = 3
     try:
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 (its exceptions have no other base)
+    except Exception as error:  # its exceptions have no other base
         raise ExportError(f"ONNX Runtime refuses what was exported: {error}") from error
     (name,) = [given.name for given in session.get_inputs()]
     return lambda batch: [torch.from_numpy(out) for out in session.run(None, {name: batch.numpy()})]
