@@ -236,9 +236,7 @@ class TrainingConfig:
         low, top = self.minimum_learning_rate, self.learning_rate
         require(low <= top, f"minimum_learning_rate {low} is above learning_rate {top}: lower it")
         parts, size = self.accumulate, self.batch_size
-        require(
-            parts <= size, f"accumulate {parts} leaves parts of a batch of {size} empty: lower it"
-        )
+        require(parts <= size, f"accumulate {parts} is above batch_size {size}: lower it")
 
     @property
     def warmup(self) -> float:

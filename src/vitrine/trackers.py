@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
 from vitrine.config import Config, RunConfig
+from vitrine.data.pictures import read_picture
 from vitrine.errors import OutputError
 from vitrine.extras import need
 from vitrine.files import write_json
@@ -53,9 +53,7 @@ class Trackers:
 
     def write(self, row: Mapping[str, Any], attention: Path | None = None) -> None:
         """Write every number of an epoch under its name, and the picture of attention if drawn."""
-        picture_HWC = (
-            None if attention is None else np.asarray(Image.open(attention).convert("RGB"))
-        )
+        picture_HWC = None if attention is None else read_picture(attention)
         numbers = {name: value for name, value in row.items() if name not in ("epoch", "step")}
         self.events.write(row)
         if picture_HWC is not None and self.events.writer is not None:

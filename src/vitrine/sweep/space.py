@@ -70,7 +70,7 @@ def parse_space(words: Iterable[str]) -> tuple[Dimension, ...]:
 
 
 def parse_dimension(word: str) -> Dimension:
-    """Return what ``NAME=A,B,C`` or ``NAME=LOW..HIGH``, maybe with ``:log`` or ``:STEP``, asks for."""
+    """Return what a word asks for: ``NAME=A,B,C`` or ``NAME=LOW..HIGH`` (``:log``, ``:STEP``)."""
     name, equals, text = word.partition("=")
     name = name.replace("-", "_")
     known = settings_by_name()
