@@ -109,8 +109,6 @@ def test_flags_at_odds_are_refused(
 
 
 def test_a_model_beyond_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     from vitrine.export import onnx_file
 
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)

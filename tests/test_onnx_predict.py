@@ -178,7 +178,7 @@ def predict_cropped(classifier: OnnxClassifier, picture: Path) -> list[object]:
     return classifier.predict(np.asarray(fitted))[0]
 
 
-@pytest.mark.parametrize("command", ["test", "explain", "inspect", "export"])
+@pytest.mark.parametrize("command", ["test", "explain", "inspect"])
 def test_other_commands_refuse_an_onnx_file(
     command: str, images_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,10 @@ CHUNK = 64
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class PredictOptions(ModelOptions):
-    """Classify pictures of any kind and size."""
+    """Classify pictures of any kind and size, with a model or with what vitrine export made of it.
+
+    An ``.onnx`` file as --model_path is run by ONNX Runtime: no torch is loaded, nor needed.
+    """
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs, or - for a picture on standard input."""

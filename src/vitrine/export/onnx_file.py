@@ -29,12 +29,12 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
         ConfigError: the extra is not installed, or the model is too large for one file.
         ExportError: what was exported does not compute what the model does.
     """
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module)
     graph = Graph(classifier, settings)
     size = sum(t.numel() * t.element_size() for t in graph.model.state_dict().values())
     if size >= LARGEST:
         raise ConfigError(f"the weights have {size:,} bytes: an ONNX file holds less than 2 GiB")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module)
     names = [FACES[settings.face]]
     if settings.attention:
         names += [f"attention_{layer + 1}" for layer in range(len(graph.model.blocks))]
