@@ -12,10 +12,10 @@ from PIL import Image
 
 from vitrine.cli import main
 from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.data.pictures import read_picture
+from vitrine.data.pictures import Fit, fit_picture, read_picture
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.extras import EXTRAS, need
-from vitrine.onnx_predict import OnnxClassifier, load_onnx, read_metadata, write_metadata
+from vitrine.onnx_predict import load_onnx, read_metadata, write_metadata
 from vitrine.predictions import rank
 
 onnx = pytest.importorskip("onnx")
@@ -25,6 +25,7 @@ CONFIG = Config(
     model=ModelConfig(image_size=(8, 12), patch_size=4, n_classes=3),
     data=DataConfig(mean=(0.1, 0.5, 0.3), std=(0.2, 0.25, 0.4), fit="pad"),
 )
+FITS: tuple[Fit, Fit] = ("crop", "pad")
 CLASSES = ("red", "green", "blå")
 
 
@@ -163,26 +164,20 @@ def test_predict_runs_where_torch_cannot_be_imported(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)
-    expected = predict_cropped(load_onnx(images_file, threads=1), picture)
-    assert [p["class"] for p in answer["predictions"]] == [p.name for p in expected]
-    assert answer["predictions"][0]["probability"] == pytest.approx(expected[0].probability)
-
-
-def predict_cropped(classifier: OnnxClassifier, picture: Path) -> list[object]:
-    """Return the predictions for the middle of the picture, 8 by 12 of 19 by 30, cut by hand."""
-    width = round(19 * 12 / 8)
-    left = (30 - width) / 2
-    image = Image.fromarray(read_picture(picture))
-    box = (left, 0, left + 19 * 12 / 8, 19)
-    fitted = image.resize((12, 8), Image.Resampling.BILINEAR, box=box)
-    return classifier.predict(np.asarray(fitted))[0]
+    classifier, rgb_HWC = load_onnx(images_file, threads=1), read_picture(picture)
+    cropped, padded = (classifier.predict(fit_picture(rgb_HWC, (8, 12), f))[0] for f in FITS)
+    assert answer["predictions"] == [
+        {"class": p.name, "probability": pytest.approx(p.probability)} for p in cropped
+    ]
+    assert cropped[0].probability != pytest.approx(padded[0].probability)
 
 
 @pytest.mark.parametrize("command", ["test", "explain", "inspect"])
 def test_other_commands_refuse_an_onnx_file(
-    command: str, images_file: Path, capsys: pytest.CaptureFixture[str]
+    command: str, images_file: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, "--model_path", str(images_file)]) == 2
+    words = [str(picture)] if command == "explain" else []
+    assert main([command, *words, "--model_path", str(images_file)]) == 2
     assert "an ONNX file can only predict" in capsys.readouterr().err
 
 

@@ -128,7 +128,7 @@ class OnnxClassifier:
                 f"{self.source}: gave {scores_BY.shape} for {len(raw_BHWC)} pictures and "
                 f"{len(self.classes)} classes"
             )
-        return scores_BY if face == "raw" else softmax(scores_BY)  # type: ignore[no-any-return]
+        return scores_BY if face == "raw" else softmax(scores_BY)
 
     def normalise(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Turn bytes into what the model reads (B, C, H, W), float32."""

@@ -94,18 +94,18 @@ def parse_range(name: str, text: str, hint: Any, word: str) -> Dimension:
     bounds, _, how = text.partition(":")
     low, _, high = bounds.partition("..")
     whole = float not in kinds
-    ends = [read_number(part, word) for part in (low, high)]
+    first, last = read_number(low, word), read_number(high, word)
     step = read_number(how, word) if how not in ("", "log") else None
     if whole:
-        all_whole = all(number == int(number) for number in (*ends, step or 1))
+        all_whole = all(number == int(number) for number in (first, last, step or 1))
         require(all_whole, f"--search {word}: {name} takes whole numbers")
-    require(ends[0] < ends[1], f"--search {word}: {low} is not below {high}")
-    require(how != "log" or ends[0] > 0, f"--search {word}: a log range must begin above 0")
+    require(first < last, f"--search {word}: {low} is not below {high}")
+    require(how != "log" or first > 0, f"--search {word}: a log range must begin above 0")
     if step is not None:
-        steps = (ends[1] - ends[0]) / step if step > 0 else 0.5
+        steps = (last - first) / step if step > 0 else 0.5
         fits = math.isclose(steps, round(steps), abs_tol=1e-9)
         require(fits, f"--search {word}: steps of {how} do not lead from {low} to {high}")
-    return Dimension(name, (), *ends, log=how == "log", step=step, whole=whole)
+    return Dimension(name, (), first, last, log=how == "log", step=step, whole=whole)
 
 
 def read_number(text: str, word: str) -> float:

@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -233,13 +234,9 @@ def open_study(url: str, name: str, pruner: Any) -> Any:
     raise AssertionError
 
 
-class quiet(warnings.catch_warnings):  # noqa: N801 (reads as a word in a with statement)
-    """Keeps to itself that Optuna calls its heartbeats experimental."""
-
-    def __init__(self, optuna: Any) -> None:
-        super().__init__()
-        self.category = optuna.exceptions.ExperimentalWarning
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
-        warnings.simplefilter("ignore", self.category)
+@contextmanager
+def quiet(optuna: Any) -> Iterator[None]:
+    """Keep to itself that Optuna calls its heartbeats experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
