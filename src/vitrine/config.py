@@ -138,16 +138,10 @@ class TrainingConfig:
             f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
             f"give --warmup_epochs {self.epochs / 20:g} or more epochs",
         )
-        require(
-            self.minimum_learning_rate <= self.learning_rate,
-            f"minimum_learning_rate {self.minimum_learning_rate} is above "
-            f"learning_rate {self.learning_rate}: lower it",
-        )
-        require(
-            self.accumulate <= self.batch_size,
-            f"accumulate {self.accumulate} leaves parts of a batch of {self.batch_size} empty: "
-            "lower it",
-        )
+        low, top = self.minimum_learning_rate, self.learning_rate
+        require(low <= top, f"minimum_learning_rate {low} is above learning_rate {top}: lower it")
+        parts, size = self.accumulate, self.batch_size
+        require(parts <= size, f"accumulate {parts} is above batch_size {size}: lower it")
 
     @property
     def warmup(self) -> float:
@@ -179,10 +173,16 @@ class RunConfig:
     """Newest checkpoints to keep beside the best one; 0 keeps all."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well, by your own installation of wandb and your own account."""
+    mlflow: bool = False
+    """Log to MLflow as well, by your own installation; MLFLOW_TRACKING_URI says where."""
+    attention_epochs: int = 0
+    """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
         require_range(self, "checkpoint_epochs", 1)
-        require_range(self, "keep_checkpoints", 0)
+        require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
             plain = value == Path(value).name or value == ""
@@ -203,3 +203,15 @@ class Config:
         """Return all fields in one dictionary; no name is in two sections."""
         sections = dataclasses.asdict(self)
         return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
+    """Return the settings with as many classes as the data have.
+
+    Raises:
+        ConfigError: another number of classes was asked for.
+    """
+    asked, there = config.model.n_classes, len(classes)
+    if asked not in (0, there):
+        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))

@@ -6,6 +6,7 @@
     │   └── PictureError         one picture file that cannot be read
     ├── CheckpointError          weights missing, truncated, altered or foreign
     ├── OutputError              a folder that cannot be written
+    ├── ExportError              an exported file that does not compute what the model does
     └── TrainingError            training cannot go on (a loss that is not finite)
 
 The library raises these; only the command line turns them into words and exit codes.
@@ -37,6 +38,10 @@ class CheckpointError(VitrineError):
 
 class OutputError(VitrineError):
     """A folder or file that cannot be written."""
+
+
+class ExportError(VitrineError):
+    """An exported file that does not compute what the model does."""
 
 
 class TrainingError(VitrineError):

@@ -7,6 +7,8 @@ output/NAME/
 ├── test_uses.jsonl                each time the test split was opened
 ├── graph_loss.png  graph_accuracy.png  confusion_matrix.png  calibration.png
 ├── checkpoints/                   LAST, BEST and their folders: see checkpoint.py
+├── attention/                     with --attention_epochs: a picture every so many epochs
+├── trackers.json                  with --wandb or --mlflow: which run there is this one
 └── tensorboard/                   with --tensorboard
 """
 
@@ -24,21 +26,21 @@ from vitrine.checkpoint import (
     save_weights_file,
     write_pointer,
 )
-from vitrine.config import Config, Split
+from vitrine.config import Config, Split, with_classes
 from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.data.sources import load_splits
 from vitrine.devices import choose_precision, choose_rank_device
 from vitrine.environment import describe_environment
-from vitrine.errors import ConfigError
-from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
-from vitrine.evaluation.metrics import Metrics, measure, quick_scores, shared_logits
+from vitrine.evaluation.figures import plot_curves, plot_metrics
+from vitrine.evaluation.metrics import measure, quick_scores, shared_logits
+from vitrine.explain.watch import choose_watched, draw_attention
 from vitrine.files import write_json, write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
 from vitrine.run_folder import is_best, log_test_use, newest_sound, prune, read_rows
-from vitrine.tracking import EventWriter
+from vitrine.trackers import Trackers, check_trackers
 from vitrine.training.loop import Update, train
 from vitrine.training.state import TrainingState
 
@@ -77,6 +79,8 @@ class Run:
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
+        check_trackers(config.run)
+        self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
         self.notices: list[str] = []
@@ -147,13 +151,13 @@ class Run:
             OutputError: the run folder cannot be written.
         """
         self.agree()
-        with EventWriter(self.folder / "tensorboard", self.config.run.tensorboard) as events:
+        with Trackers(self.config, self.folder) as trackers:
             for update in train(self.state, self.batches, self.config):
                 # Before the update is told, so that leaving right then loses nothing of the epoch.
                 end = self.end_epoch(update) if update.ends_epoch else None
                 yield update
                 if end is not None:
-                    events.write(end.row)
+                    trackers.write(end.row, self.attention_picture(end.row))
                     yield end
 
     def end_epoch(self, update: Update) -> EpochEnd:
@@ -195,6 +199,14 @@ class Run:
             if self.config.run.keep_checkpoints:
                 prune(self.checkpoints, self.config.run.keep_checkpoints)
 
+    def attention_picture(self, row: dict[str, Any]) -> Path | None:
+        """Draw what the model looks at now, if this epoch is one of those that are drawn."""
+        every = self.config.run.attention_epochs
+        if not every or row["epoch"] % every or not ranks.is_leader():
+            return None
+        path = self.folder / "attention" / f"epoch-{row['epoch']:04}.png"
+        return draw_attention(self.state.best_model, self.watched, self.config, path)
+
     def save(self) -> Path:
         """Write a checkpoint of this moment and let LAST name it."""
         return ranks.on_leader(self.write_checkpoint)
@@ -213,16 +225,14 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
-        best = ranks.on_leader(self.load_best)
+        best = ranks.on_leader(  # on the CPU, from where it can go to every process
+            lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
+        )
         test = ranks.first_on_machine(load, self.config, "test")["test"]
         purpose = f"result of {Path(best.source).name}"
         ranks.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
         return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
-
-    def load_best(self) -> Classifier:
-        """Load the best model; on the CPU, from where it can go to every process."""
-        return pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
 
     def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
         """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
@@ -230,7 +240,7 @@ class Run:
         result = {**self.summary(best), "test": metrics.to_json()}
         write_json(self.folder / "result.json", result)
         plot_curves(self.rows, self.folder)
-        draw_metrics(metrics, self.folder)
+        plot_metrics(metrics, self.folder)
         if self.config.run.model_path is not None:
             self.write_weights(best)
         return result
@@ -277,21 +287,3 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     """Load splits as the model reads them."""
     model = config.model
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
-
-
-def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
-    """Return the settings with as many classes as the data have.
-
-    Raises:
-        ConfigError: another number of classes was asked for.
-    """
-    asked, there = config.model.n_classes, len(classes)
-    if asked not in (0, there):
-        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))
-
-
-def draw_metrics(metrics: Metrics, folder: Path) -> None:
-    """Draw the confusion matrix and the reliability diagram."""
-    plot_confusion(metrics, folder / "confusion_matrix.png")
-    plot_calibration(metrics, folder / "calibration.png")

@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": "show a model's filters, positions and heads",
     "convert": "bring weights in from other systems, and out to them",
     "push": "put a model on the Hugging Face hub",
+    "export": "write a model as ONNX or as a torch program",
+    "sweep": "search for good settings",
     "info": "show presets, runs, this machine, or one model",
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vitrine.cli.console import say
+from vitrine.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrine.predict import Classifier
@@ -23,7 +24,16 @@ class ModelOptions:
 
 
 def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
-    """Load the model that was named, or the newest run, saying which."""
+    """Load the model that was named, or the newest run, saying which.
+
+    Raises:
+        ConfigError: the model is an ONNX file, which only ``vitrine predict`` runs.
+    """
+    if is_onnx(options.model_path):
+        raise ConfigError(
+            f"{options.model_path}: an ONNX file can only predict (vitrine predict): give the run "
+            "folder or weights that it was exported from"
+        )
     from vitrine.pretrained import load, newest_run
 
     path = options.model_path
@@ -34,3 +44,8 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
     for note in model.notes:
         say(f"{path}: {note}")
     return model
+
+
+def is_onnx(path: Path | None) -> bool:
+    """Tell whether a model is named that ``vitrine.onnx_predict`` runs, without torch."""
+    return path is not None and path.suffix.lower() == ".onnx"

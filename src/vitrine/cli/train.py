@@ -15,7 +15,10 @@ from vitrine.errors import CheckpointError, ConfigError
 from vitrine.presets import get_preset
 
 PROG = "vitrine train"
-MOVABLE = ("data_path", "num_workers", "device", "tensorboard", "keep_checkpoints")
+MOVABLE = (
+    "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
+    "keep_checkpoints",
+)  # fmt: skip
 """Settings that a run may change when it goes on: they change no weight."""
 
 

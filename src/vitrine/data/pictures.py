@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vitrine.errors import PictureError
 
 Fit = Literal["crop", "pad", "squash"]
+Picture = str | Path | bytes | Image.Image | np.ndarray
+"""A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
@@ -136,6 +138,39 @@ def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.n
     if fit == "pad":
         return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
     return np.array(image.resize((width, height), resampling))
+
+
+def stack_pictures(
+    pictures: Picture | Sequence[Picture], size_hw: tuple[int, int], n_channels: int, fit: Fit
+) -> np.ndarray:
+    """Turn pictures of any kind and size into one array of bytes of the model's size (B, H, W, C).
+
+    Raises:
+        PictureError: a picture cannot be read.
+    """
+    if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+        pictures = [pictures]
+    raws = []
+    for picture in pictures:
+        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+        raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
+        gray_HW = Image.fromarray(raw_HWC).convert("L") if n_channels == 1 else None
+        raws.append(raw_HWC if gray_HW is None else np.asarray(gray_HW)[:, :, None])
+    return np.stack(raws) if raws else np.zeros((0, *size_hw, n_channels), np.uint8)
+
+
+def channel_scale(
+    mean: Sequence[float], std: Sequence[float], n_channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and shift (C,), float32, that normalise bytes: ``raw * scale + shift``.
+
+    That is ``(raw / 255 - mean) / std``. Gray pictures take the average of the three channels' mean
+    and std.
+    """
+    mean_C, std_C = np.array(mean, np.float32), np.array(std, np.float32)
+    if n_channels == 1:
+        mean_C, std_C = mean_C.mean(keepdims=True), std_C.mean(keepdims=True)
+    return 1 / (255 * std_C), -mean_C / std_C
 
 
 def seen_box(

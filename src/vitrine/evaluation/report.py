@@ -1,11 +1,14 @@
 """The numbers of a test as tables for the terminal; ``figures`` draws them."""
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.evaluation.metrics import Metrics
+if TYPE_CHECKING:  # metrics need torch, tables do not
+    from vitrine.evaluation.metrics import Metrics
 
 MATRIX_CLASSES = 12
 """So many columns of counts fit 80 characters; more classes show their commonest confusions."""
@@ -27,18 +30,18 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def metrics_table(metrics: Metrics) -> RenderableType:
+def metrics_table(metrics: "Metrics") -> RenderableType:
     """Return the overall figures, and precision, recall and images class by class."""
     return Group(_overall(metrics), _per_class(metrics))
 
 
-def confusion_table(metrics: Metrics) -> RenderableType:
+def confusion_table(metrics: "Metrics") -> RenderableType:
     """Return what was taken for what: a matrix, or for many classes the commonest confusions."""
     few = len(metrics.classes) <= MATRIX_CLASSES
     return _matrix(metrics) if few else _commonest_confusions(metrics)
 
 
-def _overall(metrics: Metrics) -> Table:
+def _overall(metrics: "Metrics") -> Table:
     low, high = (100 * bound for bound in metrics.accuracy_interval)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -57,7 +60,7 @@ def _overall(metrics: Metrics) -> Table:
     return table
 
 
-def _per_class(metrics: Metrics) -> Table:
+def _per_class(metrics: "Metrics") -> Table:
     shown = list(range(len(metrics.classes)))
     title = None
     if len(shown) > LISTED_CLASSES:
@@ -78,7 +81,7 @@ def _per_class(metrics: Metrics) -> Table:
     return table
 
 
-def _matrix(metrics: Metrics) -> Table:
+def _matrix(metrics: "Metrics") -> Table:
     table = _table("Rows: the true class. Columns: what it was taken for.")
     table.padding = 0  # the box itself keeps the columns one space apart
     table.add_column("", max_width=14, no_wrap=True)
@@ -100,7 +103,7 @@ def _cell(count: int, *, right: bool) -> Text:
     return Text(str(count)) if count else Text("·", style="dim")
 
 
-def _commonest_confusions(metrics: Metrics) -> Table:
+def _commonest_confusions(metrics: "Metrics") -> Table:
     wrong = [
         (count, true, guess)
         for true, counts in enumerate(metrics.confusion_YY)
