@@ -234,7 +234,7 @@ def test_no_images_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_a_compiled_model_learns_the_same() -> None:
     still = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, dropout=0.0))
-    compiling = dataclasses.replace(still.training, compile=True)
+    compiling = dataclasses.replace(still.training, compile="on")
     plain = trained(still, 3)
     compiled = trained(dataclasses.replace(still, training=compiling), 3)
     assert 0 < distance(plain, compiled) < 1e-4

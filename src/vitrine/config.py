@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vitrine.errors import ConfigError
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require, require_range
 
@@ -113,8 +114,8 @@ class TrainingConfig:
     """Learning rate of each block as a share of the next one's; 1 for all alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 autocast where the hardware multiplies it natively."""
-    compile: bool = False
-    """Compile the model with torch.compile (a minute at the start, faster steps after)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
 
     def __post_init__(self) -> None:
         require_range(self, "batch_size epochs accumulate", 1)
@@ -167,6 +168,8 @@ class RunConfig:
     """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
     """Split scored after every epoch. test is for repeating published curves; it picks nothing."""
+    stop_at_accuracy: float | None = None
+    """Stop after the first epoch whose validation accuracy reaches this, a share of 1."""
     checkpoint_epochs: int = 1
     """Save a checkpoint every so many epochs (and at the end)."""
     keep_checkpoints: int = 1
@@ -181,6 +184,7 @@ class RunConfig:
     """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
+        require_range(self, "stop_at_accuracy", 0, 1)
         require_range(self, "checkpoint_epochs", 1)
         require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):

@@ -5,6 +5,9 @@ import torch
 from vitrine import ranks
 from vitrine.errors import ConfigError
 
+LONG_RUN = 2000
+"""Updates from which on a run pays for being compiled on CUDA: a rule of thumb, not measured."""
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; ``auto`` takes cuda, then mps, then cpu.
@@ -61,6 +64,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def choose_compile(name: str, device: torch.device, updates: int) -> bool:
+    """Tell whether to compile a model for a run; ``auto`` does so on CUDA, for long runs.
+
+    On a CPU it is 0 to 10 % faster a step, after half a minute or more (docs/log.md), and needs a
+    C++ compiler; that seldom pays.
+    """
+    return name == "on" or (name == "auto" and device.type == "cuda" and updates >= LONG_RUN)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -31,8 +31,9 @@ from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.data.sources import load_splits
-from vitrine.devices import choose_precision, choose_rank_device
+from vitrine.devices import choose_compile, choose_precision, choose_rank_device
 from vitrine.environment import describe_environment
+from vitrine.errors import ConfigError
 from vitrine.evaluation.figures import plot_curves, plot_metrics
 from vitrine.evaluation.metrics import measure, quick_scores, shared_logits
 from vitrine.explain.watch import choose_watched, draw_attention
@@ -79,6 +80,8 @@ class Run:
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
+        if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
+            raise ConfigError("stop_at_accuracy looks at validation images: give validation_images")
         check_trackers(config.run)
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
@@ -137,6 +140,11 @@ class Run:
         return str(dtype).removeprefix("torch.")
 
     @property
+    def compiled(self) -> bool:
+        """Whether the model is compiled, as chosen."""
+        return choose_compile(self.config.training.compile, self.device, self.total_steps)
+
+    @property
     def total_steps(self) -> int:
         """Updates in the whole run."""
         return self.config.training.epochs * self.batches.steps_per_epoch
@@ -151,6 +159,8 @@ class Run:
             OutputError: the run folder cannot be written.
         """
         self.agree()
+        if self.rows and self.is_enough(self.rows[-1]):
+            return
         with Trackers(self.config, self.folder) as trackers:
             for update in train(self.state, self.batches, self.config):
                 # Before the update is told, so that leaving right then loses nothing of the epoch.
@@ -159,9 +169,17 @@ class Run:
                 if end is not None:
                     trackers.write(end.row, self.attention_picture(end.row))
                     yield end
+                    if self.is_enough(end.row):
+                        return
+
+    def is_enough(self, row: dict[str, Any]) -> bool:
+        """Tell whether the accuracy to stop at is reached."""
+        goal = self.config.run.stop_at_accuracy
+        return goal is not None and row["validation_accuracy"] >= goal
 
     def end_epoch(self, update: Update) -> EpochEnd:
         """Score the epoch, write its line, save and prune checkpoints."""
+        began = time.perf_counter()
         self.agree()
         loss, accuracy = self.state.tally.means()
         row = {
@@ -179,6 +197,7 @@ class Run:
                 ranks.on_leader(log_test_use, self.folder, purpose, len(images))
             logits_BY = self.logits(self.state.best_model, images)
             row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
+        row["evaluation_seconds"] = round(time.perf_counter() - began, 3)
         best = is_best(row, self.rows)
         self.rows.append(row)
         ranks.on_leader(self.write_epoch, update, best)
@@ -191,7 +210,7 @@ class Run:
     def write_epoch(self, update: Update, best: bool) -> None:
         """Write an epoch's line; save and prune checkpoints. The leader's work."""
         write_json_lines(self.folder / "metrics.jsonl", self.rows)
-        last = update.step == self.total_steps
+        last = update.step == self.total_steps or self.is_enough(self.rows[-1])
         if best or last or update.epoch % self.config.run.checkpoint_epochs == 0:
             checkpoint = self.write_checkpoint()
             if best:
@@ -254,16 +273,18 @@ class Run:
             for name in ("accuracy", "loss")
             if f"validation_{name}" in row
         }
-        seen = self.train_images * self.config.training.epochs
+        epochs = self.rows[-1]["epoch"]
         return {
-            "epochs": self.config.training.epochs,
+            "epochs": epochs,
             "best_epoch": row.get("epoch"),
             "validation": validation or None,
             "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
             "train_images": self.train_images,
             "seconds": round(self.state.seconds, 1),
-            "images_per_second": round(seen / self.state.seconds, 1),
+            "evaluation_seconds": round(sum(r.get("evaluation_seconds", 0) for r in self.rows), 1),
+            "images_per_second": round(self.train_images * epochs / self.state.seconds, 1),
             "precision": self.precision,
+            "compiled": self.compiled,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
 

@@ -6,9 +6,13 @@ why; 128 + n stopped by signal n.
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from vitrine.errors import ConfigError, TrainingError, VitrineError, nearest
+
+STARTED = time.perf_counter()
+"""When the program began, or nearly so."""
 
 COMMANDS = {
     "train": "train a Vision Transformer, or go on with a run",

@@ -60,10 +60,10 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Path]":
     """Measure the model and write what was measured; return the metrics and the folder."""
     from vitrine.errors import ConfigError
+    from vitrine.evaluation.figures import plot_metrics
     from vitrine.evaluation.metrics import measure, predict_logits
     from vitrine.files import write_json
     from vitrine.pretrained import with_data
-    from vitrine.evaluation.figures import plot_metrics
     from vitrine.run import load
     from vitrine.run_folder import is_run_folder, log_test_use
 

@@ -1,11 +1,13 @@
 """``vitrine train``."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitrine.cli import STARTED
 from vitrine.cli.console import err, out, say
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.cli.processes import one_run
@@ -178,6 +180,7 @@ def follow(run: Any) -> int:
     from vitrine.cli.signals import stop_requests
 
     describe(run)
+    startup = time.perf_counter() - STARTED
     stopped = 0
     with stop_requests() as stop, TrainingDisplay(run, err) as display:
         for event in run.train():
@@ -188,7 +191,7 @@ def follow(run: Any) -> int:
         run.save()
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
         return 128 + stopped
-    conclude(run, run.finish())
+    conclude(run, run.finish(), startup)
     return 0
 
 
@@ -202,13 +205,22 @@ def describe(run: Any) -> None:
     say(
         f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
-        f"{processes}{run.device.type}, {run.precision}"
+        f"{processes}{run.device.type}, {run.precision}, "
+        f"{'compiled' if run.compiled else 'not compiled'}"
     )
 
 
-def conclude(run: Any, result: dict[str, Any]) -> None:
-    """Print the result and what to try next."""
+def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+    """Print the result, the seconds it took and what to try next."""
     from rich.table import Table
+
+    goal = run.config.run.stop_at_accuracy
+    if goal is not None:
+        reached = run.is_enough(run.rows[-1])
+        out.print(
+            f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
+            f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
+        )
 
     out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
     table = Table(show_edge=False, pad_edge=False)
@@ -219,8 +231,10 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
     out.print(table)
     out.print(
-        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training, "
-        f"{result['images_per_second']:,.0f} images/s; best epoch {result['best_epoch']}; "
+        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
+        f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
+        f"evaluation), {result['images_per_second']:,.0f} images/s; "
+        f"best epoch {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {run.folder}/",
         markup=False,
         soft_wrap=True,

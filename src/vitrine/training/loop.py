@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrine import ranks, rng
 from vitrine.config import Config
 from vitrine.data.batches import Batch, Batches
-from vitrine.devices import choose_precision
+from vitrine.devices import choose_compile, choose_precision
 from vitrine.errors import TrainingError
 from vitrine.training.optim import set_learning_rate
 from vitrine.training.schedule import multiplier
@@ -44,8 +44,10 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
         TrainingError: the loss or the gradient is not finite; the state is that of the last update.
     """
     device = batches.device
-    forward = torch.compile(state.model) if config.training.compile else state.model
-    for step in range(state.step, config.training.epochs * batches.steps_per_epoch):
+    updates = config.training.epochs * batches.steps_per_epoch
+    compiled = choose_compile(config.training.compile, device, updates)
+    forward = torch.compile(state.model) if compiled else state.model
+    for step in range(state.step, updates):
         began = time.perf_counter()
         share = multiplier(step, config.training, steps_per_epoch=batches.steps_per_epoch)
         set_learning_rate(state.optimizers, share)
