@@ -9,6 +9,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from vitrine import bundled
 from vitrine.cli.console import out
 from vitrine.cli.parsing import parse
 from vitrine.presets import PRESETS
@@ -37,6 +38,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     if options.model is None:
         show_machine()
         show_presets()
+        show_bundled()
         show_runs(options.output_path)
     else:
         from vitrine.pretrained import load
@@ -66,6 +68,19 @@ def show_presets() -> None:
     table = plain_table("Presets (vitrine train --preset NAME)", "name", "what", "expect")
     for name, preset in PRESETS.items():
         table.add_row(name, preset.summary, preset.expect)
+    out.print(table, "")
+
+
+def show_bundled() -> None:
+    """Print the models that come with the package."""
+    columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
+    table = plain_table("Bundled models (vitrine predict --model_path NAME)", *columns)
+    for name in bundled.names():
+        card = bundled.read_card(name)
+        table.add_row(
+            name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
+            card.record,
+        )  # fmt: skip
     out.print(table, "")
 
 

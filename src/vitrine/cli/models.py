@@ -16,7 +16,7 @@ class ModelOptions:
     """Which model, and where it computes."""
 
     model_path: Path | None = None
-    """A run folder, a file or folder of weights, or hf:OWNER/NAME; the newest run unless given."""
+    """A run folder, a file or folder of weights, or hf:OWNER/NAME; the newest run (else the bundled model) unless given."""
     n_attention_heads: int | None = None
     """Head count, for weights whose files do not tell it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -34,12 +34,13 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
             f"{options.model_path}: an ONNX file can only predict (vitrine predict): give the run "
             "folder or weights that it was exported from"
         )
-    from vitrine.pretrained import load, newest_run
+    from vitrine.pretrained import default_model, load
 
-    path = options.model_path
+    path: Path | str | None = options.model_path
     if path is None:
-        path = newest_run(runs)
-        say(f"no --model_path given: taking the newest run, {path}")
+        path = default_model(runs)
+        what = "newest run" if isinstance(path, Path) else "bundled model"
+        say(f"no --model_path given: taking the {what}, {path}")
     model = load(path, n_attention_heads=options.n_attention_heads, device=options.device)
     for note in model.notes:
         say(f"{path}: {note}")
