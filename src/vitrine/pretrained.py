@@ -53,9 +53,9 @@ def load(
 
     Args:
         source: the name of a bundled model (``cifar10``); a run folder (its BEST checkpoint), a
-            checkpoint folder, a ``.safetensors`` file of Vitrine; weights of the reference system (``.pt``), timm (``.safetensors``,
-            ``.pth``, or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
-            ``hf:OWNER/NAME``.
+            checkpoint folder, a ``.safetensors`` file of Vitrine; weights of the reference system
+            (``.pt``), timm (``.safetensors``, ``.pth``, or a folder), Hugging Face (a folder),
+            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``.
         n_attention_heads: the head count, where the files do not tell it; for the reference's
             ``.pt`` it is 4 unless given, for timm's files the usual one of their width.
         device: auto, cpu, cuda or mps.
@@ -89,7 +89,7 @@ def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
     path = Path(source)
     if hub.is_hub_id(source):
         path = hub.download(str(source))
-    elif str(source) in bundled.names():
+    elif str(source) in bundled.names() and not (isinstance(source, Path) and path.exists()):
         path = bundled.weights_path(str(source))
     if not path.exists():
         raise CheckpointError(

@@ -16,7 +16,7 @@ class ModelOptions:
     """Which model, and where it computes."""
 
     model_path: Path | None = None
-    """A run folder, a file or folder of weights, or hf:OWNER/NAME; the newest run (else the bundled model) unless given."""
+    """Run folder, weights, bundled name or hf:OWNER/NAME; else the newest run, or bundled model."""
     n_attention_heads: int | None = None
     """Head count, for weights whose files do not tell it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

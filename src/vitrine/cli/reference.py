@@ -90,7 +90,7 @@ class ReferenceTestOptions:
     mode: Literal["cifar", "cifar-single", "custom"] = "cifar"
     """The whole test set, one of its images, or a picture of yours."""
     model_path: Path | None = None
-    """A run or checkpoint folder, .safetensors, or reference .pt; the newest run (else the bundled model) unless given."""
+    """Run folder, .safetensors or reference .pt; else the newest run, or the bundled model."""
     index: int = 1
     """cifar-single: which test image."""
     image_path: Path | None = None
