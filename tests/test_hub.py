@@ -20,7 +20,8 @@ from vitrine.errors import CheckpointError, ConfigError
 from vitrine.files import write_json
 from vitrine.model import VisionTransformer
 
-client = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+utils = pytest.importorskip("huggingface_hub.utils")
 TOKEN = "hf_" + "NobodyMaySeeThis"
 
 
@@ -29,10 +30,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A stand-in that the hub's client takes for the hub, with a cache of its own."""
     with running(TOKEN) as server:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(client.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(client.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(client.constants, "HF_HUB_DISABLE_XET", True)
-        client.utils.disable_progress_bars()
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        utils.disable_progress_bars()
         yield server
 
 
@@ -96,7 +97,7 @@ def test_what_goes_up_comes_down(
 
     assert same_as_the_run()
     assert main(["info", "hf:me/tiny"]) == 0
-    monkeypatch.setattr(client.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert same_as_the_run()  # from what was kept, the hub being away
     with pytest.raises(CheckpointError, match=r"^hf:me/other: .*not kept"):
         vitrine.load("hf:me/other")
