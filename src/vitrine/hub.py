@@ -74,7 +74,14 @@ def worded(hub_id: str, kind: type[VitrineError]) -> Iterator[None]:
 
     # Connection errors are those of the client's HTTP library: their base is a base of its own.
     http_error = errors.HfHubHTTPError.__mro__[1]
-    raised = (OSError, errors.HFValidationError, errors.EntryNotFoundError, http_error)
+    # A failed upload is told as a RuntimeError.
+    raised: tuple[Any, ...] = (
+        OSError,
+        RuntimeError,
+        errors.HFValidationError,
+        errors.EntryNotFoundError,
+        http_error,
+    )
     try:
         yield
     except raised as error:
