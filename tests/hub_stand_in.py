@@ -112,7 +112,9 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             self.server.repos.setdefault(name, {})
-            self.server.private[name] = bool(asked.get("private"))
+            self.server.private[name] = bool(asked.get("private")) or (
+                asked.get("visibility") == "private"
+            )
             return self.answer({"url": f"{self.server.url}/{name}"})
         if path.endswith("/info/lfs/objects/batch"):
             return self.answer({"transfer": "basic", "objects": [

@@ -261,7 +261,7 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     check(weights, "model.safetensors: altered")
     torch.save({"layer.weight": torch.ones(2, 3)}, here / "foreign.pt")
-    check(here / "foreign.pt", "foreign.pt: not the reference system's weights")
+    check(here / "foreign.pt", "foreign.pt: weights of no layout known here")
     (here / "code.pt").write_bytes(pickle.dumps(RunsCode()))
     check(here / "code.pt", "code.pt: not a sound file of weights")
     assert not (here / "was_run").exists()

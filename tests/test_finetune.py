@@ -74,9 +74,11 @@ def test_a_frozen_backbone_leaves_only_the_head_to_learn(
 
 
 def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "my.toml").write_text("image_size = 20\nfreeze_backbone = true\n")
-    words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3"]
-    assert main([*words, "--config", "my.toml", "--new_head"]) == 0
+    (here / "my.toml").write_text(
+        'init = "timm.safetensors"\nimage_size = 20\nfreeze_backbone = true\n'
+    )
+    words = ["train", *TINY, "--config", "my.toml", "--n_attention_heads", "3", "--new_head"]
+    assert main(words) == 0
     told = capsys.readouterr().err
     assert "timm.safetensors: positions resized from 3 x 3 patches to 4 x 4" in told
     assert "timm.safetensors: a new head for" in told

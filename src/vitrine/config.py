@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from vitrine.errors import ConfigError
 from vitrine.model_config import ModelConfig as ModelConfig
-from vitrine.model_config import require, require_range
+from vitrine.model_config import require as require
+from vitrine.model_config import require_range as require_range
 
 Split = Literal["train", "validation", "test"]
 

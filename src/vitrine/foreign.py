@@ -126,7 +126,8 @@ def write_foreign(
     state = restate(info.config.model, weights, layout)
     if layout == "google":
         archive = io.BytesIO()
-        np.savez(archive, **{key: tensor.cpu().numpy() for key, tensor in state.items()})
+        arrays: dict[str, Any] = {key: tensor.cpu().numpy() for key, tensor in state.items()}
+        np.savez(archive, **arrays)
         replace_file(path, archive.getvalue())
     elif layout == "reference":
         file = io.BytesIO()

@@ -72,8 +72,16 @@ def worded(hub_id: str, kind: type[VitrineError]) -> Iterator[None]:
     """Turn what the hub's client raises into one line of ours."""
     from huggingface_hub import errors
 
-    # HTTPError is that of the client's HTTP library, whose connection errors come through too.
-    raised = (OSError, errors.HFValidationError, errors.EntryNotFoundError, errors.HTTPError)
+    # Connection errors are those of the client's HTTP library: their base is a base of its own.
+    http_error = errors.HfHubHTTPError.__mro__[1]
+    # A failed upload is told as a RuntimeError.
+    raised: tuple[Any, ...] = (
+        OSError,
+        RuntimeError,
+        errors.HFValidationError,
+        errors.EntryNotFoundError,
+        http_error,
+    )
     try:
         yield
     except raised as error:

@@ -11,6 +11,7 @@ from vitrine import bundled, hub, rng
 from vitrine.checkpoint import (
     INFO,
     MODEL,
+    TRAINING,
     CheckpointInfo,
     describes_itself,
     load_info,
@@ -115,14 +116,15 @@ def read_own(path: Path) -> Source | None:
     if path.is_dir():
         run = (path / "checkpoints").is_dir()
         folder = read_pointer(path / "checkpoints", "BEST") if run else path
-        if (folder / INFO).exists():
+        if run or (folder / INFO).exists() or (folder / TRAINING).exists():
             return Source(load_info(folder), load_weights(folder))
         if not describes_itself(folder / MODEL):
             return None
         source = Source(*load_weights_file(folder / MODEL))
-        told = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
-        if (told.config, told.classes) != (source.info.config, source.info.classes):
-            raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
+        if (folder / CONFIG).exists():  # as on the hub, for people to read
+            told = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
+            if (told.config, told.classes) != (source.info.config, source.info.classes):
+                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
         return source
     return Source(*load_weights_file(path)) if describes_itself(path) else None
 

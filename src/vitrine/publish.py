@@ -27,6 +27,28 @@ DATA = {
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Data sets by their id on the hub."""
 
+SHOWN = 20
+"""How many class names the card tells."""
+USE = """```
+pip install 'vitrine[hub]'
+vitrine predict --model_path HUB_ID PICTURE
+vitrine explain --model_path HUB_ID PICTURE
+```
+
+```python
+import vitrine
+
+classifier = vitrine.load("HUB_ID")
+classifier.predict("picture.png")
+```"""
+LIMITS = """\
+- It knows its classes and nothing else: a picture of anything else gets one of them, perhaps with
+  a high probability.
+- It was made for pictures like those it was trained on, of that size. Larger ones are made smaller
+  first, and detail is lost.
+- It was not tested for fairness, nor against pictures made to deceive it. Let no decision about
+  people rest on it."""
+
 
 def write_hub_folder(
     folder: Path, source: Source, hub_id: str, *, licence: str, result: dict[str, Any] | None
@@ -71,7 +93,7 @@ def front_matter(
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = info.config.data.dataset
-    known = {"datasets": [ON_THE_HUB[dataset]]} if dataset in ON_THE_HUB else {}
+    known: dict[str, Any] = {"datasets": [ON_THE_HUB[dataset]]} if dataset in ON_THE_HUB else {}
     if result:
         figure = EvalResult(
             task_type="image-classification",
@@ -94,61 +116,33 @@ def front_matter(
 
 def body(info: CheckpointInfo, name: str, licence: str, result: dict[str, Any] | None) -> str:
     """Return the card's part for people."""
-    model, config = info.config.model, info.config
+    data, training = info.config.data, info.config.training
+    start = f", starting from {training.init}" if training.init else ""
+    trained = f"""Trained on {DATA[data.dataset]}{start}.
+Pixels, counted 0 to 1, are normalised with mean {list(data.mean)} and standard deviation
+{list(data.std)}; pictures of another shape are fitted by "{data.fit}"."""
+    sections = {
+        "How to use": USE.replace("HUB_ID", hub.PREFIX + name),
+        "Results": results(result),
+        "Data": trained,
+        "Recipe": recipe(info.config),
+        "Limits": LIMITS,
+        "Licence": f"{licence}. The data have terms of their own.",
+    }
+    told = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    parts = [f"# {name}", summary(info), *told]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def summary(info: CheckpointInfo) -> str:
+    """Return what the model is."""
+    model, names = info.config.model, [printable(name) for name in info.classes]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     size = " x ".join(map(str, model.image_hw))
-    classes = ", ".join(map(printable, info.classes[:20]))
-    more = f" and {len(info.classes) - 20} more" if len(info.classes) > 20 else ""
-    start = f", starting from {config.training.init}" if config.training.init else ""
-    return f"""
-# {name}
-
-A Vision Transformer for pictures of {size} pixels and {len(info.classes)} classes:
-{classes}{more}.
-{model.n_layers} blocks of width {model.embed_dim} with {model.n_attention_heads} heads,
-patches of {model.patch_size} x {model.patch_size} pixels. Made with Vitrine.
-
-## How to use
-
-```
-pip install 'vitrine[hub]'
-vitrine predict --model_path {hub.PREFIX}{name} PICTURE
-vitrine explain --model_path {hub.PREFIX}{name} PICTURE
-```
-
-```python
-import vitrine
-
-classifier = vitrine.load("{hub.PREFIX}{name}")
-classifier.predict("picture.png")
-```
-
-## Results
-
-{results(result)}
-
-## Data
-
-Trained on {DATA[config.data.dataset]}{start}.
-Pixels, counted 0 to 1, are normalised with mean {list(config.data.mean)} and standard deviation
-{list(config.data.std)}; pictures of another shape are fitted by "{config.data.fit}".
-
-## Recipe
-
-{recipe(config)}
-
-## Limits
-
-- It knows its {len(info.classes)} classes and nothing else: a picture of anything else gets one of
-  them, perhaps with a high probability.
-- It was made for pictures like those it was trained on, at {size} pixels. Larger ones are made
-  smaller first, and detail is lost.
-- It was not tested for fairness, nor against pictures made to deceive it. Let no decision about
-  people rest on it.
-
-## Licence
-
-{licence}. The data have terms of their own.
-"""
+    return f"""A Vision Transformer for pictures of {size} pixels and {len(names)} classes:
+{", ".join(names[:SHOWN])}{more}.
+{model.n_layers} blocks of width {model.embed_dim} with {model.n_attention_heads} heads, patches of
+{model.patch_size} x {model.patch_size} pixels. Made with Vitrine."""
 
 
 def results(result: dict[str, Any] | None) -> str:

@@ -105,7 +105,7 @@ def image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | 
 def preparation(files: dict[str, Any]) -> dict[str, Any]:
     """Return how preprocessor_config.json wants pictures prepared: squashed, unless it crops."""
     told = files.get("preprocessor_config.json", {})
-    data = {"fit": "crop" if told.get("do_center_crop") else "squash"}
+    data: dict[str, Any] = {"fit": "crop" if told.get("do_center_crop") else "squash"}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if len(told.get(theirs, ())) == 3:
             data[ours] = tuple(map(float, told[theirs]))

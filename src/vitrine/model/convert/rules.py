@@ -108,7 +108,7 @@ def read_rules(
                 wrong.append(f"{key} has shape {tuple(state[key].shape)}, not {(*tensor.shape,)}")
     if wrong:
         raise CheckpointError(f"not whole weights of the layout {name}: {first(wrong)}")
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for rule in rules:
         moved = rule.read(*(state[key] for key in rule.theirs))
         converted.update(zip(rule.ours, moved, strict=True))
