@@ -68,6 +68,7 @@ class Run:
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
+        check_trackers(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.device = choose_device(config.run.device)
         splits = load(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
@@ -75,7 +76,6 @@ class Run:
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
-        check_trackers(config.run)
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
