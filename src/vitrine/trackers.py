@@ -164,7 +164,7 @@ def told_as(name: str, kind: type[Exception], remedy: str = "") -> Iterator[None
     try:
         yield
     except kind as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise OutputError(f"{name}: {reason}{': ' + remedy if remedy else ''}") from error
 
 
