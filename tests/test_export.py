@@ -227,7 +227,7 @@ def test_the_commands_on_a_run(
 def test_int8_needs_images_to_measure_on() -> None:
     from vitrine.cli.export import ExportOptions, measured_images
 
-    classifier = make_classifier()
+    classifier = make_classifier(image_size=32)
     data = dataclasses.replace(classifier.config.data, validation_images=0)
     config = dataclasses.replace(classifier.config, data=data)
     with pytest.raises(ConfigError, match="trained without validation images: give --split test"):

@@ -126,27 +126,38 @@ def test_flags_lead_from_one_configuration_to_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "how", "message"),
     [
-        ("--trials 0", "trials is 0"),
-        ("--validation_images 0", "a sweep chooses on validation images"),
-        ("--monitor test", "give --monitor validation"),
-        ("--folder_name a", "leave out --folder_name"),
-        ("--study_name a/b", "give a plain name"),
-        ("--search n_layer=1,2", "unknown setting"),
-        ("--trial 3", "unknown flag --trial"),
-        ("--storage nonsense://", "--storage: "),
+        ({}, {"trials": 0}, "trials is 0"),
+        ({"data": {"validation_images": 0}}, {}, "a sweep chooses on validation images"),
+        ({"run": {"monitor": "test"}}, {}, "give --monitor validation"),
+        ({"run": {"folder_name": "a"}}, {}, "leave out --folder_name"),
+        ({}, {"search": ("n_layer=1,2",)}, "unknown setting"),
+        ({}, {"storage": "nonsense://"}, "--storage: "),
     ],
 )
-def test_flags_that_cannot_be_leave_nothing(
-    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_sweeps_that_cannot_be_leave_nothing(
+    changes: dict[str, Any], how: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     pytest.importorskip("optuna")
-    monkeypatch.chdir(tmp_path)
-    assert main(["sweep", "--search", SEARCH[0], *words.split()]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=message):
+        Sweep(from_json(changes), SweepSettings(**{"search": SEARCH, **how}), tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--study_name a/b --num_train_images 7", "study_name is 'a/b': give a plain name"),
+        ("--trial 3", "unknown flag --trial"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    assert main(["sweep", "--search", *SEARCH, *words.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def fake_trial(number: int, state: str, accuracies: list[float], **params: Any) -> Any:

@@ -71,6 +71,7 @@ class Run:
     """
 
     def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
+        check_trackers(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
@@ -82,7 +83,6 @@ class Run:
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
             raise ConfigError("stop_at_accuracy looks at validation images: give validation_images")
-        check_trackers(config.run)
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)

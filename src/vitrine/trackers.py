@@ -49,9 +49,11 @@ class Trackers:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.events = EventWriter(folder / "tensorboard", config.run.tensorboard)
-        wanted = {"wandb": (config.run.wandb, Wandb), "mlflow": (config.run.mlflow, Mlflow)}
-        leads = ranks.is_leader()
-        self.others = [kind(config, folder) for asked, kind in wanted.values() if asked and leads]
+        self.others: list[Wandb | Mlflow] = []
+        if config.run.wandb and ranks.is_leader():
+            self.others.append(Wandb(config, folder))
+        if config.run.mlflow and ranks.is_leader():
+            self.others.append(Mlflow(config, folder))
 
     def write(self, row: Mapping[str, Any], attention: Path | None = None) -> None:
         """Write every number of an epoch under its name, and the picture of attention if drawn."""
@@ -163,7 +165,7 @@ def told_as(name: str, kind: type[Exception], remedy: str = "") -> Iterator[None
     try:
         yield
     except kind as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise OutputError(f"{name}: {reason}{': ' + remedy if remedy else ''}") from error
 
 
@@ -171,7 +173,7 @@ def recall(folder: Path, name: str) -> str | None:
     """Return the id that a tracker has for this run, if it has one."""
     path = folder / "trackers.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content.get(name)  # type: ignore[no-any-return]
+    return content.get(name)
 
 
 def remember(folder: Path, name: str, identity: str) -> None:
