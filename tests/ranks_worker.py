@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrine.data.sources
+import vitrine.run
 from vitrine import ranks, rng
 from vitrine.cli import main
 from vitrine.cli.display import TrainingDisplay
@@ -176,7 +177,7 @@ def copied() -> Tensor:
 
 def together(folder: Path) -> dict[str, Any]:
     """Do everything that needs no command line."""
-    with ranks.joined():
+    with ranks.joined():  # inside the one of be_rank
         return {
             "count": ranks.count(),
             "shares": shares(),
@@ -214,6 +215,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
+    vitrine.run.plot_curves = vitrine.run.draw_metrics = lambda *_: None  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),
@@ -242,7 +244,8 @@ def be_rank(rank: int, folder: Path, port: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )  # fmt: skip
-    torch.save({**together(folder), **command_lines()}, folder / f"{rank}.pt")
+    with ranks.joined():
+        torch.save({**together(folder), **command_lines()}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
