@@ -101,8 +101,10 @@ def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dic
     zeros: list[Tensor] = []
     state.model.dropout.register_forward_hook(lambda *args: zeros.append(args[2][0] == 0))
     done: list[Update] = []
+    gradients: list[Tensor] = []
     for update in train(state, make_batches(config, images), config):
         done.append(update)
+        gradients = gradients or [weight.grad.clone() for weight in state.model.parameters()]
         if len(done) == updates:
             break
     tensors = {**state.weights(), **state.tensors()}
@@ -112,6 +114,7 @@ def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dic
         "images": [u.images for u in done],
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
         "dropped": zeros,
+        "gradients": gradients,
     }
 
 
@@ -184,7 +187,7 @@ def together(folder: Path) -> dict[str, Any]:
             "learnt": learn(BASE),
             "plain": learn(changed("training", optimizer="adamw", accumulate=1, clip_norm=0.0)),
             "dropout": learn(changed("model", dropout=0.5), 3),
-            "norm": learn(changed("training", batch_size=10), 1, batch_norm=True),
+            "norm": learn(changed("training", batch_size=10, accumulate=1), 1, batch_norm=True),
             "logits": [scores(3), scores(20)],
             "broken": broken_on_one(),
             "each": words_of(ranks.each, fail, DataError("no such file"), 1),
