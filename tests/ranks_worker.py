@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrine.data.sources
+import vitrine.run
 from vitrine import ranks, rng
 from vitrine.cli import main
 from vitrine.cli.display import TrainingDisplay
@@ -100,8 +101,10 @@ def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dic
     zeros: list[Tensor] = []
     state.model.dropout.register_forward_hook(lambda *args: zeros.append(args[2][0] == 0))
     done: list[Update] = []
+    gradients: list[Tensor] = []
     for update in train(state, make_batches(config, images), config):
         done.append(update)
+        gradients = gradients or [weight.grad.clone() for weight in state.model.parameters()]
         if len(done) == updates:
             break
     tensors = {**state.weights(), **state.tensors()}
@@ -111,6 +114,7 @@ def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dic
         "images": [u.images for u in done],
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
         "dropped": zeros,
+        "gradients": gradients,
     }
 
 
@@ -176,14 +180,14 @@ def copied() -> Tensor:
 
 def together(folder: Path) -> dict[str, Any]:
     """Do everything that needs no command line."""
-    with ranks.joined():
+    with ranks.joined():  # inside the one of be_rank
         return {
             "count": ranks.count(),
             "shares": shares(),
             "learnt": learn(BASE),
             "plain": learn(changed("training", optimizer="adamw", accumulate=1, clip_norm=0.0)),
             "dropout": learn(changed("model", dropout=0.5), 3),
-            "norm": learn(changed("training", batch_size=10), 1, batch_norm=True),
+            "norm": learn(changed("training", batch_size=10, accumulate=1), 1, batch_norm=True),
             "logits": [scores(3), scores(20)],
             "broken": broken_on_one(),
             "each": words_of(ranks.each, fail, DataError("no such file"), 1),
@@ -214,6 +218,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
+    vitrine.run.plot_curves = vitrine.run.draw_metrics = lambda *_: None  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),
@@ -242,7 +247,8 @@ def be_rank(rank: int, folder: Path, port: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )  # fmt: skip
-    torch.save({**together(folder), **command_lines()}, folder / f"{rank}.pt")
+    with ranks.joined():
+        torch.save({**together(folder), **command_lines()}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

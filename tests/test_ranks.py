@@ -83,16 +83,19 @@ def test_every_row_is_one_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["learnt", "plain"])
 def test_two_processes_learn_what_one_does(both: list[dict[str, Any]], name: str) -> None:
     training = {"optimizer": "adamw", "accumulate": 1, "clip_norm": 0.0} if name == "plain" else {}
+    atol = 2e-5 if name == "plain" else 5e-4  # Muon orthogonalises in bfloat16
     alone = worker.learn(worker.changed("training", **training))
     one, other = (rank[name] for rank in both)
     assert one["losses"] == other["losses"]
     assert one["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert one["correct"] == other["correct"] == alone["correct"]
     assert one["images"] == alone["images"] == [3, 3, 3, 1] * 3
+    for gradient, wanted in zip(one["gradients"], alone["gradients"], strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
     assert one["tensors"].keys() == alone["tensors"].keys()
     for tensor_name, tensor in alone["tensors"].items():
         assert torch.equal(one["tensors"][tensor_name], other["tensors"][tensor_name]), tensor_name
-        torch.testing.assert_close(one["tensors"][tensor_name], tensor, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(one["tensors"][tensor_name], tensor, rtol=1e-3, atol=atol)
 
 
 def test_dropout_differs_between_ranks_and_the_weights_do_not(both: list[dict[str, Any]]) -> None:
@@ -106,7 +109,9 @@ def test_dropout_differs_between_ranks_and_the_weights_do_not(both: list[dict[st
 
 
 def test_running_statistics_are_the_mean_over_the_ranks(both: list[dict[str, Any]]) -> None:
-    alone = worker.learn(worker.changed("training", batch_size=10), 1, batch_norm=True)["tensors"]
+    alone = worker.learn(
+        worker.changed("training", batch_size=10, accumulate=1), 1, batch_norm=True
+    )["tensors"]
     one, other = (rank["norm"]["tensors"] for rank in both)
     statistics = [name for name in one if "running" in name]
     assert len(statistics) == 4  # of the model and of its average
@@ -151,7 +156,8 @@ def test_what_passes_between_ranks_arrives(both: list[dict[str, Any]]) -> None:
 
 def test_the_command_writes_one_folder_as_one_process_would(folder: Path, single: Path) -> None:
     run = folder / "output/whole"
-    assert {p.name for p in run.iterdir()} == {p.name for p in single.iterdir()}
+    pictures = {path.name for path in single.glob("*.png")}
+    assert {p.name for p in run.iterdir()} | pictures == {p.name for p in single.iterdir()}
     assert sorted(p.name for p in (folder / "output").iterdir()) == ["stopped", "whole"]
     assert read_json(run / "env.json")["processes"] == 2
     assert read_json(single / "env.json")["processes"] == 1

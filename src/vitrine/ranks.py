@@ -36,9 +36,14 @@ STORE_SECONDS = 30.0
 def joined() -> Iterator[None]:
     """Be one of the ranks inside the block; torchrun tells by the environment which.
 
+    Inside another such block it changes nothing.
+
     Raises:
         TrainingError: the others cannot be reached.
     """
+    if dist.is_initialized():
+        yield
+        return
     backend = "gloo"
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())  # what "cuda" means from here on
