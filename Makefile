@@ -1,4 +1,4 @@
-.PHONY: check format test slow bench
+.PHONY: check format test slow faults bench
 
 check:  ## what must be clean before a commit
 	ruff check .
@@ -14,6 +14,9 @@ test:  ## the default tests, under 3 minutes on 2 cores
 
 slow:  ## the tests that take minutes
 	pytest -m slow --timeout=1800
+
+faults:  ## every fault many times, one table; RECORD=records/faults writes it there
+	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))
 
 bench:  ## speed of one training step, beside nothing but itself
 	python benchmarks/step.py

@@ -1,7 +1,7 @@
 """Training states and weights to and from folders: atomic, hashed, versioned.
 
     checkpoints/
-    ├── LAST, BEST               one line each: the name of a folder beside them
+    ├── LAST, BEST               one line each: the name of a folder beside them, and a hash
     └── step-0000390/
         ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of
         │                        the others and of itself
@@ -16,6 +16,7 @@ against somebody who can write new ones.
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,27 +107,49 @@ def save_checkpoint(
     files[INFO] = seal({**info.to_json(), "sha256": hashes}).encode()
     partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
     try:
-        clear(partial, old)
+        clear(partial)
         partial.mkdir(parents=True)
         for name, content in files.items():
             write_flushed(partial / name, content)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        flush_folder(partial)
+        put_in_place(partial, folder, old)
         flush_folder(folder.parent)
     except OSError as error:
         raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
     finally:
-        clear(partial, old)
+        clear(partial)
+
+
+def put_in_place(partial: Path, folder: Path, old: Path) -> None:
+    """Give a folder its name; what had it before goes, but comes back if that fails."""
+    if folder.exists():
+        clear(old)
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    finally:
+        if folder.exists():
+            clear(old)
+        elif old.exists():
+            old.rename(folder)
 
 
 def load_info(folder: Path) -> CheckpointInfo:
     """Read what the checkpoint says of itself.
 
     Raises:
-        CheckpointError: it is missing, damaged or foreign.
+        CheckpointError: it is missing, damaged, foreign, or bears the name of another one.
     """
-    return CheckpointInfo.from_json(read_info(folder), folder / INFO)
+    info = CheckpointInfo.from_json(read_info(folder), folder / INFO)
+    if step_of(folder) not in (None, info.numbers.get("step")):
+        raise CheckpointError(f"{folder}: renamed: it was saved after another number of updates")
+    return info
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the number of updates that a checkpoint folder's name tells, if it is such a name."""
+    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -187,16 +210,24 @@ def describes_itself(path: Path) -> bool:
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
     """Let LAST or BEST name a checkpoint folder."""
-    replace_file(checkpoints / name, f"{target.name}\n".encode())
+    replace_file(checkpoints / name, f"{target.name} {sign(name, target.name)}\n".encode())
+
+
+def sign(pointer: str, target: str) -> str:
+    """Return a hash that tells a changed name, and LAST from BEST."""
+    return hashlib.sha256(f"{pointer} {target}".encode()).hexdigest()[:16]
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path:
     """Return the checkpoint folder that LAST or BEST names.
 
     Raises:
-        CheckpointError: there is no such pointer, or it points at nothing.
+        CheckpointError: there is no such pointer, it was altered, or it points at nothing.
     """
-    target = read_bytes(checkpoints / name).decode(errors="replace").strip()
+    text = read_bytes(checkpoints / name).decode(errors="replace").strip()
+    target, space, signature = text.partition(" ")  # no hash where an older version wrote it
+    if space and signature != sign(name, target):
+        raise CheckpointError(f"{checkpoints / name}: altered: {text!r:.60}")
     if not target or target != Path(target).name or not (checkpoints / target).is_dir():
         raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
     return checkpoints / target
@@ -225,7 +256,7 @@ def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
     """Return what seal() was given, if it is unchanged."""
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number without end
         raise CheckpointError(f"{where}: damaged: {error}") from error
     if not isinstance(content, dict) or "seal" not in content:
         raise CheckpointError(f"{where}: not a Vitrine checkpoint")
@@ -272,6 +303,6 @@ def read_bytes(path: Path) -> bytes:
 
 
 def clear(*folders: Path) -> None:
-    """Remove what an earlier, interrupted save left."""
+    """Remove folders that may be there or not."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vitrine.config import Config
 from vitrine.errors import ConfigError, nearest
 
+MOVABLE = (
+    "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
+    "keep_checkpoints",
+)  # fmt: skip
+"""Settings that a run may change when it goes on: they change no weight."""
+
 
 def to_json(config: Config) -> dict[str, dict[str, Any]]:
     """Return the settings as plain JSON values, by section."""

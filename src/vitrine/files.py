@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -27,7 +28,10 @@ def replace_file(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_flushed(partial, content)
         partial.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):  # half a file helps nobody, and the disk may be full
+            partial.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -14,36 +14,41 @@ output/NAME/
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import AcquireReturnProxy
+from torch import Tensor
+
 from vitrine import pretrained, ranks, rng
 from vitrine.checkpoint import (
-    CheckpointInfo,
     read_pointer,
-    save_checkpoint,
-    save_weights_file,
-    write_pointer,
 )
 from vitrine.config import Config, Split, with_classes
-from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.data.sources import load_splits
-from vitrine.devices import choose_compile, choose_precision, choose_rank_device
-from vitrine.environment import describe_environment
-from vitrine.errors import ConfigError
-from vitrine.evaluation.figures import plot_curves, plot_metrics
-from vitrine.evaluation.metrics import measure, quick_scores, shared_logits
-from vitrine.explain.watch import choose_watched, draw_attention
-from vitrine.files import write_json, write_json_lines
+from vitrine.devices import choose_rank_device
+from vitrine.errors import ConfigError, OutputError, TrainingError
+from vitrine.evaluation.metrics import quick_scores, shared_logits
+from vitrine.explain.watch import choose_watched
+from vitrine.files import write_json_lines
 from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
-from vitrine.run_folder import is_best, log_test_use, newest_sound, prune, read_rows
+from vitrine.recovery import hold, recover
+from vitrine.results import speed
+from vitrine.run_files import RunFiles
+from vitrine.run_folder import is_best, log_test_use, read_rows
 from vitrine.trackers import Trackers, check_trackers
 from vitrine.training.loop import Update, train
+from vitrine.training.schedule import multiplier
 from vitrine.training.state import TrainingState
+
+never: Callable[[], bool] = bool
+"""Says no."""
+SCORED_AT_ONCE = 500
+"""Images scored between two looks at whether to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class EpochEnd:
     best: bool
 
 
-class Run:
+class Run(RunFiles):
     """A training run and its folder. Iterate over train(), then call finish().
 
     With several processes (see ranks.py) each has a Run and calls the same methods; the first one
@@ -68,11 +73,13 @@ class Run:
 
     Raises:
         DataError, ConfigError: the data are missing, or do not fit the settings.
+        OutputError: another process is writing to the folder.
     """
 
     def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
         check_trackers(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.lock = lock(folder)
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
         monitored = dict.fromkeys(("validation", config.run.monitor))
@@ -101,146 +108,137 @@ class Run:
         )
         self.train_images = len(train_set)
         self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.saved: Path | None = None
 
     @classmethod
     def start(cls, config: Config, folder: Path) -> "Run":
         """Build a new run in a folder of its own (see run_folder.new_folder)."""
         run = cls(config, folder)
-        environment = describe_environment(run.device, run.precision)
-        ranks.on_leader(write_json, folder / "config.json", to_json(run.config))
-        ranks.on_leader(write_json, folder / "env.json", environment)
+        ranks.on_leader(run.write_settings)
         return run
 
     @classmethod
     def resume(cls, folder: Path, config: Config) -> "Run":
-        """Go on from the newest sound checkpoint of a run folder.
+        """Go on from the newest sound checkpoint of a run folder; without any, begin.
 
         Args:
             folder: the run folder.
             config: the run's settings (its config.json), but for where the data and the device are.
 
         Raises:
-            CheckpointError: the folder has no sound checkpoint.
+            CheckpointError: the folder has no sound checkpoint, or one made with other settings.
+            OutputError: another process is writing to the folder.
         """
-        saved, rows = ranks.on_leader(
-            lambda: (newest_sound(folder / "checkpoints"), read_rows(folder))
-        )
-        run = cls(config, folder, fresh=False)
+        held = lock(folder)  # until the run holds it itself
+        saved, rows = ranks.on_leader(lambda: (recover(folder, config), read_rows(folder)))
+        run = cls(config, folder, fresh=saved is None)
+        del held
+        if saved is None:
+            run.notices.append("it was stopped before its first checkpoint: beginning again")
+            ranks.on_leader(run.write_settings)
+            return run
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in rows if row["step"] <= run.state.step]
-        run.notices = saved.passed_over
+        run.best, run.saved, run.notices = saved.best, saved.folder, saved.notices
         ranks.on_leader(write_json_lines, folder / "metrics.jsonl", run.rows)
-        ranks.on_leader(write_pointer, run.checkpoints, "LAST", saved.folder)
         return run
 
-    @property
-    def precision(self) -> str:
-        """Number format of the products, as chosen: float32 or bfloat16."""
-        dtype = choose_precision(self.config.training.precision, self.device)
-        return str(dtype).removeprefix("torch.")
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the model is compiled, as chosen."""
-        return choose_compile(self.config.training.compile, self.device, self.total_steps)
-
-    @property
-    def total_steps(self) -> int:
-        """Updates in the whole run."""
-        return self.config.training.epochs * self.batches.steps_per_epoch
-
-    def train(self) -> Iterator[Update | EpochEnd]:
+    def train(self, stopping: Callable[[], bool] = never) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and, after an epoch, what it came to.
 
         Leave the iteration whenever you like: save() keeps what was done.
 
+        Args:
+            stopping: asked now and then while an epoch is scored, which may take long. Once it
+                says yes, scoring is put off; leave then after the update, or it begins again.
+
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss, the gradient or a weight is not finite.
             OutputError: the run folder cannot be written.
         """
         self.agree()
-        if self.rows and self.is_enough(self.rows[-1]):
+        try:
+            with Trackers(self.config, self.folder) as trackers:
+                for event in self.events(stopping):
+                    if isinstance(event, EpochEnd):
+                        trackers.write(event.row, self.attention_picture(event.row))
+                    yield event
+        except (TrainingError, OutputError) as error:
+            kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was saved"
+            raise type(error)(f"{error}; {kept}") from error
+
+    def events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
+        """Do what train() says."""
+        scored = self.rows[-1]["step"] if self.rows else 0
+        ended = self.state.step % self.batches.steps_per_epoch == 0
+        if ended and self.state.step > scored and (end := self.end_epoch(stopping)):
+            yield end  # of an epoch that was stopped while it was scored
+        if self.is_enough():
             return
-        with Trackers(self.config, self.folder) as trackers:
-            for update in train(self.state, self.batches, self.config):
-                # Before the update is told, so that leaving right then loses nothing of the epoch.
-                end = self.end_epoch(update) if update.ends_epoch else None
-                yield update
-                if end is not None:
-                    trackers.write(end.row, self.attention_picture(end.row))
-                    yield end
-                    if self.is_enough(end.row):
-                        return
+        for update in train(self.state, self.batches, self.config):
+            # Before the update is told, so that leaving right then loses nothing of the epoch.
+            end = self.end_epoch(stopping) if update.ends_epoch else None
+            yield update
+            if update.ends_epoch and (end := end or self.end_epoch(never)):
+                yield end
+                if self.is_enough():
+                    return
 
-    def is_enough(self, row: dict[str, Any]) -> bool:
-        """Tell whether the accuracy to stop at is reached."""
-        goal = self.config.run.stop_at_accuracy
-        return goal is not None and row["validation_accuracy"] >= goal
-
-    def end_epoch(self, update: Update) -> EpochEnd:
-        """Score the epoch, write its line, save and prune checkpoints."""
+    def end_epoch(self, stopping: Callable[[], bool]) -> EpochEnd | None:
+        """Score the epoch, write its line, save and prune checkpoints; nothing when stopping."""
         began = time.perf_counter()
         self.agree()
+        step, per_epoch = self.state.step, self.batches.steps_per_epoch
+        training, epoch = self.config.training, step // per_epoch
         loss, accuracy = self.state.tally.means()
         row = {
-            "epoch": update.epoch,
-            "step": update.step,
-            "learning_rate": update.learning_rate,
+            "epoch": epoch,
+            "step": step,
+            "learning_rate": training.learning_rate
+            * multiplier(step - 1, training, steps_per_epoch=per_epoch),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "seconds": round(self.state.seconds, 3),
-            "images_per_second": round(self.train_images * update.epoch / self.state.seconds, 1),
+            "images_per_second": speed(self.train_images * epoch, self.state.seconds),
         }
         for name, images in self.monitored.items():
             if name == "test":
-                purpose = f"curve, epoch {update.epoch}"
+                purpose = f"curve, epoch {epoch}"
                 ranks.on_leader(log_test_use, self.folder, purpose, len(images))
-            logits_BY = self.logits(self.state.best_model, images)
+            logits_BY = self.score(images, stopping)
+            if logits_BY is None:
+                return None
             row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
         row["evaluation_seconds"] = round(time.perf_counter() - began, 3)
-        best = is_best(row, self.rows)
+        best = is_best(row, [self.best] if self.best else [])
         self.rows.append(row)
-        ranks.on_leader(self.write_epoch, update, best)
+        self.saved = ranks.on_leader(self.write_epoch, row, best)
+        self.best = row if best else self.best
         return EpochEnd(row, best)
 
     def agree(self) -> None:
         """Take over the leader's state: processors of unlike kinds round unlike."""
         ranks.copy_from_leader([*self.state.weights().values(), *self.state.tensors().values()])
 
-    def write_epoch(self, update: Update, best: bool) -> None:
-        """Write an epoch's line; save and prune checkpoints. The leader's work."""
-        write_json_lines(self.folder / "metrics.jsonl", self.rows)
-        last = update.step == self.total_steps or self.is_enough(self.rows[-1])
-        if best or last or update.epoch % self.config.run.checkpoint_epochs == 0:
-            checkpoint = self.write_checkpoint()
-            if best:
-                write_pointer(self.checkpoints, "BEST", checkpoint)
-            if self.config.run.keep_checkpoints:
-                prune(self.checkpoints, self.config.run.keep_checkpoints)
-
-    def attention_picture(self, row: dict[str, Any]) -> Path | None:
-        """Draw what the model looks at now, if this epoch is one of those that are drawn."""
-        every = self.config.run.attention_epochs
-        if not every or row["epoch"] % every or not ranks.is_leader():
-            return None
-        path = self.folder / "attention" / f"epoch-{row['epoch']:04}.png"
-        return draw_attention(self.state.best_model, self.watched, self.config, path)
+    def score(self, images: ImageSet, stopping: Callable[[], bool]) -> Tensor | None:
+        """Return the logits of a split, or nothing when asked to stop in the middle."""
+        parts = []
+        for indices_B in torch.arange(len(images)).split(SCORED_AT_ONCE):
+            if ranks.highest(int(stopping())):
+                return None
+            parts.append(self.logits(self.state.best_model, images.take(indices_B)))
+        return torch.cat(parts)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment and let LAST name it."""
-        return ranks.on_leader(self.write_checkpoint)
+        """Write a checkpoint of this moment, unless it is there, and let LAST name it.
 
-    def write_checkpoint(self) -> Path:
-        """Do what save() says. The leader's work."""
-        metrics = self.rows[-1] if self.rows else {}
-        info = CheckpointInfo(self.config, self.classes, self.state.numbers(), metrics)
-        folder = self.checkpoints / f"step-{self.state.step:07}"
-        weights, training = self.state.weights(), self.state.tensors()
-        save_checkpoint(folder, info, weights=weights, training=training)
-        write_pointer(self.checkpoints, "LAST", folder)
-        if not (self.checkpoints / "BEST").exists():
-            write_pointer(self.checkpoints, "BEST", folder)
-        return folder
+        Raises:
+            TrainingError: a weight is not finite.
+            OutputError: the run folder cannot be written.
+        """
+        self.saved = ranks.on_leader(self.write_checkpoint)
+        return self.saved
 
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
@@ -253,51 +251,6 @@ class Run:
         logits_BY = self.logits(best.model.to(self.device), test)
         return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
 
-    def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
-        """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
-        metrics = measure(logits_BY, labels_B, classes=self.classes)
-        result = {**self.summary(best), "test": metrics.to_json()}
-        write_json(self.folder / "result.json", result)
-        plot_curves(self.rows, self.folder)
-        plot_metrics(metrics, self.folder)
-        if self.config.run.model_path is not None:
-            self.write_weights(best)
-        return result
-
-    def summary(self, best: Classifier) -> dict[str, Any]:
-        """Return what result.json says besides the test scores."""
-        step = int(Path(best.source).name.removeprefix("step-"))
-        row = next((row for row in self.rows if row["step"] == step), {})
-        validation = {
-            name: row[f"validation_{name}"]
-            for name in ("accuracy", "loss")
-            if f"validation_{name}" in row
-        }
-        epochs = self.rows[-1]["epoch"]
-        return {
-            "epochs": epochs,
-            "best_epoch": row.get("epoch"),
-            "validation": validation or None,
-            "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
-            "train_images": self.train_images,
-            "seconds": round(self.state.seconds, 1),
-            "evaluation_seconds": round(sum(r.get("evaluation_seconds", 0) for r in self.rows), 1),
-            "images_per_second": round(self.train_images * epochs / self.state.seconds, 1),
-            "precision": self.precision,
-            "compiled": self.compiled,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-
-    def write_weights(self, best: Classifier) -> None:
-        """Write the final weights where the reference system's flags want them."""
-        run, model = self.config.run, self.config.model
-        size = "x".join(map(str, dict.fromkeys(model.image_hw)))
-        name = run.model_name or f"vit-layer{model.n_layers}-{size}-{self.config.data.dataset}"
-        folder = Path(run.model_path or "model") / self.folder.name
-        info = CheckpointInfo(self.config, self.classes, self.state.numbers(), self.rows[-1])
-        path = folder / f"{name}-{self.config.training.epochs - 1:03}.safetensors"
-        save_weights_file(path, info, best.model.state_dict())
-
     def logits(self, model: Any, images: ImageSet) -> Any:
         """Return the logits of a model for a split, the work being shared (see shared_logits)."""
         data = self.config.data
@@ -308,3 +261,8 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     """Load splits as the model reads them."""
     model = config.model
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
+
+
+def lock(folder: Path) -> AcquireReturnProxy | None:
+    """Keep other processes from writing the folder, on behalf of all ranks (see hold)."""
+    return ranks.each(lambda: hold(folder) if ranks.is_leader() else None)

@@ -78,6 +78,9 @@ def guarded(command: Callable[[], int]) -> int:
     except VitrineError as error:
         print(f"vitrine: {error}", file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("vitrine: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
         sys.stdout = None
         return 1

@@ -12,16 +12,11 @@ from vitrine.cli.console import err, out, say
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.cli.processes import one_run
 from vitrine.config import Config
-from vitrine.configfile import from_json, read_json, read_toml
-from vitrine.errors import CheckpointError, ConfigError
+from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
+from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.presets import get_preset
 
 PROG = "vitrine train"
-MOVABLE = (
-    "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
-    "keep_checkpoints",
-)  # fmt: skip
-"""Settings that a run may change when it goes on: they change no weight."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +128,19 @@ def begin(settings: Config, name: str) -> int:
     """Start a run in a new folder, or go on with it where torchrun has restarted us."""
     from vitrine import ranks
     from vitrine.devices import choose_rank_device
-    from vitrine.run import Run
+    from vitrine.run import Run, lock
 
     choose_rank_device(settings.run.device)
     folder, begun = ranks.on_leader(choose_folder, settings, name)
     if begun:
         return resume(folder, settings)
+    held = lock(folder)  # until the run holds it itself
     try:
         run = Run.start(settings, folder)
     finally:
         if ranks.is_leader():
-            remove_if_empty(folder)  # where the run could not be built
+            remove_if_unused(folder)  # where the run could not be built
+    del held
     for notice in run.notices:
         say(notice)
     return follow(run)
@@ -168,7 +165,7 @@ def resume(folder: Path, settings: Config) -> int:
 
     run = Run.resume(folder, settings)
     for notice in run.notices:
-        say(f"passed over a damaged checkpoint: {notice}")
+        say(notice)
     say(f"going on after update {run.state.step} of {run.total_steps}")
     return follow(run)
 
@@ -177,21 +174,29 @@ def follow(run: Any) -> int:
     """Show a run to its end, or save it when a signal asks to stop."""
     from vitrine import ranks
     from vitrine.cli.display import TrainingDisplay
-    from vitrine.cli.signals import stop_requests
+    from vitrine.cli.signals import Stopped, stop_requests
 
     describe(run)
     startup = time.perf_counter() - STARTED
-    stopped = 0
-    with stop_requests() as stop, TrainingDisplay(run, err) as display:
-        for event in run.train():
-            display.show(event)
-            if stopped := ranks.highest(stop.signal):
-                break
-    if stopped:
-        run.save()
+    try:
+        with stop_requests() as stop:
+            stopped = 0
+            with TrainingDisplay(run, err) as display:
+                for event in run.train(stopping=lambda: bool(stop.signal)):
+                    display.show(event)
+                    if stopped := ranks.highest(stop.signal):
+                        break
+            if stopped:
+                run.save()
+                raise Stopped(stopped)
+            with stop.at_once():  # all is saved: only the test and the pictures are missing
+                result = run.finish()
+    except Stopped as reason:
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
-        return 128 + stopped
-    conclude(run, run.finish(), startup)
+        return 128 + reason.signal
+    except OutputError as error:
+        raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
+    conclude(run, result, startup)
     return 0
 
 
@@ -216,7 +221,7 @@ def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
 
     goal = run.config.run.stop_at_accuracy
     if goal is not None:
-        reached = run.is_enough(run.rows[-1])
+        reached = run.is_enough()
         out.print(
             f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
             f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
@@ -250,7 +255,11 @@ def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     )
 
 
-def remove_if_empty(folder: Path) -> None:
+def remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run that never began."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    import shutil
+
+    from vitrine.run_folder import is_unused
+
+    if is_unused(folder):
+        shutil.rmtree(folder)

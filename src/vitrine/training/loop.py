@@ -41,7 +41,8 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
     bit as never having stopped (same device, same number of threads).
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the state is that of the last update.
+        TrainingError: the loss, the gradient or a weight is not finite; the state is that of the
+            last update.
     """
     device = batches.device
     updates = config.training.epochs * batches.steps_per_epoch
@@ -82,10 +83,13 @@ def train_step(
     loss, correct = loss_sum.item(), int(correct_sum.item())
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    # The weights too: behind a tanh an infinite one leaves both the loss and the gradient finite.
+    size = torch.nn.utils.get_total_norm(parameters)
+    if not (math.isfinite(loss) and math.isfinite(norm + size)):
         raise TrainingError(
-            f"loss {loss}, gradient norm {float(norm)} at update {state.step + 1}: stopped before "
-            "it. Lower learning_rate, raise warmup_epochs, or set clip_norm 1.0"
+            f"loss {loss}, gradient norm {float(norm)}, weight norm {float(size)} at update "
+            f"{state.step + 1}: stopped before it. Lower learning_rate, raise warmup_epochs, or "
+            "set clip_norm 1.0"
         )
     if config.training.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.training.clip_norm, norm)

@@ -108,3 +108,9 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names start with ``prefix.``, without it."""
     start = f"{prefix}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a NaN or an infinity."""
+    floats = ((n, t) for n, t in tensors.items() if t.is_floating_point())
+    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
