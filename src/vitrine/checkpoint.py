@@ -36,6 +36,8 @@ from vitrine.files import flush_folder, replace_file, write_flushed
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrine"
+LONGEST_NAME = 255
+"""Characters of a class name, as of a folder's."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class CheckpointInfo:
         classes = content["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise CheckpointError(f"{where}: classes are not a list of names")
+        if max(map(len, classes), default=0) > LONGEST_NAME:
+            raise CheckpointError(f"{where}: a class name of more than {LONGEST_NAME} characters")
+        for name in ("numbers", "metrics"):
+            if not isinstance(content[name], Mapping):
+                raise CheckpointError(f"{where}: {name} are not a table")
         try:
             config = from_json(content["config"])
         except ConfigError as error:
@@ -166,7 +173,7 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     file = read_bytes(path)
     tensors = unpack(file, path)
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
-    described = header.get("__metadata__", {}).get(METADATA_KEY)
+    described = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrine: it does not describe its model")
     content = unseal(described, path)
@@ -215,7 +222,7 @@ def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
     """Return what seal() was given, if it is unchanged."""
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long
         raise CheckpointError(f"{where}: damaged: {error}") from error
     if not isinstance(content, dict) or "seal" not in content:
         raise CheckpointError(f"{where}: not a Vitrine checkpoint")

@@ -5,7 +5,6 @@ A combination that cannot work is refused when it is built, with the remedy.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,8 @@ from typing import Any, Literal
 from vitrine.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
+LIMIT = 1e9
+"""No setting but the seed is larger; settings come from strangers, too."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -21,9 +22,9 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_range(config: object, names: str, low: float, high: float = math.inf) -> None:
+def require_range(config: object, names: str, low: float, high: float = LIMIT) -> None:
     """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
-    wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+    wanted = f"at least {low:g}" if high == LIMIT else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
         require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
@@ -64,7 +65,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
-        require_range(self, "n_classes", 0)
+        require_range(self, "n_classes forward_mul", 0)
         require_range(self, "dropout drop_path", 0, 0.999)
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
         for side in self.image_hw:
@@ -74,6 +75,8 @@ class ModelConfig:
                 f"give image_size {max(1, round(side / self.patch_size)) * self.patch_size} "
                 "or another patch_size",
             )
+        few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
+        require(few, f"image_size {self.image_size}: more than 4096 pixels or 16,384 patches")
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -84,8 +87,7 @@ class ModelConfig:
             f"give embed_dim {max(1, round(width / heads)) * heads} or another number of heads",
         )
         require(
-            self.hidden_dim >= 1,
-            f"forward_mul {self.forward_mul} leaves the MLP no hidden unit: raise it",
+            self.hidden_dim >= 1, f"forward_mul {self.forward_mul} leaves no hidden unit: raise it"
         )
         if self.position == "rope":
             require(
@@ -95,11 +97,8 @@ class ModelConfig:
                 f"give embed_dim {heads * 4 * max(1, round(width / heads / 4))}",
             )
         if self.position == "sincos":
-            require(
-                width % 4 == 0,
-                f"position sincos needs embed_dim divisible by 4, not {width}: "
-                f"give {width // 4 * 4 or 4}",
-            )
+            remedy = f"give {width // 4 * 4 or 4}"
+            require(width % 4 == 0, f"sincos needs embed_dim divisible by 4, not {width}: {remedy}")
         if self.stem == "conv":
             require(
                 self.patch_size in (2, 4, 8, 16),
@@ -155,7 +154,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
-        require(min(self.std) > 0, f"std is {self.std}: every value must be above 0")
+        require(all(1e-6 <= s <= LIMIT for s in self.std), f"std is {self.std}: give 1e-6 or more")
+        require(all(abs(m) <= LIMIT for m in self.mean), f"mean is {self.mean}: too large")
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class RunConfig:
         require_range(self, "keep_checkpoints", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
-            plain = value == Path(value).name or value == ""
+            plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a plain name, no path")
 
 

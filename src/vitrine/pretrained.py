@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from vitrine.checkpoint import (
     load_weights_file,
     read_pointer,
 )
-from vitrine.config import Config, DataConfig
+from vitrine.config import Config, DataConfig, ModelConfig
 from vitrine.data.cifar import CIFAR10_CLASSES
 from vitrine.devices import choose_device
 from vitrine.errors import CheckpointError
 from vitrine.model import VisionTransformer
 from vitrine.model.convert import convert_reference, is_reference
 from vitrine.predict import Classifier
+
+BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError,
+          AttributeError, OverflowError, AssertionError, MemoryError, struct.error)  # fmt: skip
+"""What torch's reader of tensors raises on damaged files."""
 
 
 def load(
@@ -48,8 +53,7 @@ def load(
         heads = info.config.model.n_attention_heads
         if n_attention_heads not in (None, heads):
             raise CheckpointError(f"{path} has {heads} attention heads, not {n_attention_heads}")
-    model = VisionTransformer(info.config.model)
-    fit_weights(model, weights, path)
+    model = build(info.config.model, weights, path)
     return Classifier(model.eval().to(chosen), info.config, info.classes, str(path))
 
 
@@ -72,17 +76,16 @@ def load_reference(
     path: Path, n_attention_heads: int | None
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Load a state dict of the reference system. Only tensors are unpickled, never code."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a sound file of weights: torch.save writes a zip file")
+    refuse_packed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except BROKEN as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a sound file of weights: {reason:.100}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{path}: not a state dict of tensors")
+    if not isinstance(state, dict) or not all(map(is_plain, state.keys(), state.values())):
+        raise CheckpointError(f"{path}: not a state dict of plain tensors")
     if not is_reference(state):
         raise CheckpointError(
             f"{path}: not the reference system's weights: first keys {list(state)[:3]}"
@@ -94,6 +97,48 @@ def load_reference(
     return CheckpointInfo(config, classes, {}, {}), weights
 
 
+def refuse_packed(path: Path) -> None:
+    """Refuse what torch.save does not write: no zip file, or one that grows when it is read."""
+    if not path.is_file():
+        return  # the reader says what is wrong
+    try:
+        with zipfile.ZipFile(path) as opened:
+            parts = opened.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: not a sound file of weights: torch.save writes a zip file"
+        ) from error
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise CheckpointError(f"{path}: refused: it is compressed, which torch.save never does")
+
+
+def is_plain(name: object, tensor: object) -> bool:
+    """Tell whether a tensor is dense, in memory, and backed by as many numbers as it shows."""
+    return (
+        isinstance(name, str)
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def build(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> VisionTransformer:
+    """Return the model with these weights. Nothing is drawn, so no generator is moved.
+
+    The file's own claims are held against its weights before anything of their size is made.
+    """
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != config.n_layers:
+        raise CheckpointError(f"{path}: {len(blocks)} layers, but it claims {config.n_layers}")
+    with torch.device("meta"):
+        model = VisionTransformer(config)
+    fit_weights(model, weights, path)
+    return model
+
+
 def fit_weights(model: VisionTransformer, weights: dict[str, Tensor], path: Path) -> None:
     """Put weights into the model they describe, or name the first that do not fit."""
     own = model.state_dict()
@@ -101,7 +146,10 @@ def fit_weights(model: VisionTransformer, weights: dict[str, Tensor], path: Path
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if wrong:
         raise CheckpointError(f"{path}: weights do not fit the model they describe: {wrong[:3]}")
-    model.load_state_dict(weights)
+    strange = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    if strange:
+        raise CheckpointError(f"{path}: weights are no floating-point numbers: {strange[:3]}")
+    model.load_state_dict({name: t.to(torch.float32) for name, t in weights.items()}, assign=True)
 
 
 def newest_run(output_path: Path) -> Path:

@@ -95,11 +95,25 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long
         raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+    if not all(map(is_row, rows)):
         raise CheckpointError(f"{path}: damaged: a line is not an epoch of a run")
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Tell whether a line is an epoch of a run: numbers by name, and its step and epoch."""
+    return (
+        isinstance(row, dict)
+        and all(value is None or is_number(value) for value in row.values())
+        and all(type(row.get(name)) is int for name in ("step", "epoch"))
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number that can be printed and drawn."""
+    return isinstance(value, int | float) and -1e15 < value < 1e15
 
 
 def log_test_use(folder: Path, purpose: str, images: int) -> None:

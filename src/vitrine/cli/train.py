@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrine.cli.console import err, out, say
+from vitrine.cli.console import err, out, say, tell
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.config import Config
 from vitrine.configfile import from_json, read_json, read_toml
@@ -137,7 +137,7 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
     """Print the result and what to try next."""
     from rich.table import Table
 
-    out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
+    tell(f"\n{run.folder}", style="bold")
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "accuracy", "loss"):
         table.add_column(column, justify="left" if not column else "right")

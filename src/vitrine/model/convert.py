@@ -83,8 +83,11 @@ def read_reference_config(state: Mapping[str, Tensor], n_attention_heads: int) -
     embed_dim, n_channels, patch_size, _ = shape(left, "embedding.conv1.weight", 4)
     _, n_patches, _ = shape(left, "embedding.pos_embedding", 3)
     hidden_dim, _ = shape(left, "encoder.0.fc1.weight", 2)
+    layers = {key.split(".")[1] for key in state if key.startswith("encoder.")}
     n_classes, _ = shape(left, "classifier.fc2.weight", 2)
     side = math.isqrt(n_patches)
+    if embed_dim * n_patches == 0:
+        raise CheckpointError("not the reference system's weights: a tensor without numbers")
     if side * side != n_patches:
         raise CheckpointError(
             f"embedding.pos_embedding has {n_patches} patches: not a square image"
@@ -95,7 +98,7 @@ def read_reference_config(state: Mapping[str, Tensor], n_attention_heads: int) -
         n_classes=n_classes,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        n_layers=1 + max(int(key.split(".")[1]) for key in state if key.startswith("encoder.")),
+        n_layers=len(layers),
         n_attention_heads=n_attention_heads,
         forward_mul=hidden_dim / embed_dim,
     )
