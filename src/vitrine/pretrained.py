@@ -2,8 +2,10 @@
 
 import dataclasses
 import pickle
+import pickletools
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from vitrine.predict import Classifier
 BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError,
           AttributeError, OverflowError, AssertionError, MemoryError, struct.error)  # fmt: skip
 """What torch's reader of tensors raises on damaged files."""
+LONGEST_GLOBAL = 200
+"""Characters of a module's and a function's name."""
 
 
 def load(
@@ -104,12 +108,23 @@ def refuse_packed(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as opened:
             parts = opened.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise CheckpointError(f"{path}: refused: torch.save never compresses")
+            for part in parts:
+                if part.filename.endswith("data.pkl"):
+                    refuse_long_names(opened.read(part), path)
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error,
+            struct.error) as error:  # fmt: skip
         raise CheckpointError(
             f"{path}: not a sound file of weights: torch.save writes a zip file"
         ) from error
-    if sum(part.file_size for part in parts) > path.stat().st_size:
-        raise CheckpointError(f"{path}: refused: it is compressed, which torch.save never does")
+
+
+def refuse_long_names(content: bytes, path: Path) -> None:
+    """Refuse a pickle that calls something by a long name: torch's message takes its square."""
+    for code, argument, _ in pickletools.genops(content):
+        if code.name in ("GLOBAL", "INST") and len(argument) > LONGEST_GLOBAL:
+            raise CheckpointError(f"{path}: refused: it would run {argument:.40}…")
 
 
 def is_plain(name: object, tensor: object) -> bool:

@@ -19,6 +19,8 @@ Fit = Literal["crop", "pad", "squash"]
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""A JPEG is decoded once a scan: so many pixels of all scans together are enough."""
 SUFFIXES = frozenset((
     ".apng", ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm",
     ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
@@ -96,6 +98,11 @@ def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> n
         raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
     if width * height == 0:
         raise PictureError(f"{name}: it has no pixels")
+    if image.format in ("JPEG", "MPO") and image.fp is not None:
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        if width * height * scans > MAX_SCANNED:
+            raise PictureError(f"{name}: its {width} x {height} pixels come in {scans} scans")
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.config import TrainingConfig
+from vitrine.errors import CheckpointError
 from vitrine.model import VisionTransformer
 from vitrine.training.optim import make_optimizers
 
@@ -87,19 +88,41 @@ class TrainingState:
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
     ) -> None:
-        """Take over what weights(), tensors() and numbers() gave."""
+        """Take over what weights(), tensors() and numbers() gave.
+
+        Raises:
+            CheckpointError: they are of another model or optimizer.
+        """
+        try:
+            self._take_over(weights, tensors, numbers)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"the saved training state does not fit: {reason:.200}"
+            ) from error
+
+    def _take_over(
+        self,
+        weights: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+    ) -> None:
         self.best_model.load_state_dict(weights)
         if self.average is not None:
             self.model.load_state_dict(under(tensors, "model"))
             self.average.n_averaged.copy_(tensors["average.count"])
         for number, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, Tensor]] = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for name, tensor in under(tensors, f"optimizer.{number}").items():
                 index, slot = name.split(".")
+                if tensor.ndim and tensor.shape != parameters[int(index)].shape:
+                    raise ValueError(f"{slot} has shape {tuple(tensor.shape)}")
                 slots.setdefault(int(index), {})[slot] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        self.step, self.seconds = numbers["step"], numbers["seconds"]
-        self.tally = Tally(**numbers["tally"])
+        tally = Tally(**numbers["tally"])
+        self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+        self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
