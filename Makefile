@@ -1,4 +1,4 @@
-.PHONY: check format test slow bench
+.PHONY: check format test slow fuzz bench
 
 check:  ## what must be clean before a commit
 	ruff check .
@@ -14,6 +14,9 @@ test:  ## the default tests, under 3 minutes on 2 cores
 
 slow:  ## the tests that take minutes
 	pytest -m slow --timeout=1800
+
+fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
+	python tests/faults/hostile.py --cases 20000 --keep output/hostile
 
 bench:  ## speed of one training step, beside nothing but itself
 	python benchmarks/step.py

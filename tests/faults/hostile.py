@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run a target to its end, beginning again behind every case that kills or stops the process."""
+    """Run a target to its end, beginning again behind every case that stops the process."""
     from hostile_engine import LARGEST_CASE, SLOT, keep_fault
 
     slot, lost = scratch / f"{name}.slot", []
@@ -179,7 +179,7 @@ def serve(options: argparse.Namespace) -> int:
     watch = Watch(target, root, options.slot, cases=options.cases)
     fuzz(
         watch,
-        target.seeds(),
+        [*target.seeds(), *target.large()],
         seed=options.seed,
         engine=options.engine,
         scratch=options.slot.with_suffix(".corpus"),

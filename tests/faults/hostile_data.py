@@ -115,7 +115,7 @@ def pickle_seeds() -> list[bytes]:
 
 
 def attack_tar(data: bytes, folder: Path) -> None:
-    """Read an archive that says it is the official one: plain bytes that are packed here, or packed."""
+    """Read an archive that says it is the official one; what is not packed is packed here."""
     path = folder / CIFAR10.tar
     packed = data if data.startswith(b"\x1f\x8b") else gzip.compress(data, 1)
     path.write_bytes(packed)

@@ -16,7 +16,8 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Target:
     seeds: Callable[[], list[bytes]]
     attack: Callable[[bytes, Path], None]
     """Hands one case to Vitrine, writing in the folder only; checks what comes out."""
+    large: Callable[[], list[bytes]] = list
+    """More cases to begin with, which take seconds to make: for the long form."""
 
 
 class HangError(BaseException):
@@ -60,6 +63,24 @@ def require(condition: bool, what: str) -> None:
     """Raise FaultError unless the condition holds."""
     if not condition:
         raise FaultError(what)
+
+
+@contextmanager
+def require_in_time(seconds: float = SECONDS) -> Iterator[None]:
+    """Require that the block takes no more than so many seconds of a processor."""
+
+    def stop(*_: object) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    except HangError:
+        raise FaultError(f"more than {seconds} s of a processor") from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run_case(target: Target, data: bytes, root: Path) -> bool:

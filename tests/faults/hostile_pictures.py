@@ -3,6 +3,7 @@
 import io
 import itertools
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def png(width: int, height: int, bits: int, colour: int, *chunks: bytes) -> byte
 def encoded(image: Image.Image, format: str, **settings: object) -> bytes:
     """Return an image as a file's content."""
     file = io.BytesIO()
-    image.save(file, format, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that will go
+        image.save(file, format, **settings)
     return file.getvalue()
 
 
@@ -80,7 +83,7 @@ def seeds() -> list[bytes]:
             found.append(encoded(image or rgb.convert(mode), format))
         except (OSError, ValueError, KeyError, SystemError, TypeError):
             continue  # the format does not hold this mode
-    return found + strange(rgb) + [case for group in (bombs(), claims()) for case in group]
+    return found + strange(rgb) + claims()
 
 
 def strange(rgb: Image.Image) -> list[bytes]:
@@ -171,4 +174,4 @@ def claims() -> list[bytes]:
     ]
 
 
-TARGET = Target("pictures", seeds, attack)
+TARGET = Target("pictures", seeds, attack, bombs)

@@ -1,4 +1,4 @@
-"""Weights from strangers: .pt with code inside, safetensors with false headers, checkpoint folders."""
+"""Weights from strangers: .pt with code inside, safetensors with false headers, checkpoints."""
 
 import hashlib
 import io
@@ -99,7 +99,7 @@ def check(classifier: Classifier) -> None:
 
 
 def attack_reference(data: bytes, folder: Path) -> None:
-    """Load a .pt: bytes as they are, or a pickle that is put into the zip file that torch writes."""
+    """Load a .pt: bytes as they are, or a pickle put into the zip file that torch writes."""
     path = folder / "x.pt"
     path.write_bytes(rezip(data[1:]) if data[:1] == b"p" else data)
     check(load(path, device="cpu"))

@@ -13,6 +13,9 @@ from vitrine.errors import CheckpointError
 from vitrine.model import VisionTransformer
 from vitrine.training.optim import make_optimizers
 
+SLOTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+"""What an optimizer keeps of each parameter."""
+
 
 @dataclass
 class Tally:
@@ -116,9 +119,16 @@ class TrainingState:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for name, tensor in under(tensors, f"optimizer.{number}").items():
                 index, slot = name.split(".")
-                if tensor.ndim and tensor.shape != parameters[int(index)].shape:
-                    raise ValueError(f"{slot} has shape {tuple(tensor.shape)}")
+                same = tensor.shape in ((), parameters[int(index)].shape)
+                if not (same and tensor.is_floating_point()):
+                    raise ValueError(f"{slot} is {tensor.dtype} of shape {tuple(tensor.shape)}")
                 slots.setdefault(int(index), {})[slot] = tensor
+            expected = SLOTS.get(type(optimizer).__name__)
+            whole = len(slots) == len(parameters) and all(
+                set(s) == expected for s in slots.values()
+            )
+            if slots and expected and not whole:
+                raise ValueError(f"{type(optimizer).__name__} lacks some of {sorted(expected)}")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         tally = Tally(**numbers["tally"])
         self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
