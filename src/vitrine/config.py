@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrine.errors import ConfigError
+from vitrine.model_config import LIMIT
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require as require
 from vitrine.model_config import require_range as require_range
@@ -43,7 +44,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
-        require(min(self.std) > 0, f"std is {self.std}: every value must be above 0")
+        require(all(1e-6 <= s <= LIMIT for s in self.std), f"std is {self.std}: give 1e-6 or more")
+        require(all(abs(m) <= LIMIT for m in self.mean), f"mean is {self.mean}: too large")
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class RunConfig:
         require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
-            plain = value == Path(value).name or value == ""
+            plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a plain name, no path")
 
 

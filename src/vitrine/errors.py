@@ -17,7 +17,14 @@ from collections.abc import Iterable
 
 
 class VitrineError(Exception):
-    """Base of all of Vitrine's own exceptions."""
+    """Base of all of Vitrine's own exceptions.
+
+    Names of files, classes and settings come from strangers: in the message nothing is left of
+    them that would break the line or command a terminal.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(VitrineError):
@@ -48,7 +55,14 @@ class TrainingError(VitrineError):
     """Training that cannot go on."""
 
 
+def printable(text: str) -> str:
+    """Return the text with every control or invisible character shown as the replacement sign."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known word nearest to a mistyped one, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

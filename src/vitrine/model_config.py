@@ -1,10 +1,12 @@
 """The settings of the Vision Transformer: all that its shapes and its arithmetic follow from."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from vitrine.errors import ConfigError
+
+LIMIT = 1e9
+"""No setting but the seed is larger; settings come from strangers, too."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -13,9 +15,9 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_range(config: object, names: str, low: float, high: float = math.inf) -> None:
+def require_range(config: object, names: str, low: float, high: float = LIMIT) -> None:
     """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
-    wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+    wanted = f"at least {low:g}" if high == LIMIT else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
         require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
@@ -66,7 +68,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
-        require_range(self, "n_classes", 0)
+        require_range(self, "n_classes forward_mul", 0)
         require_range(self, "dropout drop_path", 0, 0.999)
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
         for side in self.image_hw:
@@ -76,6 +78,8 @@ class ModelConfig:
                 f"give image_size {max(1, round(side / self.patch_size)) * self.patch_size} "
                 "or another patch_size",
             )
+        few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
+        require(few, f"image_size {self.image_size}: more than 4096 pixels or 16,384 patches")
         require(self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}: above 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),

@@ -25,7 +25,7 @@ from vitrine.devices import choose_device
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.foreign import CONFIG, FILES, read_foreign, read_json_object, write_foreign
 from vitrine.model import VisionTransformer
-from vitrine.model.adapt import adapt, fit
+from vitrine.model.adapt import adapt, build
 from vitrine.predict import Classifier
 
 OWN = "vitrine"
@@ -71,9 +71,8 @@ def load(
             f"{source}: weights without a head cannot classify: train one with "
             f"vitrine train --init {source} --new_head"
         )
-    model = VisionTransformer(found.info.config.model)
     try:
-        fit(model, found.weights)
+        model = build(found.info.config.model, found.weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     return Classifier(

@@ -146,10 +146,23 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["picture", "rank", "class", "probability"])
         for name, top in answers:
-            rows.writerows([name, rank, p.name, p.probability] for rank, p in enumerate(top, 1))
+            rows.writerows(
+                [cell(name), rank, cell(p.name), p.probability] for rank, p in enumerate(top, 1)
+            )
         print(text.getvalue(), end="")
     else:
         print_table(answers, options.top_k)
+
+
+def cell(name: str) -> str:
+    """Return a name as a cell of CSV: no control characters, nothing a spreadsheet would compute.
+
+    --json has the names as they are.
+    """
+    from vitrine.evaluation.report import printable
+
+    formula = len(name) > 1 and name[0] in "=+-@"
+    return f"'{printable(name)}" if formula else printable(name)
 
 
 def as_json(prediction: "Prediction") -> dict[str, object]:

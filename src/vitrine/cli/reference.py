@@ -221,7 +221,8 @@ def say_result(start: str, top: "list[Prediction]") -> None:
     from vitrine.evaluation.report import printable
 
     best, *others = (f"{printable(p.name)} {p.probability:.1%}" for p in top)
-    out.print(f"{start}{best}(output)\tthen {', '.join(others)}", markup=False, soft_wrap=True)
+    line = f"{printable(start.rstrip())}{start[len(start.rstrip()) :]}{best}(output)\tthen "
+    out.print(line + ", ".join(others), markup=False, soft_wrap=True)
 
 
 def show_picture(path: Path, options: ReferenceTestOptions) -> None:

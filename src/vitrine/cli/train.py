@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrine.cli import STARTED
-from vitrine.cli.console import err, out, say
+from vitrine.cli.console import err, out, say, tell
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.cli.processes import one_run
 from vitrine.config import Config
@@ -227,7 +227,7 @@ def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
             f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
         )
 
-    out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
+    tell(f"\n{run.folder}", style="bold")
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "accuracy", "loss"):
         table.add_column(column, justify="left" if not column else "right")

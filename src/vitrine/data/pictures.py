@@ -21,11 +21,15 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""A JPEG is decoded once a scan: so many pixels of all scans together are enough."""
 SUFFIXES = frozenset((
     ".apng", ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm",
     ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
 """Endings that count as pictures when a folder is searched."""
+REFUSED = frozenset(("EPS", "IPTC", "WMF"))
+"""Formats that Pillow hands to another program to draw, or that may hold one of these."""
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
@@ -89,11 +93,18 @@ def read_picture(
 
 def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> np.ndarray:
     """Return an opened picture as RGB bytes."""
+    if image.format in REFUSED:
+        raise PictureError(f"{name}: {image.format} is a program that draws, not a picture")
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
     if width * height == 0:
         raise PictureError(f"{name}: it has no pixels")
+    if image.format in ("JPEG", "MPO") and image.fp is not None:
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        if width * height * scans > MAX_SCANNED:
+            raise PictureError(f"{name}: its {width} x {height} pixels come in {scans} scans")
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
@@ -112,16 +123,23 @@ def scale_to_bytes(values_HW: np.ndarray) -> np.ndarray:
     to hold them all. Values that none of these holds run from their own lowest to their highest.
     What is not finite counts as 0.
     """
-    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
-        wide_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = wide_HW.min(), wide_HW.max()
+    # Some rows at a time: a large picture in double precision would take gigabytes.
+    parts = np.array_split(values_HW, 1 + values_HW.size // 1_000_000)
+    ends = [(part.min(), part.max()) for part in map(widen, parts) if part.size]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     for top in (1.0, 255.0, 65_535.0) if values_HW.dtype.kind == "f" else (65_535.0,):
         if low >= 0 and high <= top:
             low, high = 0.0, top
             break
-    wide_HW -= low
-    wide_HW *= 255 / (high - low or 1.0)
-    return wide_HW.round().astype(np.uint8)
+    factor = 255 / (high - low or 1.0)
+    scaled = [((widen(part) - low) * factor).round() for part in parts]
+    return np.concatenate([part.astype(np.uint8) for part in scaled])
+
+
+def widen(values_HW: np.ndarray) -> np.ndarray:
+    """Return values in double precision, 0 for what is not finite."""
+    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
+        return np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
 
 
 def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.ndarray:

@@ -7,6 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.errors import printable as printable  # it is asked for here, too
+
 if TYPE_CHECKING:  # metrics need torch, tables do not
     from vitrine.evaluation.metrics import Metrics
 
@@ -16,13 +18,6 @@ LISTED_CLASSES = 20
 """With more classes only the weakest are listed."""
 LISTED_LINES = 10
 """Lines of a list of the weakest classes or the commonest confusions."""
-
-
-def printable(name: str) -> str:
-    """Return the name with every control or invisible character shown as the replacement sign."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
-    )
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -205,9 +205,11 @@ def grid_angles(grid_GJ: tuple[int, int], width: int, base: float) -> tuple[Tens
     Angle = index / base^(f / width): the first frequency turns fastest.
     """
     rows, columns = grid_GJ
-    frequencies_F = base ** (-torch.arange(width) / width)
-    row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
-    column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
+    # On the CPU, whatever the default device: a model may be built on none (meta), for loading.
+    with torch.device("cpu"):
+        frequencies_F = base ** (-torch.arange(width) / width)
+        row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
+        column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
     return row_NF, column_NF
 
 
