@@ -65,7 +65,7 @@ def refuse_packed(path: Path) -> None:
 def refuse_long_names(content: bytes, path: Path) -> None:
     """Refuse a pickle that calls something by a long name: torch's message takes its square."""
     for code, argument, _ in pickletools.genops(content):
-        if code.name in ("GLOBAL", "INST") and len(argument) > LONGEST_GLOBAL:
+        if code.name in ("GLOBAL", "INST") and len(str(argument)) > LONGEST_GLOBAL:
             raise CheckpointError(f"{path}: refused: it would run {argument:.40}…")
 
 

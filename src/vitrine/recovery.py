@@ -5,10 +5,11 @@ aside is put back, and LAST and BEST name again what they should.
 """
 
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vitrine.checkpoint import (
@@ -42,7 +43,7 @@ class SavedState(NamedTuple):
     notices: list[str]
 
 
-def hold(folder: Path) -> AcquireReturnProxy:
+def hold(folder: Path) -> AbstractContextManager[object]:
     """Keep other processes from writing a run folder until this lock is released or garbage.
 
     A process may hold it several times over, as in a notebook that goes on with its own run.
@@ -111,8 +112,9 @@ def mend_best(checkpoints: Path, saved: SavedState) -> SavedState:
             info = load_info(folder)
         except CheckpointError:
             continue
-        row = dict(info.metrics) if info.metrics.get("step") == step_of(folder) else {}
-        found.append((rank(row, step_of(folder)), folder, row))
+        step = step_of(folder) or 0
+        row = dict(info.metrics) if info.metrics.get("step") == step else {}
+        found.append((rank(row, step), folder, row))
     notices = list(saved.notices)
     for _, folder, row in sorted(found, key=lambda item: item[0], reverse=True):
         try:

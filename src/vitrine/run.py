@@ -15,11 +15,11 @@ output/NAME/
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import AcquireReturnProxy
 from torch import Tensor
 
 from vitrine import pretrained, ranks, rng
@@ -263,6 +263,6 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
 
 
-def lock(folder: Path) -> AcquireReturnProxy | None:
+def lock(folder: Path) -> AbstractContextManager[object] | None:
     """Keep other processes from writing the folder, on behalf of all ranks (see hold)."""
     return ranks.each(lambda: hold(folder) if ranks.is_leader() else None)

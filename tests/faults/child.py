@@ -40,6 +40,8 @@ class Plan:
     """Run as this user."""
     slow_save: bool = False
     """Saving takes a minute once there is a file ``slow`` in the working folder."""
+    pictures: bool = False
+    """Draw the pictures of the end, which takes longer than all the rest."""
     slow_after: int = 1_000_000
     """Updates, after which each further one takes its time: the run waits for what shall come."""
 
@@ -79,7 +81,7 @@ class Child:
         path = self.cwd / f"{self.name}.err"
         return path.read_text() if path.exists() else ""
 
-    def until(self, updates: int, seconds: float = 120) -> None:
+    def until(self, updates: int, seconds: float = 300) -> None:
         """Wait until so many updates are logged since its start, or it has ended."""
         deadline = time.monotonic() + seconds
         log = self.cwd / f"{self.name}.losses"
@@ -101,6 +103,7 @@ def forkserver() -> Any:
 
 def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
     """Be the command line. Runs in the child."""
+    import faults.warm  # noqa: F401  (already there, unless the server could not load it)
     import vitrine.cli
 
     for descriptor, ending in ((1, "out"), (2, "err")):
@@ -116,6 +119,8 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
 
 def set_up(plan: Plan, cwd: Path) -> None:
     """Build the fault in."""
+    import vitrine.run_files
+
     if plan.user is not None:
         os.setgroups([])
         os.setgid(plan.user)
@@ -132,6 +137,8 @@ def set_up(plan: Plan, cwd: Path) -> None:
         names.install(setattr)
     if plan.clock is not None:
         jump(plan.clock)
+    if not plan.pictures:
+        vitrine.run_files.draw = lambda *_: None
     if plan.slow_save:
         slow_down(cwd)
 
@@ -151,7 +158,7 @@ def mark_start(path: Path) -> None:
 
 def log_losses(path: Path, slow_after: int) -> None:
     """Log every update's number and loss, to the bit, before anything is saved of it."""
-    import vitrine.run
+    import vitrine.run_files
 
     real = vitrine.run.train
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -190,7 +197,7 @@ real_strftime = time.strftime
 
 def slow_down(cwd: Path) -> None:
     """Let saving take a minute once it is asked for."""
-    import vitrine.run
+    import vitrine.run_files
 
     real = vitrine.run.save_checkpoint
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from faults.folder import folders, require_equal, tensors
 from faults.tally import Tally
 from vitrine import pretrained
-from vitrine.checkpoint import load_weights_file, read_pointer
+from vitrine.checkpoint import (
+    load_info,
+    load_weights,
+    load_weights_file,
+    read_pointer,
+    save_weights_file,
+)
 from vitrine.config import Config
 from vitrine.errors import CheckpointError
 from vitrine.recovery import recover
@@ -95,18 +101,15 @@ class Sound:
 
 def sound_run(folder: Path, config: Config) -> Sound:
     """Train, keeping every checkpoint."""
-    run_config = dataclasses.replace(
-        config.run, keep_checkpoints=0, model_path=folder / "model", model_name="weights"
-    )
+    run_config = dataclasses.replace(config.run, keep_checkpoints=0)
     (folder / "run").mkdir(parents=True)
     run = Run.start(dataclasses.replace(config, run=run_config), folder / "run")
     for _ in run.train():
         pass
-    run.finish()
     states = {path.name: tensors(path) for path in folders(run.folder)}
-    (file,) = (folder / "model").rglob("*.safetensors")
-    best = read_pointer(run.checkpoints, "BEST").name
-    return Sound(run.folder, run.config, states, best, file)
+    best, file = read_pointer(run.checkpoints, "BEST"), folder / "weights.safetensors"
+    save_weights_file(file, load_info(best), load_weights(best))
+    return Sound(run.folder, run.config, states, best.name, file)
 
 
 def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int = 7) -> Tally:
@@ -205,6 +208,5 @@ def require_recovery(copy: Path, damaged: list[Path], sound: Sound, *, to_end: b
         run = Run.resume(copy, sound.config)
         for _ in run.train():
             pass
-        run.finish()
         last = max(sound.states)
         require_equal(tensors(folders(copy)[-1]), sound.states[last], "the end")

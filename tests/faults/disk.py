@@ -58,7 +58,7 @@ def full_disk(folder: Path, *, sizes: int, seed: int = 2) -> Tally:
             return tally
         try:
             with tally.trial(f"{kib} KiB"):
-                child = go_on(cwd, *words)
+                child = go_on(cwd, *words, plan=Plan(pictures=True))
                 if child.wait() != 0:
                     require_one_line(child)
                     assert "No space left on device" in child.errors, child.errors

@@ -100,9 +100,10 @@ def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> n
         raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
     if width * height == 0:
         raise PictureError(f"{name}: it has no pixels")
-    if image.format in ("JPEG", "MPO") and image.fp is not None:
-        image.fp.seek(0)
-        scans = image.fp.read().count(b"\xff\xda")
+    file = getattr(image, "fp", None)
+    if image.format in ("JPEG", "MPO") and file is not None:
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
         if width * height * scans > MAX_SCANNED:
             raise PictureError(f"{name}: its {width} x {height} pixels come in {scans} scans")
     if getattr(image, "is_animated", False):

@@ -179,7 +179,7 @@ class ConvStem(nn.Sequential):
         """Return the tokens as a picture (B, D, G, J)."""
         # Channels last: convolutions are two to three times as fast, and tokens need no copy.
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-        return super().forward(images_BCHW)  # type: ignore[no-any-return]
+        return super().forward(images_BCHW)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LinearHead(nn.Linear):

@@ -72,7 +72,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
     Source: Jordan et al. 2024, the quintic with a = 3.4445, b = -4.7750, c = 2.0315.
     """
-    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
+    x: Tensor = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
