@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "files", "rng", "config", "configfile", "presets", "devices", "environment", "data",
     "model", "training", "checkpoint", "evaluation", "explain", "predict", "export", "pretrained",
-    "tracking", "run_folder", "run", "cli", "__main__",
+    "tracking", "run_folder", "run", "bench", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 

@@ -6,7 +6,8 @@
     │   └── PictureError         one picture file that cannot be read
     ├── CheckpointError          weights missing, truncated, altered or foreign
     ├── OutputError              a folder that cannot be written
-    └── TrainingError            training cannot go on (a loss that is not finite)
+    ├── TrainingError            training cannot go on (a loss that is not finite)
+    └── BenchError               a measurement that could not be made
 
 The library raises these; only the command line turns them into words and exit codes.
 """
@@ -41,6 +42,10 @@ class OutputError(VitrineError):
 
 class TrainingError(VitrineError):
     """Training that cannot go on."""
+
+
+class BenchError(VitrineError):
+    """A measurement that could not be made."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
     "inspect": "show a model's filters, positions and heads",
+    "bench": "measure speed and memory, alone or beside other systems",
     "info": "show presets, runs, this machine, or one model",
 }
 
