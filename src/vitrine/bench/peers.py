@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 from vitrine.bench.worker import Measure, Spec, autocast, random_batch, serve
+
+if __name__ == "__main__":
+    del sys.path[0]  # what lies beside Vitrine shall not hide the peers' own packages
 
 # The systems: a model of the spec's shape, and how its logits and its attentions are got.
 
