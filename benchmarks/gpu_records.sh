@@ -28,15 +28,15 @@ while [ $# -gt 0 ]; do
     shift
 done
 python=${PYTHON:-python3} data=${DATA:-data} device=cuda
-bench=() peers=() tiny=() check=(--steps 100)
+bench=() peers=() tiny=() check=(--steps 100) seeds='1 2 3' budgets='240 120 60 30'
 [ -z "${PEERS:-}" ] || peers=(--peers "$PEERS" --data_path "$data")
 if [ $dry = yes ]; then
-    device=cpu
+    device=cpu seeds='1 2' budgets='240 120'
     shape=(--embed_dim 16 --n_layers 1 --n_attention_heads 2 --patch_size 16)
     bench=("${shape[@]}" --batch_size 8 --quick --rounds 1)
     tiny=("${shape[@]}" --dataset shapes --num_train_images 80 --num_test_images 40
         --validation_images 50 --batch_size 40 --warmup_epochs 0)
-    check=(--steps 12 --batch_size 20 --embed_dim 16 --n_layers 1)
+    check=(--steps 60 --batch_size 20 --embed_dim 16 --n_layers 1)
 fi
 output=${output:-gpu-records$([ $dry = no ] || echo -dry)}
 mkdir -p "$output/logs"
@@ -110,18 +110,18 @@ train() {
     local epochs=(--epochs 200) seed goal=0.94 fastest='' budget stop=()
     [ $dry = no ] || epochs=(--epochs 1) goal=0
     for name in seed seed12; do
-        for seed in 1 2 3; do run "$name-s$seed" --preset $name --seed $seed "${epochs[@]}"; done
+        for seed in $seeds; do run "$name-s$seed" --preset $name --seed $seed "${epochs[@]}"; done
     done
     local base rest=()
     base=$(preset base)
     [ $dry = no ] || rest=(--epochs 1 --monitor validation)
-    for seed in 1 2 3; do run "base-s$seed" --preset "$base" --seed $seed "${rest[@]}"; done
+    for seed in $seeds; do run "base-s$seed" --preset "$base" --seed $seed "${rest[@]}"; done
     run strongest-s1 --preset "$base" --seed 1 "${rest[@]}" --epochs "$(epochs_in 1700 base)"
     # Time to 94 %: halve the time until it is not reached, then two more seeds of the shortest.
     if vitrine train --help | grep -q stop_at_accuracy; then stop=(--stop_at_accuracy $goal)
     elif [ $dry = no ]; then echo "gpu_records.sh: train has no --stop_at_accuracy" >&2 && exit 1
     fi
-    for budget in 240 120 60 30; do
+    for budget in $budgets; do
         epochs=(--epochs "$(epochs_in $budget base)")
         run "to-94-in-$budget-s1" --preset "$base" --seed 1 "${rest[@]}" "${epochs[@]}" "${stop[@]}"
         reached "to-94-in-$budget-s1" $goal || break
@@ -129,7 +129,7 @@ train() {
     done
     [ -n "$fastest" ] || return 0
     epochs=(--epochs "$(epochs_in "$fastest" base)")
-    for seed in 2 3; do
+    for seed in ${seeds#1}; do
         run "to-94-in-$fastest-s$seed" --preset "$base" --seed $seed \
             "${rest[@]}" "${epochs[@]}" "${stop[@]}"
     done
