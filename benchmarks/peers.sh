@@ -50,8 +50,8 @@ fi
 TV_SHIM=1 "$folder/bin/python" -W ignore -c "$import_all"
 
 if [ -n "$given" ]; then
-    rm -rf "$folder/reference"
-    cp -r "$given" "$folder/reference"
+    mkdir -p "$folder/reference"
+    cp -r "$given/." "$folder/reference"
 elif [ ! -d "$folder/reference" ]; then
     git clone --quiet "$repository" "$folder/reference"
     git -C "$folder/reference" checkout --quiet "$commit"

@@ -130,10 +130,15 @@ def choose_precisions(products: Worker, found: Comparison) -> tuple[str, ...]:
     if speed["bfloat16"] > speed["float32"]:
         return FORMATS
     found.note(
-        f"bfloat16 is left out: its products run at {speed['bfloat16'] / 1e9:,.0f} GFLOP/s here, "
-        f"float32 at {speed['float32'] / 1e9:,.0f} (--precision bfloat16 measures it all the same)"
+        f"bfloat16 is left out: its products run at {gigaflops(speed['bfloat16'])} GFLOP/s here, "
+        f"float32 at {gigaflops(speed['float32'])} (--precision bfloat16 measures it all the same)"
     )
     return ("float32",)
+
+
+def gigaflops(rate: float) -> str:
+    """Return operations a second in thousand millions, with two figures at least."""
+    return f"{rate / 1e9:,.0f}" if rate > 1e10 else f"{rate / 1e9:.2g}"
 
 
 def own_size(found: Comparison) -> tuple[int, int, int]:

@@ -48,13 +48,13 @@ class Point:
 def axis_points(recipe: Recipe, axis: str, *, quick: bool) -> list[tuple[int, Recipe, int]]:
     """Return an axis's values, each with its recipe and the number of images in memory."""
     model, batch = recipe.config().model, recipe.training.batch_size
-    few = slice(0, 3) if quick else slice(None)
+    most = 3 if quick else None
     if axis == "images":
-        return [(count, recipe, count) for count in IMAGES[few]]
+        return [(count, recipe, count) for count in IMAGES[:most]]
     if axis == "layers":
         return [(n, recipe.changed(n_layers=n), batch) for n in LAYERS]
     if axis == "batch":
-        return [(n, recipe.changed(batch_size=n), n) for n in BATCHES[few]]
+        return [(n, recipe.changed(batch_size=n), n) for n in BATCHES[:most]]
     height, width = model.image_hw
     fitting = [patch for patch in PATCHES if height % patch == 0 and width % patch == 0]
     return [

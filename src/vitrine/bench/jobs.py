@@ -16,11 +16,11 @@ REFERENCE = "reference"
 PEERS = (REFERENCE, "timm", "vit-pytorch", "transformers sdpa", "transformers eager")
 
 TITLES: dict[Workload, str] = {
-    "step": "training step, one batch in memory",
-    "epoch": "training with data and augmentation",
-    "inference": "inference, one batch in memory",
-    "test": "testing, from the images to the scores",
-    "explanation": "attention rollout of every image",
+    "step": "training step",
+    "epoch": "training with data",
+    "inference": "inference",
+    "test": "testing, pixels to scores",
+    "explanation": "attention rollout",
 }
 SERVED: dict[Workload, tuple[str, ...]] = {
     "step": PEERS,

@@ -199,7 +199,7 @@ def count_operations(model: ModelConfig) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter:
         logits_BY = vit(images_BCHW)
         forward = counter.get_total_flops()
-        logits_BY.sum().backward()  # type: ignore[no-untyped-call]
+        logits_BY.sum().backward()
     return forward / 2, counter.get_total_flops() / 2
 
 

@@ -13,6 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,14 +37,13 @@ def reference_model(spec: Spec) -> Any:
     folder = str(Path(spec["reference_path"]).resolve())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    from model import VisionTransformer
-
+    vit = import_module("model").VisionTransformer
     names = (
         "n_channels", "embed_dim", "n_layers", "n_attention_heads", "image_size", "patch_size",
         "n_classes", "dropout",
     )  # fmt: skip
     m = spec["model"]
-    return VisionTransformer(forward_mul=int(m["forward_mul"]), **{name: m[name] for name in names})
+    return vit(forward_mul=int(m["forward_mul"]), **{name: m[name] for name in names})
 
 
 def timm_model(spec: Spec) -> Any:
@@ -161,7 +161,7 @@ def update(
     if accuracy:
         (labels == logits.max(1)[1]).float().mean().item()
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
 
 
@@ -196,12 +196,9 @@ def explanation_measure(spec: Spec) -> Measure:
 
 def rollout(attentions: Any) -> torch.Tensor:
     """Return how much of each patch has flowed into the class token (B, N)."""
-    flow = None
+    flow = skip = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
-        mixed = attention.float().mean(dim=1)
-        mixed = (mixed + torch.eye(mixed.shape[-1], device=mixed.device)) / 2
-        flow = mixed if flow is None else mixed @ flow
-    assert flow is not None
+        flow = (attention.float().mean(dim=1) + skip) / 2 @ flow
     return flow[:, 0, 1:]
 
 
@@ -217,9 +214,7 @@ def reference_options(spec: Spec) -> Any:
 def epoch_measure(spec: Spec) -> Measure:
     """The reference's training with its own DataLoader and worker processes."""
     model = reference_model(spec).to(spec["device"]).train()
-    import train
-
-    loader, _ = train.dataloader(reference_options(spec))
+    loader, _ = import_module("train").dataloader(reference_options(spec))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=1e-3)
 
     def measure(steps: int) -> float:
@@ -243,20 +238,19 @@ def test_measure(spec: Spec) -> Measure:
     """
     torch.manual_seed(1)
     model = reference_model(spec).to(spec["device"]).eval()
-    import test
-
+    test = import_module("test")
     options, folder = reference_options(spec), Path(spec["folder"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim == 2 else 1)
-        loader = test.dataloader(options)  # type: ignore[attr-defined]
+        loader = test.dataloader(options)
         logits = torch.cat([model(x.to(spec["device"]))[0].cpu() for x, _ in loader])
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder / "w.pt")
     torch.save(logits, folder / "logits.pt")
 
     def measure(passes: int) -> float:
         for _ in range(passes):
-            test.test(options, loader, model)  # type: ignore[attr-defined]
+            test.test(options, loader, model)
         return float(passes * spec["images"])
 
     return measure

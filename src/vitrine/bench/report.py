@@ -2,35 +2,36 @@
 
 from typing import Any
 
+from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.bench.compare import Comparison, Row
+from vitrine.bench.compare import Comparison, Row, gigaflops
 from vitrine.bench.jobs import OURS, REFERENCE, TITLES
 from vitrine.configfile import to_json
 
-COLUMNS = ("", "images/s", "from - to", "ratio", "of product", "of peak", "MiB")
+COLUMNS = ("", "images/s", "spread", "ratio", "product", "peak", "MiB")
 NO_PEERS = (
     "Vitrine alone. Beside others: bash benchmarks/peers.sh peers, then vitrine bench --peers peers"
 )
 EXPLAINED = (
-    "images/s: median of the rounds; ratio: to the first row of its kind; of product: share of the "
-    "speed of the model's widest matrix product ({own}), of peak: of the fastest measured, in the "
-    "same number format; MiB: the most {memory} held."
+    "images/s: median of the rounds; spread: half the range; ratio: to the first row of its kind; "
+    "product: share of the speed of the model's widest matrix product ({own}); peak: of the "
+    "fastest product measured, in the same number format; MiB: the most {memory} held."
 )
 
 
 def comparison_table(found: Comparison, title: str) -> Table:
     """Return the table: a section for each kind of work, the reference or ourselves first."""
-    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=HORIZONTALS, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for workload in found.bench.workloads:
         rows = [row for row in found.rows if row.job.workload == workload]
         rows.sort(key=lambda row: (row.job.system != REFERENCE, row.job.system == OURS))
-        table.add_row(Text(TITLES[workload], style="bold"))
+        table.add_row(Text(TITLES[workload].upper()))
         for row in rows:
-            name = f"  {row.job.system}, {row.job.precision}"
+            name = f"{row.job.system}, {row.job.precision}"
             style = "bold" if row.job.system == OURS else ""
             table.add_row(Text(name, style=style), *cells(row, rows[0].rate))
         table.add_section()
@@ -40,8 +41,8 @@ def comparison_table(found: Comparison, title: str) -> Table:
 def cells(row: Row, first: float) -> list[str]:
     """Return a row's figures as text."""
     shares = ["-" if share is None else f"{share:.0%}" for share in (row.of_product, row.of_peak)]
-    span = f"{min(row.rates):,.0f} - {max(row.rates):,.0f}"
-    return [f"{row.rate:,.0f}", span, f"{row.rate / first:.2f}", *shares, f"{row.peak_mib:,.0f}"]
+    spread = f"±{(max(row.rates) - min(row.rates)) / 2 / row.rate:.0%}"
+    return [f"{row.rate:,.0f}", spread, f"{row.rate / first:.2f}", *shares, f"{row.peak_mib:,.0f}"]
 
 
 def below(found: Comparison, sizes: dict[str, tuple[int, int, int]]) -> list[str]:
@@ -50,7 +51,7 @@ def below(found: Comparison, sizes: dict[str, tuple[int, int, int]]) -> list[str
     memory = "of the card that was" if found.bench.device == "cuda" else "that the process"
     lines = [EXPLAINED.format(own=names["own"], memory=memory)]
     for precision, table in found.products.items():
-        speeds = (f"{max(table[name]) / 1e9:,.0f} at {names[name]}" for name in names)
+        speeds = (f"{gigaflops(max(table[name]))} at {names[name]}" for name in names)
         lines.append(f"Products in {precision}, GFLOP/s, at most: {', '.join(speeds)}.")
     if found.bench.python is None:
         lines.append(NO_PEERS)
