@@ -57,6 +57,8 @@ class ModelConfig:
     """What the head reads: a class token, or the mean of the patch tokens."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: one strided convolution, or overlapping 3x3 convolutions."""
+    stem_channels: tuple[int, ...] = ()
+    """Widths of stem conv's convolutions; one a halving, the last embed_dim wide, unless given."""
     position: Literal["learned", "sincos", "rope"] = "learned"
     """Positions: a learned table, fixed sines and cosines, or rotary in every attention."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -107,8 +109,13 @@ class ModelConfig:
                 "must be 2, 4, 8 or 16, or take stem patch",
             )
             require(
-                width % 2 == 0, f"stem conv needs an even embed_dim, not {width}: give {width + 1}"
+                len(self.stem_widths) >= self.patch_size.bit_length() - 1
+                and min(self.stem_widths) >= 1,
+                f"stem_channels {self.stem_channels} cannot halve the image down to patches of "
+                f"{self.patch_size}: give at least {self.patch_size.bit_length() - 1} widths",
             )
+        else:
+            require(not self.stem_channels, "stem_channels are of stem conv: give --stem conv")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -122,6 +129,13 @@ class ModelConfig:
         """Patch rows and patch columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Widths of the convolutions of stem conv: half as wide at each step back from embed_dim."""
+        halvings = self.patch_size.bit_length() - 1
+        halved = (self.embed_dim // 2**step or 1 for step in reversed(range(halvings)))
+        return self.stem_channels or tuple(halved)
 
     @property
     def hidden_dim(self) -> int:
@@ -202,7 +216,7 @@ class TrainingConfig:
     schedule_by: Literal["step", "epoch"] = "step"
     """Change the learning rate at every update, or once an epoch as the reference does."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the matrices inside the blocks with Muon, the rest with AdamW."""
+    """muon trains the matrices of the blocks and the stem with Muon, the rest with AdamW."""
     muon_learning_rate: float = 0.02
     """Highest learning rate of Muon; it follows the same schedule."""
     weight_decay: float = 1e-3

@@ -105,13 +105,13 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         origin = get_origin(option)
         if origin is Literal and value in get_args(option) and isinstance(value, str):
             return value
-        if (
-            origin is tuple
-            and isinstance(value, list | tuple)
-            and len(value) == len(get_args(option))
-        ):
-            pairs = zip(value, get_args(option), strict=True)
-            return tuple(convert(name, item, kind) for item, kind in pairs)
+        if origin is tuple and isinstance(value, list | tuple):
+            kinds = get_args(option)
+            if kinds[-1] is Ellipsis:
+                kinds = (kinds[0],) * len(value)
+            if len(value) == len(kinds):
+                pairs = zip(value, kinds, strict=True)
+                return tuple(convert(name, item, kind) for item, kind in pairs)
         if option is type(None) and value is None:
             return value
         if option is Path and isinstance(value, str):
@@ -129,6 +129,7 @@ def describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return ", ".join(map(repr, get_args(option)))
     if get_origin(option) is tuple:
-        return f"a list of {len(get_args(option))} numbers"
+        kinds = get_args(option)
+        return "a list of numbers" if kinds[-1] is Ellipsis else f"a list of {len(kinds)} numbers"
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
     return names.get(option, "text")

@@ -1,13 +1,14 @@
 """Parameter groups and optimizers."""
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from vitrine.config import TrainingConfig
+from vitrine.training.muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
-    """Return AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
     Every group keeps its highest learning rate under ``peak``; set_learning_rate scales it.
 
@@ -16,9 +17,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     parameters = dict(model.named_parameters())
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        matrices = [
-            parameters.pop(name) for name in list(parameters) if is_hidden_matrix(name, parameters)
-        ]
+        hidden = [name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)]
+        matrices = [parameters.pop(name) for name in hidden]
         rate = config.muon_learning_rate
         groups = [{"params": matrices, "peak": rate}]
         optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay))
@@ -37,9 +37,14 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name != "position_ND"
 
 
-def is_hidden_matrix(name: str, parameters: dict[str, nn.Parameter]) -> bool:
-    """Tell the matrices inside the blocks, which Muon is made for."""
-    return name.startswith("blocks.") and parameters[name].ndim == 2
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell the matrices that map tokens to tokens, which Muon is made for.
+
+    These are the blocks' matrices and the stem's kernels but for the first, which reads pixels.
+    """
+    if parameter.ndim < 2:
+        return False
+    return name.startswith("blocks.") or (name.startswith("stem.") and parameter.shape[1] > 3)
 
 
 def set_learning_rate(optimizers: list[Optimizer], multiplier: float) -> None:
