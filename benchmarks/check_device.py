@@ -3,7 +3,7 @@
     python benchmarks/check_device.py --device cuda --preset seed --steps 100
 
 Logits, gradients and a short loss curve: float32 there against float32 here, then bfloat16 there
-against float32 there. Dropout is off, so that all learn from the same numbers. Ends with code 1 if
+against float32 there. Dropout and RandAugment are off, so that all learn the same, and soon. Ends with code 1 if
 a difference is above its bound, or if the loss does not fall.
 """
 
@@ -96,7 +96,8 @@ def main(
     changes = {
         "model": model,
         "data": {"dataset": "shapes"},
-        "training": {"batch_size": batch_size, "warmup_epochs": 0},
+        "augment": {"randaugment_ops": 0},
+        "training": {"batch_size": batch_size, "learning_rate": 1e-3, "warmup_epochs": 0},
     }
     config = from_json(changes, base)
     images = load_splits(config.data, ["train"], image_hw=config.model.image_hw)["train"]

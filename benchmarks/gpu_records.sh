@@ -32,11 +32,11 @@ bench=() peers=() tiny=() check=(--steps 100) seeds='1 2 3' budgets='240 120 60 
 [ -z "${PEERS:-}" ] || peers=(--peers "$PEERS" --data_path "$data")
 if [ $dry = yes ]; then
     device=cpu seeds='1 2' budgets='240 120'
-    shape=(--embed_dim 16 --n_layers 1 --n_attention_heads 2 --patch_size 16)
+    shape=(--embed_dim 16 --n_layers 1 --n_attention_heads 2)
     bench=("${shape[@]}" --batch_size 8 --quick --rounds 1)
     tiny=("${shape[@]}" --dataset shapes --num_train_images 80 --num_test_images 40
         --validation_images 50 --batch_size 40 --warmup_epochs 0)
-    check=(--steps 60 --batch_size 20 --embed_dim 16 --n_layers 1)
+    check=(--steps 60 --batch_size 40 --embed_dim 32 --n_layers 2)
 fi
 output=${output:-gpu-records$([ $dry = no ] || echo -dry)}
 mkdir -p "$output/logs"

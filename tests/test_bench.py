@@ -25,6 +25,7 @@ from vitrine.cli import main
 from vitrine.config import AugmentConfig, ModelConfig, TrainingConfig
 from vitrine.errors import BenchError, ConfigError
 from vitrine.model.convert import convert_reference
+from vitrine.presets import PRESETS, get_preset
 
 TINY = Recipe(
     ModelConfig(
@@ -360,8 +361,10 @@ def test_every_peer_has_a_model_and_serves_what_it_can() -> None:
 
 
 def test_a_plain_model_is_the_others_shape() -> None:
-    ours_model = ModelConfig(stem="conv", position="rope", pool="mean", head="linear", embed_dim=48)
-    assert plain(ours_model) == ModelConfig(embed_dim=48)
+    model = get_preset("quick").model
+    assert plain(model) == ModelConfig(embed_dim=64, n_layers=4, dropout=0.0)
+    for preset in PRESETS:
+        assert plain(get_preset(preset).model).stem == "patch"
 
 
 # Growth

@@ -75,9 +75,11 @@ class Recipe:
 
 def plain(model: ModelConfig) -> ModelConfig:
     """Return the plain ViT of the same shape, which is what the others are."""
-    return dataclasses.replace(
-        model, stem="patch", position="learned", pool="cls", head="mlp", drop_path=0.0
-    )
+    shape = (
+        "image_size", "n_channels", "n_classes", "patch_size", "embed_dim", "n_layers",
+        "n_attention_heads", "forward_mul", "dropout",
+    )  # fmt: skip
+    return ModelConfig(**{name: getattr(model, name) for name in shape})
 
 
 @dataclass(frozen=True)

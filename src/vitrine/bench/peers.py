@@ -233,8 +233,8 @@ def epoch_measure(spec: Spec) -> Measure:
 def test_measure(spec: Spec) -> Measure:
     """The reference's test.py over the first test images; its weights and logits go to files.
 
-    Every matrix is blown up, so that a fresh model is as decided as a trained one and a
-    difference between two systems shows in the probabilities.
+    Its matrices get the deviation 2 / sqrt(inputs), so that a fresh model is as decided as a
+    trained one and a difference between two systems shows in the probabilities.
     """
     torch.manual_seed(1)
     model = reference_model(spec).to(spec["device"]).eval()
@@ -242,7 +242,8 @@ def test_measure(spec: Spec) -> Measure:
     options, folder = reference_options(spec), Path(spec["folder"])
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim == 2 else 1)
+            if parameter.ndim == 2:
+                parameter.normal_(0, 2 / parameter.shape[1] ** 0.5)
         loader = test.dataloader(options)
         logits = torch.cat([model(x.to(spec["device"]))[0].cpu() for x, _ in loader])
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder / "w.pt")
