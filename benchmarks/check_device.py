@@ -3,8 +3,8 @@
     python benchmarks/check_device.py --device cuda --preset seed --steps 100
 
 Logits, gradients and a short loss curve: float32 there against float32 here, then bfloat16 there
-against float32 there. Dropout and RandAugment are off, so that all learn the same, and soon. Ends with code 1 if
-a difference is above its bound, or if the loss does not fall.
+against float32 there. Dropout and RandAugment are off, so that all learn the same, and soon. Ends
+with code 1 if a difference is above its bound, or if the loss does not fall.
 """
 
 import dataclasses
