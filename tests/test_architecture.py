@@ -16,7 +16,7 @@ ORDER = [
     "devices", "environment", "data", "model", "training", "sealed", "checkpoint", "evaluation",
     "explain", "predictions", "predict", "onnx_predict", "export", "pickled", "foreign", "hub",
     "bundled", "pretrained", "publish", "tracking", "trackers", "run_folder", "recovery", "results",
-    "run_files", "run", "sweep", "cli", "__main__",
+    "run_files", "run", "sweep", "bench", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 

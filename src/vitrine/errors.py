@@ -7,7 +7,8 @@
     ├── CheckpointError          weights missing, truncated, altered or foreign
     ├── OutputError              a folder that cannot be written
     ├── ExportError              an exported file that does not compute what the model does
-    └── TrainingError            training cannot go on (a loss that is not finite)
+    ├── TrainingError            training cannot go on (a loss that is not finite)
+    └── BenchError               a measurement that could not be made
 
 The library raises these; only the command line turns them into words and exit codes.
 """
@@ -53,6 +54,10 @@ class ExportError(VitrineError):
 
 class TrainingError(VitrineError):
     """Training that cannot go on."""
+
+
+class BenchError(VitrineError):
+    """A measurement that could not be made."""
 
 
 def printable(text: str) -> str:

@@ -158,7 +158,7 @@ def mark_start(path: Path) -> None:
 
 def log_losses(path: Path, slow_after: int) -> None:
     """Log every update's number and loss, to the bit, before anything is saved of it."""
-    import vitrine.run_files
+    import vitrine.run
 
     real = vitrine.run.train
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -199,7 +199,7 @@ def slow_down(cwd: Path) -> None:
     """Let saving take a minute once it is asked for."""
     import vitrine.run_files
 
-    real = vitrine.run.save_checkpoint
+    real = vitrine.run_files.save_checkpoint
 
     def slow(*args: Any, **kwargs: Any) -> None:
         if (cwd / "slow").exists():
@@ -207,4 +207,4 @@ def slow_down(cwd: Path) -> None:
             time.sleep(60)
         real(*args, **kwargs)
 
-    vitrine.run.save_checkpoint = slow
+    vitrine.run_files.save_checkpoint = slow
