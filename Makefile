@@ -1,4 +1,4 @@
-.PHONY: check format test slow faults bench
+.PHONY: check format test slow faults fuzz bench
 
 check:  ## what must be clean before a commit
 	ruff check .
@@ -17,6 +17,8 @@ slow:  ## the tests that take minutes
 
 faults:  ## every fault many times, one table; RECORD=records/faults writes it there
 	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))
+fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
+	python tests/faults/hostile.py --cases 20000 --keep output/hostile
 
-bench:  ## speed of one training step, beside nothing but itself
-	python benchmarks/step.py
+bench:  ## speed and memory, in two minutes; PEERS=FOLDER (benchmarks/peers.sh) measures others too
+	vitrine bench --quick $(if $(PEERS),--peers $(PEERS))

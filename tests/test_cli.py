@@ -261,7 +261,7 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     check(weights, "model.safetensors: altered")
     torch.save({"layer.weight": torch.ones(2, 3)}, here / "foreign.pt")
-    check(here / "foreign.pt", "foreign.pt: not the reference system's weights")
+    check(here / "foreign.pt", "foreign.pt: weights of no layout known here")
     (here / "code.pt").write_bytes(pickle.dumps(RunsCode()))
     check(here / "code.pt", "code.pt: not a sound file of weights")
     assert not (here / "was_run").exists()
@@ -275,10 +275,11 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
         model.write_bytes(sound)
 
 
-def test_without_a_model_the_newest_run_is_taken_and_said(
+def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
     run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(["predict", str(pictures / "a.png")], capsys, "no trained model in output")
+    assert main(["predict", str(pictures / "a.png")]) == 0
+    assert "taking the bundled model, cifar10" in capsys.readouterr().err
     (here / "output").symlink_to(run_folder.parent)
     assert main(["predict", str(pictures / "a.png")]) == 0
     assert "taking the newest run, output/a" in capsys.readouterr().err

@@ -1,67 +1,229 @@
-"""Weights of the reference system: parity, what is read off the shapes, what is refused."""
+"""Weights of other systems: parity, what is read off the shapes, what is refused, and back."""
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import vitrine
+from layouts import GRID, SIDE, D, L, N, make_state, plain_logits
+from vitrine.cli import main
+from vitrine.config import ModelConfig
 from vitrine.errors import CheckpointError, ConfigError
-from vitrine.model.convert import convert_reference
+from vitrine.foreign import read_state
+from vitrine.model import VisionTransformer
+from vitrine.model.adapt import resize_positions
+from vitrine.model.convert import convert, restate
+
+LAYOUTS = ("reference", "timm", "huggingface", "google")
 
 
-def reference_state(*, dim: int = 6, hidden: int = 9, layers: int = 2) -> dict[str, Tensor]:
-    """A state dict of the reference's layout: patch 5, 3x3 patches, 7 classes."""
-    shapes = {
-        "embedding.conv1.weight": (dim, 3, 5, 5),
-        "embedding.conv1.bias": (dim,),
-        "embedding.pos_embedding": (1, 9, dim),
-        "embedding.cls_token": (1, 1, dim),
-        "norm.weight": (dim,),
-        "norm.bias": (dim,),
-        "classifier.fc1.weight": (dim, dim),
-        "classifier.fc1.bias": (dim,),
-        "classifier.fc2.weight": (7, dim),
-        "classifier.fc2.bias": (7,),
+def ours(state: dict[str, Tensor], files: dict[str, Any] | None = None) -> VisionTransformer:
+    """Our model of a state dict."""
+    found = convert(state, files, n_attention_heads=3)
+    model = VisionTransformer(found.config).eval()
+    model.load_state_dict(found.weights)
+    return model
+
+
+def noise(side: int = SIDE) -> Tensor:
+    """Five pictures of noise."""
+    return torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def difference(a_BY: Tensor, b_BY: Tensor) -> float:
+    """The largest difference of logits that are not all alike."""
+    assert b_BY.std() > 0.1
+    return (a_BY - b_BY).abs().max().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_the_layout_read_by_hand(layout: str) -> None:
+    state = make_state(layout)
+    model, plain = ours(state), plain_logits(layout, state)
+    largest = difference(model(noise()), plain(noise()))
+    print(f"\n{layout} in: max |difference| {largest:.1e}")
+    assert largest < 1e-5
+    written = restate(model.config, model.state_dict(), layout)
+    largest = difference(model(noise()), plain_logits(layout, written)(noise()))
+    print(f"{layout} out: max |difference| {largest:.1e}")
+    assert largest < 1e-5
+    assert {key: t.shape for key, t in written.items()} == {
+        key: t.shape for key, t in state.items()
     }
-    for layer in range(layers):
-        square = [f"attention.{n}" for n in ("queries", "keys", "values", "out_projection")]
-        sizes = dict.fromkeys(square, (dim, dim))
-        sizes |= {"fc1": (hidden, dim), "fc2": (dim, hidden), "norm1": (dim,), "norm2": (dim,)}
-        for name, shape in sizes.items():
-            shapes[f"encoder.{layer}.{name}.weight"] = shape
-            shapes[f"encoder.{layer}.{name}.bias"] = shape[:1]
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def test_settings_are_read_off_the_shapes() -> None:
-    config, _ = convert_reference(reference_state(), n_attention_heads=3)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_settings_are_read_off_the_shapes(layout: str) -> None:
+    found = convert(make_state(layout), n_attention_heads=3)
+    config = found.config
+    assert found.layout == layout
     assert (config.image_size, config.patch_size, config.n_classes) == (15, 5, 7)
-    assert (config.embed_dim, config.hidden_dim, config.n_layers) == (6, 9, 2)
+    assert (config.embed_dim, config.hidden_dim, config.n_layers) == (24, 42, 2)
     assert config.n_attention_heads == 3
+    assert config.head == ("mlp" if layout in ("reference", "google") else "linear")
 
 
-def test_a_head_count_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="n_attention_heads 4"):
-        convert_reference(reference_state())
+@torch.no_grad()
+def test_what_other_files_leave_out_or_add_changes_no_logit() -> None:
+    google, hf = make_state("google"), make_state("huggingface")
+    for key in [key for key in google if key.startswith("pre_logits")]:
+        del google[key]
+    assert difference(ours(google)(noise()), plain_logits("google", google)(noise())) < 1e-5
+    beside = {f"opt/target/{k}": t for k, t in google.items()} | {"opt/state/step": torch.ones(1)}
+    assert difference(ours(beside)(noise()), plain_logits("google", google)(noise())) < 1e-5
+
+    extra = {"vit.pooler.dense.weight": torch.ones(D, D), "vit.pooler.dense.bias": torch.ones(D)}
+    found = convert(hf | extra, n_attention_heads=3)
+    assert any("pooler" in note and "left out" in note for note in found.notes)
+
+    timm = make_state("timm")
+    plain = plain_logits("timm", timm)(noise())
+    timm["blocks.1.ls1.gamma"] = gamma_D = torch.linspace(0.5, 2, D)
+    timm["blocks.1.attn.proj.weight"] = timm["blocks.1.attn.proj.weight"] / gamma_D[:, None]
+    timm["blocks.1.attn.proj.bias"] = timm["blocks.1.attn.proj.bias"] / gamma_D
+    assert difference(ours(timm)(noise()), plain) < 1e-5
 
 
-@pytest.mark.parametrize("key", ["encoder.1.attention.keys.bias", "norm.weight"])
-def test_a_missing_key_is_named(key: str) -> None:
-    state = reference_state()
-    del state[key]
-    with pytest.raises(CheckpointError, match=key):
-        convert_reference(state, n_attention_heads=3)
+@torch.no_grad()
+def test_missing_biases_are_zeros() -> None:
+    state = make_state("timm")
+    zeros = state | {key: t * 0 for key, t in state.items() if key.endswith("qkv.bias")}
+    without = {key: t for key, t in state.items() if not key.endswith("qkv.bias")}
+    assert difference(ours(without)(noise()), plain_logits("timm", zeros)(noise())) < 1e-5
+    notes = convert(without, n_attention_heads=3).notes
+    assert any("blocks.0.attn.qkv.bias, blocks.1" in note for note in notes)
 
 
-def test_an_unknown_key_is_named() -> None:
-    with pytest.raises(CheckpointError, match=r"encoder\.0\.extra"):
-        convert_reference(
-            {**reference_state(), "encoder.0.extra": torch.ones(2)}, n_attention_heads=3
-        )
+@torch.no_grad()
+def test_timms_mean_leaves_the_class_token_out_and_is_normed_after() -> None:
+    state = make_state("timm")
+    model = ours({key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: t
+                  for key, t in state.items()})  # fmt: skip
+    assert (model.config.pool, model.config.class_token, model.config.fc_norm) == (
+        "mean",
+        True,
+        True,
+    )
+    tokens_BTD = model.embed(noise())
+    for block in model.blocks:
+        tokens_BTD, _ = block(tokens_BTD)
+    mean_BD = tokens_BTD[:, 1:].mean(dim=1)
+    normed_BD = torch.nn.functional.layer_norm(
+        mean_BD, (D,), state["norm.weight"], state["norm.bias"], 1e-6
+    )
+    expected_BY = normed_BD @ state["head.weight"].T + state["head.bias"]
+    assert difference(model(noise()), expected_BY) < 1e-5
+
+
+def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
+    about = {
+        "model_type": "vit", "num_attention_heads": 6, "layer_norm_eps": 1e-3,
+        "hidden_act": "gelu_pytorch_tanh", "image_size": [5, 45],
+        "id2label": {str(index): f"c{index}" for index in range(7)},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    save_file(make_state("huggingface"), tmp_path / "model.safetensors")
+    classifier = vitrine.load(tmp_path, device="cpu")
+    model, data = classifier.config.model, classifier.config.data
+    assert (model.n_attention_heads, model.layer_norm_eps) == (6, 1e-3)
+    assert (model.hidden_act, model.image_size) == ("gelu_tanh", (5, 45))
+    assert (data.mean, data.std, data.fit) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "squash")
+    assert classifier.classes[6] == "c6"
+    for wrong in ({"hidden_act": "relu"}, {"image_size": "big"}, {"layer_norm_eps": None}):
+        (tmp_path / "config.json").write_text(json.dumps(about | wrong))
+        with pytest.raises((CheckpointError, ConfigError)):
+            vitrine.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_matching_files_name_their_first_keys(layout: str) -> None:
+    state = make_state(layout)
+    keys = [key for key in state if "1.fc1" in key or "1.mlp.fc1" in key or "1/MlpBlock_3/" in key
+            or "1.intermediate" in key]  # fmt: skip
+    key = keys[0]
+    with pytest.raises(CheckpointError, match=f"{layout}: {key} is missing"):
+        convert({k: t for k, t in state.items() if k != key}, n_attention_heads=3)
+    with pytest.raises(CheckpointError, match=rf"{key} has shape \(2, 5\), not \("):
+        convert(state | {key: torch.ones(2, 5)}, n_attention_heads=3)
+    with pytest.raises(CheckpointError, match=r"unknown keys (\S*more\.\d,? ){3}\(and 2 more\)"):
+        convert(state | {f"more.{n}": torch.ones(1) for n in range(1, 6)}, n_attention_heads=3)
+
+
+def test_unknown_weights_name_their_first_keys() -> None:
+    with pytest.raises(CheckpointError, match=r"no layout known here .* keys layer\.weight"):
+        convert({"layer.weight": torch.ones(2, 3)})
+
+
+def test_what_vitrine_cannot_compute_is_refused_by_its_key() -> None:
+    for key in ("reg_token", "norm_pre.weight", "blocks.0.attn.q_norm.weight"):
+        with pytest.raises(CheckpointError, match=key):
+            convert(make_state("timm") | {key: torch.ones(D)}, n_attention_heads=3)
+
+
+def test_a_head_count_is_never_guessed_in_silence() -> None:
+    with pytest.raises(CheckpointError, match="width of 24: give n_attention_heads"):
+        convert(make_state("timm"))
+    with pytest.raises(ConfigError, match="n_attention_heads 7"):
+        convert(make_state("reference"), n_attention_heads=7)
+    assert any(
+        "n_attention_heads 4 is assumed" in n for n in convert(make_state("reference")).notes
+    )
+    with pytest.raises(CheckpointError, match="3 attention heads, not 4"):
+        convert(make_state("google"), n_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "words"),
+    [
+        ({"stem": "conv", "patch_size": 4}, "timm", "no place for stem conv: only patch"),
+        ({"position": "rope"}, "huggingface", "no place for position rope: only learned"),
+        ({"head": "mlp"}, "huggingface", "no place for head mlp"),
+        ({"pool": "mean"}, "huggingface", "no place for pool mean"),
+        ({}, "google", "hidden_act gelu: only gelu_tanh"),
+        ({"layer_norm_eps": 1e-4}, "timm", "layer_norm_eps 0.0001: only 1e-05 or 1e-06"),
+    ],
+)
+def test_what_a_layout_has_no_place_for_is_refused(
+    tiny_model: ModelConfig, changes: dict[str, Any], layout: str, words: str
+) -> None:
+    config = dataclasses.replace(tiny_model, **({"head": "linear"} | changes))
+    with pytest.raises(ConfigError, match=words):
+        restate(config, VisionTransformer(config).state_dict(), layout)
+
+
+def test_positions_are_resized_by_keys_cubic() -> None:
+    """Against the formula itself, one value at a time."""
+
+    def weight(x: float) -> float:
+        x, a = abs(x), -0.75
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    rows, new = (3, 4), (5, 7)
+    table = torch.randn(rows[0] * rows[1], 2, generator=torch.Generator().manual_seed(2))
+    grid = table.view(*rows, 2).numpy()
+    expected = np.zeros((*new, 2))
+    for g in range(new[0]):
+        for j in range(new[1]):
+            y, x = ((i + 0.5) * old / n - 0.5 for i, old, n in zip((g, j), rows, new, strict=True))
+            for v in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
+                for u in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                    at = grid[min(max(v, 0), rows[0] - 1), min(max(u, 0), rows[1] - 1)]
+                    expected[g, j] += weight(y - v) * weight(x - u) * at
+    resized = resize_positions(table, rows, new)
+    np.testing.assert_allclose(resized.numpy(), expected.reshape(-1, 2), atol=1e-6)
+    assert torch.equal(resize_positions(table, rows, rows), table)
 
 
 def test_parity_with_the_references_own_code(reference: Path) -> None:
@@ -73,6 +235,7 @@ def test_parity_with_the_references_own_code(reference: Path) -> None:
         )
     logits_error = np.abs(logits_BY.numpy() - expected["logits"]).max()
     attention_error = np.abs(torch.stack(attentions).numpy() - expected["attention"]).max()
+    print(f"\nthe reference's own: logits {logits_error:.1e}, attention {attention_error:.1e}")
     assert logits_error < 1e-5
     assert attention_error < 1e-6
     assert classifier.classes[0] == "plane"
@@ -87,3 +250,88 @@ def test_another_head_count_gives_another_model(reference: Path) -> None:
             for heads in (None, 8)
         )
     assert not torch.allclose(four, eight, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_there_and_back_again_by_the_command(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / {"reference": "a.pth", "google": "a.npz"}.get(layout, "a.safetensors")
+    state = make_state(layout)
+    if layout == "google":
+        np.savez(start, **{key: t.numpy() for key, t in state.items()})
+    elif layout == "reference":
+        torch.save({"epoch": 3, "model": state}, start)
+    else:
+        save_file(state, start)
+    middle = tmp_path / "b.safetensors"
+    end = tmp_path / {"reference": "c.pt", "google": "c.npz"}.get(layout, "c")
+    assert main(["convert", str(start), str(middle), "--n_attention_heads", "3"]) == 0
+    told = capsys.readouterr().out
+    assert f"({layout}, {len(state)} tensors)" in told
+    assert vitrine.load(middle, device="cpu").config.model.layer_norm_eps == {
+        "reference": 1e-5, "timm": 1e-6, "google": 1e-6, "huggingface": 1e-12,
+    }[layout]  # fmt: skip
+    assert main(["convert", str(middle), str(end), "--layout", layout]) == 0
+    written = read_state(end if end.suffix else end / "model.safetensors")
+    again = vitrine.load(end, n_attention_heads=3, device="cpu")
+    before = vitrine.load(middle, device="cpu").model.state_dict()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(t, before[k]) for k, t in again.model.state_dict().items())
+
+
+def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> None:
+    save_file(make_state("timm"), tmp_path / "a.safetensors")
+    words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"),
+             "--n_attention_heads", "3"]  # fmt: skip
+    assert main([*words, "--image_size", "35", "--n_classes", "4", "--new_head"]) == 0
+    told = capsys.readouterr().out
+    assert "positions resized from 3 x 3 patches to 7 x 7" in told
+    assert "a new head for 4 classes" in told
+    model = vitrine.load(tmp_path / "b.safetensors", device="cpu").model
+    before = convert(make_state("timm"), n_attention_heads=3).weights
+    assert model(noise(35)).shape == (5, 4)
+    expected = resize_positions(before["position_ND"], (GRID, GRID), (7, 7))
+    assert torch.equal(model.position_ND, expected)
+    assert torch.equal(model.blocks[L - 1].mlp.fc2.weight, before[f"blocks.{L - 1}.mlp.fc2.weight"])
+    assert main([*words, "--n_classes", "4"]) == 2
+    assert "give --new_head too" in capsys.readouterr().err
+    assert main([*words, "--image_size", "34"]) == 2
+    assert "image_size 34" in capsys.readouterr().err
+
+
+def test_weights_without_a_head_wait_for_one(tmp_path: Path) -> None:
+    state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
+    state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"without a head cannot classify.*--new_head"):
+        vitrine.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
+    found = convert(state, n_attention_heads=3)
+    assert found.config.n_classes == 0
+    assert found.weights["position_ND"].shape == (N, D)
+
+
+def test_half_precision_is_read(tmp_path: Path) -> None:
+    state = {key: tensor.bfloat16() for key, tensor in make_state("timm").items()}
+    save_file(state, tmp_path / "a.safetensors")
+    model = vitrine.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu").model
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.pth"])
+def test_broken_files_are_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of the kind" * 9)
+    with pytest.raises(CheckpointError, match=name):
+        vitrine.load(tmp_path / name)
+
+
+def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: Any) -> None:
+    save_file(make_state("timm"), tmp_path / "a.safetensors")
+    for dest, layout, words in (
+        ("b.pt", "vitrine", "ends in .safetensors"),
+        ("b", "google", "ends in .npz"),
+        ("b.pt", "timm", "is a folder"),
+    ):
+        command = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / dest)]
+        assert main([*command, "--layout", layout, "--n_attention_heads", "3"]) == 2
+        assert words in capsys.readouterr().err

@@ -151,6 +151,12 @@ def test_without_a_class_token_the_head_reads_every_row() -> None:
     assert torch.equal(patch, flow_BTT[:, 3].view(5, 2, 3))
 
 
+def test_a_mean_beside_a_class_token_reads_the_patches_rows() -> None:
+    flow_BTT = torch.arange(2 * 7 * 7, dtype=torch.float32).view(2, 7, 7)
+    map_BGJ = read_query(flow_BTT, (2, 3), class_token=True, query=None, mean_pool=True)
+    assert torch.equal(map_BGJ.flatten(1), flow_BTT[:, 1:, 1:].mean(dim=1))
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_every_query_is_each_query(class_token: bool) -> None:
     flow_BTT = torch.rand(5, 6 + class_token, 6 + class_token)

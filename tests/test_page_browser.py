@@ -123,6 +123,13 @@ def test_with_mean_pooling_all_patches_are_asked(open_page: Open) -> None:
     assert page.inner_text("#answer").endswith("Ask a patch to see what looks at it.")
 
 
+def test_a_mean_beside_a_class_token_leaves_it_out(open_page: Open) -> None:
+    data = make_data(mean_pool=True)
+    page = open_page(data)
+    assert_shows(page, data.attention_LATT[3].mean(0)[1:, 1:].mean(0))
+    assert page.inner_text("#answer").startswith("The mean of all patches")
+
+
 def test_hovering_asks_a_patch_and_leaving_lets_go(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)

@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from vitrine.config import Config
 from vitrine.configfile import from_json, to_json
 from vitrine.errors import CheckpointError, ConfigError, OutputError
 from vitrine.files import flush_folder, replace_file, write_flushed
+from vitrine.sealed import hash_tensors, pack, read_bytes, seal, unpack, unseal
 
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrine"
+LONGEST_NAME = 255
+"""Characters of a class name, as of a folder's."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class CheckpointInfo:
         classes = content["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise CheckpointError(f"{where}: classes are not a list of names")
+        if max(map(len, classes), default=0) > LONGEST_NAME:
+            raise CheckpointError(f"{where}: a class name of more than {LONGEST_NAME} characters")
+        for name in ("numbers", "metrics"):
+            if not isinstance(content[name], Mapping):
+                raise CheckpointError(f"{where}: {name} are not a table")
         try:
             config = from_json(content["config"])
         except ConfigError as error:
@@ -189,13 +194,23 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     file = read_bytes(path)
     tensors = unpack(file, path)
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
-    described = header.get("__metadata__", {}).get(METADATA_KEY)
+    described = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrine: it does not describe its model")
     content = unseal(described, path)
     if content.get("sha256") != hash_tensors(tensors):
         raise CheckpointError(f"{path}: altered: the weights have another sha256 than it says")
     return CheckpointInfo.from_json(content, path), tensors
+
+
+def describes_itself(path: Path) -> bool:
+    """Tell whether a ``.safetensors`` file is one that save_weights_file() wrote."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return METADATA_KEY in header["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError):
+        return False
 
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
@@ -223,48 +238,6 @@ def read_pointer(checkpoints: Path, name: str) -> Path:
     return checkpoints / target
 
 
-def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Return tensors as the bytes of a safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return bytes(save_safetensors(plain, metadata))
-
-
-def unpack(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
-    try:
-        return dict(load_safetensors(content))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {error}") from error
-
-
-def seal(content: dict[str, Any]) -> str:
-    """Return JSON text that holds its own hash."""
-    return json.dumps({**content, "seal": digest_json(content)}, indent=1)
-
-
-def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
-    """Return what seal() was given, if it is unchanged."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number without end
-        raise CheckpointError(f"{where}: damaged: {error}") from error
-    if not isinstance(content, dict) or "seal" not in content:
-        raise CheckpointError(f"{where}: not a Vitrine checkpoint")
-    if content.pop("seal") != digest_json(content):
-        raise CheckpointError(f"{where}: altered: its content has another sha256 than it says")
-    return content
-
-
-def digest_json(content: Any) -> str:
-    """Return the sha256 of a JSON value, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of tensors, in any order."""
-    return hashlib.sha256(pack(dict(sorted(tensors.items())))).hexdigest()
-
-
 def read_info(folder: Path) -> dict[str, Any]:
     """Return the content of checkpoint.json."""
     if not folder.is_dir():
@@ -282,14 +255,6 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
             f"{folder / name}: altered or truncated: its sha256 is {digest[:16]}…"
         )
     return unpack(content, folder / name)
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a whole file."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
 def clear(*folders: Path) -> None:

@@ -5,128 +5,17 @@ A combination that cannot work is refused when it is built, with the remedy.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vitrine.errors import ConfigError
+from vitrine.model_config import LIMIT
+from vitrine.model_config import ModelConfig as ModelConfig
+from vitrine.model_config import require as require
+from vitrine.model_config import require_range as require_range
 
 Split = Literal["train", "validation", "test"]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with ``message`` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_range(config: object, names: str, low: float, high: float = math.inf) -> None:
-    """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
-    wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
-    for name in names.split():
-        value = getattr(config, name)
-        require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The Vision Transformer."""
-
-    image_size: int | tuple[int, int] = 32
-    """Side of the image in pixels, or its height and width."""
-    n_channels: int = 3
-    """3 for colour, 1 for gray."""
-    n_classes: int = 0
-    """Number of classes; 0 takes as many as the data have."""
-    patch_size: int = 4
-    """Side of one square patch in pixels."""
-    embed_dim: int = 128
-    """Width of a token."""
-    n_layers: int = 6
-    """Number of transformer blocks."""
-    n_attention_heads: int = 4
-    """Attention heads in each block."""
-    forward_mul: float = 2.0
-    """Hidden width of the MLP, as a multiple of embed_dim."""
-    dropout: float = 0.1
-    """Dropout probability after the embedding, the attention and the MLP."""
-    drop_path: float = 0.0
-    """Stochastic depth: probability of skipping a branch, from 0 in the first block to this."""
-    pool: Literal["cls", "mean"] = "cls"
-    """What the head reads: a class token, or the mean of the patch tokens."""
-    stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: one strided convolution, or overlapping 3x3 convolutions."""
-    position: Literal["learned", "sincos", "rope"] = "learned"
-    """Positions: a learned table, fixed sines and cosines, or rotary in every attention."""
-    head: Literal["mlp", "linear"] = "mlp"
-    """Classifier: Linear, Tanh, Linear as the reference, or one Linear."""
-
-    def __post_init__(self) -> None:
-        require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
-        require_range(self, "n_classes", 0)
-        require_range(self, "dropout drop_path", 0, 0.999)
-        require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
-        for side in self.image_hw:
-            require(
-                side >= 1 and side % self.patch_size == 0,
-                f"image_size {side} is not a multiple of patch_size {self.patch_size}: "
-                f"give image_size {max(1, round(side / self.patch_size)) * self.patch_size} "
-                "or another patch_size",
-            )
-        self._check_widths()
-
-    def _check_widths(self) -> None:
-        width, heads = self.embed_dim, self.n_attention_heads
-        require(
-            width % heads == 0,
-            f"embed_dim {width} is not a multiple of n_attention_heads {heads}: "
-            f"give embed_dim {max(1, round(width / heads)) * heads} or another number of heads",
-        )
-        require(
-            self.hidden_dim >= 1,
-            f"forward_mul {self.forward_mul} leaves the MLP no hidden unit: raise it",
-        )
-        if self.position == "rope":
-            require(
-                (width // heads) % 4 == 0,
-                f"position rope needs a head width divisible by 4, not {width // heads} "
-                f"(embed_dim {width} / {heads} heads): "
-                f"give embed_dim {heads * 4 * max(1, round(width / heads / 4))}",
-            )
-        if self.position == "sincos":
-            require(
-                width % 4 == 0,
-                f"position sincos needs embed_dim divisible by 4, not {width}: "
-                f"give {width // 4 * 4 or 4}",
-            )
-        if self.stem == "conv":
-            require(
-                self.patch_size in (2, 4, 8, 16),
-                f"stem conv halves the image step by step: patch_size {self.patch_size} "
-                "must be 2, 4, 8 or 16, or take stem patch",
-            )
-            require(
-                width % 2 == 0, f"stem conv needs an even embed_dim, not {width}: give {width + 1}"
-            )
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
-
-    @property
-    def grid_GJ(self) -> tuple[int, int]:
-        """Patch rows and patch columns."""
-        height, width = self.image_hw
-        return height // self.patch_size, width // self.patch_size
-
-    @property
-    def hidden_dim(self) -> int:
-        """Hidden width of the MLP."""
-        return int(self.embed_dim * self.forward_mul)
 
 
 @dataclass(frozen=True)
@@ -155,7 +44,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
-        require(min(self.std) > 0, f"std is {self.std}: every value must be above 0")
+        require(all(1e-6 <= s <= LIMIT for s in self.std), f"std is {self.std}: give 1e-6 or more")
+        require(all(abs(m) <= LIMIT for m in self.mean), f"mean is {self.mean}: too large")
 
 
 @dataclass(frozen=True)
@@ -202,7 +92,7 @@ class TrainingConfig:
     schedule_by: Literal["step", "epoch"] = "step"
     """Change the learning rate at every update, or once an epoch as the reference does."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the matrices inside the blocks with Muon, the rest with AdamW."""
+    """muon trains the matrices of the blocks and the stem with Muon, the rest with AdamW."""
     muon_learning_rate: float = 0.02
     """Highest learning rate of Muon; it follows the same schedule."""
     weight_decay: float = 1e-3
@@ -217,10 +107,18 @@ class TrainingConfig:
     """Parts a batch is cut into, one backward pass each, to save memory."""
     ema_decay: float = 0.0
     """Decay per update of the average of the weights that is tested and saved; 0 for none."""
+    init: str = ""
+    """Weights to start from: whatever a model can be named by; at random unless given."""
+    new_head: bool = False
+    """Start from init without its head, for other classes."""
+    freeze_backbone: bool = False
+    """Train the head alone and keep all else as init has it."""
+    layer_decay: float = 1.0
+    """Learning rate of each block as a share of the next one's; 1 for all alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 autocast where the hardware multiplies it natively."""
-    compile: bool = False
-    """Compile the model with torch.compile (a minute at the start, faster steps after)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
 
     def __post_init__(self) -> None:
         require_range(self, "batch_size epochs accumulate", 1)
@@ -228,21 +126,26 @@ class TrainingConfig:
         require_range(self, "weight_decay minimum_learning_rate clip_norm warmup_epochs", 0)
         require_range(self, "label_smoothing", 0, 0.999)
         require_range(self, "ema_decay", 0, 0.99999999)
+        require_range(self, "layer_decay", 1e-6, 1)
+        for name in ("new_head", "freeze_backbone"):
+            require(
+                bool(self.init) or not getattr(self, name),
+                f"{name} needs weights to start from: give --init",
+            )
+        require(
+            not self.freeze_backbone or self.layer_decay == 1,
+            f"layer_decay {self.layer_decay} has no block to act on with freeze_backbone: leave "
+            "one out",
+        )
         require(
             self.warmup < self.epochs,
             f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
             f"give --warmup_epochs {self.epochs / 20:g} or more epochs",
         )
-        require(
-            self.minimum_learning_rate <= self.learning_rate,
-            f"minimum_learning_rate {self.minimum_learning_rate} is above "
-            f"learning_rate {self.learning_rate}: lower it",
-        )
-        require(
-            self.accumulate <= self.batch_size,
-            f"accumulate {self.accumulate} leaves parts of a batch of {self.batch_size} empty: "
-            "lower it",
-        )
+        low, top = self.minimum_learning_rate, self.learning_rate
+        require(low <= top, f"minimum_learning_rate {low} is above learning_rate {top}: lower it")
+        parts, size = self.accumulate, self.batch_size
+        require(parts <= size, f"accumulate {parts} is above batch_size {size}: lower it")
 
     @property
     def warmup(self) -> float:
@@ -268,19 +171,28 @@ class RunConfig:
     """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
     """Split scored after every epoch. test is for repeating published curves; it picks nothing."""
+    stop_at_accuracy: float | None = None
+    """Stop after the first epoch whose validation accuracy reaches this, a share of 1."""
     checkpoint_epochs: int = 1
     """Save a checkpoint every so many epochs (and at the end)."""
     keep_checkpoints: int = 1
     """Newest checkpoints to keep beside the best one; 0 keeps all."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well, by your own installation of wandb and your own account."""
+    mlflow: bool = False
+    """Log to MLflow as well, by your own installation; MLFLOW_TRACKING_URI says where."""
+    attention_epochs: int = 0
+    """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
+        require_range(self, "stop_at_accuracy", 0, 1)
         require_range(self, "checkpoint_epochs", 1)
-        require_range(self, "keep_checkpoints", 0)
+        require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
-            plain = value == Path(value).name or value == ""
+            plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a plain name, no path")
 
 
@@ -298,3 +210,15 @@ class Config:
         """Return all fields in one dictionary; no name is in two sections."""
         sections = dataclasses.asdict(self)
         return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
+    """Return the settings with as many classes as the data have.
+
+    Raises:
+        ConfigError: another number of classes was asked for.
+    """
+    asked, there = config.model.n_classes, len(classes)
+    if asked not in (0, there):
+        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))

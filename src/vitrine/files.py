@@ -37,13 +37,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people to read."""
-    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Names of files that are no UTF-8 hold half characters; with a backslash they are JSON.
+    replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, text.encode())
+    replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,122 +1,226 @@
-"""A name, file or folder -> a model ready to use."""
+"""A name, file, folder or hub id -> a model ready to use."""
 
 import dataclasses
-import pickle
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vitrine import bundled, hub, rng
 from vitrine.checkpoint import (
+    INFO,
+    MODEL,
+    TRAINING,
     CheckpointInfo,
+    describes_itself,
     load_info,
     load_weights,
     load_weights_file,
     read_pointer,
+    save_weights_file,
 )
-from vitrine.config import Config, DataConfig
-from vitrine.data.cifar import CIFAR10_CLASSES
+from vitrine.config import Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from vitrine.devices import choose_device
-from vitrine.errors import CheckpointError
+from vitrine.errors import CheckpointError, ConfigError
+from vitrine.foreign import CONFIG, FILES, read_foreign, read_json_object, write_foreign
 from vitrine.model import VisionTransformer
-from vitrine.model.convert import convert_reference, is_reference
+from vitrine.model.adapt import adapt, build
 from vitrine.predict import Classifier
+
+OWN = "vitrine"
+"""The layout of what Vitrine itself wrote."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights and what is known of them. n_classes is 0 where they have no head."""
+
+    info: CheckpointInfo
+    weights: dict[str, Tensor]
+    layout: str = OWN
+    notes: tuple[str, ...] = ()
+    """What was assumed, changed or left out to read another system's weights."""
+    tensors: int = 0
+    """How many of the other system's tensors were read."""
+    classes_known: bool = True
+    """Whether the classes' names are their own, not numbers."""
 
 
 def load(
     source: str | Path, *, n_attention_heads: int | None = None, device: str = "auto"
 ) -> Classifier:
-    """Return the classifier that a file or folder holds.
+    """Return the classifier that a file, folder or hub id holds.
 
     Args:
-        source: a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
-            of Vitrine, or a ``.pt`` file of the reference system.
-        n_attention_heads: the head count of a reference ``.pt``, which its file does not tell (4
-            unless given); everything else tells its own.
+        source: the name of a bundled model (``cifar10``); a run folder (its BEST checkpoint), a
+            checkpoint folder, a ``.safetensors`` file of Vitrine; weights of the reference system
+            (``.pt``), timm (``.safetensors``, ``.pth``, or a folder), Hugging Face (a folder),
+            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``.
+        n_attention_heads: the head count, where the files do not tell it; for the reference's
+            ``.pt`` it is 4 unless given, for timm's files the usual one of their width.
         device: auto, cpu, cuda or mps.
 
     Raises:
-        CheckpointError: there is nothing to load, or it is damaged or foreign.
+        CheckpointError: there is nothing to load, or it is damaged, foreign, or has no head.
         ConfigError: the device is not available.
     """
-    chosen, path = choose_device(device), Path(source)
-    if path.suffix in (".pt", ".pth") and not path.is_dir():
-        info, weights = load_reference(path, n_attention_heads)
-    else:
-        info, weights = load_own(path)
-        heads = info.config.model.n_attention_heads
-        if n_attention_heads not in (None, heads):
-            raise CheckpointError(f"{path} has {heads} attention heads, not {n_attention_heads}")
-    model = VisionTransformer(info.config.model)
-    fit_weights(model, weights, path)
-    return Classifier(model.eval().to(chosen), info.config, info.classes, str(path))
-
-
-def load_own(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Load what Vitrine wrote: a file, a checkpoint folder, or a run folder."""
-    if not path.exists():
+    chosen, found = choose_device(device), read(source, n_attention_heads=n_attention_heads)
+    if not found.info.config.model.n_classes:
         raise CheckpointError(
-            f"{path}: no such model; give a run folder, a checkpoint folder, a .safetensors file "
-            "or a .pt file of the reference system"
+            f"{source}: weights without a head cannot classify: train one with "
+            f"vitrine train --init {source} --new_head"
         )
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: not a model file: give .safetensors or .pt")
-        return load_weights_file(path)
-    folder = read_pointer(path / "checkpoints", "BEST") if (path / "checkpoints").is_dir() else path
-    return load_info(folder), load_weights(folder)
-
-
-def load_reference(
-    path: Path, n_attention_heads: int | None
-) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Load a state dict of the reference system. Only tensors are unpickled, never code."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a sound file of weights: torch.save writes a zip file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a sound file of weights: {reason:.100}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{path}: not a state dict of tensors")
-    if not is_reference(state):
-        raise CheckpointError(
-            f"{path}: not the reference system's weights: first keys {list(state)[:3]}"
-        )
-    model, weights = convert_reference(state, n_attention_heads=n_attention_heads)
-    known = model.n_classes == len(CIFAR10_CLASSES)
-    classes = CIFAR10_CLASSES if known else tuple(f"class {i}" for i in range(model.n_classes))
-    config = Config(model=model, data=DataConfig(dataset="cifar10"))
-    return CheckpointInfo(config, classes, {}, {}), weights
+        model = build(found.info.config.model, found.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return Classifier(
+        model.eval().to(chosen), found.info.config, found.info.classes, str(source), found.notes
+    )
 
 
-def fit_weights(model: VisionTransformer, weights: dict[str, Tensor], path: Path) -> None:
-    """Put weights into the model they describe, or name the first that do not fit."""
-    own = model.state_dict()
-    wrong = sorted(set(own) ^ set(weights))
-    wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if wrong:
-        raise CheckpointError(f"{path}: weights do not fit the model they describe: {wrong[:3]}")
-    model.load_state_dict(weights)
-
-
-def newest_run(output_path: Path) -> Path:
-    """Return the run folder whose best checkpoint is the newest.
+def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
+    """Return the weights that ``load`` would put into a model, and what is known of them.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: as ``load``, but weights without a head are welcome.
     """
-    pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
-    if not pointers:
+    path = Path(source)
+    if hub.is_hub_id(source):
+        path = hub.download(str(source))
+    elif str(source) in bundled.names() and not (isinstance(source, Path) and path.exists()):
+        path = bundled.weights_path(str(source))
+    if not path.exists():
         raise CheckpointError(
-            f"no trained model in {output_path}: train one (vitrine train --preset quick) or give "
-            "--model_path"
+            f"{path}: no such model; give a run or checkpoint folder, a file or folder of weights "
+            f"(vitrine convert --help lists the kinds), or a hub id: {hub.PREFIX}OWNER/NAME"
         )
-    return pointers[-1].parent.parent
+    if path.is_file() and path.suffix not in FILES:
+        raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
+    own = read_own(path)
+    if own is None:
+        return read_other(path, n_attention_heads)
+    heads = own.info.config.model.n_attention_heads
+    if n_attention_heads not in (None, heads):
+        raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
+    return own
+
+
+def read_own(path: Path) -> Source | None:
+    """Return what Vitrine wrote: a file, a run or checkpoint folder, or what it pushed to the hub.
+
+    None if the path is of another system.
+    """
+    if path.is_dir():
+        run = (path / "checkpoints").is_dir()
+        folder = read_pointer(path / "checkpoints", "BEST") if run else path
+        if run or (folder / INFO).exists() or (folder / TRAINING).exists():
+            return Source(load_info(folder), load_weights(folder))
+        if not describes_itself(folder / MODEL):
+            return None
+        source = Source(*load_weights_file(folder / MODEL))
+        if (folder / CONFIG).exists():  # as on the hub, for people to read
+            told = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
+            if (told.config, told.classes) != (source.info.config, source.info.classes):
+                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
+        return source
+    return Source(*load_weights_file(path)) if describes_itself(path) else None
+
+
+def read_other(path: Path, n_attention_heads: int | None) -> Source:
+    """Return weights of another system, in our terms."""
+    found = read_foreign(path, n_attention_heads)
+    dataset = "cifar10" if found.layout == "reference" else "folder"
+    data = DataConfig(dataset=dataset, **found.data)  # type: ignore[arg-type]
+    classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
+    info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
+    notes, known = tuple(found.notes), bool(found.classes)
+    return Source(info, found.weights, found.layout, notes, found.tensors, known)
+
+
+def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
+    """Return the settings of a run that starts from weights: with their model and normalisation.
+
+    Dropout and stochastic depth stay as they are, and the number of classes is left to the data.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
+    theirs = read(init, n_attention_heads=n_attention_heads).info.config
+    free = {name: getattr(config.model, name) for name in ("dropout", "drop_path")}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(theirs.model, n_classes=0, **free),
+        data=dataclasses.replace(config.data, mean=theirs.data.mean, std=theirs.data.std),
+        training=dataclasses.replace(config.training, init=init),
+    )
+
+
+def start_from(
+    model: VisionTransformer, training: TrainingConfig, classes: tuple[str, ...]
+) -> list[str]:
+    """Put ``training.init``'s weights into the model of a new run; return what was changed.
+
+    Raises:
+        CheckpointError: they are of another model, or have a head for other classes.
+    """
+    # The model's head count was settled with its weights: files that do not tell it cannot object.
+    found = read(training.init, n_attention_heads=model.config.n_attention_heads)
+    names = found.info.classes
+    if not training.new_head and found.classes_known and names != classes:
+        raise CheckpointError(
+            f"{training.init}: its head is for {', '.join(names[:3])}…, the data have "
+            f"{', '.join(classes[:3])}…: give --new_head"
+        )
+    try:
+        notes = adapt(model, found.info.config.model, found.weights, new_head=training.new_head)
+    except CheckpointError as error:
+        raise CheckpointError(f"{training.init}: {error}") from error
+    return [f"{training.init}: {note}" for note in (*found.notes, *notes)]
+
+
+def remodel(
+    source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
+) -> Source:
+    """Return the weights for a model of another image size or, with ``new_head``, other classes.
+
+    Raises:
+        CheckpointError: the models differ in more.
+    """
+    with rng.seeded(seed, "init", device=torch.device("cpu")):
+        built = VisionTransformer(model)
+    notes = adapt(built, source.info.config.model, source.weights, new_head=new_head)
+    config = dataclasses.replace(source.info.config, model=model)
+    same = model.n_classes == len(source.info.classes) and not new_head
+    names = source.info.classes if same else tuple(f"class {i}" for i in range(model.n_classes))
+    return dataclasses.replace(
+        source,
+        info=dataclasses.replace(source.info, config=config, classes=names),
+        weights=dict(built.state_dict()),
+        notes=(*source.notes, *notes),
+    )
+
+
+def save(source: Source, path: Path, layout: str = OWN) -> None:
+    """Write weights as one file of ours (``.safetensors``), or as another system lays them out.
+
+    Raises:
+        ConfigError: the layout has no place for such a model, or the name is not one of its files.
+        OutputError: it cannot be written.
+    """
+    if layout != OWN:
+        write_foreign(path, layout, source.info, source.weights)
+    elif path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: give a name that ends in .safetensors, or another --layout")
+    else:
+        save_weights_file(path, source.info, source.weights)
+
+
+def default_model(output_path: Path) -> Path | str:
+    """Return the run folder whose best checkpoint is the newest, or the bundled model's name."""
+    pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
+    return pointers[-1].parent.parent if pointers else bundled.DEFAULT
 
 
 def with_data(classifier: Classifier, **changes: object) -> Classifier:

@@ -6,20 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vitrine.checkpoint import CheckpointInfo, save_weights_file
-from vitrine.config import Config
-from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
+from vitrine.evaluation.figures import plot_curves, plot_metrics
 from vitrine.evaluation.metrics import Metrics
 from vitrine.predict import Classifier
 
 
 def summarise(
-    best: Classifier,
-    config: Config,
-    rows: Sequence[dict[str, Any]],
-    *,
-    train_images: int,
-    seconds: float,
-    precision: str,
+    best: Classifier, rows: Sequence[dict[str, Any]], *, train_images: int, seconds: float
 ) -> dict[str, Any]:
     """Return what result.json says besides the test scores."""
     step = int(Path(best.source).name.removeprefix("step-"))
@@ -29,15 +22,16 @@ def summarise(
         for name in ("accuracy", "loss")
         if f"validation_{name}" in row
     }
+    epochs = rows[-1]["epoch"]
     return {
-        "epochs": config.training.epochs,
+        "epochs": epochs,
         "best_epoch": row.get("epoch"),
         "validation": validation or None,
         "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
         "train_images": train_images,
         "seconds": round(seconds, 1),
-        "images_per_second": speed(train_images * config.training.epochs, seconds),
-        "precision": precision,
+        "evaluation_seconds": round(sum(row.get("evaluation_seconds", 0) for row in rows), 1),
+        "images_per_second": speed(train_images * epochs, seconds),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -48,15 +42,9 @@ def speed(images: int, seconds: float) -> float:
 
 
 def draw(metrics: Metrics, rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Draw the curves, and what draw_metrics() draws."""
+    """Draw the curves, the confusion matrix and the reliability diagram."""
     plot_curves(rows, folder)
-    draw_metrics(metrics, folder)
-
-
-def draw_metrics(metrics: Metrics, folder: Path) -> None:
-    """Draw the confusion matrix and the reliability diagram."""
-    plot_confusion(metrics, folder / "confusion_matrix.png")
-    plot_calibration(metrics, folder / "calibration.png")
+    plot_metrics(metrics, folder)
 
 
 def write_weights(best: Classifier, info: CheckpointInfo, run_name: str) -> None:

@@ -82,9 +82,23 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+    if not all(map(is_row, rows)):
         raise CheckpointError(f"{path}: damaged: a line is not an epoch of a run")
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Tell whether a line is an epoch of a run: numbers by name, and its step and epoch."""
+    return (
+        isinstance(row, dict)
+        and all(value is None or is_number(value) for value in row.values())
+        and all(type(row.get(name)) is int for name in ("step", "epoch"))
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number that can be printed and drawn."""
+    return isinstance(value, int | float) and -1e15 < value < 1e15
 
 
 def log_test_use(folder: Path, purpose: str, images: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vitrine import ranks
 from vitrine.errors import ConfigError, OutputError
 
 
@@ -26,7 +27,8 @@ class EventWriter:
                 raise ConfigError(
                     'tensorboard is not installed: pip install "vitrine[track]"'
                 ) from error
-            self.writer = SummaryWriter(str(folder))
+            if ranks.is_leader():
+                self.writer = SummaryWriter(str(folder))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write every number of an epoch under its name."""

@@ -120,7 +120,7 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
 
 def set_up(plan: Plan, cwd: Path) -> None:
     """Build the fault in."""
-    import vitrine.run
+    import vitrine.run_files
 
     if plan.user is not None:
         os.setgroups([])
@@ -139,7 +139,7 @@ def set_up(plan: Plan, cwd: Path) -> None:
     if plan.clock is not None:
         jump(plan.clock)
     if not plan.pictures:
-        vitrine.run.draw = lambda *_: None
+        vitrine.run_files.draw = lambda *_: None
     if plan.slow_save:
         slow_down(cwd)
 
@@ -198,9 +198,9 @@ real_strftime = time.strftime
 
 def slow_down(cwd: Path) -> None:
     """Let saving take a minute once it is asked for."""
-    import vitrine.run
+    import vitrine.run_files
 
-    real = vitrine.run.save_checkpoint
+    real = vitrine.run_files.save_checkpoint
 
     def slow(*args: Any, **kwargs: Any) -> None:
         if (cwd / "slow").exists():
@@ -208,4 +208,4 @@ def slow_down(cwd: Path) -> None:
             time.sleep(60)
         real(*args, **kwargs)
 
-    vitrine.run.save_checkpoint = slow
+    vitrine.run_files.save_checkpoint = slow

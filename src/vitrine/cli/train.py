@@ -1,12 +1,16 @@
 """``vitrine train``."""
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrine.cli.console import err, out, say
+from vitrine.cli import STARTED
+from vitrine.cli.console import err, out, say, tell
 from vitrine.cli.parsing import parse, parse_known
+from vitrine.cli.processes import one_run
 from vitrine.config import Config
 from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
 from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
@@ -28,6 +32,14 @@ class StartOptions:
 
 
 @dataclass(frozen=True)
+class InitOptions:
+    """What must be known of a run's first weights before the other flags make sense."""
+
+    init: str = ""
+    n_attention_heads: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainOptions(Config, StartOptions):
     """Train a Vision Transformer.
 
@@ -37,15 +49,25 @@ class TrainOptions(Config, StartOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
     """Run ``vitrine train``; ``name`` is the run folder's if none is asked for."""
+    with one_run() as on_leader:
+        start, settings = on_leader(read, words, prog)
+        if start.resume is not None:
+            return resume(start.resume, settings)
+        return begin(settings, name or start.preset)
+
+
+def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
+    """Return where the settings come from, and the settings."""
     start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
     base = read_base(start)
+    if start.resume is None:
+        base = start_from_weights(base, get_preset(start.preset), words, prog)
     defaults = TrainOptions(**vars(start), **vars(base))
     options = parse(TrainOptions, words, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
         refuse_changes(base, settings)
-        return resume(start.resume, settings)
-    return begin(settings, name or start.preset)
+    return start, settings
 
 
 def read_base(start: StartOptions) -> Config:
@@ -62,6 +84,33 @@ def read_base(start: StartOptions) -> Config:
     return from_json(read_json(start.resume / "config.json"))
 
 
+def start_from_weights(base: Config, preset: Config, words: Sequence[str], prog: str) -> Config:
+    """Return the settings with the model of --init, where there is one.
+
+    Weights know their model better than a preset does; what a file of settings changes, stays.
+    """
+    asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
+    init = asked.init or base.training.init
+    if not init:
+        return base
+    from vitrine.pretrained import with_init
+
+    theirs = with_init(base, init, asked.n_attention_heads)
+    changed = {
+        section: {
+            name: value
+            for name, value in vars(getattr(base, section)).items()
+            if value != getattr(getattr(preset, section), name)
+        }
+        for section in ("model", "data")
+    }
+    return dataclasses.replace(
+        theirs,
+        model=dataclasses.replace(theirs.model, **changed["model"]),
+        data=dataclasses.replace(theirs.data, **changed["data"]),
+    )
+
+
 def refuse_changes(old: Config, new: Config) -> None:
     """Refuse flags beside --resume that would make it another run."""
     before, after = old.flat(), new.flat()
@@ -76,20 +125,38 @@ def refuse_changes(old: Config, new: Config) -> None:
 
 
 def begin(settings: Config, name: str) -> int:
-    """Start a run in a new folder."""
-    from vitrine.devices import choose_device
-    from vitrine.recovery import hold
-    from vitrine.run import Run
+    """Start a run in a new folder, or go on with it where torchrun has restarted us."""
+    from vitrine import ranks
+    from vitrine.devices import choose_rank_device
+    from vitrine.run import Run, lock
+
+    choose_rank_device(settings.run.device)
+    folder, begun = ranks.on_leader(choose_folder, settings, name)
+    if begun:
+        return resume(folder, settings)
+    held = lock(folder)  # until the run holds it itself
+    try:
+        run = Run.start(settings, folder)
+    finally:
+        if ranks.is_leader():
+            remove_if_unused(folder)  # where the run could not be built
+    del held
+    for notice in run.notices:
+        say(notice)
+    return follow(run)
+
+
+def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
+    """Return the run's folder, and whether there is a checkpoint in it to go on from."""
+    from vitrine import ranks
     from vitrine.run_folder import new_folder
 
-    choose_device(settings.run.device)
+    known = ranks.recall("run folder")
+    if known is not None and Path(known).is_dir():
+        return Path(known), any(Path(known, "checkpoints").glob("step-*"))
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    with hold(folder):
-        try:
-            run = Run.start(settings, folder)
-        finally:
-            remove_if_unused(folder)  # where the run could not be built
-        return follow(run)
+    ranks.remember("run folder", str(folder))
+    return folder, False
 
 
 def resume(folder: Path, settings: Config) -> int:
@@ -105,47 +172,62 @@ def resume(folder: Path, settings: Config) -> int:
 
 def follow(run: Any) -> int:
     """Show a run to its end, or save it when a signal asks to stop."""
+    from vitrine import ranks
     from vitrine.cli.display import TrainingDisplay
     from vitrine.cli.signals import Stopped, stop_requests
 
     describe(run)
+    startup = time.perf_counter() - STARTED
     try:
         with stop_requests() as stop:
+            stopped = 0
             with TrainingDisplay(run, err) as display:
                 for event in run.train(stopping=lambda: bool(stop.signal)):
                     display.show(event)
-                    if stop.signal:
+                    if stopped := ranks.highest(stop.signal):
                         break
-            if stop.signal:
+            if stopped:
                 run.save()
-                raise Stopped(stop.signal)
+                raise Stopped(stopped)
             with stop.at_once():  # all is saved: only the test and the pictures are missing
                 result = run.finish()
-    except Stopped as stopped:
+    except Stopped as reason:
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
-        return 128 + stopped.signal
+        return 128 + reason.signal
     except OutputError as error:
         raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
-    conclude(run, result)
+    conclude(run, result, startup)
     return 0
 
 
 def describe(run: Any) -> None:
     """Say what is about to be trained."""
+    from vitrine import ranks
+
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    processes = f"{ranks.count()} processes on " if ranks.count() > 1 else ""
     say(
         f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
-        f"{run.device.type}, {run.precision}"
+        f"{processes}{run.device.type}, {run.precision}, "
+        f"{'compiled' if run.compiled else 'not compiled'}"
     )
 
 
-def conclude(run: Any, result: dict[str, Any]) -> None:
-    """Print the result and what to try next."""
+def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+    """Print the result, the seconds it took and what to try next."""
     from rich.table import Table
 
-    out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
+    goal = run.config.run.stop_at_accuracy
+    if goal is not None:
+        reached = run.is_enough()
+        out.print(
+            f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
+            f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
+        )
+
+    tell(f"\n{run.folder}", style="bold")
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "accuracy", "loss"):
         table.add_column(column, justify="left" if not column else "right")
@@ -154,8 +236,10 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
     out.print(table)
     out.print(
-        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training, "
-        f"{result['images_per_second']:,.0f} images/s; best epoch {result['best_epoch']}; "
+        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
+        f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
+        f"evaluation), {result['images_per_second']:,.0f} images/s; "
+        f"best epoch {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {run.folder}/",
         markup=False,
         soft_wrap=True,

@@ -106,7 +106,7 @@ def inspect_model(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int =
         similarity_GJGJ=position_similarity(model),
         position=model.config.position,
         images=len(images_BCHW),
-        tokens=G * J + (model.config.pool == "cls"),
+        tokens=G * J + model.config.has_class_token,
         patch_size=model.config.patch_size,
         distance_alike=float(patch_distances(model).mean()),
         distance_LA=heads.distance_BLA.mean(0),

@@ -122,21 +122,26 @@ def read_query(
     *,
     class_token: bool,
     query: tuple[int, int] | None,
+    mean_pool: bool | None = None,
 ) -> Tensor:
     """Return what one token has taken from each patch, as a picture of patches.
 
     ``query`` is a patch's (row, column), counted from 0 at the top left; None takes what the head
-    reads, the class token's row or, with mean pooling, the mean of all rows. What was taken from
-    the class token is left out.
+    reads, the class token's row or, with mean pooling, the mean of the patches' rows. (A mean is
+    what is read where there is no class token, unless ``mean_pool`` says otherwise.) What was
+    taken from the class token is left out.
 
     Shapes:
         flow_BxTT, with any leading dimensions (layers, heads) -> maps_BxGJ.
     """
-    if query is None:
-        row_BxT = flow_BxTT[..., 0, :] if class_token else flow_BxTT.mean(dim=-2)
+    first = int(class_token)
+    if query is not None:
+        row_BxT = flow_BxTT[..., first + query[0] * grid_GJ[1] + query[1], :]
+    elif mean_pool or not class_token:
+        row_BxT = flow_BxTT[..., first:, :].mean(dim=-2)
     else:
-        row_BxT = flow_BxTT[..., class_token + query[0] * grid_GJ[1] + query[1], :]
-    return torch.unflatten(row_BxT[..., int(class_token) :], -1, grid_GJ)
+        row_BxT = flow_BxTT[..., 0, :]
+    return torch.unflatten(row_BxT[..., first:], -1, grid_GJ)
 
 
 def read_every_query(flow_BxTT: Tensor, grid_GJ: tuple[int, int], *, class_token: bool) -> Tensor:

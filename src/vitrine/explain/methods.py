@@ -116,7 +116,7 @@ def rollout_maps(
         return maps.discard_lowest(
             fuse(attention_BATT, settings),
             settings.discard_ratio,
-            class_token=model.config.pool == "cls",
+            class_token=model.config.has_class_token,
         )
 
     layers = pick("layer", settings.layers, model.config.n_layers)
@@ -149,7 +149,7 @@ def gradient_maps(
             attentions_L,
             gradients_L,
             discard_ratio=settings.discard_ratio,
-            class_token=model.config.pool == "cls",
+            class_token=model.config.has_class_token,
         )
     values_BLGJ = read_truncations(model, flow_BLTT, layers, settings)
     return Explained(values_BLGJ, logits_BY.detach(), chosen_B)
@@ -176,7 +176,7 @@ def gradcam_maps(
         logits_BY = model.classify(last(tokens_BTD, model.rotation)[0])
         chosen_B = choose(logits_BY, classes_B)
         (gradient_BTD,) = torch.autograd.grad(take(logits_BY, chosen_B).sum(), tokens_BTD)
-    first = int(model.config.pool == "cls")
+    first = int(model.config.has_class_token)
     weights_B1D = gradient_BTD[:, first:].mean(dim=1, keepdim=True)
     map_BN = (weights_B1D * tokens_BTD.detach()[:, first:]).sum(dim=2).relu()
     values_B1GJ = map_BN.view(-1, 1, *model.config.grid_GJ)

@@ -62,6 +62,8 @@ class PageData:
     maps: Mapping[str, np.ndarray]
     title: str
     explained: int | None = None
+    mean_pool: bool = False
+    """Whether the answer is read from the mean of the patches although there is a class token."""
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
@@ -130,6 +132,7 @@ def describe(data: PageData) -> dict[str, Any]:
         "grid": list(data.grid_GJ),
         "box": list(data.box),
         "classToken": data.class_token,
+        "meanPool": data.mean_pool or not data.class_token,
         "layers": n_layers,
         "heads": n_heads,
         "attention": encode_attention(data.attention_LATT),

@@ -50,7 +50,7 @@ def attention_by_query(
     """
     check_call(model, images_BCHW, chunk=chunk)
     layers = pick("layer", None if layer is None else (layer,), model.config.n_layers)
-    grid_GJ, class_token = model.config.grid_GJ, model.config.pool == "cls"
+    grid_GJ, class_token = model.config.grid_GJ, model.config.has_class_token
 
     def look(attention_BATT: Tensor) -> Tensor:
         return fuse_heads(attention_BATT, fusion)

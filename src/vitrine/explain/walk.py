@@ -36,8 +36,13 @@ def walk(
 
 def read(model: VisionTransformer, flow_BxTT: Tensor, query: tuple[int, int] | None) -> Tensor:
     """Return ``read_query`` with the model's grid and class token: maps_BxGJ."""
+    config = model.config
     return read_query(
-        flow_BxTT, model.config.grid_GJ, class_token=model.config.pool == "cls", query=query
+        flow_BxTT,
+        config.grid_GJ,
+        class_token=config.has_class_token,
+        query=query,
+        mean_pool=config.pool == "mean",
     )
 
 

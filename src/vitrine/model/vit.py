@@ -46,19 +46,22 @@ class VisionTransformer(nn.Module):
         D, grid_GJ = config.embed_dim, config.grid_GJ
         n_patches = grid_GJ[0] * grid_GJ[1]
 
-        stem = PatchStem if config.stem == "patch" else ConvStem
-        self.stem = stem(config.n_channels, D, config.patch_size)
+        self.stem: PatchStem | ConvStem
+        if config.stem == "patch":
+            self.stem = PatchStem(config.n_channels, D, config.patch_size)
+        else:
+            self.stem = ConvStem(config.n_channels, D, config.patch_size, config.stem_widths)
         if config.position == "learned":
             self.position_ND = nn.Parameter(torch.empty(n_patches, D))
         elif config.position == "sincos":
             self.register_buffer("position_ND", sincos_table(grid_GJ, D), persistent=False)
         else:
             cosines_TK, sines_TK = rotation_tables(
-                grid_GJ, D // config.n_attention_heads, class_token=config.pool == "cls"
+                grid_GJ, D // config.n_attention_heads, class_token=config.has_class_token
             )
             self.register_buffer("cosines_TK", cosines_TK, persistent=False)
             self.register_buffer("sines_TK", sines_TK, persistent=False)
-        if config.pool == "cls":
+        if config.has_class_token:
             self.class_token_D = nn.Parameter(torch.empty(D))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -68,10 +71,12 @@ class VisionTransformer(nn.Module):
                 config.hidden_dim,
                 dropout=config.dropout,
                 drop_path=config.drop_path * index / max(1, config.n_layers - 1),
+                hidden_act=config.hidden_act,
+                layer_norm_eps=config.layer_norm_eps,
             )
             for index in range(config.n_layers)
         )
-        self.norm = nn.LayerNorm(D)
+        self.norm = nn.LayerNorm(D, config.layer_norm_eps)
         self.head = (MLPHead if config.head == "mlp" else LinearHead)(D, config.n_classes)
         self.apply(initialise)
 
@@ -101,16 +106,19 @@ class VisionTransformer(nn.Module):
         tokens_BND = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         if self.config.position != "rope":
             tokens_BND = tokens_BND + self.position_ND
-        if self.config.pool == "mean":
+        if not self.config.has_class_token:
             return self.dropout(tokens_BND)  # type: ignore[no-any-return]
         class_token_B1D = self.class_token_D.expand(tokens_BND.shape[0], 1, -1)
         return self.dropout(torch.cat([class_token_B1D, tokens_BND], dim=1))  # type: ignore[no-any-return]
 
     def classify(self, tokens_BTD: Tensor) -> Tensor:
         """Return the logits (B, Y) read off the tokens that a block left."""
-        tokens_BTD = self.norm(tokens_BTD)
-        pooled_BD = tokens_BTD[:, 0] if self.config.pool == "cls" else tokens_BTD.mean(dim=1)
-        return self.head(pooled_BD)  # type: ignore[no-any-return]
+        if not self.config.fc_norm:
+            tokens_BTD = self.norm(tokens_BTD)
+        if self.config.pool == "cls":
+            return self.head(tokens_BTD[:, 0])  # type: ignore[no-any-return]
+        pooled_BD = tokens_BTD[:, int(self.config.has_class_token) :].mean(dim=1)
+        return self.head(self.norm(pooled_BD) if self.config.fc_norm else pooled_BD)  # type: ignore[no-any-return]
 
     @property
     def rotation(self) -> Rotation | None:

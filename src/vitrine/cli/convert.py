@@ -1,0 +1,82 @@
+"""``vitrine convert``."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from vitrine.cli.console import out
+from vitrine.cli.parsing import parse
+from vitrine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitrine.pretrained import Source
+
+PROG = "vitrine convert"
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Bring weights in from other systems, and out to them.
+
+    SOURCE is anything that a model can be named by: a run or checkpoint folder, a .safetensors
+    file of Vitrine; the reference system's .pt; timm's .safetensors, .pth or folder; a Hugging
+    Face folder; Google's .npz; hf:OWNER/NAME. DEST is a .safetensors file unless --layout says
+    otherwise.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """The weights to read."""
+    dest: Annotated[Path, tyro.conf.Positional]
+    """A file (vitrine: .safetensors, reference: .pt, google: .npz) or a folder (the others)."""
+    layout: Literal["vitrine", "timm", "huggingface", "google", "reference"] = "vitrine"
+    """How the weights are written."""
+    n_attention_heads: int | None = None
+    """Head count, for weights whose files do not tell it."""
+    image_size: int | tuple[int, int] | None = None
+    """Another image size in pixels: learned positions are resized."""
+    n_classes: int | None = None
+    """Another number of classes, with --new_head."""
+    new_head: bool = False
+    """Begin a new, random head."""
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrine convert``."""
+    options = parse(ConvertOptions, words, prog=prog)
+    if options.n_classes is not None and not options.new_head:
+        raise ConfigError("--n_classes asks for another head: give --new_head too")
+    from vitrine.pretrained import read, remodel, save
+
+    found = read(options.source, n_attention_heads=options.n_attention_heads)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("image_size", "n_classes")
+        if (value := getattr(options, name)) is not None
+    }
+    if changes or options.new_head:
+        model = dataclasses.replace(found.info.config.model, **changes)
+        found = remodel(found, model, new_head=options.new_head)
+    save(found, options.dest, options.layout)
+    report(found, options)
+    return 0
+
+
+def report(found: "Source", options: ConvertOptions) -> None:
+    """Say what was read, what was assumed, and what was written."""
+    model = found.info.config.model
+    size = " x ".join(map(str, dict.fromkeys(model.image_hw)))
+    count = found.tensors or len(found.weights)
+    lines = [
+        f"{options.source} ({found.layout}, {count} tensors) -> {options.dest} ({options.layout})",
+        f"  image_size {size}, patch_size {model.patch_size}, embed_dim {model.embed_dim}, "
+        f"n_layers {model.n_layers}, n_attention_heads {model.n_attention_heads}, "
+        f"n_classes {model.n_classes}",
+        *(f"  {note}" for note in found.notes),
+        "  every other tensor is read as it is",
+    ]
+    out.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -1,0 +1,154 @@
+"""Starting a run from weights: which settings it takes, what it trains, what it refuses."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from layouts import make_state
+from vitrine import pretrained
+from vitrine.checkpoint import CheckpointInfo, save_weights_file
+from vitrine.cli import main
+from vitrine.config import Config, ModelConfig, TrainingConfig
+from vitrine.configfile import from_json, read_json
+from vitrine.errors import CheckpointError, ConfigError
+from vitrine.model import VisionTransformer
+from vitrine.model.adapt import resize_positions
+from vitrine.model.convert import convert
+from vitrine.run import Run
+from vitrine.training.optim import make_optimizers
+from vitrine.training.state import TrainingState
+
+TINY = shlex.split(
+    "--batch_size 40 --num_train_images 80 --num_test_images 30 --validation_images 50 "
+    "--device cpu --epochs 1 --folder_name a"
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own, with a file of timm's."""
+    monkeypatch.chdir(tmp_path)
+    save_file(make_state("timm"), "timm.safetensors")
+    return tmp_path
+
+
+def peaks(config: TrainingConfig, model: VisionTransformer) -> dict[str, float]:
+    """Each parameter's highest learning rate, and that each is in one group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, float] = {}
+    for optimizer in make_optimizers(model, config):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert names[parameter] not in found
+                found[names[parameter]] = group["peak"]
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_layers_learn_slower_the_further_down(tiny_model: ModelConfig, optimizer: str) -> None:
+    model = VisionTransformer(tiny_model)
+    config = TrainingConfig(learning_rate=0.8, muon_learning_rate=0.8, optimizer=optimizer)  # type: ignore[arg-type]
+    flat = peaks(config, model)
+    sloped = peaks(dataclasses.replace(config, layer_decay=0.5), model)
+    assert set(flat.values()) == {0.8}
+    assert flat.keys() == sloped.keys() == dict(model.named_parameters()).keys()
+    shares = {"head": 1.0, "norm": 1.0, "blocks.1": 0.5, "blocks.0": 0.25, "stem": 0.125,
+              "position_ND": 0.125, "class_token_D": 0.125}  # fmt: skip
+    for name, rate in sloped.items():
+        share = next(share for start, share in shares.items() if name.startswith(start))
+        assert rate == pytest.approx(0.8 * share), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_backbone_leaves_only_the_head_to_learn(
+    tiny_model: ModelConfig, optimizer: str
+) -> None:
+    config = TrainingConfig(init="x", freeze_backbone=True, optimizer=optimizer, ema_decay=0.5)  # type: ignore[arg-type]
+    state = TrainingState.start(VisionTransformer(tiny_model), config)
+    learnt = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
+    assert set(learnt) == set(state.model.head.parameters())
+
+
+def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "my.toml").write_text(
+        'init = "timm.safetensors"\nimage_size = 20\nfreeze_backbone = true\n'
+    )
+    words = ["train", *TINY, "--config", "my.toml", "--n_attention_heads", "3", "--new_head"]
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "timm.safetensors: positions resized from 3 x 3 patches to 4 x 4" in told
+    assert "timm.safetensors: a new head for" in told
+    config = from_json(read_json(here / "output/a/config.json"))
+    assert (config.model.image_size, config.model.patch_size) == (20, 5)
+    assert (config.model.layer_norm_eps, config.model.head) == (1e-6, "linear")
+    assert (config.training.init, config.training.freeze_backbone) == ("timm.safetensors", True)
+    weights = convert(make_state("timm"), n_attention_heads=3).weights
+    weights["position_ND"] = resize_positions(weights["position_ND"], (3, 3), (4, 4))
+    model = pretrained.load("output/a", device="cpu").model
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, weights[name]), name
+    assert model.head.weight.abs().max() < 0.2  # a fresh head, hardly trained
+    (here / "timm.safetensors").unlink()  # going on needs the weights no more
+    assert Run.resume(here / "output/a", config).state.step == 2
+
+
+def test_a_run_without_a_frozen_backbone_moves_all_of_it(here: Path) -> None:
+    words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3", "--new_head"]
+    assert main([*words, "--layer_decay", "0.6", "--ema_decay", "0.5"]) == 0
+    weights = convert(make_state("timm"), n_attention_heads=3).weights
+    for name, tensor in pretrained.load("output/a", device="cpu").model.state_dict().items():
+        if not name.startswith("head."):
+            assert not torch.equal(tensor, weights[name]), name
+            assert torch.allclose(tensor, weights[name], atol=0.05), name
+
+
+def test_normalisation_comes_with_the_weights(here: Path, tiny_model: ModelConfig) -> None:
+    config = Config(model=tiny_model)
+    data = dataclasses.replace(config.data, mean=(0.1, 0.2, 0.3))
+    info = CheckpointInfo(dataclasses.replace(config, data=data), tuple("abcdefg"), {}, {})
+    weights = VisionTransformer(tiny_model).state_dict()
+    save_weights_file(here / "own.safetensors", info, weights)
+    begun = pretrained.with_init(Config(), "own.safetensors")
+    assert begun.data.mean == (0.1, 0.2, 0.3)
+    assert begun.model == dataclasses.replace(tiny_model, n_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--init timm.safetensors", "give n_attention_heads"),
+        ("--init timm.safetensors --n_attention_heads 3", "have a head for 7 classes"),
+        ("--init timm.safetensors --n_attention_heads 3 --new_head --embed_dim 48",
+         "another model: embed_dim 24, not 48"),
+        ("--init nothing.pt", "nothing.pt: no such model"),
+        ("--new_head", "new_head needs weights to start from: give --init"),
+        ("--freeze_backbone", "freeze_backbone needs weights"),
+        ("--init timm.safetensors --n_attention_heads 3 --freeze_backbone --layer_decay 0.5",
+         "layer_decay 0.5 has no block to act on"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(
+    here: Path, words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *TINY, *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+    assert not (here / "output" / "a").exists()
+
+
+def test_a_head_for_other_classes_is_refused(tiny_model: ModelConfig, here: Path) -> None:
+    info = CheckpointInfo(Config(model=tiny_model), tuple("abcdefg"), {}, {})
+    model = VisionTransformer(tiny_model)
+    save_weights_file(here / "own.safetensors", info, model.state_dict())
+    training = TrainingConfig(init="own.safetensors")
+    with pytest.raises(CheckpointError, match="its head is for a, b, c…, the data have g, f, e…"):
+        pretrained.start_from(model, training, tuple("gfedcba"))
+    assert pretrained.start_from(model, training, tuple("abcdefg")) == []
+    with pytest.raises(ConfigError, match="layer_decay is 2"):
+        TrainingConfig(layer_decay=2)

@@ -1,0 +1,182 @@
+"""Equal logits: our models beside timm's and Hugging Face's own, weights in and weights out.
+
+Skipped where those libraries are not installed. The largest difference is printed (pytest -s).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import vitrine
+from vitrine.checkpoint import CheckpointInfo
+from vitrine.config import Config, ModelConfig
+from vitrine.foreign import write_foreign
+from vitrine.model import VisionTransformer
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
+"""Those libraries warn, and take a while to import; neither is ours to mend."""
+TOLERANCE = 1e-5
+
+
+def peer(name: str) -> ModuleType:
+    """Import a library to compare with, or skip."""
+    return pytest.importorskip(name, exc_type=ImportError)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Draw every parameter anew, so that none is 0 or 1."""
+    generator = torch.Generator().manual_seed(5)
+    for tensor in model.parameters():
+        with torch.no_grad():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def assert_equal_logits(what: str, ours: nn.Module, theirs: nn.Module, hw: tuple[int, int]) -> None:
+    """Hold the logits of the same noise against each other."""
+    images_BCHW = torch.randn(5, 3, *hw, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours_BY, theirs_BY = ours(images_BCHW), theirs(images_BCHW)
+    if not isinstance(theirs_BY, Tensor):
+        theirs_BY = theirs_BY.logits
+    difference = (ours_BY - theirs_BY).abs().max().item()
+    print(f"\n{what}: max |difference| {difference:.1e} of logits up to {ours_BY.abs().max():.1f}")
+    assert ours_BY.std() > 0.1
+    assert difference < TOLERANCE
+
+
+HF_CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tanh, no biases": {"hidden_act": "gelu_pytorch_tanh", "qkv_bias": False},
+    "eps": {"layer_norm_eps": 1e-3},
+    "not square": {"image_size": (20, 28)},
+}
+
+
+@pytest.mark.parametrize("change", HF_CHANGES)
+def test_hugging_face_in(tmp_path: Path, change: str) -> None:
+    transformers = peer("transformers")
+    settings = {
+        "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "num_labels": 7,
+        "intermediate_size": 42, "image_size": 20, "patch_size": 4,
+    }  # fmt: skip
+    config = transformers.ViTConfig(**(settings | HF_CHANGES[change]))
+    theirs = randomise(transformers.ViTForImageClassification(config))
+    theirs.save_pretrained(tmp_path)
+    ours = vitrine.load(tmp_path, device="cpu")
+    assert_equal_logits(
+        f"Hugging Face in, {change}", ours.model, theirs, ours.config.model.image_hw
+    )
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")  # the modules' own names
+    again = vitrine.load(tmp_path, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in ours.model.state_dict().items())
+
+
+TIMM_CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mean beside a class token": {"global_pool": "avg"},
+    "mean": {"global_pool": "avg", "class_token": False},
+    "mean of normed": {"global_pool": "avg", "class_token": False, "fc_norm": False},
+    "class token without position": {"no_embed_class": True},
+    "no biases": {"qkv_bias": False},
+    "layer scale": {"init_values": 0.1},
+}
+
+
+@pytest.mark.parametrize("change", TIMM_CHANGES)
+def test_timm_in(tmp_path: Path, change: str) -> None:
+    peer("timm")
+    from timm.models.vision_transformer import VisionTransformer as Theirs
+
+    settings = {
+        "img_size": 20, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3,
+        "num_classes": 7, "mlp_ratio": 1.75,
+    }  # fmt: skip
+    theirs = randomise(Theirs(**(settings | TIMM_CHANGES[change])))
+    for path in (tmp_path / "model.safetensors", tmp_path / "model.pth"):
+        save = save_file if path.suffix == ".safetensors" else torch.save
+        save(theirs.state_dict(), path)
+        ours = vitrine.load(path, n_attention_heads=3, device="cpu")
+        assert_equal_logits(f"timm in, {change}", ours.model, theirs, (20, 20))
+
+
+def write(folder: Path, layout: str, **changes: Any) -> VisionTransformer:
+    """Write a random model of ours in another layout."""
+    model = ModelConfig(
+        image_size=(20, 28), n_classes=7, patch_size=4, embed_dim=24, n_layers=3,
+        n_attention_heads=3, forward_mul=1.75, head="linear",
+    )  # fmt: skip
+    model = dataclasses.replace(model, **changes)
+    ours = randomise(VisionTransformer(model))
+    info = CheckpointInfo(Config(model=model), tuple("abcdefg"), {}, {})
+    write_foreign(folder, layout, info, ours.state_dict())
+    return ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hidden_act": "gelu_tanh", "layer_norm_eps": 1e-4}, {"position": "sincos"}],
+    ids=str,
+)
+def test_hugging_face_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    transformers = peer("transformers")
+    ours = write(tmp_path / "hf", "huggingface", **changes)
+    theirs, told = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.id2label[2] == "c"
+    assert_equal_logits(f"Hugging Face out, {changes}", ours, theirs.eval(), (20, 28))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layer_norm_eps": 1e-6, "hidden_act": "gelu_tanh"},
+        {"pool": "mean"},
+        {"pool": "mean", "class_token": True, "fc_norm": True},
+    ],
+    ids=str,
+)
+def test_timm_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    timm = peer("timm")
+    ours = write(tmp_path / "timm", "timm", **changes)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert theirs.pretrained_cfg["label_names"][2] == "c"
+    assert_equal_logits(f"timm out, {changes}", ours, theirs, (20, 28))
+
+
+def test_google_in_as_timm_reads_it(tmp_path: Path) -> None:
+    peer("timm")
+    from timm.models.vision_transformer import VisionTransformer as Theirs
+
+    changes = {"image_size": 20, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-6}
+    write(tmp_path / "google.npz", "google", **changes)
+    theirs = Theirs(
+        img_size=20, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=7,
+        mlp_ratio=1.75, act_layer="gelu_tanh",
+    )  # fmt: skip
+    theirs.load_pretrained(tmp_path / "google.npz")
+    ours = vitrine.load(tmp_path / "google.npz", device="cpu")
+    assert_equal_logits("Google in, beside timm", ours.model, theirs.eval(), (20, 20))
+
+
+def test_hugging_face_prepares_pictures_as_we_do(tmp_path: Path) -> None:
+    transformers = peer("transformers")
+    write(tmp_path / "hf", "huggingface")
+    told = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    told.pop("image_processor_type")
+    processor = transformers.ViTImageProcessorPil(**told)
+    picture_HWC = np.random.default_rng(3).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+    theirs_BCHW = processor(picture_HWC, return_tensors="pt")["pixel_values"]
+    ours_BCHW = vitrine.load(tmp_path / "hf", device="cpu").prepare(picture_HWC)
+    torch.testing.assert_close(theirs_BCHW, ours_BCHW, atol=1e-6, rtol=0)
