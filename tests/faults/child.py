@@ -106,9 +106,10 @@ def forkserver() -> Any:
 
 def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
     """Be the command line. Runs in the child."""
-    import faults.warm  # noqa: F401  (already there, unless the server could not load it)
     import vitrine.cli
+    from faults.warm import take_few_images  # loaded already, unless the server could not
 
+    take_few_images()
     for descriptor, ending in ((1, "out"), (2, "err")):
         file = os.open(cwd / f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, descriptor)

@@ -135,7 +135,7 @@ def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int 
         shutil.copytree(sound.folder, copy)
         file = folder / f"weights-{number}.safetensors"
         shutil.copy(sound.file, file)
-        what, damaged = damage(copy, file, random_)
+        what, damaged = damage(copy, file, random_, number)
         with tally.trial(f"{number}: {what}"):
             require_right_or_named(copy, file, damaged, sound)
             require_recovery(copy, damaged, sound, to_end=number % every == 0)
@@ -144,11 +144,17 @@ def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int 
     return tally
 
 
-def damage(copy: Path, file: Path, random_: random.Random) -> tuple[str, list[Path]]:
+def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple[str, list[Path]]:
     """Do one thing to one file, or let two change places; return what, and to which."""
     checkpoints = copy / "checkpoints"
     pointers = [checkpoints / "LAST", checkpoints / "BEST"]
     steps = folders(copy)
+    if number % 8 == 0:  # what reads well and is wrong
+        exchange(*pointers)
+        return "exchanged LAST and BEST", pointers
+    if number % 8 == 1:
+        pointers[1].write_bytes(digit(pointers[1].read_bytes(), random_))
+        return "digit in BEST", pointers[1:]
     kind = random_.choices(["bytes", "file", "folder"], [10, 2, 1])[0]
     if kind == "folder":
         exchange(*(pair := random_.sample(steps, 2)))
