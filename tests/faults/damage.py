@@ -156,7 +156,7 @@ def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple
         pointers[1].write_bytes(digit(pointers[1].read_bytes(), random_))
         return "digit in BEST", pointers[1:]
     kind = random_.choices(["bytes", "file", "folder"], [10, 2, 1])[0]
-    if kind == "folder":
+    if kind == "folder" or number % 8 == 2:
         exchange(*(pair := random_.sample(steps, 2)))
         return f"exchanged {pair[0].name} and {pair[1].name}", pair
     if kind == "file":
