@@ -1,4 +1,4 @@
-.PHONY: check format test slow bench
+.PHONY: check format test slow faults fuzz bench
 
 check:  ## what must be clean before a commit
 	ruff check .
@@ -15,5 +15,10 @@ test:  ## the default tests, under 3 minutes on 2 cores
 slow:  ## the tests that take minutes
 	pytest -m slow --timeout=1800
 
-bench:  ## speed of one training step, beside nothing but itself
-	python benchmarks/step.py
+faults:  ## every fault many times, one table; RECORD=records/faults writes it there
+	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))
+fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
+	python tests/faults/hostile.py --cases 20000 --keep output/hostile
+
+bench:  ## speed and memory, in two minutes; PEERS=FOLDER (benchmarks/peers.sh) measures others too
+	vitrine bench --quick $(if $(PEERS),--peers $(PEERS))

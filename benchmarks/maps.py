@@ -7,16 +7,20 @@ what the others are held against: what tools around a model do that keeps no att
 """
 
 import dataclasses
-import resource
-import sys
+import json
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import tyro
-from timing import interleave, report
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from vitrine.bench.worker import peak_mib
+from vitrine.bench.workers import interleave
+from vitrine.environment import describe_environment
 from vitrine.explain.methods import MapSettings, compute_maps
 from vitrine.explain.walk import read
 from vitrine.model import VisionTransformer
@@ -55,10 +59,20 @@ def timed(images_BCHW: Tensor, explain: Callable[[Tensor], object]) -> Callable[
     return measure
 
 
-def peak_gib() -> float:
-    """Return the most memory that this process has held so far, in GiB."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def report(title: str, speeds: dict[str, list[float]], **about: object) -> None:
+    """Print the table, and everything as one JSON object on the last line."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "images/s", "least", "most", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    first = next(iter(medians.values()))
+    for name, values in speeds.items():
+        figures = (medians[name], min(values), max(values))
+        table.add_row(name, *(f"{f:,.0f}" for f in figures), f"{medians[name] / first:.2f}")
+    Console().print(table)
+    machine = describe_environment(torch.device("cpu"), "")
+    kept = {name: machine[name] for name in ("versions", "system", "processor", "threads")}
+    print(json.dumps({"title": title, **about, "images_per_second": speeds, "machine": kept}))
 
 
 def main(
@@ -96,7 +110,7 @@ def main(
         },
         rounds=rounds,
     )
-    peak = round(peak_gib(), 2)
+    peak = round(peak_mib("cpu") / 2**10, 2)
     print(f"Peak memory of the process, {images} images and all: {peak} GiB")
     about = {"preset": preset, "layers": layers, "images": images, "peak_gib": peak}
     report(f"Maps, {preset} with {layers} layers", speeds, **about)

@@ -275,10 +275,11 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
         model.write_bytes(sound)
 
 
-def test_without_a_model_the_newest_run_is_taken_and_said(
+def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
     run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(["predict", str(pictures / "a.png")], capsys, "no trained model in output")
+    assert main(["predict", str(pictures / "a.png")]) == 0
+    assert "taking the bundled model, cifar10" in capsys.readouterr().err
     (here / "output").symlink_to(run_folder.parent)
     assert main(["predict", str(pictures / "a.png")]) == 0
     assert "taking the newest run, output/a" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_settings_survive_json(name: str) -> None:
         ({"model": {"embed_dim": True}}, "embed_dim is True"),
         ({"model": {"pool": "max"}}, "'cls', 'mean'"),
         ({"data": {"mean": [0.5, 0.5]}}, "a list of 3 numbers"),
-        ({"training": {"compile": 1}}, "true or false"),
+        ({"augment": {"flip": 1}}, "true or false"),
         ({"training": {"learning_rate": float("nan")}}, "learning_rate is nan"),
     ],
 )

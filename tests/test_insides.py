@@ -72,9 +72,10 @@ def test_filters_of_the_patch_stem_are_its_weights(tiny_model: ModelConfig) -> N
 
 def test_filters_of_one_convolution_are_its_weights_too() -> None:
     config = ModelConfig(image_size=(12, 20), n_classes=2, patch_size=2, embed_dim=12, stem="conv")
-    model = build(config)
+    model = build(config)  # its norm changes nothing yet, its GELU halves around zero
     tiles_KHWC, shares_K = patch_filters(model)
-    weight_DX = model.stem[0].weight.detach().flatten(1).double()
+    kernels_MX = model.stem[0].weight.detach().flatten(1).double()
+    weight_DX = model.stem[-1].weight.detach().flatten(1).double() @ kernels_MX
     variances_X = torch.linalg.eigvalsh(torch.cov(weight_DX.T)).flip(0)
     assert tiles_KHWC.shape[1:] == (3, 3, 3)
     torch.testing.assert_close(shares_K, (variances_X / variances_X.sum())[: len(shares_K)].float())

@@ -134,6 +134,9 @@ def test_drop_path_drops_whole_images() -> None:
         ({"position": "rope", "embed_dim": 18}, ["rope", "head width", "give embed_dim 24"]),
         ({"position": "sincos", "embed_dim": 27}, ["sincos", "27"]),
         ({"stem": "conv", "patch_size": 5, "image_size": 20}, ["conv", "patch_size 5"]),
+        ({"stem": "conv", "stem_channels": (7,)}, ["stem_channels (7,)", "at least 2 widths"]),
+        ({"stem": "conv", "stem_channels": (7, 0)}, ["stem_channels (7, 0)"]),
+        ({"stem_channels": (5, 7)}, ["--stem conv"]),
         ({"dropout": 1.0}, ["dropout is 1.0"]),
         ({"n_layers": 0}, ["n_layers is 0"]),
         ({"n_channels": 2}, ["n_channels is 2"]),
@@ -147,6 +150,32 @@ def test_impossible_models_are_refused_with_the_remedy(
         dataclasses.replace(tiny_model, **changes)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "channels", "strides"),
+    [
+        (2, (), [2]),
+        (4, (), [2, 2]),
+        (4, (5, 7, 9), [2, 1, 2]),
+        (4, (5, 7, 9, 11), [2, 1, 1, 2]),
+        (8, (5, 7, 9, 11), [2, 1, 2, 2]),
+        (2, (5, 7), [2, 1]),
+    ],
+)
+def test_the_stem_halves_first_and_last(
+    patch_size: int, channels: tuple[int, ...], strides: list[int]
+) -> None:
+    config = ModelConfig(
+        image_size=(16, 24), patch_size=patch_size, embed_dim=12, n_classes=3, stem="conv",
+        stem_channels=channels,
+    )  # fmt: skip
+    stem = VisionTransformer(config).stem
+    convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.stride[0] for c in convolutions] == [*strides, 1]
+    assert stem(torch.randn(2, 3, 16, 24)).shape == (2, 12, 16 // patch_size, 24 // patch_size)
+    if channels:
+        assert tuple(c.out_channels for c in convolutions) == (*channels, 12)
 
 
 def test_a_model_without_classes_is_refused() -> None:

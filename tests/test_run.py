@@ -38,7 +38,7 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     assert names == {
         "config.json", "env.json", "metrics.jsonl", "result.json", "test_uses.jsonl",
         "graph_loss.png", "graph_accuracy.png", "confusion_matrix.png", "calibration.png",
-        "checkpoints",
+        "checkpoints", ".lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -170,6 +170,7 @@ def test_another_number_of_classes_than_the_data_have_is_refused(
 def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> None:
     names = [new_folder(tmp_path, "", "quick").name for _ in range(3)]
     assert names == ["quick", "quick-2", "quick-3"]
+    (tmp_path / "quick/config.json").write_text("{}")
     with pytest.raises(ConfigError, match="--resume"):
         new_folder(tmp_path, "quick", "x")
     (tmp_path / "file").write_text("")

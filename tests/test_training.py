@@ -237,7 +237,7 @@ def test_no_images_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_a_compiled_model_learns_the_same() -> None:
     still = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, dropout=0.0))
-    compiling = dataclasses.replace(still.training, compile=True)
+    compiling = dataclasses.replace(still.training, compile="on")
     plain = trained(still, 3)
     compiled = trained(dataclasses.replace(still, training=compiling), 3)
     assert 0 < distance(plain, compiled) < 1e-4
@@ -250,7 +250,9 @@ def test_every_model_setting_changes_the_model() -> None:
         "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
         "class_token": True, "fc_norm": True, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-2,
     }  # fmt: skip
-    assert set(other) == {f.name for f in dataclasses.fields(ModelConfig)}
+    assert {*other, "stem_channels"} == {f.name for f in dataclasses.fields(ModelConfig)}
+    conv = dataclasses.replace(BASE.model, stem="conv")
+    assert describe(conv) != describe(dataclasses.replace(conv, stem_channels=(5, 7, 9)))
     for name, value in other.items():
         of_a_mean = name in ("class_token", "fc_norm")
         base = dataclasses.replace(BASE.model, pool="mean") if of_a_mean else BASE.model

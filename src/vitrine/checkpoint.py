@@ -1,7 +1,7 @@
 """Training states and weights to and from folders: atomic, hashed, versioned.
 
     checkpoints/
-    ├── LAST, BEST               one line each: the name of a folder beside them
+    ├── LAST, BEST               one line each: the name of a folder beside them, and a hash
     └── step-0000390/
         ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of
         │                        the others and of itself
@@ -16,6 +16,7 @@ against somebody who can write new ones.
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from vitrine.config import Config
 from vitrine.configfile import from_json, to_json
 from vitrine.errors import CheckpointError, ConfigError, OutputError
 from vitrine.files import flush_folder, replace_file, write_flushed
+from vitrine.sealed import hash_tensors, pack, read_bytes, seal, unpack, unseal
 
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrine"
+LONGEST_NAME = 255
+"""Characters of a class name, as of a folder's."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class CheckpointInfo:
         classes = content["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise CheckpointError(f"{where}: classes are not a list of names")
+        if max(map(len, classes), default=0) > LONGEST_NAME:
+            raise CheckpointError(f"{where}: a class name of more than {LONGEST_NAME} characters")
+        for name in ("numbers", "metrics"):
+            if not isinstance(content[name], Mapping):
+                raise CheckpointError(f"{where}: {name} are not a table")
         try:
             config = from_json(content["config"])
         except ConfigError as error:
@@ -106,27 +112,49 @@ def save_checkpoint(
     files[INFO] = seal({**info.to_json(), "sha256": hashes}).encode()
     partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
     try:
-        clear(partial, old)
+        clear(partial)
         partial.mkdir(parents=True)
         for name, content in files.items():
             write_flushed(partial / name, content)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        flush_folder(partial)
+        put_in_place(partial, folder, old)
         flush_folder(folder.parent)
     except OSError as error:
         raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
     finally:
-        clear(partial, old)
+        clear(partial)
+
+
+def put_in_place(partial: Path, folder: Path, old: Path) -> None:
+    """Give a folder its name; what had it before goes, but comes back if that fails."""
+    if folder.exists():
+        clear(old)
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    finally:
+        if folder.exists():
+            clear(old)
+        elif old.exists():
+            old.rename(folder)
 
 
 def load_info(folder: Path) -> CheckpointInfo:
     """Read what the checkpoint says of itself.
 
     Raises:
-        CheckpointError: it is missing, damaged or foreign.
+        CheckpointError: it is missing, damaged, foreign, or bears the name of another one.
     """
-    return CheckpointInfo.from_json(read_info(folder), folder / INFO)
+    info = CheckpointInfo.from_json(read_info(folder), folder / INFO)
+    if step_of(folder) not in (None, info.numbers.get("step")):
+        raise CheckpointError(f"{folder}: renamed: it was saved after another number of updates")
+    return info
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the number of updates that a checkpoint folder's name tells, if it is such a name."""
+    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -166,7 +194,7 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     file = read_bytes(path)
     tensors = unpack(file, path)
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
-    described = header.get("__metadata__", {}).get(METADATA_KEY)
+    described = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrine: it does not describe its model")
     content = unseal(described, path)
@@ -187,61 +215,27 @@ def describes_itself(path: Path) -> bool:
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
     """Let LAST or BEST name a checkpoint folder."""
-    replace_file(checkpoints / name, f"{target.name}\n".encode())
+    replace_file(checkpoints / name, f"{target.name} {sign(name, target.name)}\n".encode())
+
+
+def sign(pointer: str, target: str) -> str:
+    """Return a hash that tells a changed name, and LAST from BEST."""
+    return hashlib.sha256(f"{pointer} {target}".encode()).hexdigest()[:16]
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path:
     """Return the checkpoint folder that LAST or BEST names.
 
     Raises:
-        CheckpointError: there is no such pointer, or it points at nothing.
+        CheckpointError: there is no such pointer, it was altered, or it points at nothing.
     """
-    target = read_bytes(checkpoints / name).decode(errors="replace").strip()
+    text = read_bytes(checkpoints / name).decode(errors="replace").strip()
+    target, space, signature = text.partition(" ")  # no hash where an older version wrote it
+    if space and signature != sign(name, target):
+        raise CheckpointError(f"{checkpoints / name}: altered: {text!r:.60}")
     if not target or target != Path(target).name or not (checkpoints / target).is_dir():
         raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
     return checkpoints / target
-
-
-def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Return tensors as the bytes of a safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return bytes(save_safetensors(plain, metadata))
-
-
-def unpack(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
-    try:
-        return dict(load_safetensors(content))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {error}") from error
-
-
-def seal(content: dict[str, Any]) -> str:
-    """Return JSON text that holds its own hash."""
-    return json.dumps({**content, "seal": digest_json(content)}, indent=1)
-
-
-def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
-    """Return what seal() was given, if it is unchanged."""
-    try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: damaged: {error}") from error
-    if not isinstance(content, dict) or "seal" not in content:
-        raise CheckpointError(f"{where}: not a Vitrine checkpoint")
-    if content.pop("seal") != digest_json(content):
-        raise CheckpointError(f"{where}: altered: its content has another sha256 than it says")
-    return content
-
-
-def digest_json(content: Any) -> str:
-    """Return the sha256 of a JSON value, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of tensors, in any order."""
-    return hashlib.sha256(pack(dict(sorted(tensors.items())))).hexdigest()
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -263,15 +257,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return unpack(content, folder / name)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a whole file."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-
-
 def clear(*folders: Path) -> None:
-    """Remove what an earlier, interrupted save left."""
+    """Remove folders that may be there or not."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

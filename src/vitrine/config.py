@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vitrine.errors import ConfigError
+from vitrine.model_config import LIMIT
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require as require
 from vitrine.model_config import require_range as require_range
@@ -42,7 +44,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
-        require(min(self.std) > 0, f"std is {self.std}: every value must be above 0")
+        require(all(1e-6 <= s <= LIMIT for s in self.std), f"std is {self.std}: give 1e-6 or more")
+        require(all(abs(m) <= LIMIT for m in self.mean), f"mean is {self.mean}: too large")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class TrainingConfig:
     schedule_by: Literal["step", "epoch"] = "step"
     """Change the learning rate at every update, or once an epoch as the reference does."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the matrices inside the blocks with Muon, the rest with AdamW."""
+    """muon trains the matrices of the blocks and the stem with Muon, the rest with AdamW."""
     muon_learning_rate: float = 0.02
     """Highest learning rate of Muon; it follows the same schedule."""
     weight_decay: float = 1e-3
@@ -114,8 +117,8 @@ class TrainingConfig:
     """Learning rate of each block as a share of the next one's; 1 for all alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 autocast where the hardware multiplies it natively."""
-    compile: bool = False
-    """Compile the model with torch.compile (a minute at the start, faster steps after)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
 
     def __post_init__(self) -> None:
         require_range(self, "batch_size epochs accumulate", 1)
@@ -139,16 +142,10 @@ class TrainingConfig:
             f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
             f"give --warmup_epochs {self.epochs / 20:g} or more epochs",
         )
-        require(
-            self.minimum_learning_rate <= self.learning_rate,
-            f"minimum_learning_rate {self.minimum_learning_rate} is above "
-            f"learning_rate {self.learning_rate}: lower it",
-        )
-        require(
-            self.accumulate <= self.batch_size,
-            f"accumulate {self.accumulate} leaves parts of a batch of {self.batch_size} empty: "
-            "lower it",
-        )
+        low, top = self.minimum_learning_rate, self.learning_rate
+        require(low <= top, f"minimum_learning_rate {low} is above learning_rate {top}: lower it")
+        parts, size = self.accumulate, self.batch_size
+        require(parts <= size, f"accumulate {parts} is above batch_size {size}: lower it")
 
     @property
     def warmup(self) -> float:
@@ -174,19 +171,28 @@ class RunConfig:
     """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
     """Split scored after every epoch. test is for repeating published curves; it picks nothing."""
+    stop_at_accuracy: float | None = None
+    """Stop after the first epoch whose validation accuracy reaches this, a share of 1."""
     checkpoint_epochs: int = 1
     """Save a checkpoint every so many epochs (and at the end)."""
     keep_checkpoints: int = 1
     """Newest checkpoints to keep beside the best one; 0 keeps all."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well, by your own installation of wandb and your own account."""
+    mlflow: bool = False
+    """Log to MLflow as well, by your own installation; MLFLOW_TRACKING_URI says where."""
+    attention_epochs: int = 0
+    """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
+        require_range(self, "stop_at_accuracy", 0, 1)
         require_range(self, "checkpoint_epochs", 1)
-        require_range(self, "keep_checkpoints", 0)
+        require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
-            plain = value == Path(value).name or value == ""
+            plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a plain name, no path")
 
 
@@ -204,3 +210,15 @@ class Config:
         """Return all fields in one dictionary; no name is in two sections."""
         sections = dataclasses.asdict(self)
         return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
+    """Return the settings with as many classes as the data have.
+
+    Raises:
+        ConfigError: another number of classes was asked for.
+    """
+    asked, there = config.model.n_classes, len(classes)
+    if asked not in (0, there):
+        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))

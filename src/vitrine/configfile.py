@@ -2,14 +2,23 @@
 
 import dataclasses
 import json
+import os
 import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vitrine.config import Config
+from vitrine.config import Config, require
 from vitrine.errors import ConfigError, nearest
+
+MOVABLE = (
+    "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
+    "keep_checkpoints",
+)  # fmt: skip
+"""Settings that a run may change when it goes on: they change no weight."""
+LARGEST, LONGEST_LINE = 100_000, 2_000
+"""Bytes of a file of settings, and characters of a line of it, at most."""
 
 
 def to_json(config: Config) -> dict[str, dict[str, Any]]:
@@ -25,14 +34,14 @@ def from_json(sections: Any, base: Config | None = None) -> Config:
         ConfigError: an unknown section or field, or a value of the wrong type or range.
     """
     if not isinstance(sections, Mapping):
-        raise ConfigError(f"settings are a table of sections, not {sections!r:.60}")
+        raise ConfigError(f"settings are a table of sections, not {shown(sections)}")
     base = base or Config()
     changed = {}
     for section, values in sections.items():
         if section not in section_names():
-            raise ConfigError(f"unknown section {section!r}{nearest(section, section_names())}")
+            raise ConfigError(f"unknown section {section!r:.60}{nearest(section, section_names())}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"section {section} is a table of settings, not {values!r:.60}")
+            raise ConfigError(f"section {section} is a table of settings, not {shown(values)}")
         changed[section] = replace_fields(getattr(base, section), values)
     return dataclasses.replace(base, **changed)
 
@@ -44,11 +53,19 @@ def read_json(path: Path) -> Any:
         ConfigError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long
+        raise ConfigError(f"{path}: damaged: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file of settings."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ConfigError(f"{path}: larger than {LARGEST:,} bytes: not a file of settings")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: damaged: {error}") from error
 
 
 def read_toml(path: Path, base: Config) -> Config:
@@ -58,10 +75,12 @@ def read_toml(path: Path, base: Config) -> Config:
         ConfigError: the file cannot be read, or holds something that is not a setting.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        # Python's reader takes the square of a dotted key's length.
+        require(max(map(len, text.splitlines()), default=0) <= LONGEST_LINE, f"{path}: a line of "
+                f"more than {LONGEST_LINE} characters, which no setting needs")  # fmt: skip
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # wrong TOML or UTF-8, a number too long
         raise ConfigError(f"{path}: not TOML: {error}") from error
     owner = {
         name: section for section in section_names() for name in field_names(getattr(base, section))
@@ -73,7 +92,7 @@ def read_toml(path: Path, base: Config) -> Config:
         elif name in owner:
             sections.setdefault(owner[name], {})[name] = value
         else:
-            raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, owner)}")
+            raise ConfigError(f"{path}: unknown setting {name!r:.60}{nearest(name, owner)}")
     return from_json(sections, base)
 
 
@@ -93,7 +112,7 @@ def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
     converted = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError(f"unknown setting {name!r}{nearest(name, hints)}")
+            raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, hints)}")
         converted[name] = convert(name, value, hints[name])
     return dataclasses.replace(section, **converted)
 
@@ -101,17 +120,21 @@ def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
 def convert(name: str, value: Any, hint: Any) -> Any:
     """Return the value as the type a field wants, or refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(value) is int and abs(value) >= 2**63:
+        raise ConfigError(f"{name} is a number of more than 63 bits: give a smaller one")
+    if isinstance(value, str) and not is_file_text(value):
+        raise ConfigError(f"{name} is {value!r:.60}: it holds what no name of a file can")
     for option in options:
         origin = get_origin(option)
         if origin is Literal and value in get_args(option) and isinstance(value, str):
             return value
-        if (
-            origin is tuple
-            and isinstance(value, list | tuple)
-            and len(value) == len(get_args(option))
-        ):
-            pairs = zip(value, get_args(option), strict=True)
-            return tuple(convert(name, item, kind) for item, kind in pairs)
+        if origin is tuple and isinstance(value, list | tuple):
+            kinds = get_args(option)
+            if kinds[-1] is Ellipsis:
+                kinds = (kinds[0],) * len(value)
+            if len(value) == len(kinds):
+                pairs = zip(value, kinds, strict=True)
+                return tuple(convert(name, item, kind) for item, kind in pairs)
         if option is type(None) and value is None:
             return value
         if option is Path and isinstance(value, str):
@@ -121,7 +144,23 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if isinstance(option, type) and type(value) is option:
             return value
     wanted = " or ".join(describe(option) for option in options)
-    raise ConfigError(f"{name} is {value!r:.60}: give {wanted}")
+    raise ConfigError(f"{name} is {shown(value)}: give {wanted}")
+
+
+def is_file_text(text: str) -> bool:
+    """Tell whether the system takes a text as (a part of) a file's name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of what a value looks like."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # a number too long, too many brackets
+        return f"a {type(value).__name__} that is too large"
 
 
 def describe(option: Any) -> str:
@@ -129,6 +168,7 @@ def describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return ", ".join(map(repr, get_args(option)))
     if get_origin(option) is tuple:
-        return f"a list of {len(get_args(option))} numbers"
+        kinds = get_args(option)
+        return "a list of numbers" if kinds[-1] is Ellipsis else f"a list of {len(kinds)} numbers"
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
     return names.get(option, "text")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vitrine import ranks
+
 PACKAGES = ("vitrine", "torch", "numpy", "pillow", "safetensors", "torchmetrics")
 
 
@@ -17,6 +19,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "versions": {"python": platform.python_version(), **package_versions()},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
+        "processes": ranks.count(),
         "threads": torch.get_num_threads(),
         "device": device_name(device),
         "precision": precision,

@@ -6,7 +6,9 @@
     │   └── PictureError         one picture file that cannot be read
     ├── CheckpointError          weights missing, truncated, altered or foreign
     ├── OutputError              a folder that cannot be written
-    └── TrainingError            training cannot go on (a loss that is not finite)
+    ├── ExportError              an exported file that does not compute what the model does
+    ├── TrainingError            training cannot go on (a loss that is not finite)
+    └── BenchError               a measurement that could not be made
 
 The library raises these; only the command line turns them into words and exit codes.
 """
@@ -16,7 +18,14 @@ from collections.abc import Iterable
 
 
 class VitrineError(Exception):
-    """Base of all of Vitrine's own exceptions."""
+    """Base of all of Vitrine's own exceptions.
+
+    Names of files, classes and settings come from strangers: in the message nothing is left of
+    them that would break the line or command a terminal.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(VitrineError):
@@ -39,11 +48,26 @@ class OutputError(VitrineError):
     """A folder or file that cannot be written."""
 
 
+class ExportError(VitrineError):
+    """An exported file that does not compute what the model does."""
+
+
 class TrainingError(VitrineError):
     """Training that cannot go on."""
 
 
+class BenchError(VitrineError):
+    """A measurement that could not be made."""
+
+
+def printable(text: str) -> str:
+    """Return the text with every control or invisible character shown as the replacement sign."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known word nearest to a mistyped one, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

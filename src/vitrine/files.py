@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -27,19 +28,24 @@ def replace_file(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_flushed(partial, content)
         partial.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):  # half a file helps nobody, and the disk may be full
+            partial.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people to read."""
-    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Names of files that are no UTF-8 hold half characters; with a backslash they are JSON.
+    replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, text.encode())
+    replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def flush_folder(folder: Path) -> None:

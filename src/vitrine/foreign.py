@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrine.checkpoint import CheckpointInfo, pack, read_bytes, unpack
+from vitrine.checkpoint import CheckpointInfo
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.files import replace_file, write_json
 from vitrine.model.convert import Converted, convert, huggingface, restate, timm
+from vitrine.pickled import read_pickle
+from vitrine.sealed import pack, read_bytes, unpack
 
 CONFIG, PREPARATION = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder; the first that is there is taken."""
-WRAPPERS = ("state_dict", "model", "model_state_dict")
-"""Keys under which training scripts keep the state dict in a larger file."""
 SUFFIXES = {"reference": ".pt", "google": ".npz"}
 """Layouts of one file; the others are folders."""
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
@@ -88,25 +87,6 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(np.asarray(archive[name])) for name in archive.files}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise CheckpointError(f"{path}: not a sound .npz file: {error!s:.100}") from error
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors that torch.save wrote."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a sound file of weights: torch.save writes a zip file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a sound file of weights: {reason:.100}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{path}: not a state dict of tensors")
-    return {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def write_foreign(

@@ -1,10 +1,12 @@
 """The settings of the Vision Transformer: all that its shapes and its arithmetic follow from."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from vitrine.errors import ConfigError
+
+LIMIT = 1e9
+"""No setting but the seed is larger; settings come from strangers, too."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -13,9 +15,9 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_range(config: object, names: str, low: float, high: float = math.inf) -> None:
+def require_range(config: object, names: str, low: float, high: float = LIMIT) -> None:
     """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
-    wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+    wanted = f"at least {low:g}" if high == LIMIT else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
         require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
@@ -51,6 +53,8 @@ class ModelConfig:
     """An extra token that stands for no patch: there if the head reads it, unless given."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: one strided convolution, or overlapping 3x3 convolutions."""
+    stem_channels: tuple[int, ...] = ()
+    """Widths of stem conv's convolutions; one a halving, the last embed_dim wide, unless given."""
     position: Literal["learned", "sincos", "rope"] = "learned"
     """Positions: a learned table, fixed sines and cosines, or rotary in every attention."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -64,7 +68,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
-        require_range(self, "n_classes", 0)
+        require_range(self, "n_classes forward_mul", 0)
         require_range(self, "dropout drop_path", 0, 0.999)
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
         for side in self.image_hw:
@@ -74,6 +78,8 @@ class ModelConfig:
                 f"give image_size {max(1, round(side / self.patch_size)) * self.patch_size} "
                 "or another patch_size",
             )
+        few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
+        require(few, f"image_size {self.image_size}: more than 4096 pixels or 16,384 patches")
         require(self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}: above 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),
@@ -113,8 +119,13 @@ class ModelConfig:
                 "must be 2, 4, 8 or 16, or take stem patch",
             )
             require(
-                width % 2 == 0, f"stem conv needs an even embed_dim, not {width}: give {width + 1}"
+                len(self.stem_widths) >= self.patch_size.bit_length() - 1
+                and min(self.stem_widths) >= 1,
+                f"stem_channels {self.stem_channels} cannot halve the image down to patches of "
+                f"{self.patch_size}: give at least {self.patch_size.bit_length() - 1} widths",
             )
+        else:
+            require(not self.stem_channels, "stem_channels are of stem conv: give --stem conv")
 
     @property
     def has_class_token(self) -> bool:
@@ -133,6 +144,13 @@ class ModelConfig:
         """Patch rows and patch columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def stem_widths(self) -> tuple[int, ...]:
+        """Widths of stem conv's convolutions: halved at each step back from embed_dim."""
+        halvings = self.patch_size.bit_length() - 1
+        halved = (self.embed_dim // 2**step or 1 for step in reversed(range(halvings)))
+        return self.stem_channels or tuple(halved)
 
     @property
     def hidden_dim(self) -> int:

@@ -3,30 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vitrine.config import Config
 from vitrine.data.images import normalise
-from vitrine.data.pictures import fit_picture, read_picture
-from vitrine.errors import ConfigError
+from vitrine.data.pictures import Picture, fit_picture, read_picture, stack_pictures
 from vitrine.explain.explanation import Explanation, Subject, choose, explain
 from vitrine.explain.methods import MapSettings
 from vitrine.model import VisionTransformer
+from vitrine.predictions import Prediction, rank
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
-"""A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
-
-
-class Prediction(NamedTuple):
-    """One class and how probable the model finds it."""
-
-    name: str
-    probability: float
+__all__ = ["Classifier", "Picture", "Prediction"]
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,7 @@ class Classifier:
             PictureError: a picture cannot be read.
             ConfigError: top_k is below 1.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k is {top_k}: give at least 1")
-        probabilities_BY = self.probabilities(self.prepare(pictures))
-        values_BK, indices_BK = probabilities_BY.topk(min(top_k, len(self.classes)), dim=1)
-        return [
-            [Prediction(self.classes[i], p) for p, i in zip(row_p, row_i, strict=True)]
-            for row_p, row_i in zip(values_BK.tolist(), indices_BK.tolist(), strict=True)
-        ]
+        return rank(self.probabilities(self.prepare(pictures)).numpy(), self.classes, top_k)
 
     def explain(
         self,
@@ -125,21 +109,10 @@ class Classifier:
         Shapes:
             images_BCHW, float32, normalised, on the model's device.
         """
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
-        size_hw = self.config.model.image_hw
-        raws = [self.prepare_raw(picture, size_hw) for picture in pictures]
-        raw_BHWC = np.stack(raws) if raws else np.zeros((0, *size_hw, 3), np.uint8)
+        model = self.config.model
+        raw_BHWC = stack_pictures(pictures, model.image_hw, model.n_channels, self.config.data.fit)
         raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
         return normalise(raw_BCHW, self.mean, self.std)
-
-    def prepare_raw(self, picture: Picture, size_hw: tuple[int, int]) -> np.ndarray:
-        """Return one picture as bytes (H, W, C) of the model's size."""
-        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-        fitted_HWC = fit_picture(rgb_HWC, size_hw, self.config.data.fit)
-        if self.config.model.n_channels == 1:
-            return np.asarray(Image.fromarray(fitted_HWC).convert("L"))[:, :, None]
-        return fitted_HWC
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return class probabilities (B, Y) on the CPU."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitrine import hub, rng
+from vitrine import bundled, hub, rng
 from vitrine.checkpoint import (
     INFO,
     MODEL,
@@ -25,7 +25,7 @@ from vitrine.devices import choose_device
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.foreign import CONFIG, FILES, read_foreign, read_json_object, write_foreign
 from vitrine.model import VisionTransformer
-from vitrine.model.adapt import adapt, fit
+from vitrine.model.adapt import adapt, build
 from vitrine.predict import Classifier
 
 OWN = "vitrine"
@@ -53,10 +53,10 @@ def load(
     """Return the classifier that a file, folder or hub id holds.
 
     Args:
-        source: a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
-            of Vitrine; weights of the reference system (``.pt``), timm (``.safetensors``,
-            ``.pth``, or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
-            ``hf:OWNER/NAME``.
+        source: the name of a bundled model (``cifar10``); a run folder (its BEST checkpoint), a
+            checkpoint folder, a ``.safetensors`` file of Vitrine; weights of the reference system
+            (``.pt``), timm (``.safetensors``, ``.pth``, or a folder), Hugging Face (a folder),
+            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``.
         n_attention_heads: the head count, where the files do not tell it; for the reference's
             ``.pt`` it is 4 unless given, for timm's files the usual one of their width.
         device: auto, cpu, cuda or mps.
@@ -71,9 +71,8 @@ def load(
             f"{source}: weights without a head cannot classify: train one with "
             f"vitrine train --init {source} --new_head"
         )
-    model = VisionTransformer(found.info.config.model)
     try:
-        fit(model, found.weights)
+        model = build(found.info.config.model, found.weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     return Classifier(
@@ -87,7 +86,11 @@ def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
     Raises:
         CheckpointError: as ``load``, but weights without a head are welcome.
     """
-    path = hub.download(str(source)) if hub.is_hub_id(source) else Path(source)
+    path = Path(source)
+    if hub.is_hub_id(source):
+        path = hub.download(str(source))
+    elif str(source) in bundled.names() and not (isinstance(source, Path) and path.exists()):
+        path = bundled.weights_path(str(source))
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such model; give a run or checkpoint folder, a file or folder of weights "
@@ -214,19 +217,10 @@ def save(source: Source, path: Path, layout: str = OWN) -> None:
         save_weights_file(path, source.info, source.weights)
 
 
-def newest_run(output_path: Path) -> Path:
-    """Return the run folder whose best checkpoint is the newest.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+def default_model(output_path: Path) -> Path | str:
+    """Return the run folder whose best checkpoint is the newest, or the bundled model's name."""
     pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
-    if not pointers:
-        raise CheckpointError(
-            f"no trained model in {output_path}: train one (vitrine train --preset quick) or give "
-            "--model_path"
-        )
-    return pointers[-1].parent.parent
+    return pointers[-1].parent.parent if pointers else bundled.DEFAULT
 
 
 def with_data(classifier: Classifier, **changes: object) -> Classifier:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-STREAMS = ("init", "order", "augment", "dropout", "split", "shapes", "explain")
+STREAMS = ("init", "order", "augment", "dropout", "split", "shapes", "explain", "export", "sweep")
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:

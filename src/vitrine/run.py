@@ -7,40 +7,48 @@ output/NAME/
 ├── test_uses.jsonl                each time the test split was opened
 ├── graph_loss.png  graph_accuracy.png  confusion_matrix.png  calibration.png
 ├── checkpoints/                   LAST, BEST and their folders: see checkpoint.py
+├── attention/                     with --attention_epochs: a picture every so many epochs
+├── trackers.json                  with --wandb or --mlflow: which run there is this one
 └── tensorboard/                   with --tensorboard
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from vitrine import pretrained, rng
+import torch
+from torch import Tensor
+
+from vitrine import pretrained, ranks, rng
 from vitrine.checkpoint import (
-    CheckpointInfo,
     read_pointer,
-    save_checkpoint,
-    save_weights_file,
-    write_pointer,
 )
-from vitrine.config import Config, Split
-from vitrine.configfile import to_json
+from vitrine.config import Config, Split, with_classes
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.data.sources import load_splits
-from vitrine.devices import choose_device, choose_precision
-from vitrine.environment import describe_environment
-from vitrine.errors import ConfigError
-from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
-from vitrine.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
-from vitrine.files import write_json, write_json_lines
+from vitrine.devices import choose_rank_device
+from vitrine.errors import ConfigError, OutputError, TrainingError
+from vitrine.evaluation.metrics import quick_scores, shared_logits
+from vitrine.explain.watch import choose_watched
+from vitrine.files import write_json_lines
 from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
-from vitrine.run_folder import is_best, log_test_use, newest_sound, prune, read_rows
-from vitrine.tracking import EventWriter
+from vitrine.recovery import hold, recover
+from vitrine.results import speed
+from vitrine.run_files import RunFiles
+from vitrine.run_folder import is_best, log_test_use, read_rows
+from vitrine.trackers import Trackers, check_trackers
 from vitrine.training.loop import Update, train
+from vitrine.training.schedule import multiplier
 from vitrine.training.state import TrainingState
+
+never: Callable[[], bool] = bool
+"""Says no."""
+SCORED_AT_ONCE = 500
+"""Images scored between two looks at whether to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +59,11 @@ class EpochEnd:
     best: bool
 
 
-class Run:
+class Run(RunFiles):
     """A training run and its folder. Iterate over train(), then call finish().
+
+    With several processes (see ranks.py) each has a Run and calls the same methods; the first one
+    alone reads and writes the folder.
 
     Example:
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
@@ -62,16 +73,24 @@ class Run:
 
     Raises:
         DataError, ConfigError: the data are missing, or do not fit the settings.
+        OutputError: another process is writing to the folder.
     """
 
     def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
+        check_trackers(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.device = choose_device(config.run.device)
-        splits = load(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
+        self.lock = lock(folder)
+        self.device = choose_rank_device(config.run.device)
+        ranks.require_work(config.training.batch_size)
+        monitored = dict.fromkeys(("validation", config.run.monitor))
+        splits = ranks.first_on_machine(load, config, "train", *monitored)
         train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
+        if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
+            raise ConfigError("stop_at_accuracy looks at validation images: give validation_images")
+        self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
         self.notices: list[str] = []
@@ -89,155 +108,153 @@ class Run:
         )
         self.train_images = len(train_set)
         self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.saved: Path | None = None
 
     @classmethod
     def start(cls, config: Config, folder: Path) -> "Run":
         """Build a new run in a folder of its own (see run_folder.new_folder)."""
         run = cls(config, folder)
-        write_json(folder / "config.json", to_json(run.config))
-        write_json(folder / "env.json", describe_environment(run.device, run.precision))
+        ranks.on_leader(run.write_settings)
         return run
 
     @classmethod
     def resume(cls, folder: Path, config: Config) -> "Run":
-        """Go on from the newest sound checkpoint of a run folder.
+        """Go on from the newest sound checkpoint of a run folder; without any, begin.
 
         Args:
             folder: the run folder.
             config: the run's settings (its config.json), but for where the data and the device are.
 
         Raises:
-            CheckpointError: the folder has no sound checkpoint.
+            CheckpointError: the folder has no sound checkpoint, or one made with other settings.
+            OutputError: another process is writing to the folder.
         """
-        saved = newest_sound(folder / "checkpoints")
-        run = cls(config, folder, fresh=False)
+        held = lock(folder)  # until the run holds it itself
+        saved, rows = ranks.on_leader(lambda: (recover(folder, config), read_rows(folder)))
+        run = cls(config, folder, fresh=saved is None)
+        del held
+        if saved is None:
+            run.notices.append("it was stopped before its first checkpoint: beginning again")
+            ranks.on_leader(run.write_settings)
+            return run
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
-        run.rows = [row for row in read_rows(folder) if row["step"] <= run.state.step]
-        run.notices = saved.passed_over
-        write_json_lines(folder / "metrics.jsonl", run.rows)
-        write_pointer(run.checkpoints, "LAST", saved.folder)
+        run.rows = [row for row in rows if row["step"] <= run.state.step]
+        run.best, run.saved, run.notices = saved.best, saved.folder, saved.notices
+        ranks.on_leader(write_json_lines, folder / "metrics.jsonl", run.rows)
         return run
 
-    @property
-    def precision(self) -> str:
-        """Number format of the products, as chosen: float32 or bfloat16."""
-        dtype = choose_precision(self.config.training.precision, self.device)
-        return str(dtype).removeprefix("torch.")
-
-    @property
-    def total_steps(self) -> int:
-        """Updates in the whole run."""
-        return self.config.training.epochs * self.batches.steps_per_epoch
-
-    def train(self) -> Iterator[Update | EpochEnd]:
+    def train(self, stopping: Callable[[], bool] = never) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and, after an epoch, what it came to.
 
         Leave the iteration whenever you like: save() keeps what was done.
 
+        Args:
+            stopping: asked now and then while an epoch is scored, which may take long. Once it
+                says yes, scoring is put off; leave then after the update, or it begins again.
+
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss, the gradient or a weight is not finite.
             OutputError: the run folder cannot be written.
         """
-        with EventWriter(self.folder / "tensorboard", self.config.run.tensorboard) as events:
-            for update in train(self.state, self.batches, self.config):
-                # Before the update is told, so that leaving right then loses nothing of the epoch.
-                end = self.end_epoch(update) if update.ends_epoch else None
-                yield update
-                if end is not None:
-                    events.write(end.row)
-                    yield end
+        self.agree()
+        try:
+            with Trackers(self.config, self.folder) as trackers:
+                for event in self.events(stopping):
+                    if isinstance(event, EpochEnd):
+                        trackers.write(event.row, self.attention_picture(event.row))
+                    yield event
+        except (TrainingError, OutputError) as error:
+            kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was saved"
+            raise type(error)(f"{error}; {kept}") from error
 
-    def end_epoch(self, update: Update) -> EpochEnd:
-        """Score the epoch, write its line, save and prune checkpoints."""
+    def events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
+        """Do what train() says."""
+        scored = self.rows[-1]["step"] if self.rows else 0
+        ended = self.state.step % self.batches.steps_per_epoch == 0
+        if ended and self.state.step > scored and (end := self.end_epoch(stopping)):
+            yield end  # of an epoch that was stopped while it was scored
+        if self.is_enough():
+            return
+        for update in train(self.state, self.batches, self.config):
+            # Before the update is told, so that leaving right then loses nothing of the epoch.
+            end = self.end_epoch(stopping) if update.ends_epoch else None
+            yield update
+            if update.ends_epoch and (end := end or self.end_epoch(never)):
+                yield end
+                if self.is_enough():
+                    return
+
+    def end_epoch(self, stopping: Callable[[], bool]) -> EpochEnd | None:
+        """Score the epoch, write its line, save and prune checkpoints; nothing when stopping."""
+        began = time.perf_counter()
+        self.agree()
+        step, per_epoch = self.state.step, self.batches.steps_per_epoch
+        training, epoch = self.config.training, step // per_epoch
         loss, accuracy = self.state.tally.means()
         row = {
-            "epoch": update.epoch,
-            "step": update.step,
-            "learning_rate": update.learning_rate,
+            "epoch": epoch,
+            "step": step,
+            "learning_rate": training.learning_rate
+            * multiplier(step - 1, training, steps_per_epoch=per_epoch),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "seconds": round(self.state.seconds, 3),
-            "images_per_second": round(self.train_images * update.epoch / self.state.seconds, 1),
+            "images_per_second": speed(self.train_images * epoch, self.state.seconds),
         }
         for name, images in self.monitored.items():
             if name == "test":
-                log_test_use(self.folder, f"curve, epoch {update.epoch}", len(images))
-            logits_BY = self.logits(self.state.best_model, images)
+                purpose = f"curve, epoch {epoch}"
+                ranks.on_leader(log_test_use, self.folder, purpose, len(images))
+            logits_BY = self.score(images, stopping)
+            if logits_BY is None:
+                return None
             row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
-        best = is_best(row, self.rows)
+        row["evaluation_seconds"] = round(time.perf_counter() - began, 3)
+        best = is_best(row, [self.best] if self.best else [])
         self.rows.append(row)
-        write_json_lines(self.folder / "metrics.jsonl", self.rows)
-        last = update.step == self.total_steps
-        if best or last or update.epoch % self.config.run.checkpoint_epochs == 0:
-            checkpoint = self.save()
-            if best:
-                write_pointer(self.checkpoints, "BEST", checkpoint)
-            if self.config.run.keep_checkpoints:
-                prune(self.checkpoints, self.config.run.keep_checkpoints)
+        self.saved = ranks.on_leader(self.write_epoch, row, best)
+        self.best = row if best else self.best
         return EpochEnd(row, best)
 
+    def agree(self) -> None:
+        """Take over the leader's state: processors of unlike kinds round unlike."""
+        ranks.copy_from_leader([*self.state.weights().values(), *self.state.tensors().values()])
+
+    def score(self, images: ImageSet, stopping: Callable[[], bool]) -> Tensor | None:
+        """Return the logits of a split, or nothing when asked to stop in the middle."""
+        parts = []
+        for indices_B in torch.arange(len(images)).split(SCORED_AT_ONCE):
+            if ranks.highest(int(stopping())):
+                return None
+            parts.append(self.logits(self.state.best_model, images.take(indices_B)))
+        return torch.cat(parts)
+
     def save(self) -> Path:
-        """Write a checkpoint of this moment and let LAST name it."""
-        metrics = self.rows[-1] if self.rows else {}
-        info = CheckpointInfo(self.config, self.classes, self.state.numbers(), metrics)
-        folder = self.checkpoints / f"step-{self.state.step:07}"
-        weights, training = self.state.weights(), self.state.tensors()
-        save_checkpoint(folder, info, weights=weights, training=training)
-        write_pointer(self.checkpoints, "LAST", folder)
-        if not (self.checkpoints / "BEST").exists():
-            write_pointer(self.checkpoints, "BEST", folder)
-        return folder
+        """Write a checkpoint of this moment, unless it is there, and let LAST name it.
+
+        Raises:
+            TrainingError: a weight is not finite.
+            OutputError: the run folder cannot be written.
+        """
+        self.saved = ranks.on_leader(self.write_checkpoint)
+        return self.saved
 
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
-        best = pretrained.load(read_pointer(self.checkpoints, "BEST"), device=self.device.type)
-        test = load(self.config, "test")["test"]
-        log_test_use(self.folder, f"result of {Path(best.source).name}", len(test))
-        metrics = measure(self.logits(best.model, test), test.labels_B, classes=self.classes)
-        result = {**self.summary(best), "test": metrics.to_json()}
-        write_json(self.folder / "result.json", result)
-        plot_curves(self.rows, self.folder)
-        draw_metrics(metrics, self.folder)
-        if self.config.run.model_path is not None:
-            self.write_weights(best)
-        return result
-
-    def summary(self, best: Classifier) -> dict[str, Any]:
-        """Return what result.json says besides the test scores."""
-        step = int(Path(best.source).name.removeprefix("step-"))
-        row = next((row for row in self.rows if row["step"] == step), {})
-        validation = {
-            name: row[f"validation_{name}"]
-            for name in ("accuracy", "loss")
-            if f"validation_{name}" in row
-        }
-        seen = self.train_images * self.config.training.epochs
-        return {
-            "epochs": self.config.training.epochs,
-            "best_epoch": row.get("epoch"),
-            "validation": validation or None,
-            "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
-            "train_images": self.train_images,
-            "seconds": round(self.state.seconds, 1),
-            "images_per_second": round(seen / self.state.seconds, 1),
-            "precision": self.precision,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-
-    def write_weights(self, best: Classifier) -> None:
-        """Write the final weights where the reference system's flags want them."""
-        run, model = self.config.run, self.config.model
-        size = "x".join(map(str, dict.fromkeys(model.image_hw)))
-        name = run.model_name or f"vit-layer{model.n_layers}-{size}-{self.config.data.dataset}"
-        folder = Path(run.model_path or "model") / self.folder.name
-        info = CheckpointInfo(self.config, self.classes, self.state.numbers(), self.rows[-1])
-        path = folder / f"{name}-{self.config.training.epochs - 1:03}.safetensors"
-        save_weights_file(path, info, best.model.state_dict())
+        best = ranks.on_leader(  # on the CPU, from where it can go to every process
+            lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
+        )
+        test = ranks.first_on_machine(load, self.config, "test")["test"]
+        purpose = f"result of {Path(best.source).name}"
+        ranks.on_leader(log_test_use, self.folder, purpose, len(test))
+        logits_BY = self.logits(best.model.to(self.device), test)
+        return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
 
     def logits(self, model: Any, images: ImageSet) -> Any:
-        """Return the logits of a model for a split (see predict_logits)."""
+        """Return the logits of a model for a split, the work being shared (see shared_logits)."""
         data = self.config.data
-        return predict_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+        return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
 
 
 def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
@@ -246,19 +263,6 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
 
 
-def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
-    """Return the settings with as many classes as the data have.
-
-    Raises:
-        ConfigError: another number of classes was asked for.
-    """
-    asked, there = config.model.n_classes, len(classes)
-    if asked not in (0, there):
-        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))
-
-
-def draw_metrics(metrics: Metrics, folder: Path) -> None:
-    """Draw the confusion matrix and the reliability diagram."""
-    plot_confusion(metrics, folder / "confusion_matrix.png")
-    plot_calibration(metrics, folder / "calibration.png")
+def lock(folder: Path) -> AbstractContextManager[object] | None:
+    """Keep other processes from writing the folder, on behalf of all ranks (see hold)."""
+    return ranks.each(lambda: hold(folder) if ranks.is_leader() else None)

@@ -4,33 +4,17 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from vitrine.checkpoint import (
-    CheckpointInfo,
-    load_info,
-    load_training,
-    load_weights,
-    read_pointer,
-)
+from vitrine.checkpoint import read_pointer, step_of
 from vitrine.errors import CheckpointError, ConfigError, OutputError
-from vitrine.files import write_json_lines
-
-
-class SavedState(NamedTuple):
-    """A checkpoint in memory, and what was wrong with newer ones that were passed over."""
-
-    folder: Path
-    info: CheckpointInfo
-    weights: dict[str, Tensor]
-    training: dict[str, Tensor]
-    passed_over: list[str]
+from vitrine.files import replace_file
 
 
 def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
     """Make the folder of a new run: of the name asked for, or of the default one, numbered.
+
+    An empty folder of the name asked for, as a run leaves that was killed at once, is taken.
 
     Raises:
         ConfigError: the name asked for is taken.
@@ -41,6 +25,8 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
         try:
             (output_path / name).mkdir(parents=True)
         except FileExistsError:
+            if folder_name and is_unused(output_path / name):
+                return output_path / name
             if folder_name:
                 raise ConfigError(
                     f"{output_path / name} is there already: give another --folder_name, or go on "
@@ -53,35 +39,32 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
     raise OutputError(f"{output_path}: too many runs named {default_name}: give --folder_name")
 
 
-def newest_sound(checkpoints: Path) -> SavedState:
-    """Load the newest checkpoint of a run that is whole and unchanged.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not checkpoints.is_dir():
-        raise CheckpointError(f"{checkpoints.parent}: no run folder (it has no checkpoints/)")
-    passed_over: list[str] = []
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        try:
-            state = (load_info(folder), load_weights(folder), load_training(folder))
-        except CheckpointError as error:
-            passed_over.append(str(error))
-        else:
-            return SavedState(folder, *state, passed_over)
-    wrong = f": {passed_over[0]}" if passed_over else ": the run was stopped before its first one"
-    raise CheckpointError(f"{checkpoints}: no sound checkpoint to go on from{wrong}")
+def checkpoint_folders(checkpoints: Path, last: int | None = None) -> list[Path]:
+    """Return the checkpoint folders in the order of their updates, up to ``last`` if given."""
+    steps = {folder: step_of(folder) for folder in checkpoints.glob("step-*")}
+    known = {folder: step for folder, step in steps.items() if step is not None}
+    wanted = [folder for folder, step in known.items() if last is None or step <= last]
+    return sorted(wanted, key=known.__getitem__)
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all checkpoints but BEST and the ``keep`` newest (0 keeps all)."""
-    folders = sorted(checkpoints.glob("step-*"))
-    kept = {*folders[-keep:], read_pointer(checkpoints, "BEST"), read_pointer(checkpoints, "LAST")}
-    for folder in set(folders) - kept:
-        # Renamed first, so that a kill in the middle leaves nothing that looks whole.
-        doomed = folder.with_name(f".old-{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    """Remove all checkpoints up to LAST but BEST and the ``keep`` newest (0 keeps all).
+
+    Those after LAST were passed over as damaged; training will come to them and write them anew.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    newest, best = (read_pointer(checkpoints, name) for name in ("LAST", "BEST"))
+    folders = checkpoint_folders(checkpoints, last=step_of(newest))
+    try:
+        for folder in set(folders) - {*folders[-keep:], newest, best}:
+            # Renamed first, so that a kill in the middle leaves nothing that looks whole.
+            doomed = folder.with_name(f".doomed-{folder.name}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise OutputError(f"{checkpoints}: cannot be pruned: {error.strerror}") from error
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -95,20 +78,40 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+    if not all(map(is_row, rows)):
         raise CheckpointError(f"{path}: damaged: a line is not an epoch of a run")
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Tell whether a line is an epoch of a run: numbers by name, and its step and epoch."""
+    return (
+        isinstance(row, dict)
+        and all(value is None or is_number(value) for value in row.values())
+        and all(type(row.get(name)) is int for name in ("step", "epoch"))
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number that can be printed and drawn."""
+    return isinstance(value, int | float) and -1e15 < value < 1e15
 
 
 def log_test_use(folder: Path, purpose: str, images: int) -> None:
     """Add a line to test_uses.jsonl: the test split was opened, when, and what for."""
     path = folder / "test_uses.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    rows = [json.loads(line) for line in lines]
-    write_json_lines(path, [*rows, {"time": now, "purpose": purpose, "images": images}])
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "purpose": purpose, "images": images}
+    try:
+        earlier = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from error
+    if earlier and not earlier.endswith(b"\n"):
+        earlier += b"\n"
+    replace_file(path, earlier + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def is_best(row: dict[str, Any], earlier: list[dict[str, Any]]) -> bool:
@@ -120,6 +123,13 @@ def is_best(row: dict[str, Any], earlier: list[dict[str, Any]]) -> bool:
         return True
     scores = [(r["validation_accuracy"], -r["validation_loss"]) for r in [*earlier, row]]
     return scores[-1] == max(scores) and scores.count(scores[-1]) == 1
+
+
+def is_unused(path: Path) -> bool:
+    """Tell whether a folder holds nothing, or only what a run leaves that never began."""
+    return path.is_dir() and all(
+        entry.name == ".lock" or entry.name.startswith(".partial-") for entry in path.iterdir()
+    )
 
 
 def is_run_folder(path: Path) -> bool:

@@ -1,11 +1,13 @@
 """TensorBoard events, for those who ask for them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vitrine.errors import ConfigError
+from vitrine import ranks
+from vitrine.errors import ConfigError, OutputError
 
 
 class EventWriter:
@@ -13,6 +15,7 @@ class EventWriter:
 
     Raises:
         ConfigError: TensorBoard is asked for and not installed.
+        OutputError: the events cannot be written.
     """
 
     def __init__(self, folder: Path, enabled: bool) -> None:
@@ -24,14 +27,17 @@ class EventWriter:
                 raise ConfigError(
                     'tensorboard is not installed: pip install "vitrine[track]"'
                 ) from error
-            self.writer = SummaryWriter(str(folder))
+            if ranks.is_leader():
+                self.writer = SummaryWriter(str(folder))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write every number of an epoch under its name."""
         if self.writer is not None:
-            for name, value in row.items():
-                if name not in ("epoch", "step"):
-                    self.writer.add_scalar(name, value, row["step"])
+            with told():
+                for name, value in row.items():
+                    if name not in ("epoch", "step"):
+                        self.writer.add_scalar(name, value, row["step"])
+                self.writer.flush()  # or a full disk is only found at the next epoch
 
     def __enter__(self) -> Self:
         return self
@@ -43,4 +49,14 @@ class EventWriter:
         trace: TracebackType | None,
     ) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with told():
+                self.writer.close()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn what the disk says into our own error."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"TensorBoard events cannot be written: {error.strerror}") from error

@@ -6,9 +6,13 @@ why; 128 + n stopped by signal n.
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from vitrine.errors import ConfigError, TrainingError, VitrineError, nearest
+
+STARTED = time.perf_counter()
+"""When the program began, or nearly so."""
 
 COMMANDS = {
     "train": "train a Vision Transformer, or go on with a run",
@@ -18,6 +22,9 @@ COMMANDS = {
     "inspect": "show a model's filters, positions and heads",
     "convert": "bring weights in from other systems, and out to them",
     "push": "put a model on the Hugging Face hub",
+    "export": "write a model as ONNX or as a torch program",
+    "sweep": "search for good settings",
+    "bench": "measure speed and memory, alone or beside other systems",
     "info": "show presets, runs, this machine, or one model",
 }
 
@@ -55,7 +62,14 @@ def run(command: str, words: Sequence[str]) -> int:
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
+    if command != "train":
+        importlib.import_module("vitrine.cli.processes").refuse_many(command)
     return int(importlib.import_module(f"vitrine.cli.{command}").command(words))
+
+
+def exit_code(error: VitrineError) -> int:
+    """Return how a process ends with one of our own exceptions."""
+    return 1 if isinstance(error, TrainingError) else 2
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -64,7 +78,10 @@ def guarded(command: Callable[[], int]) -> int:
         return command()
     except VitrineError as error:
         print(f"vitrine: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+        return exit_code(error)
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("vitrine: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
         sys.stdout = None
         return 1

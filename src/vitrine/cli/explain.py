@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrine.cli.console import out, say
+from vitrine.cli.console import say, tell
 from vitrine.cli.explain_options import (
     ALL,
     PROG,
@@ -74,11 +74,9 @@ def draw(classifier: "Classifier", subject: "Subject", path: Path, options: Expl
         what += f" to {explanation.frames[-1].title}"
     if path.suffix == ".html":
         what = "a page with every method, layer and head"
-    out.print(
+    tell(
         f"{printable(subject.name)}: {printable(explanation.frames[-1].says)}\n"
-        f"{path}: {what}, {path.stat().st_size / 1000:,.0f} kB",
-        markup=False,
-        soft_wrap=True,
+        f"{printable(str(path))}: {what}, {path.stat().st_size / 1000:,.0f} kB"
     )
 
 
@@ -137,7 +135,10 @@ def list_checkpoints(
     epochs = {row["step"]: row["epoch"] for row in read_rows(source)}
     loaded = []
     for folder in sorted((source / "checkpoints").glob("step-*")):
-        step = int(folder.name.removeprefix("step-"))
+        number = folder.name.removeprefix("step-")
+        if not number.isdecimal():
+            continue
+        step = int(number)
         title = f"epoch {epochs[step]}" if step in epochs else f"update {step}"
         loaded.append((title, load(folder, device=device).model))
     return loaded

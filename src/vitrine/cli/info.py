@@ -9,8 +9,10 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.cli.console import out
+from vitrine import bundled
+from vitrine.cli.console import out, tell
 from vitrine.cli.parsing import parse
+from vitrine.errors import printable
 from vitrine.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     if options.model is None:
         show_machine()
         show_presets()
+        show_bundled()
         show_runs(options.output_path)
     else:
         from vitrine.pretrained import load
@@ -69,6 +72,19 @@ def show_presets() -> None:
     out.print(table, "")
 
 
+def show_bundled() -> None:
+    """Print the models that come with the package."""
+    columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
+    table = plain_table("Bundled models (vitrine predict --model_path NAME)", *columns)
+    for name in bundled.names():
+        card = bundled.read_card(name)
+        table.add_row(
+            name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
+            card.record,
+        )  # fmt: skip
+    out.print(table, "")
+
+
 def show_runs(output_path: Path) -> None:
     """Print the runs in a folder with their scores."""
     from vitrine.run_folder import read_rows
@@ -81,14 +97,15 @@ def show_runs(output_path: Path) -> None:
         row = (read_rows(folder) or [{}])[-1]
         scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
         cells = ["-" if score is None else f"{score:.2%}" for score in scores]
-        table.add_row(Text(folder.name), str(row.get("epoch", 0)), *cells)
-    out.print(table if folders else f"No runs in {output_path}/ yet: vitrine train --preset quick")
+        table.add_row(Text(printable(folder.name)), str(row.get("epoch", 0)), *cells)
+    if folders:
+        out.print(table)
+    else:
+        tell(f"No runs in {output_path}/ yet: vitrine train --preset quick")
 
 
 def show_model(classifier: "Classifier") -> None:
     """Print what a model is."""
-    from vitrine.evaluation.report import printable
-
     config = classifier.config
     table = plain_table(classifier.source, "", "")
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
@@ -96,14 +113,14 @@ def show_model(classifier: "Classifier") -> None:
     table.add_row("classes", Text(", ".join(map(printable, classifier.classes))))
     for section in (config.model, config.data):
         for name, value in vars(section).items():
-            table.add_row(name, Text(str(value)))
+            table.add_row(name, Text(printable(str(value))))
     out.print(table)
 
 
 def plain_table(title: str, *columns: str) -> Table:
     """Return an empty table in the house's look."""
     table = Table(
-        title=Text(title), title_justify="left", show_edge=False, pad_edge=False,
+        title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False,
         show_header=any(columns),
     )  # fmt: skip
     for column in columns:

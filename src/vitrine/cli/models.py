@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vitrine.cli.console import say
+from vitrine.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrine.predict import Classifier
@@ -15,7 +16,7 @@ class ModelOptions:
     """Which model, and where it computes."""
 
     model_path: Path | None = None
-    """A run folder, a file or folder of weights, or hf:OWNER/NAME; the newest run unless given."""
+    """Run folder, weights, bundled name or hf:OWNER/NAME; else the newest run, or bundled model."""
     n_attention_heads: int | None = None
     """Head count, for weights whose files do not tell it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -23,14 +24,29 @@ class ModelOptions:
 
 
 def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
-    """Load the model that was named, or the newest run, saying which."""
-    from vitrine.pretrained import load, newest_run
+    """Load the model that was named, or the newest run, saying which.
 
-    path = options.model_path
+    Raises:
+        ConfigError: the model is an ONNX file, which only ``vitrine predict`` runs.
+    """
+    if is_onnx(options.model_path):
+        raise ConfigError(
+            f"{options.model_path}: an ONNX file can only predict (vitrine predict): give the run "
+            "folder or weights that it was exported from"
+        )
+    from vitrine.pretrained import default_model, load
+
+    path: Path | str | None = options.model_path
     if path is None:
-        path = newest_run(runs)
-        say(f"no --model_path given: taking the newest run, {path}")
+        path = default_model(runs)
+        what = "newest run" if isinstance(path, Path) else "bundled model"
+        say(f"no --model_path given: taking the {what}, {path}")
     model = load(path, n_attention_heads=options.n_attention_heads, device=options.device)
     for note in model.notes:
         say(f"{path}: {note}")
     return model
+
+
+def is_onnx(path: Path | None) -> bool:
+    """Tell whether a model is named that ``vitrine.onnx_predict`` runs, without torch."""
+    return path is not None and path.suffix.lower() == ".onnx"

@@ -1,6 +1,7 @@
 """``vitrine predict``."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vitrine.cli.console import out, say
-from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.models import ModelOptions, is_onnx, load_model
 from vitrine.cli.parsing import parse
 from vitrine.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vitrine.predict import Classifier, Prediction
+    from vitrine.onnx_predict import OnnxClassifier
+    from vitrine.predict import Classifier
+    from vitrine.predictions import Prediction
 
 PROG = "vitrine predict"
 CHUNK = 64
@@ -28,7 +31,10 @@ CHUNK = 64
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class PredictOptions(ModelOptions):
-    """Classify pictures of any kind and size."""
+    """Classify pictures of any kind and size, with a model or with what vitrine export made of it.
+
+    An ``.onnx`` file as --model_path is run by ONNX Runtime: no torch is loaded, nor needed.
+    """
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs, or - for a picture on standard input."""
@@ -49,14 +55,10 @@ Answer = tuple[str, "list[Prediction]"]
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine predict``."""
-    from vitrine.pretrained import with_data
-
     options = parse(PredictOptions, words, prog=prog)
     check(options)
     names = list_pictures(options.pictures)
-    classifier = load_model(options)
-    if options.fit is not None:
-        classifier = with_data(classifier, fit=options.fit)
+    classifier = load_classifier(options)
     answers, broken = predict_all(classifier, names, options)
     if broken and not answers:
         raise PictureError(
@@ -80,6 +82,22 @@ def check(options: PredictOptions) -> None:
         raise ConfigError(f"background is {options.background}: give three numbers from 0 to 255")
 
 
+def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
+    """Load the model that was named; torch is imported only if it is no ONNX file."""
+    if not is_onnx(options.model_path):
+        from vitrine.pretrained import with_data
+
+        model = load_model(options)
+        return model if options.fit is None else with_data(model, fit=options.fit)
+    from vitrine.onnx_predict import load_onnx
+
+    if options.n_attention_heads is not None:
+        raise ConfigError("--n_attention_heads is for reference .pt files: leave it out")
+    assert options.model_path is not None
+    exported = load_onnx(options.model_path, device=options.device)
+    return dataclasses.replace(exported, fit=options.fit or exported.fit)
+
+
 def list_pictures(words: Sequence[str]) -> list[str]:
     """Return the names of all pictures that the words stand for."""
     from vitrine.data.pictures import find_pictures
@@ -92,7 +110,7 @@ def list_pictures(words: Sequence[str]) -> list[str]:
 
 
 def predict_all(
-    classifier: "Classifier", names: list[str], options: PredictOptions
+    classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
 ) -> tuple[list[Answer], list[str]]:
     """Classify the pictures that can be read; return answers, and what was wrong with the rest."""
     from vitrine.data.pictures import read_picture
@@ -128,10 +146,23 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["picture", "rank", "class", "probability"])
         for name, top in answers:
-            rows.writerows([name, rank, p.name, p.probability] for rank, p in enumerate(top, 1))
+            rows.writerows(
+                [cell(name), rank, cell(p.name), p.probability] for rank, p in enumerate(top, 1)
+            )
         print(text.getvalue(), end="")
     else:
         print_table(answers, options.top_k)
+
+
+def cell(name: str) -> str:
+    """Return a name as a cell of CSV: no control characters, nothing a spreadsheet would compute.
+
+    --json has the names as they are.
+    """
+    from vitrine.evaluation.report import printable
+
+    formula = len(name) > 1 and name[0] in "=+-@"
+    return f"'{printable(name)}" if formula else printable(name)
 
 
 def as_json(prediction: "Prediction") -> dict[str, object]:

@@ -90,7 +90,7 @@ class ReferenceTestOptions:
     mode: Literal["cifar", "cifar-single", "custom"] = "cifar"
     """The whole test set, one of its images, or a picture of yours."""
     model_path: Path | None = None
-    """A run or checkpoint folder, .safetensors, or reference .pt; the newest run unless given."""
+    """Run folder, .safetensors or reference .pt; else the newest run, or the bundled model."""
     index: int = 1
     """cifar-single: which test image."""
     image_path: Path | None = None
@@ -221,7 +221,8 @@ def say_result(start: str, top: "list[Prediction]") -> None:
     from vitrine.evaluation.report import printable
 
     best, *others = (f"{printable(p.name)} {p.probability:.1%}" for p in top)
-    out.print(f"{start}{best}(output)\tthen {', '.join(others)}", markup=False, soft_wrap=True)
+    line = f"{printable(start.rstrip())}{start[len(start.rstrip()) :]}{best}(output)\tthen "
+    out.print(line + ", ".join(others), markup=False, soft_wrap=True)
 
 
 def show_picture(path: Path, options: ReferenceTestOptions) -> None:

@@ -6,18 +6,42 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Stopped(BaseException):
+    """A request to stop, where it is to be followed at once.
+
+    No Exception, as KeyboardInterrupt is none: nobody shall take it for a fault.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
 class StopRequest:
     """The first signal is noted; the same signal again stops at once."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.raises = False
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
+        # From now on the system's own: it ends the process even inside a long call of torch.
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = self.signal or number
+        if self.raises:
+            raise Stopped(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal, also one noted before, leave the block as the exception Stopped."""
+        self.raises = True
+        try:
+            if self.signal:
+                raise Stopped(self.signal)
+            yield
+        finally:
+            self.raises = False
 
 
 @contextmanager

@@ -60,10 +60,11 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Path]":
     """Measure the model and write what was measured; return the metrics and the folder."""
     from vitrine.errors import ConfigError
+    from vitrine.evaluation.figures import plot_metrics
     from vitrine.evaluation.metrics import measure, predict_logits
     from vitrine.files import write_json
     from vitrine.pretrained import with_data
-    from vitrine.run import draw_metrics, load
+    from vitrine.run import load
     from vitrine.run_folder import is_run_folder, log_test_use
 
     given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
@@ -86,7 +87,7 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     )  # fmt: skip
     metrics = measure(logits_BY, images.labels_B, classes=classifier.classes)
     write_json(folder / "metrics.json", metrics.to_json())
-    draw_metrics(metrics, folder)
+    plot_metrics(metrics, folder)
     return metrics, folder
 
 

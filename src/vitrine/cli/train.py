@@ -1,21 +1,22 @@
 """``vitrine train``."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrine.cli.console import err, out, say
+from vitrine.cli import STARTED
+from vitrine.cli.console import err, out, say, tell
 from vitrine.cli.parsing import parse, parse_known
+from vitrine.cli.processes import one_run
 from vitrine.config import Config
-from vitrine.configfile import from_json, read_json, read_toml
-from vitrine.errors import CheckpointError, ConfigError
+from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
+from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.presets import get_preset
 
 PROG = "vitrine train"
-MOVABLE = ("data_path", "num_workers", "device", "tensorboard", "keep_checkpoints")
-"""Settings that a run may change when it goes on: they change no weight."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class TrainOptions(Config, StartOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
     """Run ``vitrine train``; ``name`` is the run folder's if none is asked for."""
+    with one_run() as on_leader:
+        start, settings = on_leader(read, words, prog)
+        if start.resume is not None:
+            return resume(start.resume, settings)
+        return begin(settings, name or start.preset)
+
+
+def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
+    """Return where the settings come from, and the settings."""
     start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
     base = read_base(start)
     if start.resume is None:
@@ -57,8 +67,7 @@ def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) 
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
         refuse_changes(base, settings)
-        return resume(start.resume, settings)
-    return begin(settings, name or start.preset)
+    return start, settings
 
 
 def read_base(start: StartOptions) -> Config:
@@ -116,20 +125,38 @@ def refuse_changes(old: Config, new: Config) -> None:
 
 
 def begin(settings: Config, name: str) -> int:
-    """Start a run in a new folder."""
-    from vitrine.devices import choose_device
-    from vitrine.run import Run
-    from vitrine.run_folder import new_folder
+    """Start a run in a new folder, or go on with it where torchrun has restarted us."""
+    from vitrine import ranks
+    from vitrine.devices import choose_rank_device
+    from vitrine.run import Run, lock
 
-    choose_device(settings.run.device)
-    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    choose_rank_device(settings.run.device)
+    folder, begun = ranks.on_leader(choose_folder, settings, name)
+    if begun:
+        return resume(folder, settings)
+    held = lock(folder)  # until the run holds it itself
     try:
         run = Run.start(settings, folder)
     finally:
-        remove_if_empty(folder)  # where the run could not be built
+        if ranks.is_leader():
+            remove_if_unused(folder)  # where the run could not be built
+    del held
     for notice in run.notices:
         say(notice)
     return follow(run)
+
+
+def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
+    """Return the run's folder, and whether there is a checkpoint in it to go on from."""
+    from vitrine import ranks
+    from vitrine.run_folder import new_folder
+
+    known = ranks.recall("run folder")
+    if known is not None and Path(known).is_dir():
+        return Path(known), any(Path(known, "checkpoints").glob("step-*"))
+    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    ranks.remember("run folder", str(folder))
+    return folder, False
 
 
 def resume(folder: Path, settings: Config) -> int:
@@ -138,46 +165,69 @@ def resume(folder: Path, settings: Config) -> int:
 
     run = Run.resume(folder, settings)
     for notice in run.notices:
-        say(f"passed over a damaged checkpoint: {notice}")
+        say(notice)
     say(f"going on after update {run.state.step} of {run.total_steps}")
     return follow(run)
 
 
 def follow(run: Any) -> int:
     """Show a run to its end, or save it when a signal asks to stop."""
+    from vitrine import ranks
     from vitrine.cli.display import TrainingDisplay
-    from vitrine.cli.signals import stop_requests
+    from vitrine.cli.signals import Stopped, stop_requests
 
     describe(run)
-    with stop_requests() as stop, TrainingDisplay(run, err) as display:
-        for event in run.train():
-            display.show(event)
-            if stop.signal:
-                break
-    if stop.signal:
-        run.save()
+    startup = time.perf_counter() - STARTED
+    try:
+        with stop_requests() as stop:
+            stopped = 0
+            with TrainingDisplay(run, err) as display:
+                for event in run.train(stopping=lambda: bool(stop.signal)):
+                    display.show(event)
+                    if stopped := ranks.highest(stop.signal):
+                        break
+            if stopped:
+                run.save()
+                raise Stopped(stopped)
+            with stop.at_once():  # all is saved: only the test and the pictures are missing
+                result = run.finish()
+    except Stopped as reason:
         say(f"stopped and saved; go on with: vitrine train --resume {run.folder}")
-        return 128 + stop.signal
-    conclude(run, run.finish())
+        return 128 + reason.signal
+    except OutputError as error:
+        raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
+    conclude(run, result, startup)
     return 0
 
 
 def describe(run: Any) -> None:
     """Say what is about to be trained."""
+    from vitrine import ranks
+
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    processes = f"{ranks.count()} processes on " if ranks.count() > 1 else ""
     say(
         f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
-        f"{run.device.type}, {run.precision}"
+        f"{processes}{run.device.type}, {run.precision}, "
+        f"{'compiled' if run.compiled else 'not compiled'}"
     )
 
 
-def conclude(run: Any, result: dict[str, Any]) -> None:
-    """Print the result and what to try next."""
+def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+    """Print the result, the seconds it took and what to try next."""
     from rich.table import Table
 
-    out.print(f"\n{run.folder}", markup=False, soft_wrap=True, style="bold")
+    goal = run.config.run.stop_at_accuracy
+    if goal is not None:
+        reached = run.is_enough()
+        out.print(
+            f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
+            f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
+        )
+
+    tell(f"\n{run.folder}", style="bold")
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "accuracy", "loss"):
         table.add_column(column, justify="left" if not column else "right")
@@ -186,8 +236,10 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
     out.print(table)
     out.print(
-        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training, "
-        f"{result['images_per_second']:,.0f} images/s; best epoch {result['best_epoch']}; "
+        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
+        f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
+        f"evaluation), {result['images_per_second']:,.0f} images/s; "
+        f"best epoch {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {run.folder}/",
         markup=False,
         soft_wrap=True,
@@ -203,7 +255,11 @@ def conclude(run: Any, result: dict[str, Any]) -> None:
     )
 
 
-def remove_if_empty(folder: Path) -> None:
+def remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run that never began."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    import shutil
+
+    from vitrine.run_folder import is_unused
+
+    if is_unused(folder):
+        shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ CIFAR10_CLASSES = (
 
 PYTHON_2 = re.compile(rb"\x80\x02\}q.\(U", re.DOTALL)
 """How a dictionary begins that Python 2 pickled, as all official files do; Python 3 writes no U."""
+
+LARGEST = 500_000_000
+"""No file of the data sets has so many bytes; CIFAR-100's largest has 155 million."""
 
 Name = Literal["cifar10", "cifar100"]
 
@@ -145,6 +149,8 @@ def read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[
 def read_part(path: Path, archive: Archive) -> Part:
     """Read one file of the official folder."""
     try:
+        if path.stat().st_size > LARGEST:
+            raise DataError(f"{path}: larger than {LARGEST:,} bytes: not a file of the data set")
         return Part(str(path), path.read_bytes(), archive.md5[path.name])
     except OSError as error:
         raise DataError(
@@ -162,12 +168,19 @@ def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str,
         )
     wanted = {f"{archive.folder}/{file}": file for file in files}
     parts = {}
-    with tarfile.open(tar, "r:gz") as opened:
-        for member in opened:
-            file = wanted.get(member.name, "")
-            stream = opened.extractfile(member) if file else None
-            if stream is not None:
-                parts[file] = Part(f"{tar}: {member.name}", stream.read(), archive.md5[file])
+    try:
+        with tarfile.open(tar, "r:gz") as opened:
+            for member in opened:
+                file = wanted.get(member.name, "")
+                # Only plain files: a link may point at anything.
+                stream = opened.extractfile(member) if file and member.isreg() else None
+                if stream is not None and member.size <= LARGEST:
+                    parts[file] = Part(f"{tar}: {member.name}", stream.read(), archive.md5[file])
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+        raise DataError(f"{tar}: damaged: {error}") from error
+    missing = sorted(set(files) - set(parts))
+    if missing:
+        raise DataError(f"{tar}: damaged: no file {archive.folder}/{missing[0]} in it")
     return parts
 
 
@@ -199,7 +212,11 @@ def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
 def read_class_names(part: Part, archive: Archive) -> tuple[str, ...]:
     """Return CIFAR-100's fine class names."""
     names = unpickle(part).get("fine_label_names")
-    if not (isinstance(names, list) and len(names) == archive.n_classes):
+    if not (
+        isinstance(names, list)
+        and len(names) == archive.n_classes
+        and all(isinstance(name, str | bytes) for name in names)
+    ):
         raise DataError(f"{part.where}: damaged: no {archive.n_classes} class names")
     return tuple(map(as_text, names))
 

@@ -113,7 +113,8 @@ def list_classes(root: Path) -> tuple[str, ...]:
 
 def name_hash(path: Path) -> bytes:
     """Return a hash of a relative name, the same on every system (some decompose accents)."""
-    return hashlib.sha256(unicodedata.normalize("NFC", path.as_posix()).encode()).digest()
+    name = unicodedata.normalize("NFC", path.as_posix())
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # it may be no UTF-8
 
 
 def decode(

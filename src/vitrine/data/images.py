@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitrine.data.pictures import channel_scale
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -47,10 +49,6 @@ def normalise(raw_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
     Gray images take the average of the three channels' mean and std.
     """
-    channels = raw_BCHW.shape[1]
-    mean_C = torch.tensor(mean, device=raw_BCHW.device)
-    std_C = torch.tensor(std, device=raw_BCHW.device)
-    if channels == 1:
-        mean_C, std_C = mean_C.mean(0, keepdim=True), std_C.mean(0, keepdim=True)
-    scale_C, shift_C = 1 / (255 * std_C), -mean_C / std_C
-    return raw_BCHW * scale_C.view(-1, 1, 1) + shift_C.view(-1, 1, 1)
+    scale_C, shift_C = map(torch.from_numpy, channel_scale(mean, std, raw_BCHW.shape[1]))
+    device = raw_BCHW.device
+    return raw_BCHW * scale_C.to(device).view(-1, 1, 1) + shift_C.to(device).view(-1, 1, 1)

@@ -16,14 +16,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vitrine.errors import PictureError
 
 Fit = Literal["crop", "pad", "squash"]
+Picture = str | Path | bytes | Image.Image | np.ndarray
+"""A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""A JPEG is decoded once a scan: so many pixels of all scans together are enough."""
 SUFFIXES = frozenset((
     ".apng", ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm",
     ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
 """Endings that count as pictures when a folder is searched."""
+REFUSED = frozenset(("EPS", "IPTC", "WMF"))
+"""Formats that Pillow hands to another program to draw, or that may hold one of these."""
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
@@ -87,11 +93,19 @@ def read_picture(
 
 def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> np.ndarray:
     """Return an opened picture as RGB bytes."""
+    if image.format in REFUSED:
+        raise PictureError(f"{name}: {image.format} is a program that draws, not a picture")
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
     if width * height == 0:
         raise PictureError(f"{name}: it has no pixels")
+    file = getattr(image, "fp", None)
+    if image.format in ("JPEG", "MPO") and file is not None:
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        if width * height * scans > MAX_SCANNED:
+            raise PictureError(f"{name}: its {width} x {height} pixels come in {scans} scans")
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
@@ -110,16 +124,23 @@ def scale_to_bytes(values_HW: np.ndarray) -> np.ndarray:
     to hold them all. Values that none of these holds run from their own lowest to their highest.
     What is not finite counts as 0.
     """
-    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
-        wide_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = wide_HW.min(), wide_HW.max()
+    # Some rows at a time: a large picture in double precision would take gigabytes.
+    parts = np.array_split(values_HW, 1 + values_HW.size // 1_000_000)
+    ends = [(part.min(), part.max()) for part in map(widen, parts) if part.size]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     for top in (1.0, 255.0, 65_535.0) if values_HW.dtype.kind == "f" else (65_535.0,):
         if low >= 0 and high <= top:
             low, high = 0.0, top
             break
-    wide_HW -= low
-    wide_HW *= 255 / (high - low or 1.0)
-    return wide_HW.round().astype(np.uint8)
+    factor = 255 / (high - low or 1.0)
+    scaled = [((widen(part) - low) * factor).round() for part in parts]
+    return np.concatenate([part.astype(np.uint8) for part in scaled])
+
+
+def widen(values_HW: np.ndarray) -> np.ndarray:
+    """Return values in double precision, 0 for what is not finite."""
+    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
+        return np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
 
 
 def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.ndarray:
@@ -136,6 +157,39 @@ def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.n
     if fit == "pad":
         return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
     return np.array(image.resize((width, height), resampling))
+
+
+def stack_pictures(
+    pictures: Picture | Sequence[Picture], size_hw: tuple[int, int], n_channels: int, fit: Fit
+) -> np.ndarray:
+    """Turn pictures of any kind and size into one array of bytes of the model's size (B, H, W, C).
+
+    Raises:
+        PictureError: a picture cannot be read.
+    """
+    if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+        pictures = [pictures]
+    raws = []
+    for picture in pictures:
+        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+        raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
+        gray_HW = Image.fromarray(raw_HWC).convert("L") if n_channels == 1 else None
+        raws.append(raw_HWC if gray_HW is None else np.asarray(gray_HW)[:, :, None])
+    return np.stack(raws) if raws else np.zeros((0, *size_hw, n_channels), np.uint8)
+
+
+def channel_scale(
+    mean: Sequence[float], std: Sequence[float], n_channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and shift (C,), float32, that normalise bytes: ``raw * scale + shift``.
+
+    That is ``(raw / 255 - mean) / std``. Gray pictures take the average of the three channels' mean
+    and std.
+    """
+    mean_C, std_C = np.array(mean, np.float32), np.array(std, np.float32)
+    if n_channels == 1:
+        mean_C, std_C = mean_C.mean(keepdims=True), std_C.mean(keepdims=True)
+    return 1 / (255 * std_C), -mean_C / std_C
 
 
 def seen_box(

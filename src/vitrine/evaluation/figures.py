@@ -223,3 +223,9 @@ def save_figure(figure: Figure, path: Path) -> None:
         raise OutputError(
             f"cannot write {path} ({error.strerror}): choose another folder"
         ) from error
+
+
+def plot_metrics(metrics: Metrics, folder: Path) -> None:
+    """Draw the confusion matrix and the reliability diagram."""
+    plot_confusion(metrics, folder / "confusion_matrix.png")
+    plot_calibration(metrics, folder / "calibration.png")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitrine import ranks
 from vitrine.data.images import ImageSet, normalise
 from vitrine.errors import CheckpointError, DataError
 
@@ -120,6 +121,32 @@ def predict_logits(
             chunks.append(model(normalise(raw_BCHW.to(device), mean, std)))
     # Outside of inference mode, so that the result is a tensor like any other.
     return torch.cat(chunks).float().cpu()
+
+
+def shared_logits(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    batch_size: int = 500,
+) -> Tensor:
+    """Do as predict_logits, with the images shared among the processes of a run (see ranks.py).
+
+    Each takes whole batches, so that the logits are those of one process to the bit, and gets the
+    logits of all.
+    """
+    mine = ranks.rows(len(images), chunk=batch_size)
+    part = dataclasses.replace(
+        images, raw_BCHW=images.raw_BCHW[mine], labels_B=images.labels_B[mine]
+    )
+    if len(images) and not len(part):  # more processes than batches
+        return ranks.join_rows(None)
+    logits_BY = predict_logits(
+        model, part, mean=mean, std=std, device=device, batch_size=batch_size
+    )
+    return ranks.join_rows(logits_BY)
 
 
 def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:

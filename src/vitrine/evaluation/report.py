@@ -1,11 +1,16 @@
 """The numbers of a test as tables for the terminal; ``figures`` draws them."""
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.evaluation.metrics import Metrics
+from vitrine.errors import printable as printable  # it is asked for here, too
+
+if TYPE_CHECKING:  # metrics need torch, tables do not
+    from vitrine.evaluation.metrics import Metrics
 
 MATRIX_CLASSES = 12
 """So many columns of counts fit 80 characters; more classes show their commonest confusions."""
@@ -15,30 +20,23 @@ LISTED_LINES = 10
 """Lines of a list of the weakest classes or the commonest confusions."""
 
 
-def printable(name: str) -> str:
-    """Return the name with every control or invisible character shown as the replacement sign."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
-    )
-
-
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share as per cent, or a dash where there is none."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def metrics_table(metrics: Metrics) -> RenderableType:
+def metrics_table(metrics: "Metrics") -> RenderableType:
     """Return the overall figures, and precision, recall and images class by class."""
     return Group(_overall(metrics), _per_class(metrics))
 
 
-def confusion_table(metrics: Metrics) -> RenderableType:
+def confusion_table(metrics: "Metrics") -> RenderableType:
     """Return what was taken for what: a matrix, or for many classes the commonest confusions."""
     few = len(metrics.classes) <= MATRIX_CLASSES
     return _matrix(metrics) if few else _commonest_confusions(metrics)
 
 
-def _overall(metrics: Metrics) -> Table:
+def _overall(metrics: "Metrics") -> Table:
     low, high = (100 * bound for bound in metrics.accuracy_interval)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -57,7 +55,7 @@ def _overall(metrics: Metrics) -> Table:
     return table
 
 
-def _per_class(metrics: Metrics) -> Table:
+def _per_class(metrics: "Metrics") -> Table:
     shown = list(range(len(metrics.classes)))
     title = None
     if len(shown) > LISTED_CLASSES:
@@ -78,7 +76,7 @@ def _per_class(metrics: Metrics) -> Table:
     return table
 
 
-def _matrix(metrics: Metrics) -> Table:
+def _matrix(metrics: "Metrics") -> Table:
     table = _table("Rows: the true class. Columns: what it was taken for.")
     table.padding = 0  # the box itself keeps the columns one space apart
     table.add_column("", max_width=14, no_wrap=True)
@@ -100,7 +98,7 @@ def _cell(count: int, *, right: bool) -> Text:
     return Text(str(count)) if count else Text("·", style="dim")
 
 
-def _commonest_confusions(metrics: Metrics) -> Table:
+def _commonest_confusions(metrics: "Metrics") -> Table:
     wrong = [
         (count, true, guess)
         for true, counts in enumerate(metrics.confusion_YY)

@@ -12,6 +12,9 @@ Font = ImageFont.FreeTypeFont
 PAPER, INK, SOFT = "#ffffff", "#1f2328", "#656d76"
 """Ground, text, and text that is less important."""
 
+LONGEST = 1000
+"""Characters of a text that are looked at: names come from strangers."""
+
 
 def load_font(size: int, *, bold: bool = False) -> Font:
     """Return DejaVu Sans with letters of so many pixels."""
@@ -42,7 +45,7 @@ def drawable(text: str) -> str:
 
 def cut(text: str, font: Font, width: float) -> str:
     """Return the text drawable, and its end as … where it is wider than so many pixels."""
-    text = drawable(text)
+    text = drawable(text[:LONGEST])
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -53,7 +56,7 @@ def cut(text: str, font: Font, width: float) -> str:
 def wrap(text: str, font: Font, width: float) -> list[str]:
     """Break one line between words into lines of at most so many pixels; cut longer words."""
     lines: list[str] = []
-    for word in text.split(" "):
+    for word in text[:LONGEST].split(" "):
         longer = f"{lines[-1]} {drawable(word)}" if lines else ""
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer

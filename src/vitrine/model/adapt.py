@@ -1,5 +1,6 @@
 """Weights for a model that differs from theirs: another image size, other classes."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,18 +54,42 @@ def adapt(
     return notes
 
 
+def build(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransformer:
+    """Return the model with these weights. Nothing is drawn, so no generator is moved.
+
+    The claims of ``config`` are held against the weights before anything of their size is made.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of numbers differ; it names the first.
+    """
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != config.n_layers:
+        raise CheckpointError(f"{len(blocks)} layers, but it claims {config.n_layers}")
+    with torch.device("meta"):
+        model = VisionTransformer(config)
+    fit(model, weights)
+    return model
+
+
 def fit(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
     """Put weights into the model they describe.
 
     Raises:
-        CheckpointError: names or shapes differ; it names the first.
+        CheckpointError: names, shapes or kinds of numbers differ; it names the first.
     """
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights))
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if wrong:
         raise CheckpointError(f"weights do not fit the model they describe: {wrong[:3]}")
-    model.load_state_dict(weights)
+    strange = [n for n, t in weights.items() if t.is_floating_point() != own[n].is_floating_point()]
+    if strange:
+        raise CheckpointError(f"weights are not numbers of the right kind: {strange[:3]}")
+    if any(tensor.is_meta for tensor in own.values()):
+        weights = {name: tensor.to(own[name].dtype) for name, tensor in weights.items()}
+        model.load_state_dict(weights, assign=True)
+    else:
+        model.load_state_dict(weights)
 
 
 def resize_positions(

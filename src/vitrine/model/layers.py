@@ -1,7 +1,5 @@
 """The parts of a Vision Transformer, from pixels up. Shape letters: see the legend in vit.py."""
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -153,18 +151,35 @@ class PatchStem(nn.Conv2d):
 
 
 class ConvStem(nn.Sequential):
-    """Overlapping 3 x 3 convolutions of stride 2, until one position is P pixels wide.
+    """Overlapping 3 x 3 convolutions, each normalised over the batch, then one 1 x 1 to the tokens.
+
+    The first convolution halves the image, and so do the last ones, until one position is P pixels
+    wide; those between keep its size.
 
     Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704.
     """
 
-    def __init__(self, n_channels: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(
+        self, n_channels: int, embed_dim: int, patch_size: int, stem_channels: tuple[int, ...]
+    ) -> None:
         halvings = patch_size.bit_length() - 1
-        widths = [n_channels] + [embed_dim // 2] * (halvings - 1) + [embed_dim]
+        halving = {0, *range(len(stem_channels) - halvings + 1, len(stem_channels))}
         layers: list[nn.Module] = []
-        for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Conv2d(width_in, width_out, 3, stride=2, padding=1), nn.GELU()]
-        super().__init__(*layers[:-1])
+        for index, width in enumerate(stem_channels):
+            stride = 2 if index in halving else 1
+            layers += [
+                nn.Conv2d(n_channels, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.GELU(),
+            ]
+            n_channels = width
+        super().__init__(*layers, nn.Conv2d(n_channels, embed_dim, 1))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the tokens as a picture (B, D, G, J)."""
+        # Channels last: convolutions are two to three times as fast, and tokens need no copy.
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        return super().forward(images_BCHW)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LinearHead(nn.Linear):
@@ -190,9 +205,11 @@ def grid_angles(grid_GJ: tuple[int, int], width: int, base: float) -> tuple[Tens
     Angle = index / base^(f / width): the first frequency turns fastest.
     """
     rows, columns = grid_GJ
-    frequencies_F = base ** (-torch.arange(width) / width)
-    row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
-    column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
+    # On the CPU, whatever the default device: a model may be built on none (meta), for loading.
+    with torch.device("cpu"):
+        frequencies_F = base ** (-torch.arange(width) / width)
+        row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
+        column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
     return row_NF, column_NF
 
 

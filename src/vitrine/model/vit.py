@@ -46,8 +46,11 @@ class VisionTransformer(nn.Module):
         D, grid_GJ = config.embed_dim, config.grid_GJ
         n_patches = grid_GJ[0] * grid_GJ[1]
 
-        stem = PatchStem if config.stem == "patch" else ConvStem
-        self.stem = stem(config.n_channels, D, config.patch_size)
+        self.stem: PatchStem | ConvStem
+        if config.stem == "patch":
+            self.stem = PatchStem(config.n_channels, D, config.patch_size)
+        else:
+            self.stem = ConvStem(config.n_channels, D, config.patch_size, config.stem_widths)
         if config.position == "learned":
             self.position_ND = nn.Parameter(torch.empty(n_patches, D))
         elif config.position == "sincos":

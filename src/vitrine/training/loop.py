@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrine import rng
+from vitrine import ranks, rng
 from vitrine.config import Config
 from vitrine.data.batches import Batch, Batches
-from vitrine.devices import choose_precision
+from vitrine.devices import choose_compile, choose_precision
 from vitrine.errors import TrainingError
 from vitrine.training.optim import set_learning_rate
 from vitrine.training.schedule import multiplier
@@ -41,16 +41,19 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
     bit as never having stopped (same device, same number of threads).
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the state is that of the last update.
+        TrainingError: the loss, the gradient or a weight is not finite; the state is that of the
+            last update.
     """
     device = batches.device
-    forward = torch.compile(state.model) if config.training.compile else state.model
-    for step in range(state.step, config.training.epochs * batches.steps_per_epoch):
+    updates = config.training.epochs * batches.steps_per_epoch
+    compiled = choose_compile(config.training.compile, device, updates)
+    forward = torch.compile(state.model) if compiled else state.model
+    for step in range(state.step, updates):
         began = time.perf_counter()
         share = multiplier(step, config.training, steps_per_epoch=batches.steps_per_epoch)
         set_learning_rate(state.optimizers, share)
         batch = batches(step)
-        with rng.seeded(config.run.seed, "dropout", step, device=device):
+        with rng.seeded(config.run.seed, "dropout", ranks.own_index(step), device=device):
             loss, correct = train_step(state, forward, batch, config)
         if step % batches.steps_per_epoch == 0:
             state.tally = type(state.tally)()
@@ -75,13 +78,18 @@ def train_step(
     state.model.train()
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    loss, correct = backward(forward, batch, config)
+    loss_sum, correct_sum = backward(forward, batch, config)
+    ranks.merge(state.model, loss_sum, correct_sum)
+    loss, correct = loss_sum.item(), int(correct_sum.item())
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    # The weights too: behind a tanh an infinite one leaves both the loss and the gradient finite.
+    size = torch.nn.utils.get_total_norm(parameters)
+    if not (math.isfinite(loss) and math.isfinite(norm + size)):
         raise TrainingError(
-            f"loss {loss}, gradient norm {float(norm)} at update {state.step + 1}: stopped before "
-            "it. Lower learning_rate, raise warmup_epochs, or set clip_norm 1.0"
+            f"loss {loss}, gradient norm {float(norm)}, weight norm {float(size)} at update "
+            f"{state.step + 1}: stopped before it. Lower learning_rate, raise warmup_epochs, or "
+            "set clip_norm 1.0"
         )
     if config.training.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.training.clip_norm, norm)
@@ -94,14 +102,19 @@ def train_step(
 
 def backward(
     forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
-) -> tuple[float, int]:
-    """Add up the gradient of the batch's mean loss, part by part; return loss and right answers."""
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradient of the batch's mean loss, part by part; return loss and right answers.
+
+    Of several processes, each adds up its share of the batch's; ``ranks.merge`` gives the whole.
+    """
     device, total = batch.labels_B.device, len(batch.labels_B)
     dtype = choose_precision(config.training.precision, device)
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
-    parts = [tensor.chunk(config.training.accumulate) for tensor in batch]
+    parts = [ranks.share(tensor).chunk(config.training.accumulate) for tensor in batch]
     for images_BCHW, targets_BY, labels_B in zip(*parts, strict=True):
+        if len(labels_B) == 0:  # the last batch has fewer images than there are processes
+            continue
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_BY = forward(images_BCHW)
         loss = F.cross_entropy(
@@ -111,4 +124,4 @@ def backward(
         loss.backward()
         loss_sum += loss.detach()
         correct += (logits_BY.argmax(dim=1) == labels_B).sum()
-    return loss_sum.item(), int(correct.item())
+    return loss_sum, correct

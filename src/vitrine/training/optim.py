@@ -3,13 +3,14 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from vitrine.config import TrainingConfig
+from vitrine.training.muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
-    """Return AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
     Every group keeps its highest learning rate under ``peak``; set_learning_rate scales it.
 
@@ -18,9 +19,10 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        matrices = [
-            parameters.pop(name) for name in list(parameters) if is_hidden_matrix(name, parameters)
+        hidden = [
+            name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)
         ]
+        matrices = [parameters.pop(name) for name in hidden]
         rate = config.muon_learning_rate
         groups = by_layer([{"params": matrices, "peak": rate}], model, config.layer_decay)
         if matrices:
@@ -84,9 +86,14 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name != "position_ND"
 
 
-def is_hidden_matrix(name: str, parameters: dict[str, nn.Parameter]) -> bool:
-    """Tell the matrices inside the blocks, which Muon is made for."""
-    return is_in_block(name) and parameters[name].ndim == 2
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell the matrices that map tokens to tokens, which Muon is made for.
+
+    These are the blocks' matrices and the stem's kernels but for the first, which reads pixels.
+    """
+    if parameter.ndim < 2:
+        return False
+    return is_in_block(name) or (name.startswith("stem.") and parameter.shape[1] > 3)
 
 
 def set_learning_rate(optimizers: list[Optimizer], multiplier: float) -> None:

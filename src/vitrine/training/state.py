@@ -9,8 +9,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.config import TrainingConfig
+from vitrine.errors import CheckpointError
 from vitrine.model import VisionTransformer
 from vitrine.training.optim import freeze_backbone, make_optimizers
+
+SLOTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+"""What an optimizer keeps of each parameter."""
 
 
 @dataclass
@@ -89,22 +93,57 @@ class TrainingState:
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
     ) -> None:
-        """Take over what weights(), tensors() and numbers() gave."""
+        """Take over what weights(), tensors() and numbers() gave.
+
+        Raises:
+            CheckpointError: they are of another model or optimizer.
+        """
+        try:
+            self._take_over(weights, tensors, numbers)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"the saved training state does not fit: {reason:.200}"
+            ) from error
+
+    def _take_over(
+        self,
+        weights: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+    ) -> None:
         self.best_model.load_state_dict(weights)
         if self.average is not None:
             self.model.load_state_dict(under(tensors, "model"))
             self.average.n_averaged.copy_(tensors["average.count"])
         for number, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, Tensor]] = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for name, tensor in under(tensors, f"optimizer.{number}").items():
                 index, slot = name.split(".")
+                same = tensor.shape in ((), parameters[int(index)].shape)
+                if not (same and tensor.is_floating_point()):
+                    raise ValueError(f"{slot} is {tensor.dtype} of shape {tuple(tensor.shape)}")
                 slots.setdefault(int(index), {})[slot] = tensor
+            expected = SLOTS.get(type(optimizer).__name__)
+            whole = len(slots) == len(parameters) and all(
+                set(s) == expected for s in slots.values()
+            )
+            if slots and expected and not whole:
+                raise ValueError(f"{type(optimizer).__name__} lacks some of {sorted(expected)}")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        self.step, self.seconds = numbers["step"], numbers["seconds"]
-        self.tally = Tally(**numbers["tally"])
+        tally = Tally(**numbers["tally"])
+        self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+        self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names start with ``prefix.``, without it."""
     start = f"{prefix}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a NaN or an infinity."""
+    floats = ((n, t) for n, t in tensors.items() if t.is_floating_point())
+    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)

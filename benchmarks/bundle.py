@@ -1,0 +1,50 @@
+"""Put a finished run's best model into the package: weights in float16, and its card.
+
+python benchmarks/bundle.py RUN_FOLDER NAME RECORD_FOLDER
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from vitrine import bundled
+from vitrine.checkpoint import save_weights_file
+from vitrine.files import write_json
+from vitrine.pretrained import read
+from vitrine.publish import without_paths
+
+ALL_TOGETHER = 12 * 2**20
+"""Bytes that the bundled weights may have together."""
+
+
+def main() -> None:
+    run, name, record = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    source, result = read(run), json.loads((run / "result.json").read_text())
+    info = dataclasses.replace(
+        source.info, config=without_paths(source.info.config), numbers={}, metrics={}
+    )
+    half = {
+        key: tensor.half() if tensor.is_floating_point() else tensor
+        for key, tensor in source.weights.items()
+    }
+    save_weights_file(bundled.weights_path(name), info, half)
+    config = info.config
+    recipe = f"{run.name}, {result['epochs']} epochs, seed {config.run.seed}"
+    card = bundled.Card(
+        data=f"{config.data.dataset}, {result['train_images']:,} training images",
+        recipe=recipe,
+        test_accuracy=result["test"]["accuracy"],
+        validation_accuracy=result["validation"]["accuracy"],
+        parameters=result["parameters"],
+        record=record,
+    )
+    write_json(bundled.FOLDER / f"{name}.json", dataclasses.asdict(card))
+    size = sum(path.stat().st_size for path in bundled.FOLDER.iterdir())
+    print(f"{bundled.weights_path(name)}: all bundled files together {size / 2**20:.2f} MiB")
+    if size > ALL_TOGETHER:
+        sys.exit("that is more than 12 MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# An environment with the systems that `vitrine bench --peers FOLDER` measures beside Vitrine.
+#
+#     bash benchmarks/peers.sh FOLDER [REFERENCE]
+#
+# FOLDER      the virtual environment to make, or to bring up to date
+# REFERENCE   a clone of the reference system to copy; cloned from GitHub unless given
+#
+# PYTHON names the interpreter whose torch is measured (default: python). The environment sees that
+# interpreter's own packages, so that all systems run on the very same torch and nothing large is
+# installed twice; Vitrine's environment stays as it is.
+set -euo pipefail
+
+folder=${1:?usage: bash benchmarks/peers.sh FOLDER [REFERENCE]}
+given=${2:-}
+python=${PYTHON:-python}
+repository=https://github.com/nick8592/ViT-Classification-CIFAR10
+commit=31be6ce
+
+"$python" -c 'import torch' || { echo "peers.sh: $python has no torch: set PYTHON" >&2; exit 2; }
+[ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/torch-of-vitrine.pth"
+
+# torchvision is pinned by torch (2.13 goes with 0.28), and --no-deps keeps it from bringing another.
+minor=$("$python" -c 'import torch; print(torch.__version__.split(".")[1])')
+pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip install --quiet --no-deps \
+    timm==1.0.31 vit-pytorch==1.26.11 einops==0.8.2 "torchvision==0.$((minor + 15)).*"
+# transformers (which needs no torch), and what the reference and timm import.
+pip install --quiet transformers==5.24.0 tqdm==4.70.1 scikit-learn==1.9.1
+
+# The package index's torchvision is built for CUDA. Beside a CPU torch it lacks two operators that
+# no system here calls, and without them it does not import: TV_SHIM=1, which the bench sets,
+# declares them.
+import_all='import torchvision, timm, vit_pytorch, transformers, sklearn.metrics'
+if ! "$folder/bin/python" -c 'import torchvision' 2>/dev/null; then
+    cat >"$site/sitecustomize.py" <<'PYTHON'
+import os
+
+if os.environ.get("TV_SHIM"):
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor x) -> Tensor")
+    torch.torchvision_shim = library  # kept alive
+PYTHON
+fi
+TV_SHIM=1 "$folder/bin/python" -W ignore -c "$import_all"
+
+if [ -n "$given" ]; then
+    mkdir -p "$folder/reference"
+    cp -r "$given/." "$folder/reference"
+elif [ ! -d "$folder/reference" ]; then
+    git clone --quiet "$repository" "$folder/reference"
+    git -C "$folder/reference" checkout --quiet "$commit"
+fi
+[ -f "$folder/reference/model.py" ] ||
+    { echo "peers.sh: $folder/reference has no model.py: not the reference system" >&2; exit 2; }
+
+echo "ready: vitrine bench --peers $folder"

@@ -1,0 +1,58 @@
+"""Words and exit codes where torchrun started several processes: the first one speaks for all."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vitrine.cli import console, exit_code
+from vitrine.errors import ConfigError, VitrineError
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells a process by its environment."""
+Caller = Callable[..., Any]
+"""A function that calls another one with the words that follow."""
+
+
+@contextmanager
+def one_run() -> Iterator[Caller]:
+    """Join the processes that torchrun started, if it did; the others fall silent.
+
+    Yields the function that calls another one on the first process only, and gives all its result.
+    An error is every process's, so the first one tells it and the others only end.
+    """
+    if not all(os.environ.get(name) for name in NEEDED):
+        yield call
+        return
+    from vitrine import ranks
+
+    with ranks.joined():
+        leader = ranks.is_leader()
+        quiet = console.out.quiet, console.err.quiet
+        console.out.quiet = console.err.quiet = not leader
+        try:
+            yield ranks.on_leader
+        except VitrineError as error:
+            if leader:
+                raise
+            sys.exit(exit_code(error))
+        finally:
+            console.out.quiet, console.err.quiet = quiet
+
+
+def call(function: Callable[..., Any], *words: Any) -> Any:
+    """Call a function: what on_leader is to a process alone."""
+    return function(*words)
+
+
+def refuse_many(command: str) -> None:
+    """Refuse a command that several processes would only do several times.
+
+    Raises:
+        ConfigError: torchrun started more than one.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK") != "0":
+            sys.exit(2)
+        raise ConfigError(f"vitrine {command} takes one process: call it without torchrun")

@@ -1,0 +1,35 @@
+"""Libraries that only some commands need, imported when they do."""
+
+import importlib
+from types import ModuleType
+
+from vitrine.errors import ConfigError
+
+EXTRAS = {
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "optuna": "sweep",
+    "tensorboard": "track",
+}
+"""The extra that brings a library; others are the user's own to install."""
+
+
+def need(module: str) -> ModuleType:
+    """Import a module of an optional library.
+
+    Raises:
+        ConfigError: the library is not installed (which extra brings it is told), or is broken.
+    """
+    library = module.partition(".")[0]
+    wanted = f'"vitrine[{EXTRAS[library]}]"' if library in EXTRAS else library
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == library:
+            raise ConfigError(f"{library} is not installed: pip install {wanted}") from error
+        raise ConfigError(
+            f"{library} lacks {error.name}: pip install --force-reinstall {wanted}"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(f"{library} cannot be imported: {error}") from error

@@ -1,0 +1,122 @@
+"""What a run writes into its folder; with several processes, the leader's work."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrine import ranks
+from vitrine.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
+from vitrine.config import Config
+from vitrine.configfile import to_json
+from vitrine.data.batches import Batches
+from vitrine.data.images import ImageSet
+from vitrine.devices import choose_compile, choose_precision
+from vitrine.environment import describe_environment
+from vitrine.errors import TrainingError
+from vitrine.evaluation.metrics import measure
+from vitrine.explain.watch import draw_attention
+from vitrine.files import write_json, write_json_lines
+from vitrine.predict import Classifier
+from vitrine.results import draw, summarise, write_weights
+from vitrine.run_folder import prune
+from vitrine.training.state import TrainingState, first_not_finite
+
+
+class RunFiles:
+    """The half of a Run that writes: settings, epochs, checkpoints, the result."""
+
+    config: Config
+    folder: Path
+    checkpoints: Path
+    classes: tuple[str, ...]
+    device: torch.device
+    state: TrainingState
+    batches: Batches
+    watched: ImageSet
+    rows: list[dict[str, Any]]
+    saved: Path | None
+    train_images: int
+
+    @property
+    def precision(self) -> str:
+        """Number format of the products, as chosen: float32 or bfloat16."""
+        dtype = choose_precision(self.config.training.precision, self.device)
+        return str(dtype).removeprefix("torch.")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model is compiled, as chosen."""
+        return choose_compile(self.config.training.compile, self.device, self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole run."""
+        return self.config.training.epochs * self.batches.steps_per_epoch
+
+    def is_enough(self) -> bool:
+        """Tell whether the latest epoch reached the accuracy to stop at."""
+        goal = self.config.run.stop_at_accuracy
+        return bool(self.rows) and goal is not None and self.rows[-1]["validation_accuracy"] >= goal
+
+    def write_settings(self) -> None:
+        """Write what a run is known by: its settings, software and hardware."""
+        write_json(self.folder / "config.json", to_json(self.config))
+        write_json(self.folder / "env.json", describe_environment(self.device, self.precision))
+
+    def write_epoch(self, row: dict[str, Any], best: bool) -> Path | None:
+        """Write an epoch's line; save and prune checkpoints. The leader's work."""
+        run, last = self.config.run, row["step"] == self.total_steps or self.is_enough()
+        write_json_lines(self.folder / "metrics.jsonl", self.rows)
+        if best or last or row["epoch"] % run.checkpoint_epochs == 0:
+            checkpoint = self.write_checkpoint()
+            if best:
+                write_pointer(self.checkpoints, "BEST", checkpoint)
+            if run.keep_checkpoints:
+                prune(self.checkpoints, run.keep_checkpoints)
+        return self.saved
+
+    def attention_picture(self, row: dict[str, Any]) -> Path | None:
+        """Draw what the model looks at now, if this epoch is one of those that are drawn."""
+        every = self.config.run.attention_epochs
+        if not every or row["epoch"] % every or not ranks.is_leader():
+            return None
+        path = self.folder / "attention" / f"epoch-{row['epoch']:04}.png"
+        return draw_attention(self.state.best_model, self.watched, self.config, path)
+
+    def write_checkpoint(self) -> Path:
+        """Do what save() says. The leader's work."""
+        folder = self.checkpoints / f"step-{self.state.step:07}"
+        if folder == self.saved and folder.is_dir():
+            return folder
+        weights, training = self.state.weights(), self.state.tensors()
+        broken = first_not_finite({**weights, **training})
+        if broken is not None:
+            raise TrainingError(f"{broken} is not finite after update {self.state.step}: not saved")
+        save_checkpoint(folder, self.info(), weights=weights, training=training)
+        self.saved = folder
+        write_pointer(self.checkpoints, "LAST", folder)
+        if not (self.checkpoints / "BEST").exists():
+            write_pointer(self.checkpoints, "BEST", folder)
+        if not (self.folder / "config.json").exists():  # somebody cleared the folder away
+            self.write_settings()
+        return folder
+
+    def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
+        """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
+        metrics = measure(logits_BY, labels_B, classes=self.classes)
+        engine = {"precision": self.precision, "compiled": self.compiled}
+        summary = summarise(
+            best, self.rows, train_images=self.train_images, seconds=self.state.seconds
+        )
+        result = {**summary, **engine, "test": metrics.to_json()}
+        write_json(self.folder / "result.json", result)
+        draw(metrics, self.rows, self.folder)
+        if self.config.run.model_path is not None:
+            write_weights(best, self.info(), self.folder.name)
+        return result
+
+    def info(self) -> CheckpointInfo:
+        """Return what a checkpoint of this moment says of itself."""
+        metrics = self.rows[-1] if self.rows else {}
+        return CheckpointInfo(self.config, self.classes, self.state.numbers(), metrics)

@@ -1,0 +1,212 @@
+"""Checkpoints, LAST and BEST with bytes flipped, cut, swapped, emptied: never a wrong model."""
+
+import dataclasses
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from faults.folder import folders, require_equal, tensors
+from faults.tally import Tally
+from vitrine import pretrained
+from vitrine.checkpoint import (
+    load_info,
+    load_weights,
+    load_weights_file,
+    read_pointer,
+    save_weights_file,
+)
+from vitrine.config import Config
+from vitrine.errors import CheckpointError
+from vitrine.recovery import recover
+from vitrine.run import Run
+
+States = dict[str, dict[str, Tensor]]
+Change = Callable[[bytes, random.Random], bytes]
+
+
+def flip_bit(content: bytes, random_: random.Random) -> bytes:
+    """Turn one bit over."""
+    place = random_.randrange(len(content))
+    return replaced(content, place, bytes([content[place] ^ 1 << random_.randrange(8)]))
+
+
+def flip_bytes(content: bytes, random_: random.Random) -> bytes:
+    """Write noise over a few bytes."""
+    return replaced(
+        content, random_.randrange(len(content)), random_.randbytes(random_.choice([1, 2, 8]))
+    )
+
+
+def zero(content: bytes, random_: random.Random) -> bytes:
+    """Write zeros over a block, as a lost sector leaves."""
+    start = random_.randrange(len(content))
+    return replaced(content, start, bytes(min(512, len(content) - start)))
+
+
+def cut(content: bytes, random_: random.Random) -> bytes:
+    """Keep the beginning."""
+    return content[: random_.randrange(len(content))]
+
+
+def empty(_content: bytes, _random: random.Random) -> bytes:
+    """Keep nothing."""
+    return b""
+
+
+def longer(content: bytes, random_: random.Random) -> bytes:
+    """Add something at the end."""
+    return content + random_.randbytes(random_.choice([1, 8, 100]))
+
+
+def swap(content: bytes, random_: random.Random) -> bytes:
+    """Let two bytes, or two halves, change places."""
+    if random_.random() < 0.3:
+        return content[len(content) // 2 :] + content[: len(content) // 2]
+    one, other = sorted(random_.randrange(len(content)) for _ in range(2))
+    changed = bytearray(content)
+    changed[one], changed[other] = changed[other], changed[one]
+    return bytes(changed)
+
+
+def digit(content: bytes, random_: random.Random) -> bytes:
+    """Change a decimal digit: what is left still reads well."""
+    places = [place for place, byte in enumerate(content) if chr(byte).isdecimal() and byte < 128]
+    if not places:
+        return b""
+    return replaced(content, random_.choice(places), random_.choice("0123456789").encode())
+
+
+def replaced(content: bytes, place: int, new: bytes) -> bytes:
+    """Return the bytes with others from one place on."""
+    return content[:place] + new + content[place + len(new) :]
+
+
+CHANGES: list[Change] = [flip_bit, flip_bytes, zero, cut, empty, longer, swap, digit]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """A finished run in which nothing is damaged, and all it holds."""
+
+    folder: Path
+    config: Config
+    states: States
+    best: str
+    file: Path
+    """The best weights in one file."""
+
+
+def sound_run(folder: Path, config: Config) -> Sound:
+    """Train, keeping every checkpoint."""
+    run_config = dataclasses.replace(config.run, keep_checkpoints=0)
+    (folder / "run").mkdir(parents=True)
+    run = Run.start(dataclasses.replace(config, run=run_config), folder / "run")
+    for _ in run.train():
+        pass
+    states = {path.name: tensors(path) for path in folders(run.folder)}
+    best, file = read_pointer(run.checkpoints, "BEST"), folder / "weights.safetensors"
+    save_weights_file(file, load_info(best), load_weights(best))
+    return Sound(run.folder, run.config, states, best.name, file)
+
+
+def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int = 7) -> Tally:
+    """Damage a copy of a run in one place each time; ``ends`` of them then train to the end."""
+    tally = Tally("A changed byte, a cut, a swap in a checkpoint, LAST or BEST")
+    sound, random_ = sound_run(folder / "sound", config), random.Random(seed)
+    every = max(1, times // max(1, ends))
+    for number in range(times):
+        copy = folder / f"copy-{number}"
+        shutil.copytree(sound.folder, copy)
+        file = folder / f"weights-{number}.safetensors"
+        shutil.copy(sound.file, file)
+        what, damaged = damage(copy, file, random_)
+        with tally.trial(f"{number}: {what}"):
+            require_right_or_named(copy, file, damaged, sound)
+            require_recovery(copy, damaged, sound, to_end=number % every == 0)
+        shutil.rmtree(copy)
+        file.unlink()
+    return tally
+
+
+def damage(copy: Path, file: Path, random_: random.Random) -> tuple[str, list[Path]]:
+    """Do one thing to one file, or let two change places; return what, and to which."""
+    checkpoints = copy / "checkpoints"
+    pointers = [checkpoints / "LAST", checkpoints / "BEST"]
+    steps = folders(copy)
+    kind = random_.choices(["bytes", "file", "folder"], [10, 2, 1])[0]
+    if kind == "folder":
+        exchange(*(pair := random_.sample(steps, 2)))
+        return f"exchanged {pair[0].name} and {pair[1].name}", pair
+    if kind == "file":
+        name = random_.choice(["checkpoint.json", "model.safetensors", "training.safetensors"])
+        pair = random_.choice([pointers, [step / name for step in random_.sample(steps, 2)]])
+        exchange(*pair)
+        return f"exchanged {pair[0].name} of {pair[0].parent.name} and another", pair
+    inside = sorted(random_.choice([steps[-1], random_.choice(steps)]).iterdir())
+    path = random_.choice([*pointers, *inside, *inside, file])
+    change = random_.choice(CHANGES)
+    path.write_bytes(change(path.read_bytes(), random_))
+    return f"{change.__name__} in {path.parent.name}/{path.name}", [path]
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two files or folders change places."""
+    middle = one.with_name("middle")
+    one.rename(middle)
+    other.rename(one)
+    middle.rename(other)
+
+
+def named(error: CheckpointError, damaged: list[Path]) -> None:
+    """Demand that an error names what was damaged."""
+    assert any(str(path) in str(error) for path in damaged), f"not named: {error}"
+
+
+def require_right_or_named(copy: Path, file: Path, damaged: list[Path], sound: Sound) -> None:
+    """Load everything there is: each part is right to the bit, or refused by name."""
+    for folder in folders(copy):
+        try:
+            state = tensors(folder)
+        except CheckpointError as error:
+            named(error, damaged)
+        else:
+            require_equal(state, sound.states[folder.name], folder.name)
+    best = sound.states[sound.best]
+    for load in (
+        lambda: dict(pretrained.load(copy, device="cpu").model.state_dict()),
+        lambda: load_weights_file(file)[1],
+    ):
+        try:
+            weights = load()
+        except CheckpointError as error:
+            named(error, damaged)
+        else:
+            require_equal(weights, {name: best[name] for name in weights}, "the best model")
+
+
+def require_recovery(copy: Path, damaged: list[Path], sound: Sound, *, to_end: bool) -> None:
+    """Resume: from the newest sound checkpoint, told if another was passed over."""
+    wrong = []
+    for folder in folders(copy):
+        try:
+            tensors(folder)
+        except CheckpointError:
+            wrong.append(folder.name)
+    newest = max(set(sound.states) - set(wrong))
+    saved = recover(copy, sound.config)
+    assert saved is not None, "begun again"
+    assert saved.folder.name == newest, f"gone on from {saved.folder.name}, not {newest}"
+    state = {**saved.weights, **{f"training.{n}": t for n, t in saved.training.items()}}
+    require_equal(state, sound.states[newest], "the resumed state")
+    if newest != max(sound.states):
+        assert any(path.name in " ".join(saved.notices) for path in damaged), "not told"
+    pretrained.load(copy, device="cpu")  # BEST names a sound one again
+    if to_end:
+        run = Run.resume(copy, sound.config)
+        for _ in run.train():
+            pass
+        last = max(sound.states)
+        require_equal(tensors(folders(copy)[-1]), sound.states[last], "the end")

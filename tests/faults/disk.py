@@ -1,0 +1,171 @@
+"""A disk that fails, is full, is read-only or loses the folder; a clock that jumps."""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from faults.child import STEPS, Plan
+from faults.folder import (
+    finish,
+    go_on,
+    losses,
+    require_end,
+    require_one_line,
+    require_sound,
+    undisturbed,
+)
+from faults.kills import chosen, points_of
+from faults.tally import Tally
+
+NOBODY = 65534
+
+
+def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int = 1) -> Tally:
+    """Let the system refuse each write, flush, rename and removal once; then go on."""
+    tally = Tally("An error of the disk at a write, flush, rename or removal")
+    words = ("--epochs", str(epochs))
+    truth = undisturbed(*words)
+    for number, name in chosen(points_of(folder / "points", *words), only, seed):
+        cwd = folder / f"point-{number}"
+        code = (errno.ENOSPC, errno.EIO, errno.EROFS)[number % 3]
+        with tally.trial(f"{errno.errorcode[code]} at point {number} ({name})"):
+            child = go_on(cwd, *words, plan=Plan(fail_at=number, error=code))
+            if child.wait() != 0:
+                require_one_line(child)
+                assert os.strerror(code) in child.errors, child.errors
+            require_sound(cwd / "output/run", truth)
+            finish(cwd, truth, *words)
+    return tally
+
+
+def full_disk(folder: Path, *, sizes: int, seed: int = 2) -> Tally:
+    """Train on disks of some KiB, too small in most cases; then give them room."""
+    tally = Tally("A full disk (tmpfs)")
+    words = ("--epochs", "3", "--keep_checkpoints", "2")
+    truth = undisturbed(*words)
+    random_ = random.Random(seed)
+    for number in range(sizes):
+        kib = 4 * random_.randint(1, 200)
+        cwd = folder / f"disk-{number}"
+        (cwd / "output").mkdir(parents=True)
+        if (reason := mount(cwd / "output", kib)) is not None:
+            tally.skipped = reason
+            return tally
+        try:
+            with tally.trial(f"{kib} KiB"):
+                child = go_on(cwd, *words, plan=Plan(pictures=True))
+                if child.wait() != 0:
+                    require_one_line(child)
+                    assert "No space left on device" in child.errors, child.errors
+                require_sound(cwd / "output/run", truth)
+                mount(cwd / "output", 65536, "remount,")
+                finish(cwd, truth, *words)
+        finally:
+            subprocess.run(["umount", "-l", str(cwd / "output")], check=True)
+    return tally
+
+
+def mount(folder: Path, kib: int, option: str = "") -> str | None:
+    """Mount a small disk in memory, or return why that cannot be done."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "mounting needs root"
+    command = ["mount", "-t", "tmpfs", "-o", f"{option}size={kib}k", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else f"mounting is not allowed: {done.stderr.strip()}"
+
+
+def read_only(folder: Path, *, times: int, seed: int = 3) -> Tally:
+    """Take the right to write away while a run trains, and give it back."""
+    tally = Tally("A folder that becomes read-only")
+    words = ("--epochs", "12")
+    user = NOBODY if os.geteuid() == 0 else None  # root may write everywhere
+    if user is not None and not all(open_to_all(path) for path in folder.parents):
+        tally.skipped = f"{folder} is closed to other users"
+        return tally
+    truth = undisturbed(*words)
+    random_ = random.Random(seed)
+    for number in range(times):
+        cwd = folder / f"disk-{number}"
+        cwd.mkdir()
+        if user is not None:
+            os.chown(cwd, user, user)
+        plan = Plan(user=user)
+        with tally.trial(f"time {number}"):
+            updates = random_.randint(1, 6 * STEPS)
+            child = go_on(cwd, *words, plan=Plan(user=user, slow_after=updates))
+            child.until(updates)
+            with locked(cwd / "output"):
+                if child.wait() != 0:
+                    require_one_line(child)
+                    assert "Permission denied" in child.errors, child.errors
+                require_sound(cwd / "output/run", truth)
+                require_one_line(go_on(cwd, *words, plan=plan))
+            child = go_on(cwd, *words, plan=plan)
+            assert child.wait() == 0, child.errors
+            require_end(cwd, truth)
+    return tally
+
+
+def open_to_all(path: Path) -> bool:
+    """Tell whether every user may pass through a folder."""
+    return bool(path.stat().st_mode & 0o001)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Forbid writing beneath a folder."""
+    inside = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    for path in inside:
+        path.chmod(0o555)
+    try:
+        yield
+    finally:
+        for path in filter(Path.exists, inside):
+            path.chmod(0o755)
+
+
+def removed(folder: Path, *, times: int, seed: int = 4) -> Tally:
+    """Remove the run folder while a run trains: it goes on and saves, or stops with one error."""
+    tally = Tally("The run folder removed under the run")
+    words = ("--epochs", "12")
+    truth = undisturbed(*words)
+    random_ = random.Random(seed)
+    for number in range(times):
+        cwd = folder / f"run-{number}"
+        with tally.trial(f"time {number}"):
+            updates = random_.randint(1, 8 * STEPS)
+            child = go_on(cwd, *words, plan=Plan(slow_after=updates))
+            child.until(updates)
+            shutil.rmtree(cwd / "output/run", ignore_errors=True)
+            if child.wait() == 0:
+                assert losses(cwd) == truth.losses, "other losses"
+                assert require_sound(cwd / "output/run", truth) == truth.steps, "not saved"
+            else:
+                require_one_line(child)
+                shutil.rmtree(cwd / "output/run", ignore_errors=True)
+            finish(cwd, truth, *words, best=False)
+    return tally
+
+
+def clock(folder: Path, *, times: int) -> Tally:
+    """Let the clock of the day jump by decades at every look, the other one leap or stand still."""
+    tally = Tally("A clock that jumps")
+    words = ("--epochs", "4")
+    truth = undisturbed(*words)
+    for seed in range(times):
+        cwd = folder / f"clock-{seed}"
+        with tally.trial(f"clock {seed}"):
+            child = go_on(cwd, *words, plan=Plan(clock=seed))
+            child.until(2 * STEPS)
+            if seed % 2:
+                child.signal(9)
+            child.wait()
+            child = go_on(cwd, *words, plan=Plan(clock=seed + 1))
+            assert child.wait() == 0, child.errors
+            require_end(cwd, truth)
+    return tally

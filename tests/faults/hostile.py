@@ -1,0 +1,271 @@
+"""Hostile input, the long form: every target, each in a process that can be killed.
+
+    python tests/faults/hostile.py --cases 20000 --json records/faults/hostile.json
+
+Prints a table: target, cases, refused, accepted, faults, slowest case, peak memory. Ends with 1 if
+there was a fault. Guided by coverage where atheris is installed, by a seed otherwise.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+MODULES = {
+    "pictures": "hostile_pictures.TARGET",
+    "pickles": "hostile_data.PICKLES",
+    "archives": "hostile_data.ARCHIVES",
+    "pt": "hostile_weights.REFERENCE",
+    "safetensors": "hostile_weights.SAFETENSORS",
+    "checkpoints": "hostile_weights.CHECKPOINTS",
+    "toml": "hostile_settings.TOML",
+    "json": "hostile_settings.JSON",
+    "classes": "hostile_names.CLASSES",
+    "files": "hostile_names.FILES",
+}
+STUCK = 60.0
+"""Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
+INSTRUMENTED = ["vitrine", "pickle", "tarfile", "tomllib", "zipfile", "json"]
+
+
+def main() -> int:
+    """Run what the flags ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=20_000, help="cases of each target")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--targets", nargs="+", default=list(MODULES), choices=list(MODULES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--engine", choices=["atheris", "seeded"])
+    parser.add_argument("--keep", type=Path, help="folder for the cases that broke a promise")
+    parser.add_argument("--replay", type=Path, help="run the one case in this file")
+    parser.add_argument("--slot", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.engine = options.engine or ("atheris" if find_spec("atheris") else "seeded")
+    if options.slot:
+        return serve(options)
+    if options.replay:
+        return replay(options)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda name: run_target(name, options, Path(folder)), options.targets))
+        if options.keep:
+            shutil.copytree(
+                folder,
+                options.keep,
+                dirs_exist_ok=True,
+                ignore=lambda _, names: [n for n in names if n.startswith("root")],
+            )
+    return report(rows, options, time.monotonic() - began)
+
+
+def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run a target to its end, beginning again behind every case that stops the process."""
+    from hostile_engine import LARGEST_CASE, SLOT, keep_fault
+
+    slot, lost = scratch / f"{name}.slot", []
+    slot.write_bytes(bytes(SLOT.size + LARGEST_CASE))
+    began = time.monotonic()
+    while True:
+        command = [
+            sys.executable,
+            str(HERE),
+            "--slot",
+            str(slot),
+            "--targets",
+            name,
+            "--cases",
+            str(options.cases),
+            "--seed",
+            str(options.seed),
+            "--engine",
+            options.engine,
+        ]
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        with (scratch / f"{name}.log").open("ab") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings)
+        why = wait(child, slot)
+        done, refused, accepted, faults, peak, length, slowest = SLOT.unpack_from(slot.read_bytes())
+        if done >= options.cases or (done == 0 and length == 0):
+            break
+        data = slot.read_bytes()[SLOT.size : SLOT.size + length]
+        lost.append(why)
+        keep_fault(
+            slot.with_suffix(".faults"), 100 + len(lost) if len(lost) < 9 else 999, data, why
+        )
+        (slot.with_suffix(".faults") / f"killed-{len(lost)}.case").write_bytes(data)
+        with slot.open("r+b") as file:
+            file.write(SLOT.pack(done + 1, refused, accepted, faults + 1, peak, 0, slowest))
+        if len(lost) >= 20:
+            break
+    notes = [
+        path.read_text().strip().splitlines()[-1]
+        for path in sorted(slot.with_suffix(".faults").glob("*.txt"))
+    ]
+    return {
+        "target": name,
+        "cases": done,
+        "refused": refused,
+        "accepted": accepted,
+        "faults": faults + len(lost) * (done < options.cases),
+        "slowest_seconds": round(slowest, 3),
+        "peak_megabytes": round(peak / 1000),
+        "seconds": round(time.monotonic() - began),
+        "notes": [*lost, *notes][:20],
+    }
+
+
+def wait(child: "subprocess.Popen[bytes]", slot: Path) -> str:
+    """Wait for a process to end, or end it where it no longer comes to a next case; return why."""
+    from hostile_engine import SLOT
+
+    done, seen, spent = -1, time.monotonic(), 0.0
+    while child.poll() is None:
+        time.sleep(0.2)
+        with slot.open("rb") as file:
+            now = SLOT.unpack(file.read(SLOT.size))[0]
+        used = processor_seconds(child.pid)
+        if now != done:
+            done, seen, spent = now, time.monotonic(), used
+        elif used - spent > STUCK or time.monotonic() - seen > 10 * STUCK:
+            child.kill()
+            child.wait()
+            return f"did not end within {STUCK:.0f} s of a processor: killed"
+    code = child.returncode
+    return f"the process died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the time that a process has had of a processor."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Be the process that runs one target."""
+    import torch
+
+    torch.set_num_threads(1)
+    if options.engine == "atheris":
+        import atheris
+
+        with atheris.instrument_imports(include=INSTRUMENTED):
+            target = find_target(options.targets[0])
+    else:
+        target = find_target(options.targets[0])
+    from hostile_engine import Watch, fuzz
+
+    root = options.slot.with_name(f"root-{options.slot.stem}")
+    shutil.rmtree(root, ignore_errors=True)
+    (root / "given").mkdir(parents=True)
+    os.chdir(root / "given")
+    watch = Watch(target, root, options.slot, cases=options.cases)
+    fuzz(
+        watch,
+        [*target.seeds(), *target.large()],
+        seed=options.seed,
+        engine=options.engine,
+        scratch=options.slot.with_suffix(".corpus"),
+    )
+    return 0
+
+
+def find_target(name: str) -> Any:
+    """Import a target."""
+    module, _, attribute = MODULES[name].partition(".")
+    return getattr(__import__(module), attribute)
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Run one case, and let what it raises be seen."""
+    from hostile_engine import run_case
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "given").mkdir()
+        data = options.replay.read_bytes()
+        os.chdir(Path(folder) / "given")
+        print(
+            "accepted"
+            if run_case(find_target(options.targets[0]), data, Path(folder))
+            else "refused"
+        )
+    return 0
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace, seconds: float) -> int:
+    """Print the table and write the figures; return the exit code."""
+    from hostile_engine import MEGABYTES, SECONDS
+    from rich.console import Console
+    from rich.table import Table
+
+    for row in rows:
+        if row["slowest_seconds"] > SECONDS:
+            row["notes"].append(f"a case took more than {SECONDS} s")
+        if row["peak_megabytes"] > MEGABYTES:
+            row["faults"] += 1
+            row["notes"].append(f"more than {MEGABYTES} MB of memory")
+        if row["cases"] < options.cases:
+            row["faults"] += 1
+            row["notes"].append(f"only {row['cases']} of {options.cases} cases: see the log")
+    table = Table(title=f"Hostile input, {options.engine}, {seconds:,.0f} s", title_justify="left")
+    columns = [
+        "target",
+        "cases",
+        "refused",
+        "accepted",
+        "faults",
+        "slowest_seconds",
+        "peak_megabytes",
+    ]
+    for column in columns:
+        table.add_column(
+            column.replace("_", " "), justify="left" if column == "target" else "right"
+        )
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console().print(table)
+    for row in rows:
+        for note in dict.fromkeys(row["notes"]):
+            print(f"{row['target']}: {note!r:.300}")
+    faults = sum(row["faults"] for row in rows)
+    if options.json:
+        names = (
+            "torch",
+            "numpy",
+            "pillow",
+            "safetensors",
+            *(["atheris"] * (options.engine == "atheris")),
+        )
+        figures = {
+            "engine": options.engine,
+            "seed": options.seed,
+            "seconds": round(seconds),
+            "bounds": {"seconds_of_a_case": SECONDS, "megabytes": MEGABYTES},
+            "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+            "faults": faults,
+            "targets": rows,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A NaN or an infinity in a batch, a weight, a gradient, an average: stopped before the update."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faults.folder import folders, require_equal, tensors
+from faults.tally import Tally
+from vitrine.config import Config
+from vitrine.errors import TrainingError
+from vitrine.run import Run
+from vitrine.training.loop import Update
+
+BAD = (math.nan, math.inf, -math.inf)
+Fault = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def in_tensor(tensor: Tensor, place: int, value: float) -> Iterator[None]:
+    """Put a value into a tensor, for a time."""
+    flat = tensor.detach().view(-1)
+    old = flat[place].clone()
+    flat[place] = value
+    try:
+        yield
+    finally:
+        flat[place] = old
+
+
+@contextmanager
+def in_gradient(parameter: Tensor, place: int, value: float) -> Iterator[None]:
+    """Put a value into a gradient as it is worked out, for a time."""
+
+    def spoil(gradient: Tensor) -> Tensor:
+        spoilt = gradient.clone()
+        spoilt.view(-1)[place] = value
+        return spoilt
+
+    hook = parameter.register_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def in_batch(run: Run, field: str, value: float) -> Iterator[None]:
+    """Put a value into the next batches, for a time."""
+    real: Any = run.batches
+
+    class Spoilt:
+        steps_per_epoch, device = real.steps_per_epoch, real.device
+
+        def __call__(self, step: int) -> Any:
+            batch = real(step)
+            spoilt = getattr(batch, field).clone()
+            spoilt[0].view(-1)[-1] = value
+            return batch._replace(**{field: spoilt})
+
+    run.batches = Spoilt()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        run.batches = real
+
+
+def faults(run: Run, random_: random.Random) -> Iterator[tuple[str, Fault]]:
+    """Yield each bad value in each part of a batch, each parameter and its gradient."""
+    for value in BAD:
+        for field in ("images_BCHW", "targets_BY"):
+            yield f"{value} in {field}", lambda f=field, v=value: in_batch(run, f, v)
+        for name, tensor in run.state.model.named_parameters():
+            place = random_.randrange(tensor.numel())
+            given = (tensor, place, value)
+            yield f"{value} in {name}", lambda g=given: in_tensor(*g)
+            yield f"{value} in the gradient of {name}", lambda g=given: in_gradient(*g)
+
+
+def injected(folder: Path, config: Config, *, every: int = 1, seed: int = 8) -> Tally:
+    """Put each fault into the same run in turn; at its end it is as if there had been none."""
+    tally = Tally("NaN, inf in a batch, a weight, a gradient, the average, the optimizer")
+    whole, run = (begun(folder / name, config) for name in ("whole", "spoilt"))
+    for _ in whole.train():
+        pass
+    advance(run, run.batches.steps_per_epoch + 1)
+    step, kept = run.state.step, folders(run.folder)
+    found = list(faults(run, random.Random(seed)))
+    for what, fault in found[::every]:
+        with tally.trial(what), fault():
+            before = {name: tensor.clone() for name, tensor in everything(run).items()}
+            require_stopped(run, f"update {step + 1}: stopped before it")
+            after = everything(run)
+            same = all(
+                torch.equal(after[n], t) or not t.isfinite().all() for n, t in before.items()
+            )
+            assert same, "the state was changed"
+            assert run.state.step == step, "the step was counted"
+            assert folders(run.folder) == kept, "something was saved"
+    for what, tensor in hidden(run):
+        with tally.trial(what), in_tensor(tensor, 0, math.nan):
+            require_not_saved(run)
+    with tally.trial("the end"):
+        for _ in run.train():
+            pass
+        one, other = (tensors(folders(r.folder)[-1]) for r in (run, whole))
+        require_equal(one, other, "the end")
+    return tally
+
+
+def begun(folder: Path, config: Config) -> Run:
+    """Start a run."""
+    folder.mkdir(parents=True)
+    return Run.start(config, folder)
+
+
+def advance(run: Run, updates: int) -> None:
+    """Train for some updates."""
+    for event in run.train():
+        if isinstance(event, Update) and event.step == updates:
+            return
+
+
+def everything(run: Run) -> dict[str, Tensor]:
+    """Return all tensors of a run's state."""
+    return {**run.state.tensors(), **{f"best.{n}": t for n, t in run.state.weights().items()}}
+
+
+def hidden(run: Run) -> list[tuple[str, Tensor]]:
+    """Return tensors that no loss depends on yet: of the average and of the optimizer."""
+    average = next(iter(run.state.best_model.parameters()))
+    slots = {n: t for n, t in run.state.tensors().items() if n.startswith("optimizer.") and t.ndim}
+    return [
+        ("nan in the average", average),
+        *((f"nan in {n}", t) for n, t in list(slots.items())[:4]),
+    ]
+
+
+def require_stopped(run: Run, words: str) -> None:
+    """Demand that training stops, and names the last good checkpoint."""
+    told = error_of(lambda: next(iter(run.train())))
+    assert words in told, told
+    assert f"the last good checkpoint is {folders(run.folder)[-1]}" in told, told
+
+
+def require_not_saved(run: Run) -> None:
+    """Demand that what is broken is not saved."""
+    told = error_of(run.save)
+    assert "not finite" in told, told
+
+
+def error_of(action: Callable[[], Any]) -> str:
+    """Return what training's error says that an action ends with."""
+    try:
+        action()
+    except TrainingError as error:
+        return str(error)
+    return "no error"

@@ -1,0 +1,32 @@
+"""How often a fault was tried, and each time that something was lost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vitrine.errors import VitrineError
+
+
+@dataclass
+class Tally:
+    """The figures of one fault."""
+
+    fault: str
+    tried: int = 0
+    lost: list[str] = field(default_factory=list)
+    skipped: str = ""
+    """Why it could not be tried here."""
+
+    @property
+    def survived(self) -> int:
+        """Times that nothing was lost."""
+        return self.tried - len(self.lost)
+
+    @contextmanager
+    def trial(self, what: str) -> Iterator[None]:
+        """Count one try; an assertion that fails inside, or an error of ours, is a loss."""
+        self.tried += 1
+        try:
+            yield
+        except (AssertionError, VitrineError) as error:
+            self.lost.append(f"{what}: {error}")

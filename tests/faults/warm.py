@@ -1,0 +1,17 @@
+"""Imported once by the process that all children are forked from: what is slow to load."""
+
+import torch
+
+import vitrine.cli.display
+import vitrine.cli.train
+import vitrine.data.sources
+import vitrine.run
+from vitrine.data.shapes import SEEDS, draw_shapes
+
+torch.set_num_threads(1)
+DRAWN = {
+    which: draw_shapes(count, seed=SEEDS[which])
+    for which, count in {"train": 300, "test": 50}.items()
+}
+"""A part of the drawn shapes is enough, and all would take seconds."""
+vitrine.data.sources.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]

@@ -1,0 +1,100 @@
+"""Faults put into runs on purpose, each a few times; ``make faults`` tries them many times."""
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faults import damage, disk, kills, not_finite, stops
+from faults.tally import Tally
+from vitrine.config import Config
+
+children = pytest.mark.xdist_group("children")
+"""All in one worker: they share the warm process that they are forked from."""
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that other users may enter."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(folder.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def require_nothing_lost(tally: Tally, tried: int) -> None:
+    if tally.skipped:
+        pytest.skip(tally.skipped)
+    assert tally.lost == []
+    assert tally.tried == tried
+
+
+@children
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    require_nothing_lost(kills.storm(tmp_path, kills=3, seed=3), 4)
+
+
+@children
+def test_killed_at_some_writes(tmp_path: Path) -> None:
+    require_nothing_lost(kills.every_point(tmp_path, epochs=2, only=3), 3)
+
+
+@children
+def test_asked_to_stop(tmp_path: Path) -> None:
+    require_nothing_lost(stops.asked(tmp_path, times=2), 3)
+
+
+@children
+def test_asked_twice(tmp_path: Path) -> None:
+    require_nothing_lost(stops.twice(tmp_path, times=1), 1)
+
+
+@children
+def test_stopped_before_the_first_update(tmp_path: Path) -> None:
+    require_nothing_lost(stops.early(tmp_path, times=2), 2)
+
+
+@children
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    require_nothing_lost(stops.two_runs(tmp_path, times=1), 1)
+    require_nothing_lost(stops.race(tmp_path / "race", times=1), 1)
+
+
+@children
+def test_a_disk_that_refuses(tmp_path: Path) -> None:
+    require_nothing_lost(disk.every_error(tmp_path, epochs=2, only=2), 2)
+
+
+@children
+def test_a_full_disk(tmp_path: Path) -> None:
+    require_nothing_lost(disk.full_disk(tmp_path, sizes=1), 1)
+
+
+@children
+@pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
+def test_a_folder_that_becomes_read_only(open_path: Path) -> None:
+    require_nothing_lost(disk.read_only(open_path, times=1), 1)
+
+
+@children
+def test_a_folder_that_is_removed(tmp_path: Path) -> None:
+    require_nothing_lost(disk.removed(tmp_path, times=1), 1)
+
+
+@children
+def test_a_clock_that_jumps(tmp_path: Path) -> None:
+    require_nothing_lost(disk.clock(tmp_path, times=1), 1)
+
+
+def test_damaged_checkpoints(tiny_run: Config, tmp_path: Path) -> None:
+    require_nothing_lost(damage.mutations(tmp_path, tiny_run, times=40, ends=2), 40)
+
+
+def test_what_is_not_finite(tiny_run: Config, tmp_path: Path) -> None:
+    tally = not_finite.injected(tmp_path, tiny_run, every=11)
+    assert tally.lost == []
+    assert tally.tried > 12

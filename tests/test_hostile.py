@@ -1,0 +1,419 @@
+"""Hostile input, the short form: a few cases of every target (see faults/hostile.py), and by name
+what each mended fault was.
+"""
+
+import json
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+import hostile
+import hostile_data
+import hostile_names
+import hostile_pictures
+import hostile_settings
+import hostile_weights
+from hostile_engine import FaultError, Target, mutate, require_in_time, run_case
+
+from vitrine import pretrained
+from vitrine.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
+from vitrine.cli import guarded
+from vitrine.cli import predict as cli_predict
+from vitrine.config import Config, ModelConfig
+from vitrine.configfile import from_json, read_json, read_toml
+from vitrine.data import unpickle
+from vitrine.data.cifar import CIFAR10, Part, read_batch, read_part
+from vitrine.data.folder import load_folder
+from vitrine.data.pictures import read_picture, scale_to_bytes
+from vitrine.data.unpickle import load_arrays
+from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError, VitrineError
+from vitrine.explain.lettering import draw_caption
+from vitrine.files import write_json
+from vitrine.predict import Prediction
+from vitrine.run_folder import read_rows
+from vitrine.training.state import TrainingState
+
+TARGETS = {
+    "pictures": hostile_pictures.TARGET,
+    "pickles": hostile_data.PICKLES,
+    "archives": hostile_data.ARCHIVES,
+    "pt": hostile_weights.REFERENCE,
+    "safetensors": hostile_weights.SAFETENSORS,
+    "checkpoints": hostile_weights.CHECKPOINTS,
+    "toml": hostile_settings.TOML,
+    "json": hostile_settings.JSON,
+    "classes": hostile_names.CLASSES,
+    "files": hostile_names.FILES,
+}
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 65_535), st.integers(0, 255)), max_size=6
+)
+SMALL = 4_000
+"""Larger seeds are left to the long form."""
+
+
+def test_every_target_has_a_short_form() -> None:
+    assert TARGETS.keys() == hostile.MODULES.keys()
+    for name, target in TARGETS.items():
+        assert hostile.find_target(name) is target
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_is_taken_or_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TARGETS[name]
+    seeds = [seed for seed in target.seeds() if len(seed) <= SMALL]
+    (tmp_path / "given").mkdir()
+    monkeypatch.chdir(tmp_path / "given")
+    assert run_case(target, target.seeds()[0], tmp_path), "the first seed is a sound one"
+
+    @settings(
+        max_examples=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from(seeds), CHANGES)
+    def check(seed: bytes, changes: list[tuple[int, int, int]]) -> None:
+        with require_in_time():
+            run_case(target, mutate(seed, changes, seeds), tmp_path)
+
+    check()
+
+
+def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
+    def traceback(_data: bytes, _folder: Path) -> None:
+        raise ValueError
+
+    def outside(_data: bytes, folder: Path) -> None:
+        (folder / ".." / "ran").mkdir()
+
+    def lines(_data: bytes, _folder: Path) -> None:
+        error = VitrineError("x")
+        error.args = ("two\nlines",)
+        raise error
+
+    def endless(_data: bytes, _folder: Path) -> None:
+        while True:
+            pass
+
+    (tmp_path / "given").mkdir()
+    for attack, seen in ((traceback, ValueError), (lines, FaultError), (outside, FaultError)):
+        with pytest.raises(seen):
+            run_case(Target("x", list, attack), b"", tmp_path)
+    with pytest.raises(FaultError, match="more than"), require_in_time(0.01):
+        endless(b"", tmp_path)
+
+
+# What was found, each by its own name.
+
+
+@pytest.mark.parametrize("key", [b"2\x86" * 60, b"2\x86" * 3, b"N", b"]"])
+def test_a_pickle_cannot_hash_for_ever(key: bytes) -> None:
+    with require_in_time(), pytest.raises(DataError, match="damaged"):
+        load_arrays(b"\x80\x02}K\x01" + key + b"K\x01s.", "a file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # the memo's last place, for which C reserves 32 GB
+        b"\x80\x05\x96\0\0\0\0\xff\0\0\0.",  # a terabyte of bytes that are not there
+        pickle.dumps(hostile_data.Call(np.ndarray, (1 << 40,), "u1")),
+        b"\x80\x04\x8f(" + b"K\x01\x90.",  # a set
+        b"cnumpy\ndtype\n(S'u1'\ntR}S'a'\nI1\nsb.",  # a state that no type has
+        b"c_codecs\nencode\n}S'__doc__'\nS'poisoned'\nsb.",  # a state of our own function
+    ],
+)
+def test_a_pickle_gets_no_memory_and_changes_nothing(content: bytes) -> None:
+    before = unpickle.encode_latin1.__doc__
+    if content.endswith(b"r\xff\xff\xff\x7f."):
+        assert load_arrays(content, "a file") == []
+    else:
+        with pytest.raises(DataError):
+            load_arrays(content, "a file")
+    assert unpickle.encode_latin1.__doc__ == before
+
+
+def test_pixels_are_backed_by_bytes() -> None:
+    batch = hostile_data.batch(2)
+    assert read_batch(Part("x", pickle.dumps(batch), ""), CIFAR10)[0].shape == (2, 3, 32, 32)
+    names = {"fine_label_names": [((1,),)] * 100}
+    with pytest.raises(DataError, match="100 class names"):
+        hostile_data.read_class_names(Part("x", pickle.dumps(names), ""), hostile_data.CIFAR100)
+
+
+def test_a_file_of_a_data_set_has_a_largest_size(tmp_path: Path) -> None:
+    path = tmp_path / "test_batch"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no place on the disk
+    with pytest.raises(DataError, match="larger than"):
+        read_part(path, CIFAR10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = 0x" + "f" * 9_000,
+        "seed = " + "9" * 9_000,
+        "a = " + "[" * 5_000,
+        "forward_mul = inf",
+        "learning_rate = 1e999",
+        "mean = [inf, 0.5, 0.5]",
+        "std = [0.5, nan, 0.5]",
+        "n_layers = 10_000_000_000",
+        'data_path = "\\u0000"',
+        ".".join(["a"] * 30_000) + " = 1",
+        'folder_name = ".."',
+    ],
+    ids=range(11),
+)
+def test_toml_that_was_a_traceback_or_a_hang(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with require_in_time(), pytest.raises(ConfigError):
+        read_toml(path, Config())
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 9_000, '{"run": {"seed": ' + "9" * 9_000 + "}}", " " * 200_000]
+)
+def test_json_that_was_a_traceback(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        from_json(read_json(path))
+
+
+def test_what_is_not_finite_or_too_large_is_no_setting() -> None:
+    wrong: list[dict[str, dict[str, Any]]] = [
+        {"model": {"forward_mul": float("inf")}},
+        {"model": {"image_size": 1 << 40, "patch_size": 1}},
+        {"model": {"image_size": 4096, "patch_size": 4}},
+        {"data": {"std": [1e-300] * 3}},
+        {"data": {"mean": [float("nan")] * 3}},
+        {"training": {"batch_size": 1 << 62}},
+        {"run": {"seed": 1 << 63}},
+        {"run": {"model_name": "\ud800"}},
+        {"data": {"data_path": "a\0"}},
+    ]
+    for sections in wrong:
+        with pytest.raises(ConfigError):
+            from_json(sections)
+
+
+def test_an_error_is_one_line_that_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise DataError("/tmp/\x1b[31mred\n.png: \u202egnp no picture")
+
+    assert guarded(fail) == 2
+    assert capsys.readouterr().err == "vitrine: /tmp/�[31mred�.png: �gnp no picture\n"
+
+
+def test_csv_holds_no_formula_and_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [("=1+1\x1b.png", [Prediction("-1", 0.5)]), ("-", [Prediction("cat", 0.25)])]
+    cli_predict.print_answers(answers, cli_predict.PredictOptions(csv=True))
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert rows == ["'=1+1�.png,1,'-1,0.5", "-,1,cat,0.25"]
+
+
+def test_names_that_are_no_utf8_survive_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "x.json", {"classes": [name, "日本"]})
+    assert json.loads((tmp_path / "x.json").read_text("utf-8")) == {"classes": [name, "日本"]}
+
+
+def test_names_that_are_no_utf8_are_data(tmp_path: Path) -> None:
+    for folder in (b"caf\xe9", b"tea"):
+        (tmp_path / os.fsdecode(folder)).mkdir()
+        for name in (b"\xff.png", b"2.png"):
+            path = tmp_path / os.fsdecode(folder) / os.fsdecode(name)
+            path.write_bytes(hostile_names.picture())
+    images = load_folder(tmp_path, "train", size_hw=(4, 4), fit="crop", num_workers=1)
+    assert sorted(map(os.fsencode, images.classes)) == [b"caf\xe9", b"tea"]
+
+
+def test_a_long_name_is_drawn_in_time() -> None:
+    with require_in_time(2.0):
+        drawn = draw_caption("y" * 300_000 + "\n" + "y " * 300_000, width=300, size=12)
+    assert drawn.height < 9_000
+
+
+def test_postscript_is_run_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(PictureError, match="EPS is a program"):
+        read_picture(hostile_pictures.RAN)
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    Image.preinit()
+    whole = hostile_pictures.encoded(Image.new("L", (1_000, 1_000)), "JPEG", progressive=True)
+    start = whole.rindex(b"\xff\xda")
+    assert read_picture(whole).shape == (1_000, 1_000, 3)
+    with pytest.raises(PictureError, match="scans"):
+        read_picture(whole[:start] + whole[start:-2] * 2_001 + b"\xff\xd9")
+
+
+def test_wide_gray_is_scaled_a_part_at_a_time() -> None:
+    values_HW = np.arange(2_111 * 1_009, dtype=np.float32).reshape(2_111, 1_009) - 7
+    low, high = float(values_HW.min()), float(values_HW.max())
+    expected = ((values_HW.astype(float) - low) * (255 / (high - low))).round().astype(np.uint8)
+    assert np.array_equal(scale_to_bytes(values_HW), expected)
+
+
+# Weights.
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """A sound weights file."""
+    said, weights, _ = hostile_weights.parts()
+    path = tmp_path / "tiny.safetensors"
+    save_weights_file(path, CheckpointInfo.from_json(said, path), weights)
+    return path
+
+
+def changed(path: Path, section: str, **values: object) -> Path:
+    """Return a file with the same weights that claims something else, sealed rightly."""
+    said = hostile_weights.parts()[0]
+    sections = {**said["config"], section: {**said["config"][section], **values}}
+    path.write_bytes(hostile_weights.described({**said, "config": sections}))
+    return path
+
+
+def test_loading_draws_nothing_and_keeps_single_precision(tiny_file: Path) -> None:
+    before = torch.get_rng_state()
+    model = pretrained.load(tiny_file, device="cpu").model
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in hostile_weights.parts()[1].items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("position", ["rope", "sincos", "learned"])
+def test_tables_are_made_on_the_cpu(position: Any, tmp_path: Path) -> None:
+    config = ModelConfig(
+        image_size=12,
+        patch_size=4,
+        n_classes=2,
+        embed_dim=8,
+        n_layers=1,
+        n_attention_heads=2,
+        position=position,
+    )
+    model = hostile_weights.VisionTransformer(config).eval()
+    info = CheckpointInfo(Config(model=config), ("a", "b"), {}, {})
+    save_weights_file(tmp_path / "x.safetensors", info, model.state_dict())
+    loaded = pretrained.load(tmp_path / "x.safetensors", device="cpu").model
+    images = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "values", [{"n_layers": 10**9}, {"embed_dim": 10**6}, {"n_layers": 10**6, "embed_dim": 2}]
+)
+def test_no_model_is_built_that_the_weights_do_not_fill(
+    values: dict[str, int], tmp_path: Path
+) -> None:
+    with require_in_time(), pytest.raises(CheckpointError):
+        pretrained.load(changed(tmp_path / "x.safetensors", "model", **values), device="cpu")
+
+
+def test_a_header_without_words_is_refused(tmp_path: Path) -> None:
+    header = b'{"__metadata__":null}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="does not describe"):
+        load_weights_file(path)
+
+
+def test_a_class_name_has_a_longest(tmp_path: Path) -> None:
+    said = hostile_weights.parts()[0]
+    with pytest.raises(CheckpointError, match="255"):
+        CheckpointInfo.from_json({**said, "classes": ["a", "b" * 256]}, tmp_path)
+    for name in ("numbers", "metrics"):
+        with pytest.raises(CheckpointError, match=name):
+            CheckpointInfo.from_json({**said, name: 3}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(4, 3, 1 << 20, 1 << 20),
+        torch.zeros(4, 3, 4, 4).to_sparse(),
+        torch.zeros(4, 3, 4, 4, device="meta"),
+        torch.zeros(4, 3, 4, 4, dtype=torch.int8),
+        torch.zeros(0, 3, 4, 4),
+    ],
+    ids=["expanded", "sparse", "meta", "whole numbers", "empty"],
+)
+def test_a_pt_holds_plain_tensors(tensor: torch.Tensor, tmp_path: Path) -> None:
+    state = {**hostile_weights.reference_state(), "embedding.conv1.weight": tensor}
+    torch.save(state, tmp_path / "x.pt")
+    with require_in_time(), pytest.raises(CheckpointError):
+        pretrained.load(tmp_path / "x.pt", device="cpu")
+
+
+def test_a_pt_that_grows_or_names_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    content = hostile_weights.saved()[1][hostile_weights.PICKLE]
+    path.write_bytes(hostile_weights.rezip(content + bytes(9_999), packing=zipfile.ZIP_DEFLATED))
+    with pytest.raises(CheckpointError, match="never compresses"):
+        pretrained.load(path, device="cpu")
+    path.write_bytes(hostile_weights.rezip(b"\x80\x02cos\n" + b"x" * 30_000 + b"\n."))
+    with require_in_time(), pytest.raises(CheckpointError, match="it would run os x"):
+        pretrained.load(path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"epoch": 1, "step": 3, "train_loss": "x"}',
+        '{"step": 3}',
+        '{"epoch": 1, "step": 3, "x": 1e999}',
+        "[" * 9_000,
+        "9" * 9_000,
+    ],
+)
+def test_an_epoch_is_made_of_numbers(row: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        (lambda n, t: (n, t.new_zeros(0)), {}),
+        (lambda n, t: (n + ".x", t), {}),
+        (lambda n, t: (n, t.int()), {}),
+        (lambda n, t: ("optimizer.0.99.step", t), {}),
+        (lambda n, t: (n, t), {"step": "x"}),
+        (lambda n, t: (n.replace("exp_avg", "other"), t), {}),
+        (lambda n, t: (n, t), {"tally": 3}),
+    ],
+    ids=range(7),
+)
+def test_a_foreign_training_state_is_refused(change: Any, numbers: dict[str, Any]) -> None:
+    said, weights, training = hostile_weights.parts()
+    model = hostile_weights.VisionTransformer(hostile_weights.TINY)
+    state = TrainingState.start(model, Config().training)
+    state.restore(weights, training, said["numbers"])
+    tensors = dict(change(name, tensor) for name, tensor in training.items())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        state.restore(weights, tensors, {**said["numbers"], **numbers})

@@ -1,0 +1,231 @@
+"""Several processes of one run do what one does: two ranks, started once for all tests here."""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ranks_worker as worker
+from vitrine import ranks
+from vitrine.checkpoint import load_weights, read_pointer
+from vitrine.cli import main
+from vitrine.configfile import from_json, read_json
+from vitrine.errors import ConfigError
+from vitrine.run import Run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks did everything in ranks_worker.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, worker.__file__, str(folder), port]
+    done = subprocess.run(command, env=environment, check=False, timeout=140)
+    said = [(folder / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert done.returncode == 0, "\n".join(said)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    """What each of the two ranks found."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the same command line in one process."""
+    folder = tmp_path_factory.mktemp("single")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
+        patch.chdir(folder)
+        assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
+    return folder / "output/whole"
+
+
+def test_the_shares_are_the_batch_without_loss_or_repeat(both: list[dict[str, Any]]) -> None:
+    assert [rank["count"] for rank in both] == [2, 2]
+    batches = worker.make_batches(worker.BASE, worker.noise(10, (8, 12), 5))
+    sizes = []
+    for step, parts in enumerate(zip(*(rank["shares"] for rank in both), strict=True)):
+        sizes.append(tuple(len(part[0]) for part in parts))
+        for whole, *shares in zip(batches(step), *parts, strict=True):
+            assert torch.equal(whole, torch.cat(shares))
+    assert sizes == [(2, 1), (2, 1), (2, 1), (1, 0)] * 2
+
+
+def test_every_row_is_one_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length, count, chunk in itertools.product([0, 1, 4, 23, 24], [1, 2, 3, 5, 8], [1, 3, 7]):
+        monkeypatch.setattr(ranks, "count", lambda count=count: count)
+        taken, sizes = [], []
+        for rank in range(count):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            mine = list(range(length))[ranks.rows(length, chunk=chunk)]
+            assert not mine or mine[0] % chunk == 0
+            taken += mine
+            sizes.append(-(-len(mine) // chunk))
+        assert taken == list(range(length))
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("name", ["learnt", "plain"])
+def test_two_processes_learn_what_one_does(both: list[dict[str, Any]], name: str) -> None:
+    training = {"optimizer": "adamw", "accumulate": 1, "clip_norm": 0.0} if name == "plain" else {}
+    atol = 2e-5 if name == "plain" else 5e-4  # Muon orthogonalises in bfloat16
+    alone = worker.learn(worker.changed("training", **training))
+    one, other = (rank[name] for rank in both)
+    assert one["losses"] == other["losses"]
+    assert one["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert one["correct"] == other["correct"] == alone["correct"]
+    assert one["images"] == alone["images"] == [3, 3, 3, 1] * 3
+    for gradient, wanted in zip(one["gradients"], alone["gradients"], strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    assert one["tensors"].keys() == alone["tensors"].keys()
+    for tensor_name, tensor in alone["tensors"].items():
+        assert torch.equal(one["tensors"][tensor_name], other["tensors"][tensor_name]), tensor_name
+        torch.testing.assert_close(one["tensors"][tensor_name], tensor, rtol=1e-3, atol=atol)
+
+
+def test_dropout_differs_between_ranks_and_the_weights_do_not(both: list[dict[str, Any]]) -> None:
+    one, other = (rank["dropout"] for rank in both)
+    assert one["dropped"][0].shape == other["dropped"][0].shape
+    assert not torch.equal(one["dropped"][0], other["dropped"][0])
+    for name, tensor in one["tensors"].items():
+        assert torch.equal(tensor, other["tensors"][name]), name
+    draws = [*both[0]["draws"], *both[1]["draws"]]
+    assert len(set(draws)) == 100
+
+
+def test_running_statistics_are_the_mean_over_the_ranks(both: list[dict[str, Any]]) -> None:
+    alone = worker.learn(
+        worker.changed("training", batch_size=10, accumulate=1), 1, batch_norm=True
+    )["tensors"]
+    one, other = (rank["norm"]["tensors"] for rank in both)
+    statistics = [name for name in one if "running" in name]
+    assert len(statistics) == 4  # of the model and of its average
+    for name in statistics:
+        assert torch.equal(one[name], other[name]), name
+        if "mean" in name:
+            torch.testing.assert_close(one[name], alone[name], rtol=1e-4, atol=1e-6)
+        else:  # spread within the shares, not between them
+            torch.testing.assert_close(one[name], alone[name], rtol=0.3, atol=0.1)
+
+
+def test_scores_are_shared_and_the_same_to_the_bit(both: list[dict[str, Any]]) -> None:
+    for number, batch_size in enumerate((3, 20)):
+        alone = worker.scores(batch_size)
+        for rank in both:
+            assert torch.equal(rank["logits"][number], alone)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both: list[dict[str, Any]]) -> None:
+    for rank in both:
+        assert rank["broken"]["error"].startswith("TrainingError: loss nan")
+        assert "update 2: stopped before it" in rank["broken"]["error"]
+        assert rank["broken"]["step"] == 1
+    assert [rank["broken"]["same"] for rank in both] == [True, False]
+
+
+def test_an_error_of_one_is_raised_on_all(both: list[dict[str, Any]]) -> None:
+    for rank in both:
+        assert rank["each"] == "DataError: process 1: no such file"
+        assert rank["leader"] == "OutputError: disk full"
+        assert rank["from leader"] == 0
+        assert "batch_size is 1, but there are 2 processes" in rank["too small"]
+
+
+def test_what_passes_between_ranks_arrives(both: list[dict[str, Any]]) -> None:
+    for rank in both:
+        assert rank["highest"] == 15
+        assert torch.equal(rank["copied"], torch.arange(6.0).view(2, 3).t())
+        assert rank["seen"] is True
+        assert rank["memory"] is None  # these two were not started by torchrun
+
+
+def test_the_command_writes_one_folder_as_one_process_would(folder: Path, single: Path) -> None:
+    run = folder / "output/whole"
+    pictures = {path.name for path in single.glob("*.png")}
+    assert {p.name for p in run.iterdir()} | pictures == {p.name for p in single.iterdir()}
+    assert sorted(p.name for p in (folder / "output").iterdir()) == ["stopped", "whole"]
+    assert read_json(run / "env.json")["processes"] == 2
+    assert read_json(single / "env.json")["processes"] == 1
+    curves = [
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (run, single)
+    ]
+    for row, wanted in zip(*curves, strict=True):
+        assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-4)
+        assert row["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-4)
+        assert row["train_accuracy"] == pytest.approx(wanted["train_accuracy"])
+    test, wanted = (read_json(path / "result.json")["test"] for path in (run, single))
+    assert test["images"] == wanted["images"] == 31
+    assert test["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert len((run / "test_uses.jsonl").read_text().splitlines()) == 1
+
+
+def test_one_process_speaks_and_all_end_alike(folder: Path, both: list[dict[str, Any]]) -> None:
+    leader, other = ((folder / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert [rank["codes"] for rank in both] == [[0, 2, 2, 2]] * 2
+    assert other == ""
+    assert "2 processes on cpu" in leader
+    assert leader.count("unknown flag --bach_size (did you mean '--batch_size'?)") == 1
+    assert leader.count("output/whole is there already") == 1
+    assert leader.count("batch_size is 1, but there are 2 processes") == 1
+    assert "Traceback" not in leader
+
+
+def test_a_signal_to_one_stops_all_and_one_process_can_go_on(
+    folder: Path, both: list[dict[str, Any]], single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [rank["stopped"] for rank in both] == [143, 143]
+    assert "vitrine train --resume output/stopped" in (folder / "0.txt").read_text()
+    run = folder / "output/stopped"
+    assert read_pointer(run / "checkpoints", "LAST").name == "step-0000005"
+    monkeypatch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
+    resumed = Run.resume(run, from_json(read_json(run / "config.json")))
+    for _ in resumed.train():
+        pass
+    weights = load_weights(read_pointer(run / "checkpoints", "LAST"))
+    for name, tensor in load_weights(read_pointer(single / "checkpoints", "LAST")).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_other_commands_take_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["info"]) == 2
+    assert "vitrine info takes one process: call it without torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["info"])
+    assert stop.value.code == 2
+
+
+def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitrine import devices
+
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, words in (
+        ("cuda", "process 3 of this machine finds 2 GPUs"),
+        ("mps", "one process"),
+    ):
+        monkeypatch.setattr(devices, "choose_device", lambda _, device=device: torch.device(device))
+        with pytest.raises(ConfigError, match=words):
+            devices.choose_own_device(device)

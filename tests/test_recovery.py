@@ -1,0 +1,385 @@
+"""What faults left in a run folder, one by one, and how going on mends it."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrine import cli
+from vitrine.checkpoint import (
+    load_info,
+    load_training,
+    load_weights,
+    read_pointer,
+    save_checkpoint,
+    write_pointer,
+)
+from vitrine.cli.signals import Stopped, stop_requests
+from vitrine.cli.train import follow
+from vitrine.config import Config
+from vitrine.configfile import from_json
+from vitrine.errors import CheckpointError, OutputError, TrainingError
+from vitrine.files import replace_file
+from vitrine.recovery import hold, tidy
+from vitrine.run import EpochEnd, Run
+from vitrine.run_folder import checkpoint_folders, log_test_use, new_folder
+from vitrine.tracking import EventWriter
+from vitrine.training.loop import Update
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    """A run of three epochs whose second is the best, every checkpoint kept. Copy it."""
+    config = from_json(
+        {
+            "model": {"patch_size": 8, "embed_dim": 12, "n_layers": 1, "n_attention_heads": 3},
+            "data": {"num_train_images": 90, "validation_images": 40},
+            "training": {"batch_size": 40, "epochs": 3, "ema_decay": 0.9},
+            "run": {"keep_checkpoints": 0},
+        }
+    )
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    folder.mkdir()
+    run = Run.start(config, folder)
+    for _ in run.train():
+        pass
+    return folder, run.config
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Config], tmp_path: Path) -> tuple[Path, Config]:
+    return Path(shutil.copytree(finished[0], tmp_path / "run")), finished[1]
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    last = checkpoint_folders(folder / "checkpoints")[-1]
+    return {**load_weights(last), **load_training(last)}
+
+
+def require_same_end(run: Run, finished: Path) -> None:
+    for _ in run.train():
+        pass
+    one, other = final(run.folder), final(finished)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+        for rows in (run.rows, Run.resume(finished, run.config).rows)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_best_is_named_again_after_a_kill_before_it_was(
+    copied: tuple[Path, Config],
+) -> None:
+    folder, config = copied
+    checkpoints = folder / "checkpoints"
+    best = read_pointer(checkpoints, "BEST")
+    other = next(path for path in checkpoint_folders(checkpoints) if path != best)
+    write_pointer(checkpoints, "BEST", other)
+    run = Run.resume(folder, config)
+    assert read_pointer(checkpoints, "BEST") == best
+    assert run.best["step"] == int(best.name[5:])
+    assert run.notices == []
+
+
+@pytest.mark.parametrize("name", ["LAST", "BEST"])
+@pytest.mark.parametrize("content", [b"", b"step-0000006 0123456789abcdef\n", b"\xff\x00"])
+def test_an_altered_pointer_is_refused_and_mended(
+    copied: tuple[Path, Config], name: str, content: bytes
+) -> None:
+    folder, config = copied
+    checkpoints = folder / "checkpoints"
+    sound = (checkpoints / name).read_bytes()
+    (checkpoints / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        read_pointer(checkpoints, name)
+    run = Run.resume(folder, config)
+    assert (checkpoints / name).read_bytes() == sound
+    assert any("BEST" in notice for notice in run.notices) == (name == "BEST")
+
+
+def test_last_is_not_taken_for_best(copied: tuple[Path, Config]) -> None:
+    checkpoints = copied[0] / "checkpoints"
+    shutil.copy(checkpoints / "LAST", checkpoints / "BEST")
+    with pytest.raises(CheckpointError, match="BEST: altered"):
+        read_pointer(checkpoints, "BEST")
+
+
+def test_a_name_without_a_hash_is_an_older_versions(copied: tuple[Path, Config]) -> None:
+    checkpoints = copied[0] / "checkpoints"
+    (checkpoints / "BEST").write_text("step-0000006\n")
+    assert read_pointer(checkpoints, "BEST").name == "step-0000006"
+
+
+def test_a_renamed_checkpoint_is_refused(copied: tuple[Path, Config]) -> None:
+    checkpoints = copied[0] / "checkpoints"
+    (checkpoints / "step-0000003").rename(checkpoints / "step-0000012")
+    with pytest.raises(CheckpointError, match="step-0000012: renamed"):
+        load_info(checkpoints / "step-0000012")
+    shutil.copytree(checkpoints / "step-0000006", checkpoints / "mine")
+    assert load_info(checkpoints / "mine").numbers["step"] == 6
+
+
+def test_a_lost_best_gives_its_place_to_the_best_that_is_left(
+    copied: tuple[Path, Config],
+) -> None:
+    folder, config = copied
+    checkpoints = folder / "checkpoints"
+    lost = read_pointer(checkpoints, "BEST")
+    (lost / "model.safetensors").write_bytes(b"")
+    run = Run.resume(folder, config)
+    left = [row for row in run.rows if f"step-{row['step']:07}" != lost.name]
+    wanted = max(left, key=lambda r: (r["validation_accuracy"], -r["validation_loss"], -r["step"]))
+    assert read_pointer(checkpoints, "BEST").name == f"step-{wanted['step']:07}"
+    assert run.best["step"] == wanted["step"]
+    assert any(lost.name in notice for notice in run.notices)
+
+
+def test_what_a_kill_left_is_cleared_or_put_back(copied: tuple[Path, Config]) -> None:
+    checkpoints = copied[0] / "checkpoints"
+    whole = {path.name for path in checkpoints.iterdir()}
+    (checkpoints / "step-0000009").rename(checkpoints / ".old-step-0000009")
+    shutil.copytree(checkpoints / "step-0000003", checkpoints / ".old-step-0000003")
+    (checkpoints / ".partial-step-0000009").mkdir()
+    (checkpoints / ".doomed-step-0000002").mkdir()
+    (checkpoints / ".partial-LAST").write_text("half")
+    tidy(checkpoints)
+    assert {path.name for path in checkpoints.iterdir()} == whole
+
+
+def test_a_rename_that_fails_gives_the_old_checkpoint_back(
+    copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied[0] / "checkpoints/step-0000009"
+    info, weights, real = load_info(folder), load_weights(folder), Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial"):
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(OutputError, match="No space left"):
+            save_checkpoint(folder, info, weights={}, training={})
+    assert load_weights(folder).keys() == weights.keys()
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_a_file_that_cannot_be_written_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"result\.json: cannot be written: No space left"):
+        replace_file(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == "old"
+
+
+def test_stopped_before_the_first_checkpoint_it_begins_again(
+    finished: tuple[Path, Config], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    Run.start(finished[1], tmp_path / "run")
+    run = Run.resume(tmp_path / "run", finished[1])
+    assert "beginning again" in run.notices[0]
+    require_same_end(run, finished[0])
+
+
+def test_an_epoch_that_was_stopped_while_it_was_scored_is_scored_first(
+    finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.run.SCORED_AT_ONCE", 7)
+    asked = [0]
+
+    def stopping() -> bool:
+        asked[0] += 1
+        return asked[0] > 3
+
+    (tmp_path / "run").mkdir()
+    run = Run.start(finished[1], tmp_path / "run")
+    for event in run.train(stopping):
+        assert isinstance(event, Update)
+        if asked[0] > 3:
+            break
+    assert run.state.step == 3
+    assert run.rows == []
+    run.save()
+    again = Run.resume(tmp_path / "run", run.config)
+    first = next(iter(again.train()))
+    assert isinstance(first, EpochEnd)
+    assert first.row["epoch"] == 1
+    require_same_end(again, finished[0])
+
+
+def test_a_loop_that_does_not_stop_loses_no_epoch(
+    finished: tuple[Path, Config], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run.start(finished[1], tmp_path / "run")
+    ends = [e.row["epoch"] for e in run.train(lambda: True) if isinstance(e, EpochEnd)]
+    assert ends == [1, 2, 3]
+
+
+def test_other_settings_than_the_checkpoints_are_refused(copied: tuple[Path, Config]) -> None:
+    folder, config = copied
+    training = dataclasses.replace(config.training, learning_rate=0.1)
+    with pytest.raises(CheckpointError, match=r"made with other settings.*learning_rate 0\.1"):
+        Run.resume(folder, dataclasses.replace(config, training=training))
+    moved = dataclasses.replace(config.data, num_workers=7)
+    assert Run.resume(folder, dataclasses.replace(config, data=moved)).state.step == 9
+
+
+def test_a_folder_that_was_cleared_away_is_made_again(
+    finished: tuple[Path, Config], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run.start(finished[1], folder)
+    for event in run.train():
+        if isinstance(event, EpochEnd) and event.row["epoch"] == 1:
+            shutil.rmtree(folder)
+    assert (folder / "config.json").exists()
+    assert read_pointer(run.checkpoints, "BEST").is_dir()
+    assert Run.resume(folder, run.config).state.step == 9
+
+
+def test_nothing_infinite_is_saved(copied: tuple[Path, Config]) -> None:
+    run = Run.resume(*copied)
+    with torch.no_grad():
+        next(iter(run.state.best_model.parameters()))[0] = float("inf")
+    run.saved = None
+    with pytest.raises(TrainingError, match="is not finite after update 9: not saved"):
+        run.save()
+
+
+def test_checkpoints_are_ordered_by_number_not_by_letters(tmp_path: Path) -> None:
+    for step in (9_999_999, 10_000_000, 5):
+        (tmp_path / f"step-{step:07}").mkdir()
+    (tmp_path / "step-x").mkdir()
+    steps = [int(path.name[5:]) for path in checkpoint_folders(tmp_path)]
+    assert steps == [5, 9_999_999, 10_000_000]
+
+
+def test_a_number_without_end_is_damage(copied: tuple[Path, Config]) -> None:
+    path = copied[0] / "checkpoints/step-0000009/checkpoint.json"
+    path.write_text('{"format": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: damaged"):
+        load_info(path.parent)
+
+
+def test_a_damaged_list_of_test_uses_is_added_to(tmp_path: Path) -> None:
+    (tmp_path / "test_uses.jsonl").write_text('{"half')
+    log_test_use(tmp_path, "curve", 5)
+    lines = (tmp_path / "test_uses.jsonl").read_text().splitlines()
+    assert lines[0] == '{"half'
+    assert '"curve"' in lines[1]
+
+
+def test_an_empty_folder_of_the_wanted_name_is_taken(tmp_path: Path) -> None:
+    first = new_folder(tmp_path, "mine", "quick")
+    (first / ".lock").touch()
+    assert new_folder(tmp_path, "mine", "quick") == first
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    """Another process that holds the folder."""
+    code = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match="another run is writing there"):
+        hold(tmp_path)
+    holder.kill()
+    holder.communicate()
+    with hold(tmp_path), hold(tmp_path):  # a process may hold it twice
+        pass
+
+
+def interrupted() -> int:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_outside_of_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.guarded(interrupted) == 130
+    assert capsys.readouterr().err == "vitrine: stopped\n"
+
+
+def test_a_signal_is_noted_once_then_the_systems_own_and_raised_where_wanted() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == stop.note
+        with pytest.raises(Stopped), stop.at_once():
+            raise AssertionError("not reached")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_during_the_last_test_is_followed_at_once(
+    copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.resume(*copied)
+    monkeypatch.setattr(run, "finish", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert follow(run) == 128 + signal.SIGTERM
+    assert f"vitrine train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
+
+
+class Full:
+    """A writer of events on a full disk."""
+
+    def fail(self, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    add_scalar = flush = close = fail
+
+
+@pytest.mark.parametrize(
+    "act", [lambda w: w.write({"a": 1, "step": 1}), lambda w: w.__exit__(None, None, None)]
+)
+def test_events_that_cannot_be_written_are_one_clear_error(
+    tmp_path: Path, act: Callable[[EventWriter], None]
+) -> None:
+    events = EventWriter(tmp_path, enabled=False)
+    events.writer = Full()
+    with pytest.raises(OutputError, match="events cannot be written: No space left"):
+        act(events)
+
+
+def test_speed_is_finite_where_a_clock_stands_still(
+    finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 5.0)
+    (tmp_path / "run").mkdir()
+    run = Run.start(finished[1], tmp_path / "run")
+    for _ in run.train():
+        pass
+    assert run.state.seconds == 0
+    assert run.rows[-1]["images_per_second"] > 0
