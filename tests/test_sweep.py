@@ -250,7 +250,8 @@ def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
     base = from_json({"training": {"epochs": 2}}, tiny_run)
     how = SweepSettings((SEARCH[0],), trials=1)
     sweep = Sweep(base, how, study_folder.with_name("killed"), events=scripted)
-    sweep.study.ask()
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        sweep.study.ask()
     told = list(sweep.run())
     assert told[0] is None, "first it may be another process at work"
     assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
