@@ -72,7 +72,7 @@ class Run:
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
         monitored = dict.fromkeys(("validation", config.run.monitor))
-        splits = ranks.first_on_machine(load, config, "train", *monitored)
+        splits = load_together(config, "train", *monitored)
         train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
@@ -212,7 +212,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Test the best model once, write result.json and the pictures, return the result."""
         best = ranks.on_leader(self.load_best)
-        test = ranks.first_on_machine(load, self.config, "test")["test"]
+        test = load_together(self.config, "test")["test"]
         purpose = f"result of {Path(best.source).name}"
         ranks.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
@@ -275,6 +275,12 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     """Load splits as the model reads them."""
     model = config.model
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
+
+
+def load_together(config: Config, *splits: Split) -> dict[Split, ImageSet]:
+    """Load splits in every process; where they may be downloaded, one of a machine goes first."""
+    downloads = config.data.dataset.startswith("cifar")
+    return (ranks.first_on_machine if downloads else ranks.each)(load, config, *splits)
 
 
 def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
