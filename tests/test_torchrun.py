@@ -22,13 +22,13 @@ pytestmark = [
 WORDS = shlex.split(
     "--preset quick --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 --n_layers 1 "
     "--dataset cifar10 --validation_images 7 --batch_size 11 --randaugment_ops 1 --ema_decay 0.9 "
-    "--epochs 6"
+    "--optimizer adamw --learning_rate 2e-4 --epochs 60"
 )
 """53 images of noise to train on: five updates an epoch, the last of 9 images."""
-STEPS = 5
+EPOCHS, STEPS = 60, 5
 
 
-def start(folder: Path, *words: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+def start(folder: Path, *WORDS: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
     """Start ``vitrine train`` with so many processes; what they say goes into FOLDER/said.txt."""
     torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts), "-m"]
@@ -36,7 +36,7 @@ def start(folder: Path, *words: str, processes: int = 2, restarts: int = 0) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "said.txt").open("ab") as said:
         return subprocess.Popen(
-            [*command, *words], cwd=folder, env=environment, stdout=said, stderr=said
+            [*command, *WORDS], cwd=folder, env=environment, stdout=said, stderr=said
         )
 
 
@@ -95,10 +95,9 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(
 def test_with_restarts_it_goes_on_from_its_last_checkpoint(
     tmp_path: Path, cifar_folder: Path, rank: int
 ) -> None:
-    words = [*WORDS, "--epochs", "60"]
     (tmp_path / "whole").mkdir()
-    finish(start(tmp_path / "whole", *words, "--data_path", "../data"), tmp_path / "whole")
-    job = start(tmp_path, *words, restarts=1)
+    finish(start(tmp_path / "whole", *WORDS, "--data_path", "../data"), tmp_path / "whole")
+    job = start(tmp_path, *WORDS, restarts=1)
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, rank), signal.SIGKILL)
     finish(job, tmp_path)
@@ -106,25 +105,24 @@ def test_with_restarts_it_goes_on_from_its_last_checkpoint(
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["quick"]
     whole, killed = tmp_path / "whole/output/quick", tmp_path / "output/quick"
     assert curve(whole) == curve(killed)
-    assert len(curve(whole)) == 60
+    assert len(curve(whole)) == EPOCHS
     wanted = final(whole)
     for name, tensor in final(killed).items():
         assert torch.equal(tensor, wanted[name]), name
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_folder: Path) -> None:
-    words = [*WORDS, "--epochs", "60"]
     (tmp_path / "alone").mkdir()
-    alone = start(tmp_path / "alone", *words, "--data_path", "../data", processes=1)
+    alone = start(tmp_path / "alone", *WORDS, "--data_path", "../data", processes=1)
     finish(alone, tmp_path / "alone")
     checkpoints = tmp_path / "output/quick/checkpoints"
-    two = start(tmp_path, *words)
+    two = start(tmp_path, *WORDS)
     wait_for(checkpoints / "LAST", two)
     two.send_signal(signal.SIGTERM)
     assert two.wait() != 0
     assert "go on with: vitrine train --resume output/quick" in said(tmp_path)
     stopped = int(read_pointer(checkpoints, "LAST").name.removeprefix("step-"))
-    assert stopped < 60 * STEPS
+    assert stopped < EPOCHS * STEPS
     one = start(tmp_path, "--resume", "output/quick", processes=1)
     while int(read_pointer(checkpoints, "LAST").name.removeprefix("step-")) == stopped:
         assert one.poll() is None, said(tmp_path)

@@ -54,8 +54,7 @@ class EpochEnd:
 class Run:
     """A training run and its folder. Iterate over train(), then call finish().
 
-    With several processes (see ranks.py) each has a Run and calls the same methods; the first one
-    alone reads and writes the folder.
+    Of several processes (see ranks.py) each has a Run; the first alone reads and writes the folder.
 
     Example:
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
@@ -71,8 +70,7 @@ class Run:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
-        monitored = dict.fromkeys(("validation", config.run.monitor))
-        splits = load_together(config, "train", *monitored)
+        splits = load_together(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
         train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
@@ -169,8 +167,7 @@ class Run:
         }
         for name, images in self.monitored.items():
             if name == "test":
-                purpose = f"curve, epoch {update.epoch}"
-                ranks.on_leader(log_test_use, self.folder, purpose, len(images))
+                self.log_test_use(f"curve, epoch {update.epoch}", images)
             logits_BY = self.logits(self.state.best_model, images)
             row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
         best = is_best(row, self.rows)
@@ -213,17 +210,20 @@ class Run:
         """Test the best model once, write result.json and the pictures, return the result."""
         best = ranks.on_leader(self.load_best)
         test = load_together(self.config, "test")["test"]
-        purpose = f"result of {Path(best.source).name}"
-        ranks.on_leader(log_test_use, self.folder, purpose, len(test))
+        self.log_test_use(f"result of {Path(best.source).name}", test)
         logits_BY = self.logits(best.model.to(self.device), test)
         return ranks.on_leader(self.write_result, best, logits_BY, test.labels_B)
+
+    def log_test_use(self, purpose: str, images: ImageSet) -> None:
+        """Write down that the test split is opened."""
+        ranks.on_leader(log_test_use, self.folder, purpose, len(images))
 
     def load_best(self) -> Classifier:
         """Load the best model; on the CPU, from where it can go to every process."""
         return pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
 
     def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
-        """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
+        """Write result.json, the pictures and, if asked for, the weights: the leader's work."""
         metrics = measure(logits_BY, labels_B, classes=self.classes)
         result = {**self.summary(best), "test": metrics.to_json()}
         write_json(self.folder / "result.json", result)
