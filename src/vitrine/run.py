@@ -111,9 +111,8 @@ class Run:
         Raises:
             CheckpointError: the folder has no sound checkpoint.
         """
-        saved, rows = ranks.on_leader(
-            lambda: (newest_sound(folder / "checkpoints"), read_rows(folder))
-        )
+        saved = ranks.on_leader(newest_sound, folder / "checkpoints")
+        rows = ranks.on_leader(read_rows, folder)
         run = cls(config, folder)
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in rows if row["step"] <= run.state.step]
