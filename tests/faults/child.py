@@ -67,8 +67,9 @@ class Child:
         return self.process.exitcode
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
-        os.kill(self.process.pid or 0, number)
+        """Send it a signal, if it is still there to take it."""
+        if self.process.pid is not None and self.alive:
+            os.kill(self.process.pid, number)
 
     @property
     def alive(self) -> bool:
