@@ -24,7 +24,7 @@ from vitrine.bench.workers import Worker, command, interleave, python_of, starte
 from vitrine.cli import main
 from vitrine.config import AugmentConfig, ModelConfig, TrainingConfig
 from vitrine.errors import BenchError, ConfigError
-from vitrine.model.convert import convert_reference
+from vitrine.model.convert import convert
 from vitrine.presets import PRESETS, get_preset
 
 TINY = Recipe(
@@ -273,9 +273,9 @@ def test_the_references_weights_are_tested_as_it_tests_them(
 ) -> None:
     state = reference_weights()
     torch.save(state, tmp_path / "w.pt")
-    config, weights = convert_reference(state, n_attention_heads=3)
-    model = ours.VisionTransformer(config)
-    model.load_state_dict(weights)
+    found = convert(state, n_attention_heads=3)
+    model = ours.VisionTransformer(found.config)
+    model.load_state_dict(found.weights)
     images = ours.noise(TINY.config(), 9)
     monkeypatch.setattr(ours, "load_splits", lambda *_, **__: {"test": images})
     expected_BY = model.eval()(images.raw_BCHW / 127.5 - 1).detach()

@@ -45,7 +45,7 @@ from vitrine.explain.methods import METHODS, MapSettings, compute_maps
 from vitrine.explain.score_report import plot_scores, score_table
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
-from vitrine.pretrained import load, newest_run, with_data
+from vitrine.pretrained import default_model, load, with_data
 from vitrine.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
@@ -317,7 +317,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def loading(world: World) -> None:
     for name in ("run", "x.safetensors", "x.pt"):
         load(world.folder / name, device="cpu")
-    newest_run(world.folder)
+    default_model(world.folder)
     with_data(world.classifier, fit="pad")
 
 
