@@ -12,9 +12,9 @@ import vitrine
 SOURCE = Path(vitrine.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "files", "rng", "config", "configfile", "presets", "ranks", "devices", "environment",
-    "data", "model", "training", "checkpoint", "evaluation", "explain", "predict", "export",
-    "pretrained", "tracking", "run_folder", "run", "cli", "__main__",
+    "errors", "files", "rng", "config", "configfile", "presets", "torchrun", "ranks", "devices",
+    "environment", "data", "model", "training", "checkpoint", "evaluation", "explain", "predict",
+    "export", "pretrained", "tracking", "run_folder", "run", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 
