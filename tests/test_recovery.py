@@ -38,7 +38,7 @@ from vitrine.training.loop import Update
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """A run of three epochs whose second is the best, every checkpoint kept. Copy it."""
+    """A run of three epochs, every checkpoint kept. Copy it."""
     config = from_json(
         {
             "model": {"patch_size": 8, "embed_dim": 12, "n_layers": 1, "n_attention_heads": 3},

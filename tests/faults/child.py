@@ -44,6 +44,8 @@ class Plan:
     """Draw the pictures of the end, which takes longer than all the rest."""
     slow_after: int = 1_000_000
     """Updates, after which each further one takes its time: the run waits for what shall come."""
+    pause: float = 0.2
+    """How much time, in seconds."""
 
 
 class Child:
@@ -104,15 +106,16 @@ def forkserver() -> Any:
 
 def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
     """Be the command line. Runs in the child."""
-    import faults.warm  # noqa: F401  (already there, unless the server could not load it)
     import vitrine.cli
+    from faults.warm import take_few_images  # loaded already, unless the server could not
 
+    take_few_images()
     for descriptor, ending in ((1, "out"), (2, "err")):
         file = os.open(cwd / f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     os.chdir(cwd)
-    log_losses(cwd / f"{name}.losses", plan.slow_after)
+    log_losses(cwd / f"{name}.losses", plan)
     set_up(plan, cwd)
     mark_start(cwd / f"{name}.ready")
     sys.exit(vitrine.cli.main(words))
@@ -157,7 +160,7 @@ def mark_start(path: Path) -> None:
     vitrine.cli.run = run
 
 
-def log_losses(path: Path, slow_after: int) -> None:
+def log_losses(path: Path, plan: Plan) -> None:
     """Log every update's number and loss, to the bit, before anything is saved of it."""
     import vitrine.run
 
@@ -168,7 +171,7 @@ def log_losses(path: Path, slow_after: int) -> None:
         for count, update in enumerate(real(*args)):
             os.write(file, f"{update.step} {update.loss.hex()}\n".encode())
             yield update
-            time.sleep(0.2 if count >= slow_after else 0)
+            time.sleep(plan.pause if count >= plan.slow_after else 0)
 
     vitrine.run.train = logged  # type: ignore[assignment]
 

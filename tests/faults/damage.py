@@ -100,16 +100,29 @@ class Sound:
 
 
 def sound_run(folder: Path, config: Config) -> Sound:
-    """Train, keeping every checkpoint."""
-    run_config = dataclasses.replace(config.run, keep_checkpoints=0)
-    (folder / "run").mkdir(parents=True)
-    run = Run.start(dataclasses.replace(config, run=run_config), folder / "run")
-    for _ in run.train():
-        pass
+    """Train, keeping every checkpoint, from the first seed whose best epoch is not the last.
+
+    Were they the same, a LAST taken for BEST would harm nobody.
+    """
+    data = dataclasses.replace(config.data, validation_images=40)
+    for seed in range(100):
+        run_config = dataclasses.replace(config.run, keep_checkpoints=0, seed=seed)
+        run = begun(folder / f"run-{seed}", dataclasses.replace(config, data=data, run=run_config))
+        for _ in run.train():
+            pass
+        best, last = (read_pointer(run.checkpoints, name) for name in ("BEST", "LAST"))
+        if best != last:
+            break
     states = {path.name: tensors(path) for path in folders(run.folder)}
-    best, file = read_pointer(run.checkpoints, "BEST"), folder / "weights.safetensors"
+    file = folder / "weights.safetensors"
     save_weights_file(file, load_info(best), load_weights(best))
     return Sound(run.folder, run.config, states, best.name, file)
+
+
+def begun(folder: Path, config: Config) -> Run:
+    """Start a run in a new folder."""
+    folder.mkdir(parents=True)
+    return Run.start(config, folder)
 
 
 def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int = 7) -> Tally:
@@ -122,7 +135,7 @@ def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int 
         shutil.copytree(sound.folder, copy)
         file = folder / f"weights-{number}.safetensors"
         shutil.copy(sound.file, file)
-        what, damaged = damage(copy, file, random_)
+        what, damaged = damage(copy, file, random_, number)
         with tally.trial(f"{number}: {what}"):
             require_right_or_named(copy, file, damaged, sound)
             require_recovery(copy, damaged, sound, to_end=number % every == 0)
@@ -131,11 +144,17 @@ def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int 
     return tally
 
 
-def damage(copy: Path, file: Path, random_: random.Random) -> tuple[str, list[Path]]:
+def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple[str, list[Path]]:
     """Do one thing to one file, or let two change places; return what, and to which."""
     checkpoints = copy / "checkpoints"
     pointers = [checkpoints / "LAST", checkpoints / "BEST"]
     steps = folders(copy)
+    if number % 8 == 0:  # what reads well and is wrong
+        exchange(*pointers)
+        return "exchanged LAST and BEST", pointers
+    if number % 8 == 1:
+        pointers[1].write_bytes(digit(pointers[1].read_bytes(), random_))
+        return "digit in BEST", pointers[1:]
     kind = random_.choices(["bytes", "file", "folder"], [10, 2, 1])[0]
     if kind == "folder":
         exchange(*(pair := random_.sample(steps, 2)))

@@ -30,7 +30,7 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
     tally = Tally("An error of the disk at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
-    for number, name in chosen(points_of(folder / "points", *words), only, seed):
+    for number, name in chosen(points_of(*words), only, seed):
         cwd = folder / f"point-{number}"
         code = (errno.ENOSPC, errno.EIO, errno.EROFS)[number % 3]
         with tally.trial(f"{errno.errorcode[code]} at point {number} ({name})"):
@@ -43,11 +43,11 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
     return tally
 
 
-def full_disk(folder: Path, *, sizes: int, seed: int = 2) -> Tally:
+def full_disk(folder: Path, *, sizes: int, epochs: int = 3, seed: int = 2) -> Tally:
     """Train on disks of some KiB, too small in most cases; then give them room."""
     tally = Tally("A full disk (tmpfs)")
-    words = ("--epochs", "3", "--keep_checkpoints", "2")
-    truth = undisturbed(*words)
+    truth = undisturbed("--epochs", str(epochs))
+    words = ("--epochs", str(epochs), "--keep_checkpoints", "2")
     random_ = random.Random(seed)
     for number in range(sizes):
         kib = 4 * random_.randint(1, 200)
@@ -79,10 +79,10 @@ def mount(folder: Path, kib: int, option: str = "") -> str | None:
     return None if done.returncode == 0 else f"mounting is not allowed: {done.stderr.strip()}"
 
 
-def read_only(folder: Path, *, times: int, seed: int = 3) -> Tally:
+def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> Tally:
     """Take the right to write away while a run trains, and give it back."""
     tally = Tally("A folder that becomes read-only")
-    words = ("--epochs", "12")
+    words = ("--epochs", str(epochs))
     user = NOBODY if os.geteuid() == 0 else None  # root may write everywhere
     if user is not None and not all(open_to_all(path) for path in folder.parents):
         tally.skipped = f"{folder} is closed to other users"
@@ -96,7 +96,7 @@ def read_only(folder: Path, *, times: int, seed: int = 3) -> Tally:
             os.chown(cwd, user, user)
         plan = Plan(user=user)
         with tally.trial(f"time {number}"):
-            updates = random_.randint(1, 6 * STEPS)
+            updates = random_.randint(1, epochs // 2 * STEPS)
             child = go_on(cwd, *words, plan=Plan(user=user, slow_after=updates))
             child.until(updates)
             with locked(cwd / "output"):
@@ -129,16 +129,16 @@ def locked(folder: Path) -> Iterator[None]:
             path.chmod(0o755)
 
 
-def removed(folder: Path, *, times: int, seed: int = 4) -> Tally:
+def removed(folder: Path, *, times: int, epochs: int = 12, seed: int = 4) -> Tally:
     """Remove the run folder while a run trains: it goes on and saves, or stops with one error."""
     tally = Tally("The run folder removed under the run")
-    words = ("--epochs", "12")
+    words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(times):
         cwd = folder / f"run-{number}"
         with tally.trial(f"time {number}"):
-            updates = random_.randint(1, 8 * STEPS)
+            updates = random_.randint(1, epochs // 2 * STEPS)
             child = go_on(cwd, *words, plan=Plan(slow_after=updates))
             child.until(updates)
             shutil.rmtree(cwd / "output/run", ignore_errors=True)

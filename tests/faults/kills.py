@@ -1,7 +1,9 @@
 """SIGKILL: at random moments, and at every write, flush, rename and removal."""
 
+import functools
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,11 +39,13 @@ def storm(folder: Path, *, kills: int, recipe: str = "AdamW, moving average", se
     return tally
 
 
-def points_of(folder: Path, *words: str) -> list[str]:
+@functools.cache
+def points_of(*words: str) -> list[str]:
     """Return the names of all points of a run, in their order."""
-    child = Child(folder, *WORDS, *words, "--folder_name", "run", plan=Plan(points=True))
-    assert child.wait() == 0, child.errors
-    return (folder / "points.txt").read_text().split()
+    with tempfile.TemporaryDirectory() as name:
+        child = Child(Path(name), *WORDS, *words, "--folder_name", "run", plan=Plan(points=True))
+        assert child.wait() == 0, child.errors
+        return Path(name, "points.txt").read_text().split()
 
 
 def every_point(folder: Path, *, epochs: int, only: int | None = None, seed: int = 0) -> Tally:
@@ -49,7 +53,7 @@ def every_point(folder: Path, *, epochs: int, only: int | None = None, seed: int
     tally = Tally("SIGKILL at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
-    for number, name in chosen(points_of(folder / "points", *words), only, seed):
+    for number, name in chosen(points_of(*words), only, seed):
         cwd = folder / f"point-{number}"
         with tally.trial(f"point {number} ({name})"):
             child = go_on(cwd, *words, plan=Plan(kill_at=number))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faults.damage import begun
 from faults.folder import folders, require_equal, tensors
 from faults.tally import Tally
 from vitrine.config import Config
@@ -111,12 +112,6 @@ def injected(folder: Path, config: Config, *, every: int = 1, seed: int = 8) -> 
         one, other = (tensors(folders(r.folder)[-1]) for r in (run, whole))
         require_equal(one, other, "the end")
     return tally
-
-
-def begun(folder: Path, config: Config) -> Run:
-    """Start a run."""
-    folder.mkdir(parents=True)
-    return Run.start(config, folder)
 
 
 def advance(run: Run, updates: int) -> None:

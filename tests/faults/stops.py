@@ -51,10 +51,10 @@ def asked(folder: Path, *, times: int, seed: int = 5) -> Tally:
     return tally
 
 
-def early(folder: Path, *, times: int, seed: int = 6) -> Tally:
+def early(folder: Path, *, times: int, epochs: int = 2, seed: int = 6) -> Tally:
     """Send a signal while a run starts: it ends, without a traceback, and can be started again."""
     tally = Tally("SIGTERM, SIGINT before the first update")
-    words = ("--epochs", "2")
+    words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     random_ = random.Random(seed)
     for number in range(times):
@@ -73,10 +73,10 @@ def early(folder: Path, *, times: int, seed: int = 6) -> Tally:
     return tally
 
 
-def twice(folder: Path, *, times: int) -> Tally:
+def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
     """Send the same signal again while a slow disk takes its time: it stops at once."""
     tally = Tally("SIGTERM, SIGINT twice")
-    words = ("--epochs", "12")
+    words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"twice-{number}"
@@ -101,15 +101,15 @@ def twice(folder: Path, *, times: int) -> Tally:
     return tally
 
 
-def two_runs(folder: Path, *, times: int) -> Tally:
+def two_runs(folder: Path, *, times: int, epochs: int = 12) -> Tally:
     """Start a second run in the folder of a first; kill the first; go on."""
     tally = Tally("Two runs in one folder")
-    words = ("--epochs", "20")
+    words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"two-{number}"
         with tally.trial(f"time {number}"):
-            first = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS))
+            first = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS, pause=5.0))
             first.until(2 * STEPS)
             second = go_on(cwd)
             require_one_line(second, codes=(2,))
@@ -121,10 +121,10 @@ def two_runs(folder: Path, *, times: int) -> Tally:
     return tally
 
 
-def race(folder: Path, *, times: int) -> Tally:
+def race(folder: Path, *, times: int, epochs: int = 2) -> Tally:
     """Start two runs with the same folder name at the same moment: one trains."""
     tally = Tally("Two runs started at once in one folder")
-    words = ("--epochs", "2")
+    words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     for number in range(times):
         cwd = folder / f"race-{number}"

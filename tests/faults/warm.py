@@ -1,6 +1,7 @@
 """Imported once by the process that all children are forked from: what is slow to load."""
 
 import torch
+import torch._dynamo  # the first step of an optimizer would load it in every child
 
 import vitrine.cli.display
 import vitrine.cli.train
@@ -14,4 +15,8 @@ DRAWN = {
     for which, count in {"train": 300, "test": 50}.items()
 }
 """A part of the drawn shapes is enough, and all would take seconds."""
-vitrine.data.sources.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]
+
+
+def take_few_images() -> None:
+    """Let runs load these."""
+    vitrine.data.sources.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]
