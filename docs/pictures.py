@@ -29,7 +29,7 @@ def test_images(data_path: str | None) -> list[np.ndarray]:
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
     images = load_splits(data, ("test",), image_hw=(32, 32), n_channels=3)["test"]
     labels = images.labels_B.tolist()
-    wanted = [images.classes.index(name) for name in "cat car ship horse".split()]
+    wanted = [images.classes.index(name) for name in ("cat", "car", "ship", "horse")]
     wanted += [label for label in range(len(images.classes)) if label not in wanted]
     firsts = [labels.index(label) for label in wanted[:COLUMNS]]
     return list(images.raw_BCHW[firsts].permute(0, 2, 3, 1).numpy())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrine.data.sources
-import vitrine.run
+import vitrine.run_files
 from vitrine import ranks, rng, torchrun
 from vitrine.cli import main
 from vitrine.cli.display import TrainingDisplay
@@ -228,7 +228,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrine.run.plot_curves = vitrine.run.draw_metrics = lambda *_: None  # pictures take a second
+    vitrine.run_files.draw = lambda *_: None  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),

@@ -54,8 +54,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
-        patch.setattr("vitrine.run.plot_curves", lambda *_: None)
-        patch.setattr("vitrine.run.draw_metrics", lambda *_: None)
+        patch.setattr("vitrine.run_files.draw", lambda *_: None)
         patch.chdir(folder)
         assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
     return folder / "output/whole"
