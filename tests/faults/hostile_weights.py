@@ -53,7 +53,8 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     state.model(torch.zeros(1, 3, 8, 8)).sum().backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    info = CheckpointInfo(config, ("a", "b"), state.numbers(), {"validation_accuracy": 0.5})
+    numbers = {**state.numbers(), "step": int(STEP.removeprefix("step-"))}
+    info = CheckpointInfo(config, ("a", "b"), numbers, {"validation_accuracy": 0.5})
     return info.to_json(), state.weights(), state.tensors()
 
 
