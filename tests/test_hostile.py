@@ -28,7 +28,12 @@ import hostile_weights
 from hostile_engine import FaultError, Target, mutate, require_in_time, run_case
 
 from vitrine import pretrained
-from vitrine.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
+from vitrine.checkpoint import (
+    CheckpointInfo,
+    load_weights_file,
+    read_pointer,
+    save_weights_file,
+)
 from vitrine.cli import guarded
 from vitrine.cli import predict as cli_predict
 from vitrine.config import Config, ModelConfig
@@ -51,6 +56,7 @@ TARGETS = {
     "archives": hostile_data.ARCHIVES,
     "pt": hostile_weights.REFERENCE,
     "safetensors": hostile_weights.SAFETENSORS,
+    "foreign": hostile_weights.FOREIGN,
     "checkpoints": hostile_weights.CHECKPOINTS,
     "toml": hostile_settings.TOML,
     "json": hostile_settings.JSON,
@@ -389,6 +395,22 @@ def test_a_pt_that_grows_or_names_without_end_is_refused(tmp_path: Path) -> None
     path.write_bytes(hostile_weights.rezip(b"\x80\x02cos\n" + b"x" * 30_000 + b"\n."))
     with require_in_time(), pytest.raises(CheckpointError, match="it would run os x"):
         pretrained.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["..", "x" * 999, "step-1/../../x", "step-\ud800", ""])
+def test_a_pointer_names_a_checkpoint_or_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "BEST").write_bytes(name.encode(errors="surrogatepass"))
+    with pytest.raises(CheckpointError):
+        read_pointer(tmp_path / "run", "BEST")
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_an_archive_of_numpy_that_is_no_model_is_refused(number: int, tmp_path: Path) -> None:
+    data = hostile_weights.foreign_seeds()[number]
+    (tmp_path / "x.npz").write_bytes(data[1:])
+    with pytest.raises(CheckpointError, match="grows" if number == 5 else ""):
+        pretrained.load(tmp_path / "x.npz", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -488,6 +488,7 @@ def watch_all(world: World) -> dict[str, Watch]:
     """
     importlib.import_module("torchmetrics.functional.classification")
     importlib.import_module("torch._dynamo")
+    importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir()
     found = {}
     for scenario in SCENARIOS:
         watch, before = Watch(), whole_state()

@@ -29,6 +29,7 @@ MODULES = {
     "archives": "hostile_data.ARCHIVES",
     "pt": "hostile_weights.REFERENCE",
     "safetensors": "hostile_weights.SAFETENSORS",
+    "foreign": "hostile_weights.FOREIGN",
     "checkpoints": "hostile_weights.CHECKPOINTS",
     "toml": "hostile_settings.TOML",
     "json": "hostile_settings.JSON",
