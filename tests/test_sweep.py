@@ -276,7 +276,7 @@ def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> No
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start one process of a sweep of eight trials of some seconds."""
     words = ["sweep", "--search", *SEARCH, "--trials", "8", "--output_path", str(folder)]
-    slower = ["--num_train_images", "1000", "--epochs", "6"]
+    slower = ["--num_train_images", "500", "--epochs", "6"]
     return subprocess.Popen(
         [sys.executable, "-m", "vitrine", *words, *TINY, *slower, "--study_name", "s"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -316,7 +316,7 @@ def test_two_processes_share_a_study_and_one_is_killed(tmp_path: Path) -> None:
     doomed, other = start(tmp_path), start(tmp_path)
     try:
         kill_in_a_trial(doomed, tmp_path / "s")
-        out, err = other.communicate(timeout=1200)
+        out, err = other.communicate(timeout=1700)
     finally:
         doomed.kill()
         other.kill()
