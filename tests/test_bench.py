@@ -445,6 +445,7 @@ def test_recipes_change_fields_of_any_section() -> None:
         Recipe(ModelConfig(image_size=(8, 12))).config()
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_real_processes(capfd: pytest.CaptureFixture[str]) -> None:
     words = (
         "bench --device cpu --embed_dim 8 --n_layers 1 --n_attention_heads 2 --patch_size 16 "
