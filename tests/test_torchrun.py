@@ -22,10 +22,10 @@ pytestmark = [
 WORDS = shlex.split(
     "--preset quick --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 --n_layers 1 "
     "--dataset cifar10 --validation_images 7 --batch_size 11 --randaugment_ops 1 --ema_decay 0.9 "
-    "--optimizer adamw --learning_rate 2e-4 --epochs 60"
+    "--optimizer adamw --learning_rate 2e-4 --epochs 30"
 )
 """53 images of noise to train on: five updates an epoch, the last of 9 images."""
-EPOCHS, STEPS = 60, 5
+EPOCHS, STEPS = 30, 5
 
 
 def start(folder: Path, *WORDS: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
