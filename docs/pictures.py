@@ -1,23 +1,46 @@
-"""Draw the README's picture: ``python docs/pictures.py MODEL docs/pictures/attention.png``."""
+"""Draw the README's pictures.
+
+    python docs/pictures.py output/quick docs/pictures/attention.png
+    python docs/pictures.py cifar10 docs/pictures/bundled.png data     (CIFAR-10 in data/)
+
+Images of the test split in the upper row, with what the model takes them for; below each what got
+the model's attention.
+"""
 
 import sys
+from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 import vitrine
+from vitrine.config import DataConfig
 from vitrine.data.shapes import load_shapes
+from vitrine.data.sources import load_splits
 from vitrine.explain.render import dim, normalise, place
 
 COLUMNS = 7
 
 
-def main(model: str, out: str) -> None:
-    """Draw test shapes in the upper row, and below each what got the model's attention."""
+def test_images(data_path: str | None) -> list[np.ndarray]:
+    """Return drawn shapes, or the first CIFAR-10 test image of each of several classes."""
+    if data_path is None:
+        return list(load_shapes("test").first(COLUMNS).raw_BCHW.permute(0, 2, 3, 1).numpy())
+    data = DataConfig(dataset="cifar10", data_path=Path(data_path))
+    images = load_splits(data, ("test",), image_hw=(32, 32), n_channels=3)["test"]
+    labels = images.labels_B.tolist()
+    wanted = [images.classes.index(name) for name in ("cat", "car", "ship", "horse")]
+    wanted += [label for label in range(len(images.classes)) if label not in wanted]
+    firsts = [labels.index(label) for label in wanted[:COLUMNS]]
+    return list(images.raw_BCHW[firsts].permute(0, 2, 3, 1).numpy())
+
+
+def main(model: str, out: str, data_path: str | None = None) -> None:
+    """Draw them."""
     classifier = vitrine.load(model, device="cpu")
     figure = Figure(figsize=(2 * COLUMNS, 4.4), layout="tight", facecolor="white")
     axes = figure.subplots(2, COLUMNS)
-    for index, raw_CHW in enumerate(load_shapes("test").first(COLUMNS).raw_BCHW):
-        raw_HWC = raw_CHW.permute(1, 2, 0).numpy()
+    for index, raw_HWC in enumerate(test_images(data_path)):
         rollout = classifier.explain(raw_HWC)
         map_GJ = normalise(rollout.maps_FGJ, "frame")[-1]
         axes[0, index].imshow(raw_HWC)

@@ -1,7 +1,7 @@
 """Two ranks of one run, forked off one process: what they did goes into files for test_ranks.py.
 
-As a script: ``python ranks_worker.py FOLDER PORT``. Each rank writes FOLDER/RANK.pt, and what it
-says into FOLDER/RANK.txt.
+As a script: ``python ranks_worker.py FOLDER PORT``, the port of a store such as torchrun's. Each
+rank writes FOLDER/RANK.pt, and what it says into FOLDER/RANK.txt.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import vitrine.data.sources
-import vitrine.run
-from vitrine import ranks, rng
+import vitrine.run_files
+from vitrine import ranks, rng, torchrun
 from vitrine.cli import main
 from vitrine.cli.display import TrainingDisplay
 from vitrine.config import Config
@@ -171,6 +171,16 @@ def see_file(folder: Path) -> bool:
     return (folder / "downloaded").exists()
 
 
+def remembered() -> list[str | None]:
+    """Return what torchrun's store has before and after the leader tells it something."""
+    before = torchrun.recall("run folder")
+    ranks.gather(0)
+    if ranks.is_leader():
+        torchrun.remember("run folder", "output/mine")
+    ranks.gather(0)
+    return [before, torchrun.recall("run folder")]
+
+
 def copied() -> Tensor:
     """Return the leader's tensor, of odd strides."""
     tensor = (torch.arange(6.0) + 100 * ranks.rank()).view(2, 3).t()
@@ -198,7 +208,7 @@ def together(folder: Path) -> dict[str, Any]:
             "seen": ranks.first_on_machine(see_file, folder),
             "too small": words_of(ranks.require_work, 1),
             "draws": [rng.derive_seed(1, "dropout", ranks.own_index(step)) for step in range(50)],
-            "memory": ranks.recall("anything"),
+            "memory": remembered(),
         }
 
 
@@ -218,7 +228,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrine.run.plot_curves = vitrine.run.draw_metrics = lambda *_: None  # pictures take a second
+    vitrine.run_files.draw = lambda *_: None  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),
@@ -245,10 +255,12 @@ def be_rank(rank: int, folder: Path, port: str) -> None:
     os.dup2(words, 2)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
+        MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     with ranks.joined():
-        torch.save({**together(folder), **command_lines()}, folder / f"{rank}.pt")
+        found = together(folder)
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # or each run would go on with the last one
+        torch.save({**found, **command_lines()}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

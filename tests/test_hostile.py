@@ -28,7 +28,12 @@ import hostile_weights
 from hostile_engine import FaultError, Target, mutate, require_in_time, run_case
 
 from vitrine import pretrained
-from vitrine.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
+from vitrine.checkpoint import (
+    CheckpointInfo,
+    load_weights_file,
+    read_pointer,
+    save_weights_file,
+)
 from vitrine.cli import guarded
 from vitrine.cli import predict as cli_predict
 from vitrine.config import Config, ModelConfig
@@ -51,6 +56,7 @@ TARGETS = {
     "archives": hostile_data.ARCHIVES,
     "pt": hostile_weights.REFERENCE,
     "safetensors": hostile_weights.SAFETENSORS,
+    "foreign": hostile_weights.FOREIGN,
     "checkpoints": hostile_weights.CHECKPOINTS,
     "toml": hostile_settings.TOML,
     "json": hostile_settings.JSON,
@@ -75,13 +81,14 @@ def test_is_taken_or_refused_in_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = TARGETS[name]
-    seeds = [seed for seed in target.seeds() if len(seed) <= SMALL]
+    sound, *others = target.seeds()
+    seeds = [sound, *(seed for seed in others if len(seed) <= SMALL)]
     (tmp_path / "given").mkdir()
     monkeypatch.chdir(tmp_path / "given")
-    assert run_case(target, target.seeds()[0], tmp_path), "the first seed is a sound one"
+    assert run_case(target, sound, tmp_path), "the first seed is a sound one"
 
     @settings(
-        max_examples=40,
+        max_examples=30,
         deadline=None,
         derandomize=True,
         database=None,
@@ -334,6 +341,16 @@ def test_no_model_is_built_that_the_weights_do_not_fill(
         pretrained.load(changed(tmp_path / "x.safetensors", "model", **values), device="cpu")
 
 
+def test_a_model_that_says_nothing_finite_is_told(tiny_file: Path) -> None:
+    classifier = pretrained.load(tiny_file, device="cpu")
+    with torch.no_grad():
+        next(classifier.model.parameters())[0] = torch.nan
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for ask in (classifier.predict, classifier.explain):
+        with pytest.raises(CheckpointError, match="not finite"):
+            ask(picture)
+
+
 def test_a_header_without_words_is_refused(tmp_path: Path) -> None:
     header = b'{"__metadata__":null}'
     path = tmp_path / "x.safetensors"
@@ -378,6 +395,22 @@ def test_a_pt_that_grows_or_names_without_end_is_refused(tmp_path: Path) -> None
     path.write_bytes(hostile_weights.rezip(b"\x80\x02cos\n" + b"x" * 30_000 + b"\n."))
     with require_in_time(), pytest.raises(CheckpointError, match="it would run os x"):
         pretrained.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["..", "x" * 999, "step-1/../../x", "step-\ud800", ""])
+def test_a_pointer_names_a_checkpoint_or_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "BEST").write_bytes(name.encode(errors="surrogatepass"))
+    with pytest.raises(CheckpointError):
+        read_pointer(tmp_path / "run", "BEST")
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_an_archive_of_numpy_that_is_no_model_is_refused(number: int, tmp_path: Path) -> None:
+    data = hostile_weights.foreign_seeds()[number]
+    (tmp_path / "x.npz").write_bytes(data[1:])
+    with pytest.raises(CheckpointError, match="grows" if number == 5 else ""):
+        pretrained.load(tmp_path / "x.npz", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,23 @@ def test_one_process_draws_the_same_trials_again(study_folder: Path, tiny_run: C
     assert drawn[0][0] != drawn[0][1]
 
 
+def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
+    study_folder: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.sweep.study.POLL_SECONDS", 0.2)
+    base = from_json({"training": {"epochs": 2}}, tiny_run)
+    how = SweepSettings((SEARCH[0],), trials=1)
+    sweep = Sweep(base, how, study_folder.with_name("killed"), events=scripted)
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        sweep.study.ask()
+    events = sweep.run()
+    assert next(events) is None, "at first it may be another process at work"
+    monkeypatch.setattr("vitrine.sweep.study.GRACE_SECONDS", 0)
+    told = list(events)
+    assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.number for trial in told] == [1]
+
+
 def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> None:
     folder = study_folder.with_name("mine")
     Sweep(tiny_run, SweepSettings(SEARCH), folder)
@@ -256,10 +273,10 @@ def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> No
             Sweep(base, SweepSettings(search), folder)
 
 
-def start(folder: Path, trials: int) -> subprocess.Popen[str]:
-    """Start one process of a sweep of slower trials."""
-    words = ["sweep", "--search", *SEARCH, "--trials", str(trials), "--output_path", str(folder)]
-    slower = ["--num_train_images", "4000", "--epochs", "6"]
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Start one process of a sweep of eight trials of some seconds."""
+    words = ["sweep", "--search", *SEARCH, "--trials", "8", "--output_path", str(folder)]
+    slower = ["--num_train_images", "500", "--epochs", "6"]
     return subprocess.Popen(
         [sys.executable, "-m", "vitrine", *words, *TINY, *slower, "--study_name", "s"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -267,42 +284,53 @@ def start(folder: Path, trials: int) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def read_trials(folder: Path) -> list[Any]:
+    """Return the trials of the study, or none while it cannot be read."""
+    import optuna
+
+    if not (folder / "study.db").exists():
+        return []
+    try:
+        study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
+        return list(study.trials)
+    except Exception:  # noqa: BLE001 (its tables are being made, or locked)
+        return []
+
+
+def kill_in_a_trial(doomed: subprocess.Popen[str], folder: Path) -> None:
+    """Kill a process while both have a running trial; it is stopped while one looks."""
+    deadline = time.monotonic() + 1200
+    while time.monotonic() < deadline:
+        doomed.send_signal(signal.SIGSTOP)
+        if [trial.state.name for trial in read_trials(folder)].count("RUNNING") == 2:
+            doomed.kill()
+            return
+        doomed.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    pytest.fail("the two processes never had a trial each")
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_study_and_one_is_killed(tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna")
-    doomed, other = start(tmp_path, 8), start(tmp_path, 8)
-    url = f"sqlite:///{tmp_path / 's' / 'study.db'}"
-
-    def trials() -> list[Any]:
-        if not (tmp_path / "s/study.db").exists():
-            return []
-        try:
-            return list(optuna.load_study(study_name="s", storage=url).trials)
-        except Exception:  # noqa: BLE001 (its tables are being made)
-            return []
-
-    def mine() -> list[int]:
-        """Numbers of the running trials: two of them once both processes are at work."""
-        return [trial.number for trial in trials() if trial.state.name == "RUNNING"]
-
-    deadline = time.monotonic() + 900
-    while len(mine()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    at_work = mine()
-    assert len(at_work) == 2
-    time.sleep(1)  # a heartbeat later
-    doomed.send_signal(signal.SIGKILL)
-    doomed.communicate()
-    out, err = other.communicate(timeout=900)
+    pytest.importorskip("optuna")
+    doomed, other = start(tmp_path), start(tmp_path)
+    try:
+        kill_in_a_trial(doomed, tmp_path / "s")
+        out, err = other.communicate(timeout=1700)
+    finally:
+        doomed.kill()
+        other.kill()
+        doomed.communicate()
     assert other.returncode == 0, err
-    states = [trial.state.name for trial in trials()]
+    trials = read_trials(tmp_path / "s")
+    states = [trial.state.name for trial in trials]
     assert states.count("COMPLETE") + states.count("PRUNED") == 8
     assert states.count("FAIL") == 1, "the killed one is found dead"
-    assert "RUNNING" not in states
-    (dead,) = [trial for trial in trials() if trial.state.name == "FAIL"]
-    again = [trial for trial in trials() if trial.params == dead.params and trial is not dead]
-    assert {trial.state.name for trial in again} & {"COMPLETE", "PRUNED"}, "and taken up again"
-    rows = list(csv.DictReader((tmp_path / "s/trials.csv").open()))
+    assert len(states) == 9
+    (dead,) = [trial for trial in trials if trial.state.name == "FAIL"]
+    again = [trial for trial in trials if trial.params == dead.params and trial is not dead]
+    assert again, "and taken up again"
+    rows = list(csv.DictReader((tmp_path / "s/trials.csv").read_text().splitlines()))
     assert len(rows) == 9
     assert read_picture(tmp_path / "s/importance.png").std() > 5
     assert "learning_rate" in out

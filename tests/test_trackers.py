@@ -176,6 +176,7 @@ def test_tensorboard_gets_the_picture(tmp_path: Path) -> None:
     calls: list[Any] = []
     trackers.events.writer = SimpleNamespace(
         add_scalar=lambda *words: calls.append(words),
+        flush=lambda: None,
         add_image=lambda name, picture, step, dataformats: calls.append(
             (name, picture.shape, step, dataformats)
         ),

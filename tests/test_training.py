@@ -43,10 +43,13 @@ TRAINING: dict[str, Any] = {
     "decay": "all",
     "label_smoothing": 0.1,
     "clip_norm": 1e-3,
+    "layer_decay": 0.5,
     "precision": "bfloat16",
 }
 """For each setting of training another value, which must give other weights."""
-APART = {"muon_learning_rate", "accumulate", "ema_decay", "compile"}
+APART = {"muon_learning_rate", "accumulate", "ema_decay", "compile"} | {
+    "init", "new_head", "freeze_backbone",  # in test_finetune.py
+}  # fmt: skip
 """Settings with tests of their own."""
 AUGMENT: dict[str, Any] = {
     "crop_padding": 2,
@@ -245,13 +248,16 @@ def test_every_model_setting_changes_the_model() -> None:
         "image_size": (12, 8), "n_channels": 1, "n_classes": 6, "patch_size": 2, "embed_dim": 24,
         "n_layers": 3, "n_attention_heads": 1, "forward_mul": 3.0, "dropout": 0.5,
         "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
+        "class_token": True, "fc_norm": True, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-2,
     }  # fmt: skip
     assert {*other, "stem_channels"} == {f.name for f in dataclasses.fields(ModelConfig)}
     conv = dataclasses.replace(BASE.model, stem="conv")
     assert describe(conv) != describe(dataclasses.replace(conv, stem_channels=(5, 7, 9)))
     for name, value in other.items():
-        config = dataclasses.replace(BASE.model, **{name: value})
-        assert describe(config) != describe(BASE.model), name
+        of_a_mean = name in ("class_token", "fc_norm")
+        base = dataclasses.replace(BASE.model, pool="mean") if of_a_mean else BASE.model
+        config = dataclasses.replace(base, **{name: value})
+        assert describe(config) != describe(base), name
 
 
 def describe(config: ModelConfig) -> tuple[Any, ...]:

@@ -35,6 +35,8 @@ from vitrine.sealed import hash_tensors, pack, read_bytes, seal, unpack, unseal
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrine"
+STEP = re.compile(r"step-\d{1,20}")
+"""The name of a checkpoint folder."""
 LONGEST_NAME = 255
 """Characters of a class name, as of a folder's."""
 
@@ -233,7 +235,7 @@ def read_pointer(checkpoints: Path, name: str) -> Path:
     target, space, signature = text.partition(" ")  # no hash where an older version wrote it
     if space and signature != sign(name, target):
         raise CheckpointError(f"{checkpoints / name}: altered: {text!r:.60}")
-    if not target or target != Path(target).name or not (checkpoints / target).is_dir():
+    if not STEP.fullmatch(target) or not (checkpoints / target).is_dir():
         raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
     return checkpoints / target
 

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vitrine.checkpoint import CheckpointInfo
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.files import replace_file, write_json
 from vitrine.model.convert import Converted, convert, huggingface, restate, timm
-from vitrine.pickled import read_pickle
+from vitrine.pickled import BROKEN, read_pickle
 from vitrine.sealed import pack, read_bytes, unpack
 
 CONFIG, PREPARATION = "config.json", "preprocessor_config.json"
@@ -25,6 +26,8 @@ SUFFIXES = {"reference": ".pt", "google": ".npz"}
 """Layouts of one file; the others are folders."""
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 """Files of weights, by the end of their names."""
+MOST_GROWTH = 20
+"""So many times its size an archive of weights may be when it is unpacked."""
 
 
 def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
@@ -40,11 +43,11 @@ def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
         return convert(state, files, n_attention_heads=n_attention_heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        # config.json comes from strangers: any of its values may be of any type.
-        if not files:
-            raise
-        raise CheckpointError(f"{path}: {CONFIG} is not one of a ViT: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+            MemoryError) as error:  # fmt: skip
+        # It comes from strangers: any value may be of any type, any tensor of any shape.
+        what = CONFIG if files else "what it holds"
+        raise CheckpointError(f"{path}: {what} is not one of a ViT: {error!s:.100}") from error
 
 
 def find_weights(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -64,7 +67,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds."""
     try:
         content = json.loads(read_bytes(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -83,9 +86,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def read_npz(path: Path) -> dict[str, Tensor]:
     """Return the arrays of a NumPy archive."""
     try:
-        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive:
+        content = read_bytes(path)
+        with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            size = sum(part.file_size for part in opened.infolist())
+        if size > MOST_GROWTH * len(content):
+            raise CheckpointError(f"{path}: refused: it grows to {size:,} bytes")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.asarray(archive[name])) for name in archive.files}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (*BROKEN, zipfile.BadZipFile, zlib.error, OSError, SyntaxError) as error:
         raise CheckpointError(f"{path}: not a sound .npz file: {error!s:.100}") from error
 
 

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,7 +30,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     refuse_packed(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles; what is wrong is told below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except BROKEN as error:

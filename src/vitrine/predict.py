@@ -14,6 +14,7 @@ from vitrine.data.images import normalise
 from vitrine.data.pictures import Picture, fit_picture, read_picture, stack_pictures
 from vitrine.explain.explanation import Explanation, Subject, choose, explain
 from vitrine.explain.methods import MapSettings
+from vitrine.explain.walk import require_finite
 from vitrine.model import VisionTransformer
 from vitrine.predictions import Prediction, rank
 
@@ -115,9 +116,15 @@ class Classifier:
         return normalise(raw_BCHW, self.mean, self.std)
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
-        """Return class probabilities (B, Y) on the CPU."""
+        """Return class probabilities (B, Y) on the CPU.
+
+        Raises:
+            CheckpointError: they are not finite: the weights are damaged.
+        """
         with torch.inference_mode():
             parts = [
                 self.model(part).float().softmax(1).cpu() for part in images_BCHW.split(batch_size)
             ]
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+        probabilities_BY = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+        require_finite(probabilities_BY)
+        return probabilities_BY

@@ -14,22 +14,20 @@ through this file, so that the rest reads as if there were one process:
 CPU tensors and objects travel by gloo, CUDA tensors by NCCL.
 """
 
-import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrine.errors import ConfigError, TrainingError, VitrineError
+from vitrine.errors import ConfigError, VitrineError
+from vitrine.torchrun import communicating, meet
 
 P = ParamSpec("P")
 T = TypeVar("T")
-STORE_SECONDS = 30.0
-"""How long torchrun's store may take to answer."""
 
 
 @contextmanager
@@ -48,8 +46,7 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())  # what "cuda" means from here on
         backend = "cpu:gloo,cuda:nccl"
-    with communicating():
-        dist.init_process_group(backend)
+    meet(backend)
     try:
         yield
     finally:
@@ -221,48 +218,3 @@ def first_on_machine(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     first = local_rank() == 0
     value = each(lambda: function(*args, **kwargs) if first else None)
     return each(lambda: value if first else function(*args, **kwargs))  # type: ignore[return-value]
-
-
-@contextmanager
-def communicating() -> Iterator[None]:
-    """Tell in our words that another rank does not answer."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and the store's, of many wordings
-        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
-        raise TrainingError(
-            f"process {os.environ.get('RANK', '0')} lost another one ({reason:.100}): it was "
-            "killed, or failed with an error of its own. The last checkpoint stands: go on with "
-            "--resume RUN_FOLDER, or let torchrun do so with --max-restarts"
-        ) from error
-
-
-def remember(key: str, value: str) -> None:
-    """Keep a word for as long as this job of torchrun lives, also when it restarts its ranks."""
-    store = job_store()
-    if store is not None:
-        store.set(key, value)
-
-
-def recall(key: str) -> str | None:
-    """Return what remember() was given in this job, if anything."""
-    store = job_store()
-    if store is None or not store.check([key]):
-        return None
-    return str(store.get(key).decode())
-
-
-def job_store() -> Any:
-    """Return the store that torchrun itself holds, or none without torchrun."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-    with communicating():
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=STORE_SECONDS),
-        )
-    return PrefixStore("vitrine", store)

@@ -62,8 +62,7 @@ class EpochEnd:
 class Run(RunFiles):
     """A training run and its folder. Iterate over train(), then call finish().
 
-    With several processes (see ranks.py) each has a Run and calls the same methods; the first one
-    alone reads and writes the folder.
+    Of several processes (see ranks.py) each has a Run; the first alone reads and writes the folder.
 
     Example:
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
@@ -82,8 +81,7 @@ class Run(RunFiles):
         self.lock = lock(folder)
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
-        monitored = dict.fromkeys(("validation", config.run.monitor))
-        splits = ranks.first_on_machine(load, config, "train", *monitored)
+        splits = load_together(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
         train_set = splits.pop("train")
         self.config = config = with_classes(config, train_set.classes)
         self.classes = train_set.classes
@@ -245,7 +243,7 @@ class Run(RunFiles):
         best = ranks.on_leader(  # on the CPU, from where it can go to every process
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
-        test = ranks.first_on_machine(load, self.config, "test")["test"]
+        test = load_together(self.config, "test")["test"]
         purpose = f"result of {Path(best.source).name}"
         ranks.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
@@ -261,6 +259,12 @@ def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
     """Load splits as the model reads them."""
     model = config.model
     return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
+
+
+def load_together(config: Config, *splits: Split) -> dict[Split, ImageSet]:
+    """Load splits in every process; where they may be downloaded, one of a machine goes first."""
+    downloads = config.data.dataset.startswith("cifar")
+    return (ranks.first_on_machine if downloads else ranks.each)(load, config, *splits)
 
 
 def lock(folder: Path) -> AbstractContextManager[object] | None:

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from vitrine import ranks
-from vitrine.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
+from vitrine.checkpoint import CheckpointInfo, load_info, save_checkpoint, write_pointer
 from vitrine.config import Config
 from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.devices import choose_compile, choose_precision
 from vitrine.environment import describe_environment
-from vitrine.errors import TrainingError
+from vitrine.errors import CheckpointError, TrainingError
 from vitrine.evaluation.metrics import measure
 from vitrine.explain.watch import draw_attention
 from vitrine.files import write_json, write_json_lines
@@ -87,7 +87,7 @@ class RunFiles:
     def write_checkpoint(self) -> Path:
         """Do what save() says. The leader's work."""
         folder = self.checkpoints / f"step-{self.state.step:07}"
-        if folder == self.saved and folder.is_dir():
+        if folder == self.saved and self.is_saved(folder):
             return folder
         weights, training = self.state.weights(), self.state.tensors()
         broken = first_not_finite({**weights, **training})
@@ -118,5 +118,16 @@ class RunFiles:
 
     def info(self) -> CheckpointInfo:
         """Return what a checkpoint of this moment says of itself."""
-        metrics = self.rows[-1] if self.rows else {}
-        return CheckpointInfo(self.config, self.classes, self.state.numbers(), metrics)
+        return CheckpointInfo(self.config, self.classes, self.state.numbers(), self.row)
+
+    def is_saved(self, folder: Path) -> bool:
+        """Tell whether a checkpoint is there that knows the latest epoch."""
+        try:
+            return load_info(folder).metrics == self.row
+        except CheckpointError:
+            return False
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The latest epoch's line of metrics.jsonl; empty before the first."""
+        return self.rows[-1] if self.rows else {}

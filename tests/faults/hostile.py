@@ -29,6 +29,7 @@ MODULES = {
     "archives": "hostile_data.ARCHIVES",
     "pt": "hostile_weights.REFERENCE",
     "safetensors": "hostile_weights.SAFETENSORS",
+    "foreign": "hostile_weights.FOREIGN",
     "checkpoints": "hostile_weights.CHECKPOINTS",
     "toml": "hostile_settings.TOML",
     "json": "hostile_settings.JSON",
@@ -37,6 +38,8 @@ MODULES = {
 }
 STUCK = 60.0
 """Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
+LOST = 20
+"""Processes of a target that may die before it is given up."""
 INSTRUMENTED = ["vitrine", "pickle", "tarfile", "tomllib", "zipfile", "json"]
 
 
@@ -75,58 +78,51 @@ def main() -> int:
 
 def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run a target to its end, beginning again behind every case that stops the process."""
-    from hostile_engine import LARGEST_CASE, SLOT, keep_fault
+    from hostile_engine import LARGEST_CASE, SLOT
 
-    slot, lost = scratch / f"{name}.slot", []
+    slot, began, lost = scratch / f"{name}.slot", time.monotonic(), 0
+    faults, log = slot.with_suffix(".faults"), slot.with_suffix(".log")
+    faults.mkdir()
     slot.write_bytes(bytes(SLOT.size + LARGEST_CASE))
-    began = time.monotonic()
     while True:
-        command = [
-            sys.executable,
-            str(HERE),
-            "--slot",
-            str(slot),
-            "--targets",
-            name,
-            "--cases",
-            str(options.cases),
-            "--seed",
-            str(options.seed),
-            "--engine",
-            options.engine,
-        ]
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        with (scratch / f"{name}.log").open("ab") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings)
-        why = wait(child, slot)
-        done, refused, accepted, faults, peak, length, slowest = SLOT.unpack_from(slot.read_bytes())
-        if done >= options.cases or (done == 0 and length == 0):
+        why = run_process(name, options, slot, log)
+        content = slot.read_bytes()
+        done, refused, accepted, broken, peak, length, slowest, spent = SLOT.unpack_from(content)
+        if done >= options.cases or (done == 0 and length == 0) or lost >= LOST:
             break
-        data = slot.read_bytes()[SLOT.size : SLOT.size + length]
-        lost.append(why)
-        keep_fault(
-            slot.with_suffix(".faults"), 100 + len(lost) if len(lost) < 9 else 999, data, why
-        )
-        (slot.with_suffix(".faults") / f"killed-{len(lost)}.case").write_bytes(data)
+        lost += 1
+        (faults / f"killed-{lost:02}.case").write_bytes(content[SLOT.size : SLOT.size + length])
+        (faults / f"killed-{lost:02}.txt").write_text(why)
         with slot.open("r+b") as file:
-            file.write(SLOT.pack(done + 1, refused, accepted, faults + 1, peak, 0, slowest))
-        if len(lost) >= 20:
-            break
-    notes = [
-        path.read_text().strip().splitlines()[-1]
-        for path in sorted(slot.with_suffix(".faults").glob("*.txt"))
-    ]
+            file.write(SLOT.pack(done + 1, refused, accepted, broken + 1, peak, 0, slowest, spent))
+    texts = [*sorted(faults.glob("*.txt")), *([log] if done < options.cases else [])]
     return {
         "target": name,
         "cases": done,
         "refused": refused,
         "accepted": accepted,
-        "faults": faults + len(lost) * (done < options.cases),
+        "faults": broken,
         "slowest_seconds": round(slowest, 3),
         "peak_megabytes": round(peak / 1000),
+        "processor_seconds": round(spent, 1),
         "seconds": round(time.monotonic() - began),
-        "notes": [*lost, *notes][:20],
+        "notes": [(text.read_text().strip().splitlines() or [""])[-1] for text in texts][:20],
     }
+
+
+def run_process(name: str, options: argparse.Namespace, slot: Path, log: Path) -> str:
+    """Run the process of a target; return why it ended."""
+    command = [sys.executable, str(HERE), "--slot", str(slot), "--targets", name]
+    command += ["--cases", str(options.cases), "--seed", str(options.seed)]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [*command, "--engine", options.engine],
+            stdout=output,
+            stderr=output,
+            env=os.environ | settings,
+        )
+    return wait(child, slot)
 
 
 def wait(child: "subprocess.Popen[bytes]", slot: Path) -> str:

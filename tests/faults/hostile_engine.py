@@ -31,8 +31,10 @@ MEGABYTES = 3000
 LONGEST_MESSAGE = 20_000
 """Characters of an error: classes and keys are named in it, but not without end."""
 LARGEST_CASE = 1 << 20
-SLOT = struct.Struct("<6qd")
-"""Cases done, refused, accepted, faults, kilobytes at most, bytes of the present case, slowest."""
+SLOT = struct.Struct("<6q2d")
+"""Cases done, refused, accepted, faults, kilobytes at most, bytes of the present case; and seconds
+of a processor: of the slowest case and of all.
+"""
 NUMBERS = (0, 1, 2, 16, 100, 127, 128, 254, 255)
 
 Operation = tuple[int, int, int]
@@ -144,9 +146,8 @@ class Watch:
         self.faults = slot.with_suffix(".faults")
         with slot.open("r+b") as file:
             self.slot = mmap.mmap(file.fileno(), SLOT.size + LARGEST_CASE)
-        self.done, self.refused, self.accepted, self.broken, _, _, self.slowest = SLOT.unpack_from(
-            self.slot
-        )
+        numbers = SLOT.unpack_from(self.slot)
+        self.done, self.refused, self.accepted, self.broken, *_, self.slowest, self.spent = numbers
         self.notes: list[str] = []
         self.listening = False
         signal.signal(signal.SIGPROF, self.stop)
@@ -208,7 +209,8 @@ class Watch:
         else:
             self.accepted += accepted
             self.refused += not accepted
-        self.slowest = max(self.slowest, time.process_time() - began)
+        taken = time.process_time() - began
+        self.slowest, self.spent = max(self.slowest, taken), self.spent + taken
         self.done += 1
         self.keep(0)
         if self.done == 1:
@@ -240,6 +242,7 @@ class Watch:
             peak,
             length,
             self.slowest,
+            self.spent,
         )
 
 

@@ -2,13 +2,17 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
+import shutil
+import tempfile
 import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hostile_engine import FaultError, Target, require
 from hostile_settings import set_values
@@ -24,6 +28,7 @@ from vitrine.checkpoint import (
     save_checkpoint,
 )
 from vitrine.config import Config, ModelConfig
+from vitrine.foreign import write_foreign
 from vitrine.model import VisionTransformer
 from vitrine.predict import Classifier
 from vitrine.pretrained import load
@@ -53,7 +58,8 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     state.model(torch.zeros(1, 3, 8, 8)).sum().backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    info = CheckpointInfo(config, ("a", "b"), state.numbers(), {"validation_accuracy": 0.5})
+    numbers = {**state.numbers(), "step": int(STEP.removeprefix("step-"))}
+    info = CheckpointInfo(config, ("a", "b"), numbers, {"validation_accuracy": 0.5})
     return info.to_json(), state.weights(), state.tensors()
 
 
@@ -327,6 +333,79 @@ def checkpoint_seeds() -> list[bytes]:
     ]
 
 
+def attack_foreign(data: bytes, folder: Path) -> None:
+    """Load what another system wrote: an archive of NumPy, or a folder with other words in it."""
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    kind, rest = data[:1], data[1:]
+    if kind == b"n":
+        path = folder / "x.npz"
+        path.write_bytes(rest)
+    else:
+        path = folder / "model"
+        path.mkdir()
+        files = dict(foreign_files()["timm" if kind in (b"t", b"u") else "huggingface"])
+        if kind in (b"h", b"t"):
+            files["config.json"] = json.dumps(
+                set_values(json.loads(files["config.json"]), rest)
+            ).encode()
+        elif kind in (b"i", b"u"):
+            files["config.json"] = rest
+        else:
+            files["model.safetensors"] = rest
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+    check(load(path, n_attention_heads=2 if kind == b"n" else None, device="cpu"))
+
+
+@cache
+def foreign_files() -> dict[str, dict[str, bytes]]:
+    """Return the tiny model's files as other systems have them."""
+    model = ModelConfig(
+        image_size=8,
+        n_classes=2,
+        patch_size=4,
+        embed_dim=4,
+        n_layers=1,
+        n_attention_heads=2,
+        forward_mul=1.0,
+        head="linear",
+        dropout=0.0,
+    )
+    torch.manual_seed(0)
+    weights = VisionTransformer(model).state_dict()
+    info = CheckpointInfo(Config(model=model), ("a", "b"), {}, {})
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for layout, name in (("timm", "t"), ("huggingface", "h"), ("google", "x.npz")):
+            path = Path(folder) / name
+            write_foreign(path, layout, info, weights)
+            inner = sorted(path.iterdir()) if path.is_dir() else [path]
+            found[layout] = {file.name: file.read_bytes() for file in inner}
+    return found
+
+
+def foreign_seeds() -> list[bytes]:
+    """Return sound files of other systems, and what is not."""
+    files = foreign_files()
+    archive = files["google"]["x.npz"]
+    arrays = [{"a": np.zeros((0, 3))}, {"a": np.array(["x"])}, {"a": np.array([1 + 2j])}, {}]
+    packed = [(np.savez, each) for each in arrays]
+    packed += [(np.savez_compressed, {"a": np.zeros(9_000_000, np.int8)})]
+    found = [b"n" + archive]
+    for save, each in packed:
+        file = io.BytesIO()
+        save(file, **each)
+        found.append(b"n" + file.getvalue())
+    found += [
+        b"i" + word for word in (b"{}", b"null", b"[" * 9_000, b'{"a": ' + b"9" * 9_000 + b"}")
+    ]
+    for kind, layout in ((b"i", "huggingface"), (b"u", "timm")):
+        found += [kind + files[layout]["config.json"], b"s" + files[layout]["model.safetensors"]]
+    numbers = range(0, 256, 2)
+    return found + [kind + bytes((n * 5 % 256, n)) for kind in (b"h", b"t") for n in numbers]
+
+
 REFERENCE = Target("weights, .pt", reference_seeds, attack_reference)
 SAFETENSORS = Target("weights, safetensors", safetensors_seeds, attack_safetensors)
 CHECKPOINTS = Target("checkpoints", checkpoint_seeds, attack_checkpoint)
+FOREIGN = Target("weights, others'", foreign_seeds, attack_foreign)

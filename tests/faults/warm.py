@@ -1,7 +1,8 @@
 """Imported once by the process that all children are forked from: what is slow to load."""
 
 import torch
-import torch._dynamo  # the first step of an optimizer would load it in every child
+import torch._dynamo
+import torchmetrics.functional.classification  # noqa: F401  # the first step of an optimizer would load it in every child
 
 import vitrine.cli.display
 import vitrine.cli.train

@@ -148,14 +148,14 @@ def begin(settings: Config, name: str) -> int:
 
 def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     """Return the run's folder, and whether there is a checkpoint in it to go on from."""
-    from vitrine import ranks
+    from vitrine import torchrun
     from vitrine.run_folder import new_folder
 
-    known = ranks.recall("run folder")
+    known = torchrun.recall("run folder")
     if known is not None and Path(known).is_dir():
         return Path(known), any(Path(known, "checkpoints").glob("step-*"))
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    ranks.remember("run folder", str(folder))
+    torchrun.remember("run folder", str(folder))
     return folder, False
 
 

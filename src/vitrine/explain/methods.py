@@ -14,7 +14,15 @@ from torch import Tensor
 from vitrine.explain import maps
 from vitrine.explain.settings import METHODS, SERVED, MapSettings, Method
 from vitrine.explain.views import attention_by_head, attention_by_query, early_logits
-from vitrine.explain.walk import check_call, check_classes, in_chunks, pick, read, walk
+from vitrine.explain.walk import (
+    check_call,
+    check_classes,
+    in_chunks,
+    pick,
+    read,
+    require_finite,
+    walk,
+)
 from vitrine.model import VisionTransformer
 
 __all__ = [
@@ -70,6 +78,7 @@ def compute_maps(
     Raises:
         ConfigError: a layer, head, query or class is not there, the images are not of the model's
             shape, or the model is in training mode.
+        CheckpointError: the model's output is not finite.
     """
     check_call(model, images_BCHW, chunk=settings.chunk, query=settings.query)
     layers = pick("layer", settings.layers, model.config.n_layers)
@@ -84,6 +93,7 @@ def compute_maps(
 
     joined = in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
     values_BLGJ, logits_BY, chosen_B = joined
+    require_finite(values_BLGJ, logits_BY)
     has_layers = "layers" in SERVED[settings.method]
     return Maps(values_BLGJ.float(), layers if has_layers else (0,), logits_BY.float(), chosen_B)
 

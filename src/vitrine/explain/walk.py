@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitrine.config import require
+from vitrine.errors import CheckpointError
 from vitrine.explain.maps import read_query
 from vitrine.model import VisionTransformer
 
@@ -88,6 +89,18 @@ def check_call(
         f"query {query} is outside the picture's {rows} x {columns} patches: "
         f"give a row from 0 to {rows - 1} and a column from 0 to {columns - 1}",
     )
+
+
+def require_finite(*outputs: Tensor) -> None:
+    """Refuse what damaged weights, or weights made to harm, come to.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    if not all(output.isfinite().all() for output in outputs):
+        raise CheckpointError(
+            "the model's output is not finite (nan, inf): its weights are damaged, take others"
+        )
 
 
 def check_classes(classes_B: Tensor, n_images: int, n_classes: int) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +130,7 @@ class Sweep:
         """
         state = self.optuna.trial.TrialState
         while True:
-            with quiet(self.optuna):
-                self.optuna.storages.fail_stale_trials(self.study)
+            self.bury()
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             done = states.count(state.COMPLETE) + states.count(state.PRUNED)
             if done >= self.wanted:
@@ -146,6 +146,20 @@ class Sweep:
                 self.study.enqueue_trial(self.study.trials[self.current].params)
                 raise
             yield self.study.trials[self.current]
+
+    def bury(self) -> None:
+        """Fail the trials of processes that were killed, so that others take them up again.
+
+        Optuna finds those whose signs of life have ended. A trial that was killed before its first
+        sign has none that could end; it has drawn no settings either.
+        """
+        with quiet(self.optuna):
+            self.optuna.storages.fail_stale_trials(self.study)
+        state, now = self.optuna.trial.TrialState, datetime.now()
+        for trial in self.study.get_trials(deepcopy=False, states=(state.RUNNING,)):
+            age = (now - (trial.datetime_start or now)).total_seconds()
+            if not trial.params and age > GRACE_SECONDS:
+                self.study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
 
     def objective(self, trial: Any) -> float:
         """Run one trial; return its best validation accuracy."""

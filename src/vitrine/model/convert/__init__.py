@@ -72,6 +72,9 @@ def convert(
         ConfigError: the head count does not divide the width.
     """
     layout = recognise(state)
+    strange = [k for k, t in state.items() if t.numel() == 0 or not t.is_floating_point()]
+    if strange:
+        raise CheckpointError(f"tensors without numbers, or of whole numbers: {first(strange)}")
     floats = {key: tensor.float() for key, tensor in state.items()}
     found = layout.find(floats, files or {}, n_attention_heads)
     rules = layout.rules(found.config)

@@ -53,11 +53,11 @@ def shape(state: State, key: str, dimensions: int) -> torch.Size:
 
 
 def count_layers(state: State, pattern: str) -> int:
-    """Return the number of blocks: the highest number that a key's pattern captures, and one."""
+    """Return the number of blocks: how many numbers the pattern captures in the keys."""
     numbers = [int(found[1]) for key in state if (found := re.match(pattern, key))]
     if not numbers:
         raise CheckpointError("no transformer block in it")
-    return 1 + max(numbers)
+    return len(set(numbers))
 
 
 def square_image(n_patches: int, patch_size: int, key: str) -> int:
