@@ -353,10 +353,15 @@ def test_the_peers_rollout_is_ours() -> None:
     torch.testing.assert_close(peers.rollout(attention_BLATT.unbind(1)), flow_BLTT[:, -1, 0, 1:])
 
 
+def test_a_peer_runs_by_path_and_isolated_in_its_own_interpreter() -> None:
+    words = command({"system": "timm"}, Path("theirs"))
+    assert words == ["theirs", "-I", peers.__file__, '{"system": "timm"}']
+
+
+@pytest.mark.slow
 def test_a_peer_that_is_missing_says_so_from_its_own_interpreter() -> None:
     spec = Job("vit-pytorch", "float32", "step").spec(TINY, device="cpu")
     words = command(spec, Path(sys.executable))
-    assert words[1:3] == ["-I", str(Path(peers.__file__))]
     outcome = subprocess.run(words, capture_output=True, text=True, check=False, input="")
     last = outcome.stderr.strip().splitlines()[-1]
     assert last.startswith("importlib.metadata.PackageNotFoundError"), outcome.stderr

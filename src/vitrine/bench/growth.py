@@ -175,6 +175,7 @@ def plot_growth(points: list[Point], path: Path) -> None:
         OutputError: the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from vitrine.evaluation.figures import BLUE, GREEN, ORANGE, save_figure, tidy, write_title
 
@@ -191,7 +192,12 @@ def plot_growth(points: list[Point], path: Path) -> None:
             axes.plot(values, heights, "o-", color=colours[series], label=label)
             axes.set(xscale="log", yscale="log")
             axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
+    for axes in grid.flat:  # a near level line shall look level, and have a number beside it
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 2, high * 2)
     for column, (axis, title) in enumerate(AXES.items()):
         upper, lower = grid[:, column]
         write_title(upper, f"With {axis}")
