@@ -41,7 +41,7 @@ def require_nothing_lost(tally: Tally, tried: int) -> None:
 
 @children
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    require_nothing_lost(kills.storm(tmp_path, kills=2, seed=SEED), 3)
+    require_nothing_lost(kills.storm(tmp_path, kills=2, epochs=EPOCHS, seed=SEED), 3)
 
 
 @children
@@ -51,7 +51,7 @@ def test_killed_at_some_writes(tmp_path: Path) -> None:
 
 @children
 def test_asked_to_stop(tmp_path: Path) -> None:
-    require_nothing_lost(stops.asked(tmp_path, times=2, seed=SEED), 3)
+    require_nothing_lost(stops.asked(tmp_path, times=2, epochs=EPOCHS, seed=SEED), 3)
 
 
 @children

@@ -149,7 +149,7 @@ def load_info(folder: Path) -> CheckpointInfo:
     """
     info = CheckpointInfo.from_json(read_info(folder), folder / INFO)
     if step_of(folder) not in (None, info.numbers.get("step")):
-        raise CheckpointError(f"{folder}: renamed: it was saved after another number of updates")
+        raise CheckpointError(f"{folder / INFO}: tells another number of updates than its folder")
     return info
 
 

@@ -14,11 +14,18 @@ from faults.tally import Tally
 RECIPES = {"AdamW, moving average": (), "Muon": ("--optimizer", "muon", "--ema_decay", "0")}
 
 
-def storm(folder: Path, *, kills: int, recipe: str = "AdamW, moving average", seed: int) -> Tally:
+def storm(
+    folder: Path,
+    *,
+    kills: int,
+    epochs: int | None = None,
+    recipe: str = "AdamW, moving average",
+    seed: int,
+) -> Tally:
     """Kill one run again and again, at random moments, and go on with it each time."""
     tally = Tally(f"SIGKILL at random moments of one run ({recipe})")
-    epochs = 2 * kills
-    words = (*RECIPES[recipe], "--epochs", str(epochs))
+    # At most three epochs a life: the run does not end before the last kill.
+    words = (*RECIPES[recipe], "--epochs", str(epochs or 3 * kills + 1))
     truth = undisturbed(*words)
     cwd, random_, newest = folder / "storm", random.Random(seed), 0
     while tally.tried < kills:

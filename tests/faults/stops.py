@@ -21,10 +21,10 @@ STOPPING_SECONDS = 10.0
 """A run that is asked to stop has so long."""
 
 
-def asked(folder: Path, *, times: int, seed: int = 5) -> Tally:
+def asked(folder: Path, *, times: int, epochs: int | None = None, seed: int = 5) -> Tally:
     """Ask one run to stop again and again, with both signals in turn, and go on each time."""
     tally = Tally("SIGTERM, SIGINT")
-    words = ("--epochs", str(2 * times))
+    words = ("--epochs", str(epochs or 3 * times))
     truth = undisturbed(*words)
     cwd, random_ = folder / "asked", random.Random(seed)
     for number in range(times):
