@@ -1,7 +1,7 @@
 """Meeting the processes that torchrun started, losing them, and what outlives a restart of them."""
 
-import datetime
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,17 +89,12 @@ def meeting_store(job: Any, number: int) -> Any:
         return store
     until = time.monotonic() + MEETING_SECONDS
     while True:
+        address = host, int(job.get("leader"))
         try:
-            port = int(job.get("leader"))
-            store = TCPStore(host, port, is_master=False, timeout=seconds(ANSWER_SECONDS))
-        except RuntimeError:
+            socket.create_connection(address, ANSWER_SECONDS).close()
+        except OSError as error:
             if time.monotonic() > until:
-                raise
+                raise RuntimeError(f"nobody answers at {host}:{address[1]}") from error
+            time.sleep(0.1)
         else:
-            store.set_timeout(seconds(MEETING_SECONDS))
-            return store
-
-
-def seconds(number: float) -> datetime.timedelta:
-    """Return a duration as torch wants it."""
-    return datetime.timedelta(seconds=number)
+            return TCPStore(*address, is_master=False)
