@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,8 +85,10 @@ def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> T
     tally = Tally("A folder that becomes read-only")
     words = ("--epochs", str(epochs))
     user = NOBODY if os.geteuid() == 0 else None  # root may write everywhere
-    if user is not None and not all(open_to_all(path) for path in folder.parents):
-        tally.skipped = f"{folder} is closed to other users"
+    needed = (*folder.parents, *Path(sys.prefix, "x").parents, *Path(__file__).parents)
+    closed = [path for path in needed if not open_to_all(path)]
+    if user is not None and closed:
+        tally.skipped = f"{closed[0]} is closed to other users"
         return tally
     truth = undisturbed(*words)
     random_ = random.Random(seed)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -373,12 +374,13 @@ def foreign_files() -> dict[str, dict[str, bytes]]:
     )
     torch.manual_seed(0)
     weights = VisionTransformer(model).state_dict()
-    info = CheckpointInfo(Config(model=model), ("a", "b"), {}, {})
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for layout, name in (("timm", "t"), ("huggingface", "h"), ("google", "x.npz")):
             path = Path(folder) / name
-            write_foreign(path, layout, info, weights)
+            as_there = {"hidden_act": "gelu_tanh", "layer_norm_eps": 1e-6}
+            config = Config(model=replace(model, **as_there) if layout == "google" else model)
+            write_foreign(path, layout, CheckpointInfo(config, ("a", "b"), {}, {}), weights)
             inner = sorted(path.iterdir()) if path.is_dir() else [path]
             found[layout] = {file.name: file.read_bytes() for file in inner}
     return found
