@@ -233,6 +233,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
         draw_insides(insides, tmp_path / "absent" / "insides.png")
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_loaded() -> None:
     code = (
         "import sys, vitrine.explain.insides_figure, vitrine.explain.score_report; "
