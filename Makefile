@@ -15,5 +15,5 @@ test:  ## the default tests, under 3 minutes on 2 cores
 slow:  ## the tests that take minutes
 	pytest -m slow --timeout=1800
 
-bench:  ## speed and memory, in two minutes; PEERS=FOLDER (benchmarks/peers.sh) measures others too
+bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
 	vitrine bench --quick $(if $(PEERS),--peers $(PEERS))
