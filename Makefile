@@ -20,5 +20,5 @@ faults:  ## every fault many times, one table; RECORD=records/faults writes it t
 fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
 	python tests/faults/hostile.py --cases 20000 --keep output/hostile
 
-bench:  ## speed and memory, in two minutes; PEERS=FOLDER (benchmarks/peers.sh) measures others too
+bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
 	vitrine bench --quick $(if $(PEERS),--peers $(PEERS))

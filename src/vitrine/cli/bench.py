@@ -36,7 +36,7 @@ class MeasureOptions(PresetOption):
     """What is measured, and beside whom."""
 
     quick: Flag = False
-    """Fewer steps and rounds: about a minute alone on two CPU cores, two beside the others."""
+    """Fewer steps and rounds, for a first look."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda, then mps, then cpu."""
     workloads: tuple[Workload, ...] = tuple(TITLES)
