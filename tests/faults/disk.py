@@ -94,7 +94,7 @@ def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> T
     random_ = random.Random(seed)
     for number in range(times):
         cwd = folder / f"disk-{number}"
-        cwd.mkdir()
+        cwd.mkdir(parents=True)
         if user is not None:
             os.chown(cwd, user, user)
         plan = Plan(user=user)
