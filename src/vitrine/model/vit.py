@@ -78,7 +78,8 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
         self.head = (MLPHead if config.head == "mlp" else LinearHead)(D, config.n_classes)
-        self.apply(initialise)
+        if not next(self.parameters()).is_meta:  # else the weights come from a file
+            self.apply(initialise)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B, Y), by the fastest way."""
