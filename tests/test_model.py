@@ -14,6 +14,7 @@ from vitrine.model.layers import (
     Block,
     Dropout,
     DropPath,
+    WhitePatches,
     rotate,
     rotation_tables,
     sincos_table,
@@ -134,7 +135,10 @@ def test_drop_path_drops_whole_images() -> None:
         ({"position": "rope", "embed_dim": 18}, ["rope", "head width", "give embed_dim 24"]),
         ({"position": "sincos", "embed_dim": 27}, ["sincos", "27"]),
         ({"stem": "conv", "patch_size": 5, "image_size": 20}, ["conv", "patch_size 5"]),
-        ({"stem": "conv", "stem_channels": (7,)}, ["stem_channels (7,)", "at least 2 widths"]),
+        (
+            {"stem": "conv", "patch_size": 8, "image_size": 24, "stem_channels": (7,)},
+            ["(7,)", "2 widths"],
+        ),
         ({"stem": "conv", "stem_channels": (7, 0)}, ["stem_channels (7, 0)"]),
         ({"stem_channels": (5, 7)}, ["--stem conv"]),
         ({"dropout": 1.0}, ["dropout is 1.0"]),
@@ -153,29 +157,43 @@ def test_impossible_models_are_refused_with_the_remedy(
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "channels", "strides"),
+    ("patch_size", "channels", "poolings"),
     [
-        (2, (), [2]),
-        (4, (), [2, 2]),
-        (4, (5, 7, 9), [2, 1, 2]),
-        (4, (5, 7, 9, 11), [2, 1, 1, 2]),
-        (8, (5, 7, 9, 11), [2, 1, 2, 2]),
-        (2, (5, 7), [2, 1]),
+        (2, (), 0),
+        (2, (5, 7), 0),
+        (4, (), 1),
+        (4, (5, 7, 9), 1),
+        (8, (), 2),
+        (8, (5, 7, 9, 11), 2),
     ],
 )
-def test_the_stem_halves_first_and_last(
-    patch_size: int, channels: tuple[int, ...], strides: list[int]
-) -> None:
+def test_the_stem_halves_first(patch_size: int, channels: tuple[int, ...], poolings: int) -> None:
     config = ModelConfig(
         image_size=(16, 24), patch_size=patch_size, embed_dim=12, n_classes=3, stem="conv",
         stem_channels=channels,
     )  # fmt: skip
     stem = VisionTransformer(config).stem
-    convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [c.stride[0] for c in convolutions] == [*strides, 1]
+    pooled = [isinstance(m, torch.nn.MaxPool2d) for m in stem.children()]
+    assert sum(pooled) == poolings
+    assert not any(pooled[3 * poolings + poolings + 2 :])  # the first ones
     assert stem(torch.randn(2, 3, 16, 24)).shape == (2, 12, 16 // patch_size, 24 // patch_size)
-    if channels:
-        assert tuple(c.out_channels for c in convolutions) == (*channels, 12)
+    convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
+    widths = channels or {2: (12,), 4: (12,), 8: (6, 12)}[patch_size]
+    assert [c.out_channels for c in convolutions] == [48, *widths, 12]
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_white_patches_are_white(n_channels: int) -> None:
+    images_BCHW = torch.randn(300, n_channels, 12, 12).cumsum(2).cumsum(3)  # neighbours alike
+    patches = WhitePatches(n_channels)
+    patches.whiten(images_BCHW)
+    assert not patches.weight.requires_grad
+    responses_BEGJ = patches(images_BCHW)[:, :, 1:-1, 1:-1]  # without those that see the border
+    n = 8 * n_channels
+    torch.testing.assert_close(responses_BEGJ[:, :n], -responses_BEGJ[:, n:])
+    responses_RE = responses_BEGJ[:, :n].transpose(0, 1).flatten(1).T
+    covariance_EE = responses_RE.T @ responses_RE / len(responses_RE)
+    torch.testing.assert_close(covariance_EE, torch.eye(n), atol=0.15, rtol=0)
 
 
 def test_a_model_without_classes_is_refused() -> None:

@@ -52,9 +52,9 @@ class ModelConfig:
     class_token: bool | None = None
     """An extra token that stands for no patch: there if the head reads it, unless given."""
     stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: one strided convolution, or overlapping 3x3 convolutions."""
+    """How pixels become tokens: one strided convolution, or white patches and convolutions."""
     stem_channels: tuple[int, ...] = ()
-    """Widths of stem conv's convolutions; one a halving, the last embed_dim wide, unless given."""
+    """Widths of stem conv's 3x3 convolutions: the last one embed_dim wide, unless given."""
     position: Literal["learned", "sincos", "rope"] = "learned"
     """Positions: a learned table, fixed sines and cosines, or rotary in every attention."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -118,11 +118,12 @@ class ModelConfig:
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
                 "must be 2, 4, 8 or 16, or take stem patch",
             )
+            require(min(self.image_hw) >= 4, f"stem conv needs 4 pixels, not {self.image_size}")
+            least = max(1, self.patch_size.bit_length() - 2)
             require(
-                len(self.stem_widths) >= self.patch_size.bit_length() - 1
-                and min(self.stem_widths) >= 1,
+                len(self.stem_widths) >= least and min(self.stem_widths) >= 1,
                 f"stem_channels {self.stem_channels} cannot halve the image down to patches of "
-                f"{self.patch_size}: give at least {self.patch_size.bit_length() - 1} widths",
+                f"{self.patch_size}: give at least {least} widths",
             )
         else:
             require(not self.stem_channels, "stem_channels are of stem conv: give --stem conv")
@@ -148,8 +149,8 @@ class ModelConfig:
     @property
     def stem_widths(self) -> tuple[int, ...]:
         """Widths of stem conv's convolutions: halved at each step back from embed_dim."""
-        halvings = self.patch_size.bit_length() - 1
-        halved = (self.embed_dim // 2**step or 1 for step in reversed(range(halvings)))
+        convolutions = max(1, self.patch_size.bit_length() - 2)
+        halved = (self.embed_dim // 2**step or 1 for step in reversed(range(convolutions)))
         return self.stem_channels or tuple(halved)
 
     @property

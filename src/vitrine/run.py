@@ -28,7 +28,7 @@ from vitrine.checkpoint import (
 )
 from vitrine.config import Config, Split, with_classes
 from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet
+from vitrine.data.images import ImageSet, normalise
 from vitrine.data.sources import load_splits
 from vitrine.devices import choose_rank_device
 from vitrine.errors import ConfigError, OutputError, TrainingError
@@ -36,6 +36,7 @@ from vitrine.evaluation.metrics import quick_scores, shared_logits
 from vitrine.explain.watch import choose_watched
 from vitrine.files import write_json_lines
 from vitrine.model import VisionTransformer
+from vitrine.model.layers import ConvStem
 from vitrine.recovery import hold, recover
 from vitrine.results import speed
 from vitrine.run_files import RunFiles
@@ -47,6 +48,10 @@ from vitrine.training.state import TrainingState
 
 never: Callable[[], bool] = bool
 """Says no."""
+
+WHITENED = 2000
+"""Training images that the white patches of stem conv are fitted to."""
+
 SCORED_AT_ONCE = 500
 """Images scored between two looks at whether to stop."""
 
@@ -91,6 +96,9 @@ class Run(RunFiles):
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
+        if isinstance(model.stem, ConvStem):
+            some_BCHW = train_set.raw_BCHW[:WHITENED].to(self.device)
+            model.stem.whiten(normalise(some_BCHW, config.data.mean, config.data.std))
         self.notices: list[str] = []
         if fresh and config.training.init:
             self.notices = pretrained.start_from(model, config.training, self.classes)

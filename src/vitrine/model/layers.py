@@ -150,28 +150,51 @@ class PatchStem(nn.Conv2d):
         return super().forward(images_BCHW)
 
 
+class WhitePatches(nn.Conv2d):
+    """Overlapping 4 x 4 patches by their principal components, each scaled to variance 1.
+
+    The kernels are not learned: ``whiten`` takes them from training images, once. Before that they
+    are random. Every component comes with both signs, so that what follows sees all of it.
+
+    Source: Jordan 2024, arXiv:2404.00498, section 3.2 (for 2 x 2 patches).
+    """
+
+    def __init__(self, n_channels: int) -> None:
+        self.components = 8 * n_channels  # half of them: the rest is noise, or nearly
+        super().__init__(n_channels, 2 * self.components, 4, stride=2, padding=1, bias=False)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def whiten(self, images_BCHW: Tensor) -> None:
+        """Take the kernels from normalised images, which are looked at whole."""
+        side, strongest = self.kernel_size[0], slice(-self.components, None)
+        patches_RE = F.unfold(images_BCHW, side).transpose(1, 2).flatten(0, 1).double()
+        variances_E, vectors_EE = torch.linalg.eigh(patches_RE.mT @ patches_RE / len(patches_RE))
+        scale = (variances_E[strongest] + 0.01).rsqrt()
+        kernels = (vectors_EE[:, strongest] * scale).mT.unflatten(1, (-1, side, side))
+        self.weight.copy_(torch.cat([kernels, -kernels]))
+
+
 class ConvStem(nn.Sequential):
-    """Overlapping 3 x 3 convolutions, each normalised over the batch, then one 1 x 1 to the tokens.
+    """White patches, then 3 x 3 convolutions, each normalised over the batch; 1 x 1 to the tokens.
 
-    The first convolution halves the image, and so do the last ones, until one position is P pixels
-    wide; those between keep its size.
+    The white patches halve the image. So does max pooling after the first convolutions, until one
+    position is P pixels wide; the others keep its size.
 
-    Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704.
+    Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704 (pooling).
     """
 
     def __init__(
         self, n_channels: int, embed_dim: int, patch_size: int, stem_channels: tuple[int, ...]
     ) -> None:
-        halvings = patch_size.bit_length() - 1
-        halving = {0, *range(len(stem_channels) - halvings + 1, len(stem_channels))}
-        layers: list[nn.Module] = []
+        white = WhitePatches(n_channels)
+        layers: list[nn.Module] = [white, nn.GELU()]
+        poolings, n_channels = patch_size.bit_length() - 2, white.out_channels
         for index, width in enumerate(stem_channels):
-            stride = 2 if index in halving else 1
-            layers += [
-                nn.Conv2d(n_channels, width, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.GELU(),
-            ]
+            layers.append(nn.Conv2d(n_channels, width, 3, padding=1, bias=False))
+            if index < poolings:
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.BatchNorm2d(width), nn.GELU()]
             n_channels = width
         super().__init__(*layers, nn.Conv2d(n_channels, embed_dim, 1))
 
@@ -180,6 +203,12 @@ class ConvStem(nn.Sequential):
         # Channels last: convolutions are two to three times as fast, and tokens need no copy.
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         return super().forward(images_BCHW)  # type: ignore[no-any-return,no-untyped-call]
+
+    def whiten(self, images_BCHW: Tensor) -> None:
+        """Fit the white patches to normalised images."""
+        white = self[0]
+        assert isinstance(white, WhitePatches)
+        white.whiten(images_BCHW)
 
 
 class LinearHead(nn.Linear):

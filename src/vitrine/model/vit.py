@@ -130,7 +130,8 @@ class VisionTransformer(nn.Module):
 def initialise(module: nn.Module) -> None:
     """Draw a module's own weights: normal with deviation 0.02, cut off at 2, and zero biases.
 
-    The convolutional stem takes He's deviation instead: its activations should not shrink.
+    The convolutional stem takes He's deviation instead: its activations should not shrink. (Its
+    white patches are fitted to images later: ConvStem.whiten.)
     """
     if isinstance(module, nn.Linear | PatchStem):
         nn.init.trunc_normal_(module.weight, std=0.02)
