@@ -8,6 +8,9 @@ from torch.optim import AdamW, Optimizer
 from vitrine.config import TrainingConfig
 from vitrine.training.muon import Muon
 
+KERNEL_RATE = 5
+"""Muon's rate for the stem's kernels, as a multiple: batch norm undoes their size (docs/log.md)."""
+
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
     """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
@@ -19,12 +22,17 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        hidden = [
-            name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)
-        ]
-        matrices = [parameters.pop(name) for name in hidden]
+        names = [name for name, p in parameters.items() if is_hidden_matrix(name, p)]
+        matrices = {name: parameters.pop(name) for name in names}
         rate = config.muon_learning_rate
-        groups = by_layer([{"params": matrices, "peak": rate}], model, config.layer_decay)
+        groups = [
+            {"params": [p for n, p in matrices.items() if is_in_block(n)], "peak": rate},
+            {
+                "params": [p for n, p in matrices.items() if not is_in_block(n)],
+                "peak": rate * KERNEL_RATE,
+            },
+        ]
+        groups = by_layer([g for g in groups if g["params"]], model, config.layer_decay)
         if matrices:
             optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay))
     decayed = {n: p for n, p in parameters.items() if config.decay == "all" or is_matrix(n, p)}
