@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pooch
 import pytest
 
 from vitrine.data import cifar, download
@@ -55,7 +56,7 @@ def batch(file: str, classes: int, key: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     """Tiny official files; their checksums are made the official ones. No mirrors, empty cache."""
-    monkeypatch.setattr(cifar.pooch, "os_cache", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     official = {}
     for name, archive in cifar.ARCHIVES.items():

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pooch
 import torch
 
-from vitrine.data.download import fetch, file_md5
 from vitrine.data.images import ImageSet
 from vitrine.data.unpickle import load_arrays
 from vitrine.errors import DataError, OutputError
@@ -129,6 +127,10 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
 
 def read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, Part]:
     """Read files of the data set from the first place that has any of it."""
+    import pooch  # here, as it brings requests, which most who want the class names never need
+
+    from vitrine.data.download import fetch
+
     cache = Path(pooch.os_cache("vitrine"))
     for place in (data_path, cache):
         for folder in (place / archive.folder, place):
@@ -161,6 +163,8 @@ def read_part(path: Path, archive: Archive) -> Part:
 
 def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str, Part]:
     """Read files out of the official tar.gz, in one pass; nothing is extracted to disk."""
+    from vitrine.data.download import file_md5
+
     if file_md5(tar) != archive.tar_md5:
         raise DataError(
             f"{tar}: wrong checksum: not the official archive (MD5 {archive.tar_md5}); delete it "
