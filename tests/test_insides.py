@@ -70,20 +70,21 @@ def test_filters_of_the_patch_stem_are_its_weights(tiny_model: ModelConfig) -> N
     assert shares_K[:3].tolist() == pytest.approx([0.9, 0.1, 0], abs=1e-6)
 
 
-def test_filters_of_one_convolution_are_its_weights_too() -> None:
+def test_filters_of_one_3x3_convolution_are_its_weights_too() -> None:
     config = ModelConfig(image_size=(12, 20), n_classes=2, patch_size=2, embed_dim=12, stem="conv")
     model = build(config)  # its norm changes nothing yet, its GELU halves around zero
     tiles_KHWC, shares_K = patch_filters(model)
-    kernels_MX = model.stem[0].weight.detach().flatten(1).double()
-    weight_DX = model.stem[-1].weight.detach().flatten(1).double() @ kernels_MX
+    white, convolution, last = (model.stem[index].weight.detach().double() for index in (0, 2, -1))
+    both_DE33 = torch.einsum("dm,meij->deij", last[:, :, 0, 0], convolution)
+    weight_DX = F.conv_transpose2d(both_DE33, white, stride=2).flatten(1)
     variances_X = torch.linalg.eigvalsh(torch.cov(weight_DX.T)).flip(0)
-    assert tiles_KHWC.shape[1:] == (3, 3, 3)
+    assert tiles_KHWC.shape[1:] == (8, 8, 3)
     torch.testing.assert_close(shares_K, (variances_X / variances_X.sum())[: len(shares_K)].float())
 
 
 def test_filters_of_several_convolutions_reach_over_the_patch(tiny_model: ModelConfig) -> None:
     tiles_KHWC, shares_K = patch_filters(build(replace(tiny_model, stem="conv")), components=5)
-    assert tiles_KHWC.shape == (5, 7, 7, 3)
+    assert tiles_KHWC.shape == (5, 10, 10, 3)
     assert shares_K.tolist() == sorted(shares_K.tolist(), reverse=True)
     assert tiles_KHWC.amax((1, 2, 3)).tolist() == [1] * 5
     assert tiles_KHWC.min() >= 0

@@ -16,11 +16,11 @@ from vitrine.data.cifar import (
     CIFAR10,
     CIFAR100,
     Part,
-    file_md5,
     read_batch,
     read_class_names,
     read_members,
 )
+from vitrine.data.download import file_md5
 from vitrine.data.unpickle import load_arrays
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrine.errors import DataError
 from vitrine.explain.intervals import half_width
 from vitrine.model import VisionTransformer
+from vitrine.model.layers import PatchStem
 
 COMPONENTS = 28
 """As many as the paper shows."""
@@ -121,7 +122,8 @@ def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> Pat
 
     The filters are the token's derivatives by the pixels at an image of 0, the mean colour of the
     data. Of the patch stem they are its weights themselves; of the convolutional stem they show
-    what its layers do together, which reaches over the patch's border.
+    what its layers do together, which reaches over the patch's border. (Max pooling counts as the
+    mean there: on an even image no pixel is the greatest.)
     """
     (height, width), (row, column) = model.config.image_hw, (n // 2 for n in model.config.grid_GJ)
     D = model.config.embed_dim
@@ -129,7 +131,11 @@ def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> Pat
     with torch.enable_grad():
         # One image a filter, so that one backward pass gives all of them.
         grays_DCHW = gray_CHW.expand(D, -1, -1, -1).clone().requires_grad_()
-        answers_DD = model.stem(grays_DCHW)[:, :, row, column]
+        tokens_DDGJ = grays_DCHW
+        for layer in [model.stem] if isinstance(model.stem, PatchStem) else model.stem:
+            pool = isinstance(layer, nn.MaxPool2d)
+            tokens_DDGJ = F.avg_pool2d(tokens_DDGJ, 2) if pool else layer(tokens_DDGJ)
+        answers_DD = tokens_DDGJ[:, :, row, column]
         (filters_DCHW,) = torch.autograd.grad(answers_DD.diagonal().sum(), grays_DCHW)
     filters_DCHW = crop_to_support(filters_DCHW.float().cpu())
     centred_DX = filters_DCHW.flatten(1) - filters_DCHW.flatten(1).mean(0)
