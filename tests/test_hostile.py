@@ -439,8 +439,10 @@ def test_an_epoch_is_made_of_numbers(row: str, tmp_path: Path) -> None:
         (lambda n, t: (n, t), {"step": "x"}),
         (lambda n, t: (n.replace("exp_avg", "other"), t), {}),
         (lambda n, t: (n, t), {"tally": 3}),
+        (lambda n, t: (n, t), {"tally": {"loss": 0.5, "correct": 3, "images": float("inf")}}),
+        (lambda n, t: (n, t), {"step": float("inf")}),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_a_foreign_training_state_is_refused(change: Any, numbers: dict[str, Any]) -> None:
     said, weights, training = hostile_weights.parts()

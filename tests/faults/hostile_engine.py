@@ -268,7 +268,7 @@ def fuzz(watch: Watch, seeds: Sequence[bytes], *, seed: int, engine: str, scratc
             f"-seed={seed + first + 1}",
             "-max_len=8192",
             "-verbosity=0",
-            "-timeout=0",
+            "-timeout=600",  # the watch has its own; atheris takes 0 for "at once"
             "-rss_limit_mb=0",
             "-malloc_limit_mb=0",
             "-reload=0",

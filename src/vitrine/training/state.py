@@ -100,7 +100,14 @@ class TrainingState:
         """
         try:
             self._take_over(weights, tensors, numbers)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
                 f"the saved training state does not fit: {reason:.200}"
