@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc"),
 ]
 WORDS = shlex.split(
-    "--preset quick --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 --n_layers 1 "
+    "--preset quick --stem patch --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 "
+    "--n_layers 1 "
     "--dataset cifar10 --validation_images 7 --batch_size 11 --randaugment_ops 1 --ema_decay 0.9 "
     "--optimizer adamw --learning_rate 2e-4 --epochs 30"
 )
@@ -145,4 +146,4 @@ def test_the_quick_preset_learns_as_well_with_two_processes(tmp_path: Path) -> N
     finish(start(tmp_path, "--preset", "quick", "--device", "cpu"), tmp_path)
     result = read_json(tmp_path / "output/quick/result.json")
     assert result["test"]["images"] == 2000
-    assert result["test"]["accuracy"] > 0.966  # one process: 0.978 with a spread of 0.004
+    assert result["test"]["accuracy"] > 0.98  # one process: 0.990 with a spread of 0.005
