@@ -30,7 +30,7 @@ def main(out: str, *curves: str) -> None:
         axes.axhline(accuracy, color="0.6", linestyle="--", linewidth=1)
         at = axes.get_yaxis_transform()
         words = f"{label}: {accuracy} %"
-        axes.text(0.01, accuracy - 0.4, words, transform=at, va="top", color="0.4", fontsize=8)
+        axes.text(0.99, accuracy - 0.6, words, transform=at, ha="right", va="top", fontsize=8)
     colours: dict[str, str] = {}
     for curve in curves:
         name, path = curve.split("=", 1)
@@ -45,7 +45,7 @@ def main(out: str, *curves: str) -> None:
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     figure.savefig(out, dpi=110)
 
 
