@@ -1,5 +1,6 @@
 """Settings from strangers: TOML and JSON, as text and as values where others are expected."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -112,7 +113,7 @@ def set_values(table: dict[str, Any], choices: bytes) -> dict[str, Any]:
         if isinstance(inner, dict):
             # A few bytes more than there are values name settings that are not there.
             known = value < 250
-            inner[last if known else last + "s\n"] = VALUES[value % len(VALUES)]
+            inner[last if known else last + "s\n"] = copy.deepcopy(VALUES[value % len(VALUES)])
     return table
 
 
