@@ -143,6 +143,12 @@ def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(about | wrong))
         with pytest.raises((CheckpointError, ConfigError)):
             vitrine.load(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    for key in told:
+        strange = told | {key: ["a", 0.2, 0.3]}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(strange))
+        with pytest.raises(CheckpointError, match="not numbers"):
+            vitrine.load(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
