@@ -64,6 +64,11 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_loading_a_model_brings_no_downloader() -> None:
+    code = "import sys, vitrine.pretrained; sys.exit('requests' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_public_names_are_sorted_and_there() -> None:
     assert vitrine.__all__ == sorted(vitrine.__all__) == dir(vitrine)
     for name in vitrine.__all__:

@@ -150,7 +150,7 @@ def test_a_mean_of_words_is_refused(tmp_path: Path, name: str) -> None:
     about = {"num_heads": 6, "pretrained_cfg": {name: ["a", "b", "c"]}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(make_state("timm"), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{name} is .*not numbers"):
+    with pytest.raises(CheckpointError, match="could not convert string to float"):
         vitrine.load(tmp_path, n_attention_heads=6, device="cpu")
 
 

@@ -141,6 +141,7 @@ def test_drop_path_drops_whole_images() -> None:
         ),
         ({"stem": "conv", "stem_channels": (7, 0)}, ["stem_channels (7, 0)"]),
         ({"stem_channels": (5, 7)}, ["--stem conv"]),
+        ({"stem": "conv", "patch_size": 2, "image_size": 2}, ["image_size 2", "stem patch"]),
         ({"dropout": 1.0}, ["dropout is 1.0"]),
         ({"n_layers": 0}, ["n_layers is 0"]),
         ({"n_channels": 2}, ["n_channels is 2"]),

@@ -94,7 +94,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the matrices of the blocks and the stem with Muon, the rest with AdamW."""
     muon_learning_rate: float = 0.02
-    """Highest learning rate of Muon in the blocks, a fifth of the stem's; the schedule is one."""
+    """Highest learning rate of Muon for the blocks; the stem's kernels get five times as much."""
     weight_decay: float = 1e-3
     """Decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"

@@ -118,7 +118,10 @@ class ModelConfig:
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
                 "must be 2, 4, 8 or 16, or take stem patch",
             )
-            require(min(self.image_hw) >= 4, f"stem conv needs 4 pixels, not {self.image_size}")
+            require(
+                min(self.image_hw) >= 4,
+                f"image_size {self.image_size}: stem conv needs 4 pixels, or take stem patch",
+            )
             least = max(1, self.patch_size.bit_length() - 2)
             require(
                 len(self.stem_widths) >= least and min(self.stem_widths) >= 1,

@@ -49,8 +49,8 @@ from vitrine.training.state import TrainingState
 never: Callable[[], bool] = bool
 """Says no."""
 
-WHITENED = 2000
-"""Training images that the white patches of stem conv are fitted to."""
+WHITENED = 2_000_000
+"""Pixels of training images that the white patches of stem conv are fitted to."""
 
 SCORED_AT_ONCE = 500
 """Images scored between two looks at whether to stop."""
@@ -96,12 +96,14 @@ class Run(RunFiles):
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
-        if isinstance(model.stem, ConvStem):
-            some_BCHW = train_set.raw_BCHW[:WHITENED].to(self.device)
-            model.stem.whiten(normalise(some_BCHW, config.data.mean, config.data.std))
         self.notices: list[str] = []
         if fresh and config.training.init:
             self.notices = pretrained.start_from(model, config.training, self.classes)
+        elif fresh and isinstance(model.stem, ConvStem):
+            height, width = config.model.image_hw
+            some = train_set.first(max(1, WHITENED // (height * width)))
+            raw_BCHW = some.raw_BCHW.to(self.device)
+            model.stem.whiten(normalise(raw_BCHW, config.data.mean, config.data.std))
         self.state = TrainingState.start(model, config.training)
         self.batches = Batches(
             train_set,

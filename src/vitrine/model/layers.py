@@ -166,10 +166,11 @@ class WhitePatches(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images_BCHW: Tensor) -> None:
-        """Take the kernels from normalised images, which are looked at whole."""
+        """Take the kernels from normalised images, one image's patches in memory at a time."""
         side, strongest = self.kernel_size[0], slice(-self.components, None)
-        patches_RE = F.unfold(images_BCHW, side).transpose(1, 2).flatten(0, 1).double()
-        variances_E, vectors_EE = torch.linalg.eigh(patches_RE.mT @ patches_RE / len(patches_RE))
+        patches_BEN = (F.unfold(image_CHW[None], side).double() for image_CHW in images_BCHW)
+        moments_EE = sum((p[0] @ p[0].mT / p.shape[2] for p in patches_BEN), torch.zeros(()))
+        variances_E, vectors_EE = torch.linalg.eigh(moments_EE / len(images_BCHW))
         scale = (variances_E[strongest] + 0.01).rsqrt()
         kernels = (vectors_EE[:, strongest] * scale).mT.unflatten(1, (-1, side, side))
         self.weight.copy_(torch.cat([kernels, -kernels]))

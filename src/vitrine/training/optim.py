@@ -9,7 +9,7 @@ from vitrine.config import TrainingConfig
 from vitrine.training.muon import Muon
 
 KERNEL_RATE = 5
-"""Muon's rate for the stem's kernels, as a multiple: batch norm undoes their size (docs/log.md)."""
+"""Muon's rate for the stem's kernels, as a multiple of the blocks' (docs/log.md)."""
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
@@ -26,11 +26,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
         matrices = {name: parameters.pop(name) for name in names}
         rate = config.muon_learning_rate
         groups = [
-            {"params": [p for n, p in matrices.items() if is_in_block(n)], "peak": rate},
-            {
-                "params": [p for n, p in matrices.items() if not is_in_block(n)],
-                "peak": rate * KERNEL_RATE,
-            },
+            {"params": [p for n, p in matrices.items() if is_in_block(n) == inside], "peak": peak}
+            for inside, peak in ((True, rate), (False, rate * KERNEL_RATE))
         ]
         groups = by_layer([g for g in groups if g["params"]], model, config.layer_decay)
         if matrices:

@@ -15,6 +15,8 @@ from vitrine.training.optim import freeze_backbone, make_optimizers
 
 SLOTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 """What an optimizer keeps of each parameter."""
+UNFIT = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError)
+"""What taking over a strange state may raise."""
 
 
 @dataclass
@@ -100,14 +102,7 @@ class TrainingState:
         """
         try:
             self._take_over(weights, tensors, numbers)
-        except (
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            OverflowError,
-        ) as error:
+        except UNFIT as error:
             reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
                 f"the saved training state does not fit: {reason:.200}"

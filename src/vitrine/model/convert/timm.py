@@ -57,7 +57,8 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
         layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
         **pooling(plain, args),
     )
-    data = {n: tuple(pretrained[n]) for n in ("mean", "std") if len(pretrained.get(n, ())) == 3}
+    told = {name: pretrained.get(name, ()) for name in ("mean", "std")}
+    data = {name: tuple(map(float, values)) for name, values in told.items() if len(values) == 3}
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
     return Found(config, plain, notes, classes, data)
