@@ -6,6 +6,7 @@ from types import ModuleType
 from vitrine.errors import ConfigError
 
 EXTRAS = {
+    "huggingface_hub": "hub",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

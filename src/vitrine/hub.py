@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitrine.errors import CheckpointError, ConfigError, OutputError, VitrineError
+from vitrine.errors import CheckpointError, OutputError, VitrineError
+from vitrine.extras import need
 
 PREFIX = "hf:"
 """What a hub id begins with wherever a model is named, so that it is never taken for a path."""
@@ -58,13 +59,7 @@ def hub_api() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ConfigError(
-            "models on the hub need the package huggingface_hub: pip install 'vitrine[hub]'"
-        ) from error
-    return HfApi(library_name="vitrine")
+    return need("huggingface_hub").HfApi(library_name="vitrine")
 
 
 @contextlib.contextmanager
