@@ -63,7 +63,7 @@ def _draw_filters(axes: Axes, insides: Insides) -> None:
     axes.imshow(sheet.expand(-1, -1, 3).clamp(0, 1).numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_anchor("N")
-    write_title(axes, f"Stem filters: the first {K} principal components, {H} x {W} pixels")
+    write_title(axes, f"Stem filters: {K} main components, {H} x {W} pixels")
     share = 100 * float(shares_K.sum())
     axes.text(
         0, -0.04, f"{share:.1f} % of the filters' variance, row by row from the strongest",
