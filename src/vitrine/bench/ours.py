@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrine import rng
+from vitrine.allocator import keep_freed_memory
 from vitrine.bench.jobs import plain
 from vitrine.bench.worker import Measure, Spec, autocast, random_batch, serve
 from vitrine.config import Config, DataConfig, ModelConfig
@@ -258,4 +259,5 @@ def build(spec: Spec) -> tuple[Measure, dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     serve(build, json.loads(sys.argv[1]))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from vitrine.allocator import keep_freed_memory
 from vitrine.errors import ConfigError, TrainingError, VitrineError, nearest
 
 STARTED = time.perf_counter()
@@ -74,6 +75,7 @@ def exit_code(error: VitrineError) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; turn our own exceptions into one line and an exit code."""
+    keep_freed_memory()
     try:
         return command()
     except VitrineError as error:

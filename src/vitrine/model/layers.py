@@ -28,7 +28,8 @@ class Attention(nn.Module):
         B, T, D = tokens_BTD.shape
         A = self.n_attention_heads
         qkv_BT3AK = self.qkv(tokens_BTD).view(B, T, 3, A, D // A)
-        q_BATK, k_BATK, v_BATK = qkv_BT3AK.permute(2, 0, 3, 1, 4).unbind(0)
+        # Contiguous, as products of strided matrices take longer (docs/log.md).
+        q_BATK, k_BATK, v_BATK = (x.transpose(1, 2).contiguous() for x in qkv_BT3AK.unbind(2))
         if rotation is not None:
             q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
 
@@ -83,7 +84,7 @@ class Dropout(nn.Module):
         bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
         dropped = round(self.probability * 2**16)
         scale = 2**16 / (2**16 - dropped)
-        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(scale)
+        return x * bits.ge_(dropped - 2**15).to(x.dtype).mul_(scale)
 
 
 class DropPath(nn.Module):

@@ -106,10 +106,11 @@ class VisionTransformer(nn.Module):
         """Return the tokens the first block reads (B, T, D)."""
         tokens_BND = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         if self.config.position != "rope":
-            tokens_BND = tokens_BND + self.position_ND
+            tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
         if not self.config.has_class_token:
             return self.dropout(tokens_BND)  # type: ignore[no-any-return]
-        class_token_B1D = self.class_token_D.expand(tokens_BND.shape[0], 1, -1)
+        class_token_D = self.class_token_D.to(tokens_BND.dtype)
+        class_token_B1D = class_token_D.expand(tokens_BND.shape[0], 1, -1)
         return self.dropout(torch.cat([class_token_B1D, tokens_BND], dim=1))  # type: ignore[no-any-return]
 
     def classify(self, tokens_BTD: Tensor) -> Tensor:
