@@ -14,9 +14,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "extras", "files", "rng", "model_config", "config", "configfile", "presets",
     "allocator", "torchrun", "ranks", "devices", "environment", "data", "model", "training",
-    "sealed", "checkpoint", "evaluation", "explain", "predictions", "predict", "onnx_predict", "export",
-    "pickled", "foreign", "hub", "bundled", "pretrained", "publish", "tracking", "trackers",
-    "run_folder", "recovery", "results", "run_files", "run", "sweep", "bench", "cli", "__main__",
+    "sealed", "checkpoint", "evaluation", "explain", "predictions", "predict", "onnx_predict",
+    "export", "pickled", "foreign", "hub", "bundled", "pretrained", "publish", "tracking",
+    "trackers", "run_folder", "recovery", "results", "run_files", "run", "sweep", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 
