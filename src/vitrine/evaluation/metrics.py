@@ -21,6 +21,8 @@ CALIBRATION_BINS = 15
 """As Guo et al. 2017 and everyone since."""
 NORMAL_95 = 1.959963984540054
 """The normal distribution has 95 % of its mass within so many standard deviations."""
+CPU_BATCH = 64
+"""So many images at a time at most: a CPU's caches then hold what passes between layers."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def predict_logits(
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     chunks = []
     with evaluating(model), torch.inference_mode(), half:
-        for raw_BCHW in torch.split(images.raw_BCHW, batch_size):
+        together = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
+        for raw_BCHW in torch.split(images.raw_BCHW, together):
             chunks.append(model(normalise(raw_BCHW.to(device), mean, std)))
     # Outside of inference mode, so that the result is a tensor like any other.
     return torch.cat(chunks).float().cpu()
