@@ -21,7 +21,7 @@ from torch import Tensor
 from vitrine.bench.worker import peak_mib
 from vitrine.bench.workers import interleave
 from vitrine.environment import describe_environment
-from vitrine.explain.methods import MapSettings, compute_maps
+from vitrine.explain.methods import Maps, MapSettings, compute_maps
 from vitrine.explain.walk import read
 from vitrine.model import VisionTransformer
 from vitrine.model.layers import Block, rotate
@@ -46,6 +46,12 @@ def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) ->
     for handle in handles:
         handle.remove()
     return read(model, caught[-1].mean(dim=1), None)
+
+
+def bfloat16(model: VisionTransformer, images_BCHW: Tensor, settings: MapSettings) -> Maps:
+    """Return the maps of a model that multiplies in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return compute_maps(model, images_BCHW, settings)
 
 
 def timed(images_BCHW: Tensor, explain: Callable[[Tensor], object]) -> Callable[[], float]:
@@ -99,6 +105,8 @@ def main(
     expected_BGJ = torch.cat([hooked(model, image, every) for image in images_BCHW[:9].split(1)])
     ours_BGJ = compute_maps(model, images_BCHW[:9], settings).values_BLGJ[:, 0]
     torch.testing.assert_close(ours_BGJ, expected_BGJ)
+    half_BGJ = bfloat16(model, images_BCHW[:9], settings).values_BLGJ[:, 0]
+    apart = ((half_BGJ - ours_BGJ).abs() / ours_BGJ.amax(dim=(1, 2), keepdim=True)).max().item()
     speeds = interleave(
         {
             "one by one, hooks in every layer": one_by_one(lambda x: hooked(model, x, every)),
@@ -107,11 +115,15 @@ def main(
             "in batches, compute_maps": timed(
                 images_BCHW, lambda some: compute_maps(model, some, settings)
             ),
+            "in batches, compute_maps, bfloat16": timed(
+                images_BCHW, lambda some: bfloat16(model, some, settings)
+            ),
         },
         rounds=rounds,
     )
     peak = round(peak_mib("cpu") / 2**10, 2)
     print(f"Peak memory of the process, {images} images and all: {peak} GiB")
+    print(f"bfloat16: entries of a map differ by at most {apart:.1e} of its highest")
     about = {"preset": preset, "layers": layers, "images": images, "peak_gib": peak}
     report(f"Maps, {preset} with {layers} layers", speeds, **about)
 

@@ -80,6 +80,23 @@ def test_attention_is_the_models_own(make_model: MakeModel, images_BCHW: Tensor,
         torch.testing.assert_close(result.values_BLGJ[:, index], expected_BGJ)
 
 
+# Not occlusion: it is a difference of logits, which bfloat16 rounds away in an untrained model.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "occlusion"])
+def test_maps_in_bfloat16_are_nearly_those_in_float32(
+    tiny_model: ModelConfig, images_BCHW: Tensor, method: Method
+) -> None:
+    torch.manual_seed(4)
+    model = VisionTransformer(dataclasses.replace(tiny_model, pool="mean")).eval()
+    settings = MapSettings(method=method)
+    expected = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
+    assert ours.values_BLGJ.dtype == torch.float32
+    highest = float(expected.values_BLGJ.abs().max())
+    difference = (ours.values_BLGJ - expected.values_BLGJ).abs().max() / highest
+    assert 0 < difference < 0.1
+
+
 def test_layers_heads_fusion_and_query_change_the_attention_shown(
     make_model: MakeModel, images_BCHW: Tensor
 ) -> None:

@@ -46,6 +46,25 @@ def test_both_forwards_agree_and_attention_is_a_distribution(
     torch.testing.assert_close(model(images_BCHW[2:3]), logits_BY[2:3], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("position", CHOICES["position"])
+@pytest.mark.parametrize("stem", CHOICES["stem"])
+def test_under_autocast_tokens_stay_bfloat16(
+    tiny_model: ModelConfig, stem: str, position: str
+) -> None:
+    config = dataclasses.replace(tiny_model, stem=stem, position=position)
+    torch.manual_seed(0)
+    model = VisionTransformer(config).eval()
+    read: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
+    images_BCHW = torch.randn(5, 3, 20, 28)
+    expected_BY = model(images_BCHW)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BY = model(images_BCHW)
+    assert read == [torch.float32] * 2 + [torch.bfloat16] * 2
+    torch.testing.assert_close(logits_BY.float(), expected_BY, atol=2e-2, rtol=0)
+
+
 def test_gradients_reach_the_attention_that_was_used(tiny_model: ModelConfig) -> None:
     model = VisionTransformer(tiny_model).eval()
     logits_BY, attentions = model.forward_with_attention(torch.randn(2, 3, 20, 28))
