@@ -109,7 +109,7 @@ PRESETS = {
     "fast": Preset(
         cifar10_recipe((64, 128, 192), embed_dim=192, n_layers=2, epochs=3, batch_size=256),
         "CIFAR-10, the shortest way past the reference's 78.31 %",
-        "4.5 minutes on two cores: 81.6 % (records/fast)",
+        "100 seconds on two AVX-512 cores, 4.5 minutes without: 81.7 % (records/fast)",
     ),
     "small": Preset(
         small_recipe(),
