@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vitrine.allocator import keep_freed_memory
 from vitrine.bench.worker import peak_mib
 from vitrine.bench.workers import interleave
 from vitrine.environment import describe_environment
@@ -93,6 +94,7 @@ def main(
         single: images explained one by one in a round.
         rounds: rounds that count, after one that does not.
     """
+    keep_freed_memory()  # as the commands do
     config = dataclasses.replace(get_preset(preset).model, n_layers=layers, n_classes=10)
     model = VisionTransformer(config).eval()
     images_BCHW = torch.randn(images, config.n_channels, *config.image_hw)
