@@ -74,7 +74,7 @@ def cifar10_recipe(
 
 def small_recipe() -> Config:
     """Return a wider stem for dozens of epochs, with augmentation against learning by heart."""
-    recipe = cifar10_recipe((128, 256, 256), embed_dim=256, n_layers=2, epochs=36, batch_size=256)
+    recipe = cifar10_recipe((128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
     return replace(
         recipe,
         augment=AugmentConfig(
