@@ -1,0 +1,145 @@
+"""What is each part of a recipe worth? Train without it, several seeds, look at validation.
+
+    python benchmarks/ablations.py RECORD_FOLDER --preset fast --seeds 0 1 2
+
+Writes runs.jsonl, a line a run, as they end, and prints a table at the end; runs that are in the
+file already are not done again. The test split is not touched.
+"""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vitrine.allocator import keep_freed_memory
+from vitrine.config import Config
+from vitrine.model.layers import ConvStem
+from vitrine.presets import get_preset
+from vitrine.run import EpochEnd, Run
+from vitrine.run_folder import new_folder
+from vitrine.training import optim
+
+Change = Callable[[Config], Config]
+
+
+def part(name: str, **fields: Any) -> Change:
+    """Return what changes fields of one part of a configuration."""
+    return lambda config: dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields)}
+    )
+
+
+def unchanged(config: Config) -> Config:
+    """Return the recipe as it is."""
+    return config
+
+
+VARIANTS: dict[str, Change] = {
+    "as it is": unchanged,
+    "AdamW for all weights, rate 0.001": part("training", optimizer="adamw", learning_rate=1e-3),
+    "AdamW for all weights, rate 0.003": part("training", optimizer="adamw", learning_rate=3e-3),
+    "one rate for blocks and kernels": unchanged,
+    "first kernels random, not white": unchanged,
+    "patch stem, patches of 4": part("model", stem="patch", stem_channels=(), patch_size=4),
+    "learned positions": part("model", position="learned"),
+    "class token": part("model", pool="cls"),
+    "no label smoothing": part("training", label_smoothing=0.0),
+    "no crop, no flip": part("augment", crop_padding=0, flip=False),
+    "one block": part("model", n_layers=1),
+}
+PATCHES = {  # what no setting changes
+    "one rate for blocks and kernels": mock.patch.object(optim, "KERNEL_RATE", 1),
+    "first kernels random, not white": mock.patch.object(ConvStem, "whiten"),
+}
+
+
+@dataclass
+class Options:
+    """What to leave out of what, and where to put what came of it."""
+
+    record: tyro.conf.Positional[Path]
+    preset: str = "fast"
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int | None = None
+    num_train_images: int | None = None
+    data_path: Path = Path("data")
+
+
+def score(options: Options, name: str, seed: int) -> dict[str, Any]:
+    """Train once, and return what the last epoch came to."""
+    config = VARIANTS[name](get_preset(options.preset))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, data_path=options.data_path, num_train_images=options.num_train_images
+        ),
+        training=dataclasses.replace(
+            config.training, epochs=options.epochs or config.training.epochs
+        ),
+        run=dataclasses.replace(config.run, seed=seed),
+    )
+    with tempfile.TemporaryDirectory() as folder, PATCHES.get(name, contextlib.nullcontext()):
+        run = Run.start(config, new_folder(Path(folder), "", options.preset))
+        ends = [event for event in run.train() if isinstance(event, EpochEnd)]
+    return {"variant": name, "seed": seed, **ends[-1].row}
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print what each variant reached, and how far that is from the recipe as it is."""
+    table = Table(title="Validation accuracy in %", title_justify="left")
+    for column in ("variant", "runs", "accuracy", "deviation", "difference", "seconds"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    whole = [100 * row["validation_accuracy"] for row in rows if row["variant"] == "as it is"]
+    for name in VARIANTS:
+        own = [row for row in rows if row["variant"] == name]
+        if not own:
+            continue
+        accuracies = [100 * row["validation_accuracy"] for row in own]
+        mean = statistics.fmean(accuracies)
+        deviation = f"{statistics.stdev(accuracies):.2f}" if len(own) > 1 else ""
+        difference = f"{mean - statistics.fmean(whole):+.2f}" if whole else ""
+        seconds = f"{statistics.median(row['seconds'] for row in own):.0f}"
+        table.add_row(name, str(len(own)), f"{mean:.2f}", deviation, difference, seconds)
+    Console().print(table)
+
+
+def main() -> None:
+    """Train what is not yet in the record, and print the table."""
+    options = tyro.cli(Options)
+    for name in options.variants:
+        if name not in VARIANTS:
+            sys.exit(f"no variant {name!r}: one of {', '.join(VARIANTS)}")
+    keep_freed_memory()
+    options.record.mkdir(parents=True, exist_ok=True)
+    record = options.record / "runs.jsonl"
+    rows = read_lines(record)
+    for seed in options.seeds:  # all variants by seed, so that a slow hour slows them all
+        for name in options.variants:
+            if not any((row["variant"], row["seed"]) == (name, seed) for row in rows):
+                rows.append(score(options, name, seed))
+                with record.open("a") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
+                print(f"{name}, seed {seed}: {rows[-1]['validation_accuracy']:.2%}", flush=True)
+    report(rows)
+
+
+def read_lines(record: Path) -> list[dict[str, Any]]:
+    """Return the runs done already."""
+    lines = record.read_text().splitlines() if record.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+if __name__ == "__main__":
+    main()
