@@ -281,6 +281,23 @@ def test_nothing_moves_with_the_words() -> None:
     assert len({sheet.shape[1] for sheet in sheets}) == 1
 
 
+def test_the_bar_does_not_move_with_its_values() -> None:
+    """Nor does the sheet's size, whatever the numbers."""
+    picture_HWC = np.zeros((384, 384, 3), np.uint8)
+    panels = [Panel(picture_HWC), Panel(picture_HWC)]
+    sheets = [
+        np.array(compose([panels], colorbar=("viridis", low, high, "each map on its own scale")))
+        for low, high in ((0.0108, 0.0413), (0.00953, 0.5), (0, 1), (-1.234e-12, 1.234e12))
+    ]
+    bright = render.colours("viridis")[200]
+    places = [np.nonzero((abs(s.astype(int) - bright) < 3).all(axis=2)) for s in sheets]
+    assert places[0][0].size
+    assert (
+        len({(tuple(map(tuple, place)), s.shape) for place, s in zip(places, sheets, strict=True)})
+        == 1
+    )
+
+
 def test_panels_of_several_sizes_share_a_sheet() -> None:
     rows = [
         [Panel(np.zeros((30, 20, 3), np.uint8), "one"), Panel(np.zeros((500, 400, 3), np.uint8))],

@@ -271,22 +271,23 @@ def draw_row(
 
 
 def draw_colorbar(colorbar: tuple[str, float, float, str], *, width: int, size: int) -> Image.Image:
-    """Draw a colour map between its two values; what they are beside it, or below if long."""
+    """Draw a colour map, then the values of its ends; what they are beside it, or below if long.
+
+    Frames of an animation differ in the values: neither the bar nor the lines move with them.
+    """
     colormap, low, high, label = colorbar
     font = load_font(max(12, round(size * 0.8)))
     line, gap = line_height(font), size // 2
-    ends = [f"{low:.3g}", f"{high:.3g}"]
-    start = round(font.getlength(ends[0])) + gap
-    length = max(2, min(size * 10, width - start - round(font.getlength(ends[1])) - gap))
-    after = start + length + gap + round(font.getlength(ends[1])) + 2 * gap
-    beside = after + font.getlength(label) <= width
-    lines = [cut(label, font, width)] if beside else wrap(label, font, width)
+    length = min(size * 10, width // 2)
+    values, start = f"{low:.3g} to {high:.3g}", length + gap
+    beside = start + font.getlength("-1.23e-45 to -1.23e-45" + label) + 2 * gap <= width
+    lines = [label] if beside else wrap(label, font, width)
     drawn = Image.new("RGB", (width, line * (1 if beside else 1 + len(lines))), PAPER)
     draw = ImageDraw.Draw(drawn)
     ramp = Image.fromarray(colours(colormap)[None]).resize((length, round(line * 0.62)))
-    drawn.paste(ramp, (start, round(line * 0.19)))
-    draw.text((0, line / 2), ends[0], INK, font, anchor="lm")
-    draw.text((start + length + gap, line / 2), ends[1], INK, font, anchor="lm")
+    drawn.paste(ramp, (0, round(line * 0.19)))
+    draw.text((start, line / 2), cut(values, font, width - start), INK, font, anchor="lm")
+    after = start + round(font.getlength(values)) + 2 * gap
     for index, text in enumerate(lines):
         place_at = (after, line / 2) if beside else (0, line * (index + 1.5))
         draw.text(place_at, text, SOFT, font, anchor="lm")
