@@ -10,7 +10,11 @@ from contextlib import contextmanager
 
 import torch
 
-STREAMS = ("init", "order", "augment", "dropout", "split", "shapes", "explain", "export", "sweep")
+STREAMS = (
+    "init", "order", "augment", "dropout", "split", "shapes", "explain", "ties", "export", "sweep",
+    "bench",
+)  # fmt: skip
+"""One for each place that draws, so that no two places draw the same numbers."""
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
@@ -32,8 +36,20 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, stream: str, index: int = 0, *, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators inside the block, as dropout draws from them; then restore."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(derive_seed(seed, stream, index))
+    """Seed the global generators that work on ``device`` draws from; restore them afterwards.
+
+    These are the CPU's and, on another device, the device's own (dropout draws there). No other
+    generator is touched.
+    """
+    number = derive_seed(seed, stream, index)
+    own = None if device.type == "cpu" else torch.get_device_module(device)
+    cpu_state, own_state = torch.get_rng_state(), own.get_rng_state() if own else None
+    try:
+        torch.default_generator.manual_seed(number)
+        if own:
+            own.manual_seed(number)
         yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        if own:
+            own.set_rng_state(own_state)

@@ -70,7 +70,7 @@ def noise(config: Config, count: int) -> ImageSet:
     model = config.model
     shape = (model.n_channels, *model.image_hw)
     count = min(count, LARGEST_SET // (shape[0] * shape[1] * shape[2]))
-    generator = rng.generator(config.run.seed, "shapes")
+    generator = rng.generator(config.run.seed, "bench")
     raw_BCHW = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
     labels_B = torch.arange(count) % model.n_classes
     return ImageSet(raw_BCHW, labels_B, tuple(f"class {y}" for y in range(model.n_classes)))

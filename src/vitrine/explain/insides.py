@@ -171,7 +171,8 @@ def position_similarity(model: VisionTransformer) -> Tensor:
         table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # a class token stands before them
     else:
         table_ND = model.position_ND
-    unit_ND = F.normalize(table_ND.detach().double().cpu(), dim=1)
+    # To the CPU first: some devices (MPS) have no float64.
+    unit_ND = F.normalize(table_ND.detach().cpu().double(), dim=1)
     return (unit_ND @ unit_ND.T).float().view(G, J, G, J)
 
 

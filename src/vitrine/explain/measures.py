@@ -137,10 +137,10 @@ def watch(
     in_BS1HW = in_BSGJ.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, None]
     mixed_BSCHW = torch.where(in_BS1HW, ins_BCHW[:, None], outs_BCHW[:, None])
     with torch.inference_mode():
-        logits_BSY = model(mixed_BSCHW.flatten(0, 1)).view(B, S, -1)
-    picked_BS1 = classes_B.to(logits_BSY.device).view(B, 1, 1).expand(B, S, 1)
+        logits_BSY = model(mixed_BSCHW.flatten(0, 1)).view(B, S, -1).cpu()
+    picked_BS1 = classes_B.cpu().view(B, 1, 1).expand(B, S, 1)
     probability_BS1: Tensor = logits_BSY.double().softmax(2).gather(2, picked_BS1)
-    return probability_BS1[:, :, 0].cpu()
+    return probability_BS1[:, :, 0]
 
 
 def rank_patches(maps_BGJ: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def rank_patches(maps_BGJ: Tensor) -> Tensor:
             "a map is not finite (nan, inf): the model's weights are damaged, take an earlier "
             "checkpoint"
         )
-    shuffled_N = torch.randperm(values_BN.shape[1], generator=rng.generator(0, "explain"))
+    shuffled_N = torch.randperm(values_BN.shape[1], generator=rng.generator(0, "ties"))
     order_BN = values_BN[:, shuffled_N].argsort(dim=1, descending=True, stable=True)
     best_first_BN: Tensor = shuffled_N[order_BN]
     return best_first_BN.argsort(dim=1)

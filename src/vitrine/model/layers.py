@@ -167,9 +167,12 @@ class WhitePatches(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images_BCHW: Tensor) -> None:
-        """Take the kernels from normalised images, one image's patches in memory at a time."""
+        """Compute the kernels from normalised images, one image's patches in memory at a time.
+
+        On the CPU, as some devices (MPS) have neither float64 nor ``torch.linalg.eigh``.
+        """
         side, strongest = self.kernel_size[0], slice(-self.components, None)
-        patches_BEN = (F.unfold(image_CHW[None], side).double() for image_CHW in images_BCHW)
+        patches_BEN = (F.unfold(image_CHW[None], side).double() for image_CHW in images_BCHW.cpu())
         moments_EE = sum((p[0] @ p[0].mT / p.shape[2] for p in patches_BEN), torch.zeros(()))
         variances_E, vectors_EE = torch.linalg.eigh(moments_EE / len(images_BCHW))
         scale = (variances_E[strongest] + 0.01).rsqrt()

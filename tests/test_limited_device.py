@@ -1,0 +1,131 @@
+"""Apple's MPS, by a stand-in: no float64 and no eigenvectors, and still everything works."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from limited_device import DEVICE, DeviceTensor, limited_device
+from vitrine import devices
+from vitrine.config import AugmentConfig, Config
+from vitrine.configfile import from_json
+from vitrine.data.images import ImageSet, normalise
+from vitrine.explain.insides import inspect_model
+from vitrine.explain.methods import METHODS
+from vitrine.explain.score import ScoreSettings, score_methods
+from vitrine.model import VisionTransformer
+from vitrine.predict import Classifier
+from vitrine.presets import get_preset
+from vitrine.run import Run, load
+
+FEW = {
+    "data": {"num_train_images": 60, "validation_images": 20, "num_test_images": 12},
+    "training": {"epochs": 1, "batch_size": 30},
+}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that is there and that runs choose."""
+    monkeypatch.setattr(devices, "choose_device", lambda _: DEVICE)
+    states = {"get_rng_state": lambda: torch.zeros(1), "set_rng_state": id, "manual_seed": id}
+    for name, function in states.items():
+        monkeypatch.setattr(torch.mps, name, function)
+    with limited_device() as device:
+        yield device
+
+
+def trained(config: Config, folder: Path) -> Run:
+    """Return a run that has trained to its end."""
+    folder.mkdir()
+    run = Run.start(config, folder)
+    for _ in run.train():
+        pass
+    return run
+
+
+def test_the_stand_in_refuses_what_the_device_cannot_do(device: torch.device) -> None:
+    there = torch.ones(2, 3).to(device)
+    assert isinstance(there, DeviceTensor)
+    assert there.cpu().tolist() == [[1.0] * 3] * 2
+    with pytest.raises(TypeError, match="float64"):
+        there.double()
+    with pytest.raises(TypeError, match="float64"):
+        torch.ones(2).double().to(device)
+    with pytest.raises(TypeError, match="float64"):
+        torch.zeros(2, device=device, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="eigh"):
+        torch.linalg.eigh(there @ there.mT)
+    with pytest.raises(RuntimeError, match="tensors on"):
+        there + torch.ones(3)
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(2, device=device, generator=torch.Generator())
+
+
+def test_quick_trains_and_its_model_is_inspected_and_scored(
+    device: torch.device, tmp_path: Path
+) -> None:
+    config = from_json(FEW, get_preset("quick"))
+    run = trained(config, tmp_path / "run")
+    result = run.finish()
+    assert run.device == device
+    assert result["test"]["images"] == 12
+    model = run.state.best_model.eval()
+    assert isinstance(model, VisionTransformer)
+    assert all(isinstance(parameter, DeviceTensor) for parameter in model.parameters())
+    test = load(run.config, "test")["test"]
+    images_BCHW = normalise(test.raw_BCHW.to(device), config.data.mean, config.data.std)
+    insides = inspect_model(model, images_BCHW)
+    assert insides.distance_LA.isfinite().all()
+    settings = ScoreSettings(steps=2)
+    scores = score_methods(model, images_BCHW, test.masks_BHW, settings=settings)
+    assert [score.method for score in scores[: len(METHODS)]] == list(METHODS)
+    classifier = Classifier(model, run.config, run.classes)
+    picture = np.zeros((9, 7, 3), np.uint8)
+    assert len(classifier.predict(picture)[0]) == 3
+    assert classifier.explain(picture).frames
+
+
+def test_every_other_part_of_training_runs_and_resumes(
+    device: torch.device, tmp_path: Path
+) -> None:
+    augment = AugmentConfig(
+        randaugment_ops=2, random_erasing=0.5, mixup=0.5, cutmix=0.5, crop_padding=3
+    )
+    sections = {
+        **FEW,
+        "model": {"drop_path": 0.2, "n_layers": 2, "embed_dim": 24, "position": "sincos"},
+        "training": {
+            "epochs": 2, "batch_size": 20, "ema_decay": 0.9, "accumulate": 2, "clip_norm": 1.0,
+            "layer_decay": 0.8, "optimizer": "muon",
+        },
+    }  # fmt: skip
+    config = dataclasses.replace(from_json(sections, Config()), augment=augment)
+    whole = trained(config, tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    first = Run.start(config, tmp_path / "parts")
+    next(first.train())
+    first.save()
+    second = Run.resume(tmp_path / "parts", first.config)
+    for _ in second.train():
+        pass
+    assert second.state.step == whole.state.step == 6
+    for name, tensor in whole.state.weights().items():
+        assert torch.equal(tensor.cpu(), second.state.weights()[name].cpu()), name
+
+
+def test_white_patches_are_the_same_on_every_device(device: torch.device) -> None:
+    config = from_json({"model": {"n_classes": 3}}, get_preset("quick")).model
+    generator = torch.Generator().manual_seed(1)
+    raw_BCHW = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    images = ImageSet(raw_BCHW, torch.arange(20) % 3, tuple("abc"))
+    kernels = []
+    for place in (torch.device("cpu"), device):
+        model = VisionTransformer(config).to(place)
+        images_BCHW = normalise(images.raw_BCHW, (0.5,) * 3, (0.5,) * 3).to(place)
+        model.stem.whiten(images_BCHW)  # type: ignore[operator]
+        kernels.append(model.stem.state_dict()["0.weight"].cpu())
+    assert torch.equal(kernels[0], kernels[1])
