@@ -41,7 +41,7 @@ from vitrine.configfile import from_json, read_json, read_toml
 from vitrine.data import unpickle
 from vitrine.data.cifar import CIFAR10, Part, read_batch, read_part
 from vitrine.data.folder import load_folder
-from vitrine.data.pictures import read_picture, scale_to_bytes
+from vitrine.data.pictures import read_picture
 from vitrine.data.unpickle import load_arrays
 from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError, VitrineError
 from vitrine.explain.lettering import draw_caption
@@ -273,13 +273,6 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     assert read_picture(whole).shape == (1_000, 1_000, 3)
     with pytest.raises(PictureError, match="scans"):
         read_picture(whole[:start] + whole[start:-2] * 2_001 + b"\xff\xd9")
-
-
-def test_wide_gray_is_scaled_a_part_at_a_time() -> None:
-    values_HW = np.arange(2_111 * 1_009, dtype=np.float32).reshape(2_111, 1_009) - 7
-    low, high = float(values_HW.min()), float(values_HW.max())
-    expected = ((values_HW.astype(float) - low) * (255 / (high - low))).round().astype(np.uint8)
-    assert np.array_equal(scale_to_bytes(values_HW), expected)
 
 
 # Weights.

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrine.errors import ConfigError
-from vitrine.model_config import LIMIT
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require as require
 from vitrine.model_config import require_range as require_range
 
 Split = Literal["train", "validation", "test"]
+LARGEST = 1e38
+"""No value of a pixel is larger (it is nearly the largest of 32 bits)."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,30 @@ class DataConfig:
     """Per-channel mean taken off, pixels counted 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel standard deviation divided by."""
+    pixel_range: tuple[float, float] | None = None
+    """Values of black and white in 16-bit and floating-point pictures. Default: from all pictures
+    of the data set, see the log."""
 
     def __post_init__(self) -> None:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
-        require(all(1e-6 <= s <= LIMIT for s in self.std), f"std is {self.std}: give 1e-6 or more")
-        require(all(abs(m) <= LIMIT for m in self.mean), f"mean is {self.mean}: too large")
+        self._check_pixels()
+
+    def _check_pixels(self) -> None:
+        """Refuse a mean, std or range of pixels that cannot be meant."""
+        hint = "pixels are scaled to 0..1: divide by 255"
+        for name, values, low in (("mean", self.mean, -1.0), ("std", self.std, 1e-6)):
+            most = max(map(abs, values))
+            require(
+                all(low <= value <= 1 for value in values),
+                f"{name} is {values}: {hint if most > 1 else f'give numbers from {low:g} to 1'}",
+            )
+        if self.pixel_range is not None:
+            low, high = self.pixel_range
+            require(
+                -LARGEST <= low < high <= LARGEST,
+                f"pixel_range is {low:g} {high:g}: give the value of black, then a larger one",
+            )
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,45 @@
 """Any picture that Pillow can read -> RGB bytes of any size -> the model's size."""
 
+import functools
 import glob
+import importlib
 import io
+import logging
+import os
 import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from vitrine.data.wide import PixelRange, choose_range, describe, measure, to_bytes
 from vitrine.errors import PictureError
 
+log = logging.getLogger("vitrine")
+
 Fit = Literal["crop", "pad", "squash"]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+Color = tuple[int, int, int]
+Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+"""A picture that Pillow reads: a file's name, its content, the open file, or an image."""
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
 
+WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
+MAX_JPEG_PIXELS = 250_000_000
+"""A JPEG may have this many, if it can be decoded at half its size or less, row by row."""
+JPEG = ("JPEG", "MPO")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+HEIF_REMEDY = 'install pillow-heif: pip install -e ".[heic]"'
 MAX_SCANNED = 20 * MAX_PIXELS
 """A JPEG is decoded once a scan: so many pixels of all scans together are enough."""
 SUFFIXES = frozenset((
@@ -65,85 +84,229 @@ quiet = Quiet()
 
 
 def read_picture(
-    source: str | Path | bytes | Image.Image, *, background: tuple[int, int, int] = (255, 255, 255)
+    source: Source,
+    *,
+    background: Color = WHITE,
+    pixel_range: PixelRange | None = None,
+    shorter_side: int | None = None,
 ) -> np.ndarray:
     """Return the picture as RGB bytes (H, W, 3), upright, its first frame, over ``background``.
 
-    Gray, palette, 1-bit, CMYK, alpha, 16-bit and floating-point pictures all become RGB; how wide
-    values are brought to bytes is told at ``scale_to_bytes``.
+    Gray, palette, 1-bit, CMYK, alpha, 16-bit and floating-point pictures all become RGB.
+
+    Args:
+        source: a file's name, its content, the open file, or a Pillow image.
+        background: red, green, blue behind transparent pixels.
+        pixel_range: the values of black and white in 16-bit and floating-point pictures. Default:
+            from the values of this picture, see ``wide.choose_range``; that is logged once.
+        shorter_side: decode a JPEG file at half, a quarter or an eighth of its size, as long as
+            its shorter side keeps this many pixels. Default: at full size.
 
     Raises:
-        PictureError: it is not a picture, is damaged, or has more than MAX_PIXELS pixels.
+        PictureError: it is not a picture, is damaged, or has more than MAX_PIXELS pixels. A larger
+            JPEG is reduced instead.
     """
-    name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
+    name = source_name(source)
+    try:
+        pixels = read_pixels(source, background=background, shorter_side=shorter_side)
+    except PictureError as error:
+        raise PictureError(f"{name}: {error}") from error
+    if pixels.ndim == 3:
+        return pixels
+    if pixel_range is None:
+        extent = measure(pixels)
+        pixel_range = choose_range(extent)
+        warn_once(f"{name}: a wide gray picture by itself: {describe(extent, pixel_range)}")
+    return gray_to_rgb(to_bytes(pixels, pixel_range))
+
+
+def read_pixels(
+    source: Source, *, background: Color = WHITE, shorter_side: int | None = None
+) -> np.ndarray:
+    """Return RGB bytes (H, W, 3), or gray values (H, W) wider than bytes, as the file has them.
+
+    Raises:
+        PictureError: see ``read_picture``; the message is the reason only, without the name.
+    """
     try:
         with quiet:
             if isinstance(source, Image.Image):
-                return to_rgb(source, name, background)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return to_rgb(image, name, background)
+                return extract_pixels(source, background)
+            with open_file(source) as file:
+                return read_file(file, background, shorter_side)
     except UnidentifiedImageError as error:
-        raise PictureError(f"{name}: not a picture that can be read") from error
+        raise PictureError("not a picture that can be read") from error
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name}: too large: more than {MAX_PIXELS:,} pixels") from error
+        raise PictureError(f"too large: more than {MAX_PIXELS:,} pixels") from error
     except BROKEN as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise PictureError(f"{name}: cannot be read: {reason.splitlines()[0]:.100}") from error
+        raise PictureError(f"cannot be read: {reason.splitlines()[0]:.100}") from error
 
 
-def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int]) -> np.ndarray:
-    """Return an opened picture as RGB bytes."""
+def source_name(source: Source) -> str:
+    """Return what a picture is called in messages."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    name = None if isinstance(source, bytes | Image.Image) else getattr(source, "name", None)
+    return name if isinstance(name, str) else "the picture"
+
+
+def open_file(source: "str | os.PathLike[str] | bytes | BinaryIO") -> BinaryIO:
+    """Return a file to read from its beginning, which its user may close."""
+    if isinstance(source, str | os.PathLike):
+        return Path(source).open("rb")
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if source.seekable():
+        source.seek(0)
+    content = source.read()
+    if not isinstance(content, bytes):
+        raise PictureError("not open in binary mode: open(path, 'rb')")
+    return io.BytesIO(content)
+
+
+def read_file(file: BinaryIO, background: Color, shorter_side: int | None) -> np.ndarray:
+    """Decode an open file; texts and profiles beside the pixels are skipped where too large."""
+    try:
+        with open_image(file) as image:
+            if image.format in JPEG:
+                reduce_jpeg(image, file, shorter_side)
+            return extract_pixels(image, background)
+    except ValueError as error:
+        # A compressed text or color profile above 1 MB, which Pillow refuses; we need neither.
+        if "text chunk" not in str(error).lower().replace("_", " "):
+            raise
+    file.seek(0)
+    with Image.open(io.BytesIO(without_texts(file.read()))) as image:
+        return extract_pixels(image, background)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Identify a file's format, HEIC by pillow-heif where it is installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        if not is_heif(file.read(16)):
+            raise
+        if not register_heif():
+            raise PictureError(f"a HEIC picture: {HEIF_REMEDY}") from None
+    except Image.DecompressionBombError:
+        file.seek(0)
+        if file.read(3) != b"\xff\xd8\xff":
+            raise
+        file.seek(0)
+        return JpegImagePlugin.JpegImageFile(file)  # reduce_jpeg has a limit of its own
+    file.seek(0)
+    return Image.open(file)
+
+
+def is_heif(head: bytes) -> bool:
+    """Return whether a file with these first 16 bytes is a HEIC or HEIF picture."""
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Let Pillow read HEIC by pillow-heif; return whether that is installed."""
+    if find_spec("pillow_heif") is None:
+        return False
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return True
+
+
+def reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) -> None:
+    """Let a JPEG be decoded at half, a quarter or an eighth of its size, where that is enough.
+
+    Raises:
+        PictureError: it has too many pixels, or decoding it would take too long or too much memory.
+    """
+    width, height = image.size
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")
+    if width * height * scans > MAX_SCANNED:
+        raise PictureError(f"its {width} x {height} pixels come in {scans} scans")
+    if width * height > MAX_PIXELS and not is_sequential(image, file):
+        raise too_large(image.size, MAX_PIXELS)
+    if width * height > MAX_JPEG_PIXELS:
+        raise too_large(image.size, MAX_JPEG_PIXELS)
+    factor = 1
+    while factor < 8 and (
+        width * height > MAX_PIXELS * factor**2
+        or (shorter_side and min(width, height) // (2 * factor) >= shorter_side)
+    ):
+        factor *= 2
+    if factor > 1:
+        image.draft(None, (width // factor, height // factor))
+
+
+def is_sequential(image: Image.Image, file: BinaryIO) -> bool:
+    """Return whether a JPEG is decoded in one pass, row by row, without being held as a whole."""
+    if "progressive" in image.info:
+        return False
+    file.seek(2)
+    while (marker := file.read(2)).startswith(b"\xff"):
+        length = int.from_bytes(file.read(2))
+        if marker == b"\xff\xda":  # the only scan has all color components
+            return file.read(1) == bytes([getattr(image, "layers", 0)])
+        file.seek(length - 2, io.SEEK_CUR)
+    return False
+
+
+def without_texts(png: bytes) -> bytes:
+    """Return a PNG without color profile and texts, except an XMP record, which may turn it."""
+    kept, at = [png[:8]], 8
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        kind, body = png[at + 4 : at + 8], png[at + 8 : at + 40]
+        xmp = kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0\0")
+        if xmp or kind not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
+    """Return an opened picture as RGB bytes (H, W, 3), or its gray values (H, W) if wider."""
     if image.format in REFUSED:
-        raise PictureError(f"{name}: {image.format} is a program that draws, not a picture")
+        raise PictureError(f"{image.format} is a program that draws, not a picture")
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise PictureError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it")
+        raise too_large(image.size, MAX_PIXELS)
     if width * height == 0:
-        raise PictureError(f"{name}: it has no pixels")
-    file = getattr(image, "fp", None)
-    if image.format in ("JPEG", "MPO") and file is not None:
-        file.seek(0)
-        scans = file.read().count(b"\xff\xda")
-        if width * height * scans > MAX_SCANNED:
-            raise PictureError(f"{name}: its {width} x {height} pixels come in {scans} scans")
+        raise PictureError("it has no pixels")
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.repeat(scale_to_bytes(np.asarray(image))[:, :, None], 3, axis=2)
+        return np.asarray(image)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
 
 
-def scale_to_bytes(values_HW: np.ndarray) -> np.ndarray:
-    """Scale gray values that are wider than bytes.
-
-    Whole numbers count to 65,535; floating-point ones to 1, 255 or 65,535, whichever is the first
-    to hold them all. Values that none of these holds run from their own lowest to their highest.
-    What is not finite counts as 0.
-    """
-    # Some rows at a time: a large picture in double precision would take gigabytes.
-    parts = np.array_split(values_HW, 1 + values_HW.size // 1_000_000)
-    ends = [(part.min(), part.max()) for part in map(widen, parts) if part.size]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    for top in (1.0, 255.0, 65_535.0) if values_HW.dtype.kind == "f" else (65_535.0,):
-        if low >= 0 and high <= top:
-            low, high = 0.0, top
-            break
-    factor = 255 / (high - low or 1.0)
-    scaled = [((widen(part) - low) * factor).round() for part in parts]
-    return np.concatenate([part.astype(np.uint8) for part in scaled])
+def too_large(size: tuple[int, int], limit: int) -> PictureError:
+    """Return the error of a picture with too many pixels."""
+    return PictureError(f"{size[0]} x {size[1]} pixels, more than {limit:,}: make it smaller")
 
 
-def widen(values_HW: np.ndarray) -> np.ndarray:
-    """Return values in double precision, 0 for what is not finite."""
-    with np.errstate(invalid="ignore"):  # NumPy warns of some NaN, which damaged files hold
-        return np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
+def gray_to_rgb(gray_HW: np.ndarray) -> np.ndarray:
+    """Return gray bytes as RGB bytes (H, W, 3)."""
+    return np.repeat(gray_HW[:, :, None], 3, axis=2)
 
 
-def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.ndarray:
+def warn_once(message: str) -> None:
+    """Report the first range that was guessed; in a folder of such pictures one line is enough."""
+    if not guesses:
+        guesses.append(message)
+        log.warning("%s", message)
+
+
+guesses: list[str] = []
+
+
+def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
     """Return the picture at a size: its middle (crop), all of it on black (pad), or stretched.
 
     Scaling is bilinear with antialiasing, as Pillow does it.
@@ -159,8 +322,29 @@ def fit_picture(rgb_HWC: np.ndarray, size_hw: tuple[int, int], fit: Fit) -> np.n
     return np.array(image.resize((width, height), resampling))
 
 
+def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) -> np.ndarray:
+    """Return RGB bytes of any size as a model reads them: (H, W, C) of its size, C 3 or 1."""
+    raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
+    if n_channels == 3:
+        return raw_HWC
+    return np.asarray(Image.fromarray(raw_HWC).convert("L"))[:, :, None]
+
+
+def enough_side(size_hw: Size) -> int:
+    """Return the shorter side from which a reduced JPEG is as good as the whole one.
+
+    Four times the wanted size: a pixel is at most 2 of 255 levels away on photographs and 4 on
+    white noise. From 12 megapixels to 96 pixels it is eight times as fast.
+    """
+    return 4 * max(size_hw)
+
+
 def stack_pictures(
-    pictures: Picture | Sequence[Picture], size_hw: tuple[int, int], n_channels: int, fit: Fit
+    pictures: Picture | Sequence[Picture],
+    size_hw: Size,
+    n_channels: int,
+    fit: Fit,
+    pixel_range: PixelRange | None = None,
 ) -> np.ndarray:
     """Turn pictures of any kind and size into one array of bytes of the model's size (B, H, W, C).
 
@@ -169,12 +353,11 @@ def stack_pictures(
     """
     if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
         pictures = [pictures]
-    raws = []
+    raws, side = [], enough_side(size_hw)
     for picture in pictures:
-        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-        raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
-        gray_HW = Image.fromarray(raw_HWC).convert("L") if n_channels == 1 else None
-        raws.append(raw_HWC if gray_HW is None else np.asarray(gray_HW)[:, :, None])
+        if not isinstance(picture, np.ndarray):
+            picture = read_picture(picture, pixel_range=pixel_range, shorter_side=side)
+        raws.append(fit_channels(picture, size_hw, fit, n_channels))
     return np.stack(raws) if raws else np.zeros((0, *size_hw, n_channels), np.uint8)
 
 
