@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -306,6 +307,19 @@ def test_test_prints_tables_or_json_and_counts_the_use(
     assert numbers["loss"] == pytest.approx(saved["loss"])
     assert len((run_folder / "test_uses.jsonl").read_text().splitlines()) == uses + 2
     assert (run_folder / "test/confusion_matrix.png").exists()
+
+
+def test_a_read_only_run_is_tested_and_its_use_logged_in_the_output(
+    run_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = here / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "test_uses.jsonl").unlink()
+    (copy / "test_uses.jsonl").mkdir()  # so that root cannot write it either
+    assert main(["test", "--model_path", str(copy), "--output_path", "mine"]) == 0
+    assert "this use of the test split is logged in mine/test_uses.jsonl" in capsys.readouterr().err
+    assert "vitrine test" in (here / "mine/test_uses.jsonl").read_text()
+    assert (here / "mine/metrics.json").exists()
 
 
 def test_another_split_leaves_the_test_split_alone(

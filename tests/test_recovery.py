@@ -31,7 +31,7 @@ from vitrine.errors import CheckpointError, OutputError, TrainingError
 from vitrine.files import replace_file
 from vitrine.recovery import hold, tidy
 from vitrine.run import EpochEnd, Run
-from vitrine.run_folder import checkpoint_folders, log_test_use, new_folder
+from vitrine.run_folder import checkpoint_folders, log_test_use, log_test_use_of, new_folder
 from vitrine.tracking import EventWriter
 from vitrine.training.loop import Update
 
@@ -291,6 +291,35 @@ def test_a_damaged_list_of_test_uses_is_added_to(tmp_path: Path) -> None:
     lines = (tmp_path / "test_uses.jsonl").read_text().splitlines()
     assert lines[0] == '{"half'
     assert '"curve"' in lines[1]
+
+
+@pytest.mark.parametrize("model", ["run", "run/checkpoints/step-0000003"])
+def test_a_use_of_the_test_split_is_logged_in_the_run_the_model_came_from(
+    model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run/checkpoints/step-0000003").mkdir(parents=True)
+    assert log_test_use_of(str(tmp_path / model), tmp_path / "else", "score", 5) == ""
+    assert '"score"' in (tmp_path / "run/test_uses.jsonl").read_text()
+    assert not (tmp_path / "else").exists()
+
+
+def test_a_use_of_the_test_split_by_other_weights_is_logged_beside_the_output(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model").mkdir()
+    assert log_test_use_of(str(tmp_path / "model"), tmp_path / "else", "score", 5) == ""
+    assert log_test_use_of("hf:owner/name", tmp_path / "else", "score", 5) == ""
+    assert (tmp_path / "else/test_uses.jsonl").read_text().count('"score"') == 2
+
+
+def test_a_use_of_the_test_split_by_a_read_only_run_is_logged_beside_the_output(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/test_uses.jsonl").mkdir()  # so that root cannot write it either
+    note = log_test_use_of(str(tmp_path / "run"), tmp_path / "else", "score", 5)
+    assert f"logged in {tmp_path / 'else/test_uses.jsonl'}" in note
+    assert '"score"' in (tmp_path / "else/test_uses.jsonl").read_text()
 
 
 def test_an_empty_folder_of_the_wanted_name_is_taken(tmp_path: Path) -> None:

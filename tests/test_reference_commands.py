@@ -134,6 +134,25 @@ def test_without_a_model_the_newest_run_is_taken(
     assert "newest run, output/a" in capsys.readouterr().err
 
 
+def test_one_image_is_logged_as_a_use_of_the_test_split_in_the_run(
+    weights: Path, here: Path
+) -> None:
+    log = here / "output/a/test_uses.jsonl"
+    before = len(log.read_text().splitlines())
+    words = ["--mode", "cifar-single", "--no_image", "--model_path", "output/a"]
+    assert run_test([*words, "--timestamp", "now"]) == 0
+    assert len(log.read_text().splitlines()) == before + 1
+    assert not (here / "output/now/test_uses.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").touch()
+    words = ["--mode", "cifar-single", "--no_image", "--model_path", str(weights)]
+    assert "cannot be written" in wrong([*words, "--output_path", "file"], capsys)
+
+
 def test_what_test_cannot_do_is_one_line(
     weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

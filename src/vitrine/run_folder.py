@@ -114,6 +114,43 @@ def log_test_use(folder: Path, purpose: str, images: int) -> None:
     replace_file(path, earlier + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
+def log_test_use_of(source: str, fallback: Path, purpose: str, images: int) -> str:
+    """Log a use of the test split in the run folder that a model came from.
+
+    Args:
+        source: where the model was loaded from (``Classifier.source``): a run folder, one of its
+            checkpoints, or anything else.
+        fallback: the folder to log in when the model is not from a run, or the run is read-only.
+        purpose: what the images were used for.
+        images: how many there were.
+
+    Returns:
+        a message for the user when the run folder could not be written, else "".
+
+    Raises:
+        OutputError: the fallback folder cannot be written either.
+    """
+    run = run_folder_of(Path(source))
+    if run is None:
+        log_test_use(fallback, purpose, images)
+        return ""
+    try:
+        log_test_use(run, purpose, images)
+    except OutputError as error:
+        log_test_use(fallback, purpose, images)
+        log = fallback / "test_uses.jsonl"
+        return f"{error}; this use of the test split is logged in {log} instead"
+    return ""
+
+
+def run_folder_of(source: Path) -> Path | None:
+    """Return the run folder that a model came from: the path itself, or that of a checkpoint."""
+    if is_run_folder(source):
+        return source
+    checkpoints = source.resolve().parent
+    return checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+
 def is_best(row: dict[str, Any], earlier: list[dict[str, Any]]) -> bool:
     """Tell whether an epoch is the best so far on validation; without validation, the newest is.
 

@@ -121,7 +121,7 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
     """Load the split that the accuracies are measured on, before anything takes time."""
     from vitrine.pretrained import with_data
     from vitrine.run import load
-    from vitrine.run_folder import is_run_folder, log_test_use
+    from vitrine.run_folder import log_test_use_of
 
     changes = {} if options.data_path is None else {"data_path": options.data_path}
     classifier = with_data(classifier, **changes)
@@ -133,9 +133,11 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
         )
     if images.classes != classifier.classes:
         raise ConfigError(f"{options.split} has other classes than the model: give its --data_path")
-    source = Path(classifier.source)
-    if options.split == "test" and is_run_folder(source):
-        log_test_use(source, "vitrine export --int8", len(images))
+    if options.split == "test":
+        beside = (options.output_path or Path()).parent
+        note = log_test_use_of(classifier.source, beside, "vitrine export --int8", len(images))
+        if note:
+            say(note)
     return images
 
 

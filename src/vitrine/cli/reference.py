@@ -3,6 +3,7 @@
 ``python train.py`` and ``python test.py`` at the root hand their words to the functions here.
 """
 
+import io
 import os
 import sys
 import time
@@ -186,15 +187,19 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     """``--mode cifar-single``: one test image, its label and what the model says."""
     from PIL import Image
 
+    from vitrine.files import replace_file
     from vitrine.pretrained import with_data
     from vitrine.run import load
-    from vitrine.run_folder import log_test_use
+    from vitrine.run_folder import log_test_use_of
 
     limit = options.num_test_images
     classifier = with_data(classifier, data_path=options.data_path, num_test_images=limit)
     images = load(classifier.config, "test")["test"]
     if not 0 <= options.index < len(images):
         raise ConfigError(f"--index is {options.index}: give 0 to {len(images) - 1}")
+    note = log_test_use_of(classifier.source, folder, f"image {options.index} alone", 1)
+    if note:
+        say(note)
     raw_CHW = images.raw_BCHW[options.index]
     picture_HWC = raw_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[options.index])]
@@ -202,9 +207,10 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     verdict = "<Correct>" if top[0].name == label else "<Wrong>"
     say_result(f"{verdict} {label}(label)\t", top)
     path = folder / f"test-{options.index}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture_HWC).resize((384, 384), Image.Resampling.NEAREST).save(path)
-    log_test_use(folder, f"image {options.index} alone", 1)
+    enlarged = Image.fromarray(picture_HWC).resize((384, 384), Image.Resampling.NEAREST)
+    png = io.BytesIO()
+    enlarged.save(png, format="PNG")
+    replace_file(path, png.getvalue())
     show_picture(path, options)
 
 

@@ -65,7 +65,7 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     from vitrine.files import write_json
     from vitrine.pretrained import with_data
     from vitrine.run import load
-    from vitrine.run_folder import is_run_folder, log_test_use
+    from vitrine.run_folder import log_test_use_of
 
     given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -76,11 +76,11 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
             f"{classifier.config.data.dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
         )
-    source = Path(classifier.source)
-    folder = options.output_path or default_folder(source, options.split)
+    folder = options.output_path or default_folder(Path(classifier.source), options.split)
     if options.split == "test":
-        used = source if is_run_folder(source) else folder
-        log_test_use(used, "vitrine test", len(images))
+        note = log_test_use_of(classifier.source, folder, "vitrine test", len(images))
+        if note:
+            say(note)
     logits_BY = predict_logits(
         classifier.model, images, mean=classifier.mean, std=classifier.std,
         device=classifier.device, batch_size=options.batch_size,
