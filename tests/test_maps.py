@@ -99,9 +99,36 @@ def test_relevance_by_hand() -> None:
     # [[.5, 1.5, .5], [0, 1, 0], [0, 0, .5]].
     assert_flow(
         relevance(layers(ATTENTIONS), layers(GRADIENTS)),
-        [[2, 0.5, 1], [0.5, 1.5, 0], [0, 0, 1.5]],
-        [[3.75, 3, 2.25], [1, 3, 0], [0, 0, 2.25]],
+        [[1, 0.5, 1], [0.5, 0.5, 0], [0, 0, 0.5]],
+        [[2.75, 3, 2.25], [1, 2, 0], [0, 0, 1.25]],
     )
+
+
+def test_relevance_is_chefers_without_the_identity() -> None:
+    # Equation 6 as printed: R + A R from R = I. The identity would be 1 on a queried patch, where
+    # all else is a hundredth, and 1 / N everywhere for the mean of the patches.
+    expected_BTT = torch.eye(3).expand(2, 3, 3)
+    for attention_BATT, gradient_BATT in zip(layers(ATTENTIONS), layers(GRADIENTS), strict=True):
+        step_BTT = (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
+        expected_BTT = expected_BTT + step_BTT @ expected_BTT
+    flow_BTT = relevance(layers(ATTENTIONS), layers(GRADIENTS))[:, -1]
+    torch.testing.assert_close(flow_BTT, expected_BTT - torch.eye(3))
+    grid_GJ = (1, 2)
+    head, first, second, mean = (
+        read_query(flow_BTT, grid_GJ, class_token=True, query=query, mean_pool=mean)[1, 0].tolist()
+        for query, mean in ((None, False), ((0, 0), False), ((0, 1), False), (None, True))
+    )
+    assert head == [3, 2.25]  # the class token's row never had the identity's 1
+    assert first == [2, 0]
+    assert second == [0, 1.25]
+    assert mean == [1, 0.625]
+
+
+def test_relevance_keeps_small_values_exact() -> None:
+    # Beside the identity's 1 float32 would round these to multiples of 1.2e-7.
+    tiny = [torch.full((1, 1, 2, 2), 1e-7)]
+    flow_BLTT = relevance(tiny, [torch.ones(1, 1, 2, 2)])
+    torch.testing.assert_close(flow_BLTT, torch.full((1, 1, 2, 2), 1e-7), rtol=1e-6, atol=0)
 
 
 def test_gradients_must_be_as_many_as_attentions() -> None:

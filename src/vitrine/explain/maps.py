@@ -93,22 +93,24 @@ def gradient_rollout(
 
 
 def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return how relevant each token is to each other for a class, after each block.
+    """Return how relevant each token is to each other token for a class, after each block.
 
-    ``R_l = R_(l-1) + mean over heads of (gradient_l * attention_l)+ @ R_(l-1)`` with ``R_0 = I``.
+    ``R_l = R_(l-1) + mean over heads of (gradient_l * attention_l)+ @ R_(l-1)`` with ``R_0 = I``;
+    what is returned is ``R_l - I``. The paper reads the class token's row, where the identity is 0
+    at every patch. In a patch's own row it is 1 and would hide everything else.
 
     Shapes:
         L tensors attention_BATT and their gradients, both from the first block on ->
-        relevance_BLTT, whose diagonal still holds the identity.
+        relevance_BLTT.
 
     Source: Chefer et al. 2021, arXiv:2103.15679, equations 5 and 6.
     """
-    relevances: list[Tensor] = []
+    gained: list[Tensor] = []
     for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True):
         step_BTT = (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
-        before_BTT = relevances[-1] if relevances else identity(step_BTT)
-        relevances.append(before_BTT + step_BTT @ before_BTT)
-    return torch.stack(relevances, dim=1)
+        # With G = R - I the step is G + A (G + I): small values are never rounded beside a 1.
+        gained.append(gained[-1] + step_BTT @ gained[-1] + step_BTT if gained else step_BTT)
+    return torch.stack(gained, dim=1)
 
 
 def identity(flow_BTT: Tensor) -> Tensor:
