@@ -9,6 +9,7 @@ from PIL import Image, ImageSequence
 
 from vitrine.errors import ConfigError, OutputError
 from vitrine.explain.animate import quantise, save_animation, seed_frames, seed_masks, strip
+from vitrine.explain.lettering import RED
 from vitrine.explain.render import Panel, compose, overlay, place, show
 
 RANDOM = np.random.default_rng(4)
@@ -224,15 +225,17 @@ def second_gap(row_WC: np.ndarray) -> int:
 def test_seed_frames_tell_label_prediction_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
 
-    def note(panels: list[list[Panel]], *, caption: str) -> Image.Image:
-        told.append([*(panel.title for panel in panels[0]), caption.splitlines()[0]])
+    def note(panels: list[list[Panel]], *, caption: str, ink: str) -> Image.Image:
+        told.append([*(panel.title for panel in panels[0]), caption.splitlines()[0], ink])
         return Image.new("RGB", (3, 2))
 
     monkeypatch.setattr("vitrine.explain.animate.compose", note)
     picture_HWC, rollout_LGJ = picture(8, 12), RANDOM.random((3, 2, 3))
-    seed_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %", layers=(2, 3, 6))
+    seed_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %", ink=RED,
+                layers=(2, 3, 6))  # fmt: skip
     assert told == [
-        ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0 %"] for layer in (2, 3, 6)
+        ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0 %", RED]
+        for layer in (2, 3, 6)
     ]
     told.clear()
     seed_frames(picture_HWC, rollout_LGJ)

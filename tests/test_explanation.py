@@ -13,7 +13,12 @@ from PIL import Image
 import vitrine
 from vitrine.cli import main
 from vitrine.errors import ConfigError
+from vitrine.explain.drawing import caption, page_data
+from vitrine.explain.explanation import compare
+from vitrine.explain.explanation import explain as draw
+from vitrine.explain.lettering import GREEN, INK, RED
 from vitrine.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
+from vitrine.explain.page import describe
 from vitrine.predict import Classifier
 
 TINY = shlex.split(
@@ -101,6 +106,63 @@ def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:
     assert not np.array_equal(default.maps_FGJ, other.maps_FGJ)
     assert other.frames[0].says.startswith(top)
     assert f"explained: {last}" in other.frames[0].says
+
+
+def count_pixels(drawn: np.ndarray, color: str) -> int:
+    """Pixels of a text's full color, as far as a palette of 255 colors keeps it."""
+    wanted = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+    return int((np.abs(drawn.astype(int) - wanted).max(axis=-1) < 24).sum())
+
+
+@pytest.mark.parametrize("style", ["vitrine", "seed"])
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_a_wrong_answer_looks_wrong(
+    ending: str, style: str, classifier: Classifier, picture: str, tmp_path: Path
+) -> None:
+    best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
+    ends = {"": "%", best: "% ✓", second: f"% ✗ {second}"}
+    inks = {"": INK, best: GREEN, second: RED}
+    for label, end in ends.items():
+        explained = draw(classifier.subject(picture, label=label), MapSettings(method="rollout"))
+        assert all(frame.says.endswith(end) for frame in explained.frames)
+        path = explained.save(tmp_path / f"x.{ending}", style=style)
+        last = frames_of(path)[-1] if ending == "gif" else np.asarray(Image.open(path))
+        below = last[-last.shape[0] // 8 :]  # the caption; a map may have any color
+        assert [name for name, ink in inks.items() if count_pixels(below, ink) > 30] == [label]
+
+
+def test_every_kind_of_frame_knows_whether_it_is_right(
+    classifier: Classifier, picture: str, run_folder: Path
+) -> None:
+    best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
+    for label, right in (("", None), (best, True), (second, False)):
+        subject = classifier.subject(picture, label=label)
+        attention, rollout = MapSettings(), MapSettings(method="rollout")
+        checkpoints = [("a", classifier.model), ("b", classifier.model)]
+        explanations = [
+            draw(subject, attention), draw(subject, MapSettings(method="occlusion")),
+            draw(subject, attention, kind="heads"), draw(subject, attention, kind="queries"),
+            draw(subject, rollout, kind="training", checkpoints=checkpoints),
+            compare(subject, [attention, rollout]),
+        ]  # fmt: skip
+        for explained in explanations:
+            assert {frame.right for frame in explained.frames} == {right}, explained.kind
+
+
+def test_a_page_names_the_label(classifier: Classifier, picture: str) -> None:
+    best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
+    for label, right in (("", False), (best, True), (second, False)):
+        subject = classifier.subject(picture, label=label)
+        shown = describe(page_data(draw(subject, MapSettings(method="rollout"))))
+        assert (shown["label"], shown["right"]) == (label, right)
+
+
+def test_a_caption_keeps_the_underscores_of_file_names(
+    classifier: Classifier, picture: str
+) -> None:
+    subject = classifier.subject(picture, name="IMG_2041.JPG")
+    explained = draw(subject, MapSettings(method="gradient_rollout"))
+    assert caption(explained, "cat").splitlines()[1] == "IMG_2041.JPG: gradient rollout"
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])

@@ -69,15 +69,21 @@ def draw(classifier: "Classifier", subject: "Subject", path: Path, options: Expl
 
     explanation = explain_one(classifier, subject, options)
     save(explanation, path, Look(**vars(options.drawing)))
-    what = f"{len(explanation.frames)} frames, {explanation.frames[0].title}"
-    if len(explanation.frames) > 1:
-        what += f" to {explanation.frames[-1].title}"
-    if path.suffix == ".html":
-        what = "a page with every method, layer and head"
-    tell(
-        f"{printable(subject.name)}: {printable(explanation.frames[-1].says)}\n"
-        f"{printable(str(path))}: {what}, {path.stat().st_size / 1000:,.0f} kB"
-    )
+    last = explanation.frames[-1]
+    style = {True: "green", False: "bold red", None: ""}[last.right]
+    tell(f"{printable(subject.name)}: {printable(last.says)}", style=style)
+    size = f"{path.stat().st_size / 1000:,.0f} kB"
+    tell(f"{printable(str(path))}: {describe(explanation, path)}, {size}")
+
+
+def describe(explanation: "Explanation", path: Path) -> str:
+    """Return what a file holds."""
+    if path.suffix.lower() == ".html":
+        return "a page with every method, layer and head"
+    titles, what = explanation.titles, "map" if path.suffix.lower() == ".png" else "frame"
+    if len(titles) == 1:
+        return f"1 {what}, {titles[0]}"
+    return f"{len(titles)} {what}s, {titles[0]} to {titles[-1]}"
 
 
 def explain_one(

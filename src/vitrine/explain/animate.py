@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vitrine.errors import ConfigError
-from vitrine.explain.lettering import PAPER
+from vitrine.explain.lettering import INK, PAPER
 from vitrine.explain.render import SCALES, Panel, compose, dim, normalise, place
 from vitrine.files import replace_file
 
@@ -215,6 +215,7 @@ def seed_frames(
     *,
     title: str = "",
     prediction: str = "",
+    ink: str = INK,
     layers: Sequence[int] | None = None,
 ) -> list[Image.Image]:
     """Return the reference system's frames: the picture, and beside it the picture x the mask.
@@ -228,6 +229,7 @@ def seed_frames(
         rollout_LGJ: the flow of attention up to each layer, class-token row.
         title: the picture's label, in brackets after "Original".
         prediction: what the model says, with its probability; drawn below.
+        ink: the color of the prediction.
         layers: the layers' numbers, if not 1 to L.
     """
     original = Panel(picture_HWC, f"Original ({title})" if title else "Original")
@@ -238,5 +240,5 @@ def seed_frames(
         picture_hw = picture_HWC.shape[:2]
         dimmed_HWC = dim(picture_HWC, place(mask_GJ, picture_hw, picture_hw, "squash"))
         panels = [original, Panel(dimmed_HWC, f"Rollout through layer {number}")]
-        frames.append(compose([panels], caption=caption))
+        frames.append(compose([panels], caption=caption, ink=ink))
     return frames

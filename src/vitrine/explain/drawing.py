@@ -12,6 +12,7 @@ from PIL import Image
 from vitrine.config import require
 from vitrine.explain.animate import encode_png, save_animation, seed_frames
 from vitrine.explain.explanation import Explanation, Frame, maps_of
+from vitrine.explain.lettering import GREEN, INK, RED
 from vitrine.explain.methods import METHODS, MapSettings, early_logits
 from vitrine.explain.page import PageData, write_page
 from vitrine.explain.render import (
@@ -95,6 +96,7 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
             [[Panel(original(explanation, frame, columns=2), "picture"),
               Panel(painted(explanation, map_GJ, look, columns=2), frame.title)]],
             caption=caption(explanation, frame.says),
+            ink=ink(frame),
             colorbar=(look.colormap, float(low), float(high), SCALES[look.normalise]),
         )
         for frame, map_GJ, low, high in zip(
@@ -124,6 +126,7 @@ def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
     return compose(
         rows,
         caption=caption(explanation, frames[-1].says),
+        ink=ink(frames[-1]),
         colorbar=(look.colormap, *ends, SCALES[look.normalise]),
         row_titles=titles,
     )
@@ -190,14 +193,19 @@ def caption(explanation: Explanation, says: str) -> str:
     """Return what the model says, and below it what is shown."""
     settings, subject = explanation.settings, explanation.subject
     method = "all methods" if explanation.kind == "methods" else settings.method
-    parts = [f"{subject.name}: {method}".replace("_", " ")]
+    parts = [f"{subject.name}: {method.replace('_', ' ')}"]
     if settings.fusion != "mean":
         parts.append(f"heads fused by {settings.fusion}")
     if settings.discard_ratio:
         parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
     if subject.label:
-        parts.append(f"its label is {subject.label}")
+        parts.append(f"label: {subject.label}")
     return f"{says}\n{', '.join(parts)}"
+
+
+def ink(frame: Frame) -> str:
+    """Return the color of what the model says: red where the label is another class."""
+    return {True: GREEN, False: RED, None: INK}[frame.right]
 
 
 def draw_seed(explanation: Explanation) -> list[Image.Image]:
@@ -213,6 +221,7 @@ def draw_seed(explanation: Explanation) -> list[Image.Image]:
         explanation.maps_FGJ,
         title=subject.label,
         prediction=explanation.frames[-1].says,
+        ink=ink(explanation.frames[-1]),
         layers=layers,
     )
 
@@ -240,6 +249,7 @@ def page_data(explanation: Explanation) -> PageData:
         attention_LATT=attention_of(explanation),
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
+        label=subject.label,
         explained=None if index == int(logits_Y.argmax()) else index,
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "
 """What goes on from frame to frame; ``methods`` and ``single`` follow from the method."""
 ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
 
+RIGHT, WRONG = "✓", "✗"
+
 Checkpoints = Sequence[tuple[str, VisionTransformer]]
 """The models of a run, each with its title, e.g. ("epoch 3", model)."""
 
@@ -67,12 +69,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Frame:
-    """One map, what it is, and what the model that it is of says of the picture."""
+    """One map, what it shows, and what its model says of the picture."""
 
     map_GJ: np.ndarray
     title: str
     says: str
+    """The predicted class and its probability; ✓, or ✗ and the label, where the label is known."""
     query: tuple[int, int] | None = None
+    right: bool | None = None
+    """Whether the predicted class is the label; None where the label is not known."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,9 @@ def explain(
         return by_checkpoint(subject, settings, index, checkpoints)
     maps = maps_of(subject, subject.model, settings, index)
     words = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
-    says, query = prediction(subject, maps), settings.query
+    (says, right), query = prediction(subject, maps), settings.query
     frames = tuple(
-        Frame(map_GJ.numpy(), words[chosen].format(layer), says, query)
+        Frame(map_GJ.numpy(), words[chosen].format(layer), says, query, right)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
     )
     return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
@@ -179,8 +184,9 @@ def compare(
     index = None if class_name is None else subject.find_class(class_name)
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
-        Frame(maps.values_BLGJ[0, -1].numpy(), each.method, prediction(subject, maps), each.query)
+        Frame(maps.values_BLGJ[0, -1].numpy(), each.method, says, each.query, right)
         for each, maps in zip(settings, all_maps, strict=True)
+        for says, right in [prediction(subject, maps)]
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
 
@@ -201,10 +207,10 @@ def by_head(subject: Subject, settings: MapSettings, index: int | None) -> Expla
     heads = pick("head", settings.heads, config.n_attention_heads)
     maps = maps_of(subject, subject.model, replace(settings, heads=None), index)
     maps_LAGJ = attention_by_head(subject.model, subject.image_1CHW, query=settings.query)[0]
-    says = prediction(subject, maps)
+    says, right = prediction(subject, maps)
     frames = tuple(
         Frame(maps_LAGJ[layer - 1, head - 1].numpy(), f"layer {layer}, head {head}", says,
-              settings.query)
+              settings.query, right)
         for layer in layers
         for head in heads
     )  # fmt: skip
@@ -226,11 +232,11 @@ def by_query(subject: Subject, settings: MapSettings, index: int | None) -> Expl
         subject.model, subject.image_1CHW, layer=layer, fusion=settings.fusion
     )[0]
     maps = maps_of(subject, subject.model, settings, index)
-    says, columns = prediction(subject, maps), subject.model.config.grid_GJ[1]
+    (says, right), columns = prediction(subject, maps), subject.model.config.grid_GJ[1]
     of = "rollout" if layer is None else f"layer {layer}"
     queries = [divmod(number, columns) for number in range(len(maps_NGJ))]
     frames = tuple(
-        Frame(map_GJ.numpy(), f"{of}, from patch {row}, {column}", says, (row, column))
+        Frame(map_GJ.numpy(), f"{of}, from patch {row}, {column}", says, (row, column), right)
         for map_GJ, (row, column) in zip(maps_NGJ, queries, strict=True)
     )
     return Explanation(subject, settings, "queries", frames, int(maps.classes_B[0]), columns)
@@ -248,18 +254,24 @@ def by_checkpoint(
     frames, chosen = [], index
     for title, model in checkpoints:
         maps = maps_of(subject, model, settings, index)
-        map_GJ = maps.values_BLGJ[0, -1].numpy()
-        frames.append(Frame(map_GJ, title, prediction(subject, maps), settings.query))
+        (says, right), map_GJ = prediction(subject, maps), maps.values_BLGJ[0, -1].numpy()
+        frames.append(Frame(map_GJ, title, says, settings.query, right))
         chosen = int(maps.classes_B[0])
     assert chosen is not None
     return Explanation(subject, settings, "training", tuple(frames), chosen)
 
 
-def prediction(subject: Subject, maps: Maps) -> str:
-    """Return what the model says of the picture, and the class explained if it is another."""
+def prediction(subject: Subject, maps: Maps) -> tuple[str, bool | None]:
+    """Return what the model says of the picture, and whether that is its label, if it has one.
+
+    The text also names the class that is explained, where it is not the predicted one.
+    """
     probabilities_Y = maps.logits_BY[0].softmax(0)
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
     said = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
+    right = subject.classes[top] == subject.label if subject.label else None
+    if right is not None:
+        said += f" {RIGHT}" if right else f" {WRONG} {subject.label}"
     if explained != top:
         said += f"   (explained: {subject.classes[explained]} {probabilities_Y[explained]:.1%})"
-    return said
+    return said, right

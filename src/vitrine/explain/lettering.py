@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 Font = ImageFont.FreeTypeFont
 PAPER, INK, SOFT = "#ffffff", "#1f2328", "#656d76"
 """Ground, text, and text that is less important."""
+RED, GREEN = "#b42318", "#1a7f37"
+"""Text of a wrong and of a right answer; both read well on the ground."""
 
 LONGEST = 1000
 """Characters of a text that are looked at: names come from strangers."""
@@ -70,11 +72,11 @@ def line_height(font: Font) -> int:
     return round(sum(font.getmetrics()) * 1.1)
 
 
-def draw_caption(caption: str, *, width: int, size: int) -> Image.Image:
-    """Draw lines below each other, the first one bold and larger."""
+def draw_caption(caption: str, *, width: int, size: int, ink: str = INK) -> Image.Image:
+    """Draw lines below each other, the first one bold, larger and in the given color."""
     first, *others = caption.split("\n")
     bold, plain = load_font(round(size * 1.2), bold=True), load_font(max(12, round(size * 0.8)))
-    lines = [(text, bold, INK) for text in wrap(first, bold, width)]
+    lines = [(text, bold, ink) for text in wrap(first, bold, width)]
     lines += [(text, plain, SOFT) for other in others for text in wrap(other, plain, width)]
     drawn = Image.new("RGB", (width, sum(line_height(font) for _, font, _ in lines)), PAPER)
     draw, y = ImageDraw.Draw(drawn), 0

@@ -62,6 +62,8 @@ class PageData:
     maps: Mapping[str, np.ndarray]
     title: str
     explained: int | None = None
+    label: str = ""
+    """The true class, where it is known."""
     mean_pool: bool = False
     """Whether the answer is read from the mean of the patches although there is a class token."""
 
@@ -141,6 +143,8 @@ def describe(data: PageData) -> dict[str, Any]:
             for name, map_LGJ in data.maps.items()
         },
         "explained": printable(data.classes[explained]),
+        "label": printable(data.label),
+        "right": data.classes[predicted] == data.label,
         "predictions": [top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
     }
 

@@ -215,6 +215,7 @@ def compose(
     panels: Sequence[Sequence[Panel]],
     *,
     caption: str = "",
+    ink: str = INK,
     colorbar: tuple[str, float, float, str] | None = None,
     row_titles: Sequence[str] = (),
 ) -> Image.Image:
@@ -223,6 +224,7 @@ def compose(
     Args:
         panels: rows of panels; those of one size line up as a grid.
         caption: below; its first line is bold, those after it are small.
+        ink: the color of the caption's first line.
         colorbar: a colour map, the values of its ends, and what they are.
         row_titles: text beside each row, read upwards.
     """
@@ -239,7 +241,7 @@ def compose(
     if colorbar:
         blocks.append(draw_colorbar(colorbar, width=blocks[0].width, size=size))
     if caption:
-        blocks.append(draw_caption(caption, width=blocks[0].width, size=size))
+        blocks.append(draw_caption(caption, width=blocks[0].width, size=size, ink=ink))
     return ImageOps.expand(stack(blocks, gap=round(size * 0.9)), round(size * 1.2), PAPER)
 
 

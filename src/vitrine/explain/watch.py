@@ -12,6 +12,8 @@ from vitrine.data.images import ImageSet, normalise
 from vitrine.errors import ConfigError, OutputError
 from vitrine.evaluation.metrics import evaluating
 from vitrine.explain import render
+from vitrine.explain.explanation import RIGHT, WRONG
+from vitrine.explain.lettering import GREEN, INK, RED
 from vitrine.explain.methods import MapSettings, compute_maps
 
 WATCHED = 8
@@ -33,7 +35,8 @@ def choose_watched(validation: ImageSet, every: int) -> ImageSet:
 def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Path) -> Path:
     """Draw each image, and below it the rollout of the attention through all blocks; return path.
 
-    Over an image stands its class, below its map what the model takes it for.
+    The title of an image is its label; the title of its map is the prediction, marked as right or
+    wrong.
 
     Raises:
         OutputError: the file cannot be written.
@@ -51,10 +54,14 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
         map_GJ = render.normalise(maps.values_BLGJ[column, -1:].cpu().numpy(), "frame")[0]
         seen_HWC = render.dim(raw_HWC, render.place(map_GJ, size_hw, size_hw, config.data.fit))
         label = int(images.labels_B[column])
-        for row, picture_HWC, index in ((0, raw_HWC, label), (1, seen_HWC, guess)):
-            axes[row, column].imshow(picture_HWC)
-            axes[row, column].set_title(images.classes[index][:14], fontsize=9, parse_math=False)
-            axes[row, column].set_axis_off()
+        mark, ink = (RIGHT, GREEN) if guess == label else (WRONG, RED)
+        upper = raw_HWC, images.classes[label][:14], INK
+        lower = seen_HWC, f"{mark} {images.classes[guess][:12]}", ink
+        for axis, (picture_HWC, title, color) in zip(axes[:, column], (upper, lower), strict=True):
+            axis.imshow(picture_HWC)
+            axis.set_title(title, fontsize=9, parse_math=False, color=color)
+            axis.set_axis_off()
+    figure.suptitle("Above: image and label. Below: attention rollout and prediction.", fontsize=9)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=80)
