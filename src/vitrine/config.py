@@ -135,7 +135,7 @@ class TrainingConfig:
     layer_decay: float = 1.0
     """Learning rate of each block as a share of the next one's; 1 for all alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto takes bfloat16 autocast where the hardware multiplies it natively."""
+    """Number format of the products, Muon's included: auto takes bfloat16 where it is native."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
 

@@ -7,16 +7,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vitrine.devices import multiplies_bfloat16
-
 
 class Muon(Optimizer):
     """Steps along the nearest orthogonal matrix to the momentum (Nesterov's).
 
     Convolution kernels count as matrices of one row an output channel. The result is that of
     ``torch.optim.Muon`` but for rounding. Three things differ: kernels are taken, matrices of one
-    shape are worked on together, and the iteration runs in float32 where the hardware does not
-    multiply bfloat16 (there torch's own took a quarter of a training step: docs/log.md).
+    shape are worked on together, and the iteration multiplies in ``dtype``. (torch's own always
+    takes bfloat16; where the hardware emulates it that was a quarter of a training step:
+    docs/log.md.)
+
+    Args:
+        params: weights, or groups of them.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        momentum: share of the momentum that is kept at each step.
+        dtype: number format of the iteration's products.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -28,7 +34,9 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -44,7 +52,7 @@ class Muon(Optimizer):
                 directions = [self.direction(weight, group["momentum"]) for weight in weights]
                 stacked = torch.stack([d.reshape(rows, columns) for d in directions])
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, step in zip(weights, orthogonalise(stacked), strict=True):
+                for weight, step in zip(weights, orthogonalise(stacked, self.dtype), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(step.view(weight.shape), alpha=-rate)
 
@@ -64,15 +72,15 @@ def matrix_shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """Bring all singular values of each matrix near 1 (0.7 to 1.2) by Newton–Schulz iteration.
 
     Shapes:
-        matrices (n, rows, columns) -> the same, in the dtype given.
+        matrices (n, rows, columns) -> the same, in their own dtype; the products are in ``dtype``.
 
     Source: Jordan et al. 2024, the quintic with a = 3.4445, b = -4.7750, c = 2.0315.
     """
-    x: Tensor = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
+    x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from vitrine.config import TrainingConfig
+from vitrine.devices import choose_precision
 from vitrine.training.muon import Muon
 
 KERNEL_RATE = 5
@@ -31,7 +32,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
         ]
         groups = by_layer([g for g in groups if g["params"]], model, config.layer_decay)
         if matrices:
-            optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay))
+            dtype = choose_precision(config.precision, next(model.parameters()).device)
+            optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay, dtype=dtype))
     decayed = {n: p for n, p in parameters.items() if config.decay == "all" or is_matrix(n, p)}
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
