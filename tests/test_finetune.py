@@ -9,16 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from layouts import make_state
-from vitrine import pretrained
+from vitrine import pretrained, ranks
 from vitrine.checkpoint import CheckpointInfo, save_weights_file
 from vitrine.cli import main
 from vitrine.config import Config, ModelConfig, TrainingConfig
 from vitrine.configfile import from_json, read_json
+from vitrine.data.batches import Batches
+from vitrine.data.images import ImageSet
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.model import VisionTransformer
 from vitrine.model.adapt import resize_positions
 from vitrine.model.convert import convert
 from vitrine.run import Run
+from vitrine.training.loop import set_training_mode, train
 from vitrine.training.optim import make_optimizers
 from vitrine.training.state import TrainingState
 
@@ -71,6 +74,75 @@ def test_a_frozen_backbone_leaves_only_the_head_to_learn(
     state = TrainingState.start(VisionTransformer(tiny_model), config)
     learnt = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
     assert set(learnt) == set(state.model.head.parameters())
+
+
+FROZEN = from_json(
+    {
+        "model": {
+            "image_size": 8, "patch_size": 4, "embed_dim": 12, "n_layers": 3,
+            "n_attention_heads": 3, "n_classes": 5, "stem": "conv", "dropout": 0.5,
+            "drop_path": 0.5,
+        },
+        "training": {
+            "init": "x", "freeze_backbone": True, "batch_size": 4, "epochs": 2, "ema_decay": 0.9,
+            "precision": "float32",
+        },
+    }
+)  # fmt: skip
+
+
+def noise_batches(config: Config) -> Batches:
+    generator = torch.Generator().manual_seed(3)
+    raw_BCHW = torch.randint(256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = ImageSet(raw_BCHW, torch.arange(10) % 5, tuple("abcde"))
+    return Batches(
+        images, config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
+        device=torch.device("cpu"), mean=config.data.mean, std=config.data.std,
+    )  # fmt: skip
+
+
+def test_a_frozen_backbone_with_batch_norm_stays_as_it_was_to_the_bit() -> None:
+    torch.manual_seed(1)
+    state = TrainingState.start(VisionTransformer(FROZEN.model), FROZEN.training)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    assert any("running_var" in name for name in before)
+    for _ in train(state, noise_batches(FROZEN), FROZEN):
+        pass
+    for weights in (state.model.state_dict(), state.weights()):  # the model's and the average's
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, before[name]) is not name.startswith("head."), name
+
+
+def test_a_frozen_backbone_drops_nothing_while_the_head_trains() -> None:
+    torch.manual_seed(1)
+    model = VisionTransformer(FROZEN.model)
+    state, batches = TrainingState.start(model, FROZEN.training), noise_batches(FROZEN)
+    images_BCHW, targets_BY, _ = batches(0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model.eval()(images_BCHW), targets_BY)
+    assert next(train(state, batches, FROZEN)).loss == pytest.approx(expected.item(), rel=1e-6)
+    assert model.head.training
+    trained_whole = dataclasses.replace(FROZEN.training, freeze_backbone=False)
+    assert next(
+        train(state, batches, dataclasses.replace(FROZEN, training=trained_whole))
+    ).loss != pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_ranks_leave_a_frozen_backbones_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VisionTransformer(FROZEN.model)
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(ranks, "add_up", lambda tensors: [tensor.mul_(3) for tensor in tensors])
+    set_training_mode(model, frozen=True)
+    ranks.merge(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    set_training_mode(model, frozen=False)
+    ranks.merge(model)  # a third three times is not the whole to the bit
+    assert not all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

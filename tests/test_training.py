@@ -152,21 +152,32 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_follows_its_formula() -> None:
-    config = changed("training", ema_decay=0.75)
+def test_the_average_follows_its_formula_and_warms_up() -> None:
+    config = changed("training", ema_decay=0.25)
     torch.manual_seed(2)
     state = TrainingState.start(VisionTransformer(config.model), config.training)
     wanted: list[Tensor] = []
-    for update in train(state, batches(config), config):
+    # min(0.25, (1 + n) / (10 + n)) after n = 1, 2, 3, 4 updates; the first update is copied
+    decays = [0.0, 2 / 11, 3 / 12, 0.25, 0.25]
+    for update, decay in zip(train(state, batches(config), config), decays, strict=False):
         weights = [p.detach().clone() for p in state.model.parameters()]
-        if wanted:
-            weights = [0.75 * a + 0.25 * w for a, w in zip(wanted, weights, strict=True)]
-        wanted = weights
-        if update.step == 5:
+        pairs = zip(wanted or weights, weights, strict=True)
+        wanted = [decay * a + (1 - decay) * w for a, w in pairs]
+        if update.step == len(decays):
             break
     assert state.average is not None
     for average, weight in zip(state.best_model.parameters(), wanted, strict=True):
         torch.testing.assert_close(average, weight)
+
+
+def test_the_average_of_a_short_run_is_not_its_first_weights() -> None:
+    state = trained(changed("training", ema_decay=0.9999), updates=9)
+    torch.manual_seed(2)
+    first = VisionTransformer(BASE.model)
+    for name, last in state.model.named_parameters():
+        average, start = (m.get_parameter(name) for m in (state.best_model, first))
+        if (last - start).norm() > 1e-3:
+            assert (average - last).norm() < 0.5 * (last - start).norm(), name
 
 
 def test_clipping_bounds_the_gradient() -> None:

@@ -125,13 +125,15 @@ class TrainingConfig:
     accumulate: int = 1
     """Parts a batch is cut into, one backward pass each, to save memory."""
     ema_decay: float = 0.0
-    """Decay per update of the average of the weights that is tested and saved; 0 for none."""
+    """Test and save a moving average of the weights with this decay per update; 0 for none. After
+    n updates the decay is at most (1 + n) / (10 + n), so that short runs are averaged, too."""
     init: str = ""
     """Weights to start from: whatever a model can be named by; at random unless given."""
     new_head: bool = False
     """Start from init without its head, for other classes."""
     freeze_backbone: bool = False
-    """Train the head alone and keep all else as init has it."""
+    """Train the head alone. Everything else stays as in init, batch norm's statistics included, and
+    computes as in evaluation, without dropout."""
     layer_decay: float = 1.0
     """Learning rate of each block as a share of the next one's; 1 for all alike."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -112,7 +112,8 @@ def merge(model: nn.Module, *sums: Tensor) -> None:
 
     If each rank's loss is the sum over its share divided by the size of the whole batch, the
     gradients become the whole batch's. Running statistics (of batch norm) are every persistent
-    buffer of floats: they change linearly, so their mean is what the ranks saw together.
+    buffer of floats in a module in training mode: they change linearly, so their mean is what the
+    ranks saw together. Those of a frozen module stay as they are, to the bit.
     """
     if count() == 1:
         return
@@ -120,7 +121,11 @@ def merge(model: nn.Module, *sums: Tensor) -> None:
     for weight in weights:
         if weight.grad is None:  # this rank's share was empty
             weight.grad = torch.zeros_like(weight)
-    statistics = [t for t in model.state_dict(keep_vars=True).values() if is_statistic(t)]
+    statistics = [
+        tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if is_statistic(tensor) and model.get_submodule(name.rpartition(".")[0]).training
+    ]
     for statistic in statistics:
         statistic /= count()
     add_up([*(w.grad for w in weights if w.grad is not None), *sums, *statistics])

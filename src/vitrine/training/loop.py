@@ -14,6 +14,7 @@ from vitrine.config import Config
 from vitrine.data.batches import Batch, Batches
 from vitrine.devices import choose_compile, choose_precision
 from vitrine.errors import TrainingError
+from vitrine.model import VisionTransformer
 from vitrine.training.optim import set_learning_rate
 from vitrine.training.schedule import multiplier
 from vitrine.training.state import TrainingState
@@ -75,7 +76,7 @@ def train_step(
     state: TrainingState, forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
 ) -> tuple[float, int]:
     """Make one update; return the mean loss and the number of images classified right."""
-    state.model.train()
+    set_training_mode(state.model, frozen=config.training.freeze_backbone)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
     loss_sum, correct_sum = backward(forward, batch, config)
@@ -98,6 +99,15 @@ def train_step(
     if state.average is not None:
         state.average.update_parameters(state.model)
     return loss, correct
+
+
+def set_training_mode(model: VisionTransformer, *, frozen: bool) -> None:
+    """Put the model into training mode, or with a frozen backbone its head alone.
+
+    In evaluation mode the backbone's batch norm keeps its statistics, and nothing is dropped.
+    """
+    model.train(not frozen)
+    model.head.train()
 
 
 def backward(

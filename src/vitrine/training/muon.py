@@ -80,7 +80,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 
     Source: Jordan et al. 2024, the quintic with a = 3.4445, b = -4.7750, c = 2.0315.
     """
-    x = matrices.to(dtype)
+    x: Tensor = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)

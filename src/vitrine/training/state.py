@@ -1,6 +1,6 @@
 """Everything that training changes, to and from plain tensors and numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class TrainingState:
             freeze_backbone(model)
         average = None
         if config.ema_decay:
-            update = get_ema_multi_avg_fn(config.ema_decay)
+            update = warming_average(config.ema_decay)
             average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         return cls(model, make_optimizers(model, config), average)
 
@@ -137,6 +137,22 @@ class TrainingState:
         tally = Tally(**numbers["tally"])
         self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
         self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
+
+
+def warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return how AveragedModel takes in an update: with a decay that rises to ``decay``.
+
+    After n updates it is ``min(decay, (1 + n) / (10 + n))``, so that the average of a short run is
+    not that of its first weights. The first update is copied.
+
+    Source: TensorFlow's ExponentialMovingAverage, ``num_updates``; timm's ModelEmaV3.
+    """
+
+    def update(averages: Any, weights: Any, count: Any) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(now)(averages, weights, count)
+
+    return update
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
