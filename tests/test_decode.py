@@ -15,7 +15,8 @@ from PIL import Image
 from vitrine.data import decode as decoding
 from vitrine.data import pictures
 from vitrine.data.decode import Decoded, decode
-from vitrine.data.pictures import enough_side, fit_picture, read_picture, stack_pictures
+from vitrine.data.inputs import stack_pictures
+from vitrine.data.pictures import enough_side, fit_picture, read_picture
 from vitrine.data.wide import Extent, PixelRange, choose_range, join, measure, to_bytes
 from vitrine.errors import DataError
 

@@ -350,6 +350,7 @@ def predicting(world: World) -> None:
     file = io.BytesIO()
     Image.fromarray(world.picture).save(file, "PNG")
     world.classifier.predict([world.picture, file.getvalue()], top_k=2)
+    world.classifier.prepare(world.picture)
     _ = world.classifier.device, world.classifier.mean, world.classifier.std
 
 
@@ -368,6 +369,7 @@ def explaining_in_other_ways(world: World) -> None:
     explanation.explain(subject, settings, kind="training",
                         checkpoints=[("one", world.model), ("two", world.model)])  # fmt: skip
     explanation.compare(subject, [settings, MapSettings(method="gradcam")])
+    world.explained(method="all")
 
 
 def drawing_a_sheet(world: World) -> None:

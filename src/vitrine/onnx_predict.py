@@ -6,6 +6,7 @@ A file says of itself, in its metadata, all that reading pictures needs:
     classes         their names, a JSON list in the order of the logits
     mean, std       per channel, pixels counted 0 to 1: three numbers each, JSON lists
     fit             how a picture of another shape is made to fit: crop, pad or squash
+    pixel_range     the values of black and white in 16-bit pictures, a JSON list, or null
     preprocessing   the same in words
 
 It has one of two faces. Input ``images`` (B, C, H, W), float32, normalised, gives ``logits``
@@ -23,7 +24,8 @@ import numpy as np
 
 from vitrine.config import Config
 from vitrine.configfile import from_json, to_json
-from vitrine.data.pictures import Fit, Picture, channel_scale, stack_pictures
+from vitrine.data.inputs import Pictures, stack_pictures
+from vitrine.data.pictures import WHITE, Color, Fit, channel_scale
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.extras import need
 from vitrine.predictions import Prediction, rank
@@ -41,7 +43,8 @@ PREPROCESSING = {
 def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[str, str]:
     """Return what a file says of itself; nothing in it tells of the machine that wrote it."""
     sections = to_json(config)
-    data = {name: json.dumps(sections["data"][name]) for name in ("mean", "std")}
+    names = ("mean", "std", "pixel_range")
+    data = {name: json.dumps(sections["data"][name]) for name in names}
     return {
         "model": json.dumps(sections["model"]),
         "classes": json.dumps(list(classes), ensure_ascii=False),
@@ -57,14 +60,15 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
     Raises:
         CheckpointError: something is missing or cannot be.
     """
-    missing = {"model", "classes", "mean", "std", "fit"} - set(metadata)
+    missing = {"model", "classes", "mean", "std", "fit", "pixel_range"} - set(metadata)
     if missing:
         raise CheckpointError(
             f"{where}: not exported by vitrine: its metadata lack {', '.join(sorted(missing))}"
         )
     try:
         classes = json.loads(metadata["classes"])
-        numbers = {name: json.loads(metadata[name]) for name in ("mean", "std")}
+        names = ("mean", "std", "pixel_range")
+        numbers = {name: json.loads(metadata[name]) for name in names}
         data = {"fit": metadata["fit"], **numbers}
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
@@ -88,18 +92,34 @@ class OnnxClassifier:
     fit: Fit
     source: str = ""
 
-    def predict(
-        self, pictures: Picture | Sequence[Picture], top_k: int = 3
-    ) -> list[list[Prediction]]:
+    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
         """Return for each picture its ``top_k`` most probable classes, the most probable first.
 
         Raises:
             PictureError: a picture cannot be read.
             ConfigError: top_k is below 1.
         """
-        model = self.config.model
-        raw_BHWC = stack_pictures(pictures, model.image_hw, model.n_channels, self.fit)
+        return self.predict_raw(self.read(pictures), top_k)
+
+    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
+        """Return what ``predict`` returns, of pictures that ``read`` has read."""
         return rank(self.probabilities(raw_BHWC), self.classes, top_k)
+
+    def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
+        """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
+
+        Raises:
+            PictureError: a picture cannot be read.
+        """
+        model, data = self.config.model, self.config.data
+        return stack_pictures(
+            pictures,
+            model.image_hw,
+            model.n_channels,
+            self.fit,
+            pixel_range=data.pixel_range,
+            background=background,
+        )
 
     def probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
         """Return class probabilities (B, Y) of pictures at the model's size.

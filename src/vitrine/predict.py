@@ -1,6 +1,5 @@
 """Pictures -> predictions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrine.config import Config
+from vitrine.config import Config, require
 from vitrine.data.images import normalise
-from vitrine.data.pictures import Picture, fit_picture, read_picture, stack_pictures
-from vitrine.explain.explanation import Explanation, Subject, choose, explain
-from vitrine.explain.methods import MapSettings
+from vitrine.data.inputs import Picture, Pictures, only_picture, read_one, stack_pictures
+from vitrine.data.pictures import WHITE, Color, gray_to_rgb, source_name
+from vitrine.explain.explanation import Explanation, Subject, choose, compare, explain
+from vitrine.explain.settings import ALL, MapSettings, check_names, settings_of_all
 from vitrine.explain.walk import require_finite
 from vitrine.model import VisionTransformer
 from vitrine.predictions import Prediction, rank
@@ -50,16 +50,23 @@ class Classifier:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def predict(
-        self, pictures: Picture | Sequence[Picture], top_k: int = 3
-    ) -> list[list[Prediction]]:
+    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
         """Return for each picture its ``top_k`` most probable classes, the most probable first.
+
+        Args:
+            pictures: one or several; see ``vitrine.data.inputs`` for all that is taken.
+            top_k: number of classes for each picture.
 
         Raises:
             PictureError: a picture cannot be read.
             ConfigError: top_k is below 1.
         """
-        return rank(self.probabilities(self.prepare(pictures)).numpy(), self.classes, top_k)
+        return self.predict_raw(self.read(pictures), top_k)
+
+    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
+        """Return what ``predict`` returns, of pictures that ``read`` has read."""
+        probabilities_BY = self.probabilities(self.normalise(raw_BHWC))
+        return rank(probabilities_BY.numpy(), self.classes, top_k)
 
     def explain(
         self,
@@ -74,44 +81,71 @@ class Classifier:
 
         Args:
             picture: any kind of picture.
-            frames: what goes on from frame to frame: rollout, layers, heads or queries.
-            class_name: the class to explain; the predicted one unless given.
-            name: what the picture is called; its file's name unless given.
+            frames: what changes from frame to frame: rollout, layers, heads or queries.
+            class_name: the class to explain. Default: the predicted one.
+            name: what the picture is called. Default: its file's name.
             settings: fields of ``explain.methods.MapSettings``: method, fusion, discard_ratio,
-                query, layers, heads.
+                query, layers, heads. method "all" shows every method, a frame each.
 
         Raises:
             PictureError: the picture cannot be read.
-            ConfigError: settings that cannot be, or a class, layer or head that is not there.
+            ConfigError: an unknown setting, or a class, layer or head that is not there.
         """
-        method, _ = choose(settings.pop("method", None), frames)
-        asked = MapSettings(method=method, **settings)
-        subject = self.subject(picture, name=name)
+        check_names(settings)
+        subject, method = self.subject(picture, name=name), settings.pop("method", None)
+        if method == ALL:
+            require(frames is None, f"method {ALL} has a frame for each method: leave out frames")
+            return compare(subject, settings_of_all(**settings), class_name=class_name)
+        chosen, _ = choose(method, frames)
+        asked = MapSettings(method=chosen, **settings)
         return explain(subject, asked, kind=frames, class_name=class_name)
 
     def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
         """Return one picture as explanations need it."""
-        rgb_HWC = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-        named = name or (Path(picture).name if isinstance(picture, str | Path) else "picture")
+        named = name or Path(source_name(picture)).name or "picture"
+        picture = only_picture(picture)
+        raw_1HWC = self.read(picture)
+        raw_HWC = raw_1HWC[0]
         return Subject(
             model=self.model,
-            image_1CHW=self.prepare(rgb_HWC),
-            raw_HWC=fit_picture(rgb_HWC, self.config.model.image_hw, self.config.data.fit),
-            picture_HWC=rgb_HWC,
+            image_1CHW=self.normalise(raw_1HWC),
+            raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
+            picture_HWC=read_one(picture, pixel_range=self.config.data.pixel_range),
             fit=self.config.data.fit,
             classes=self.classes,
             name=named,
             label=label,
         )
 
-    def prepare(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+    def prepare(self, pictures: Pictures) -> Tensor:
         """Turn pictures of any kind and size into what the model reads.
 
         Shapes:
             images_BCHW, float32, normalised, on the model's device.
+
+        Raises:
+            PictureError: a picture cannot be read.
         """
-        model = self.config.model
-        raw_BHWC = stack_pictures(pictures, model.image_hw, model.n_channels, self.config.data.fit)
+        return self.normalise(self.read(pictures))
+
+    def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
+        """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
+
+        Raises:
+            PictureError: a picture cannot be read.
+        """
+        model, data = self.config.model, self.config.data
+        return stack_pictures(
+            pictures,
+            model.image_hw,
+            model.n_channels,
+            data.fit,
+            pixel_range=data.pixel_range,
+            background=background,
+        )
+
+    def normalise(self, raw_BHWC: np.ndarray) -> Tensor:
+        """Turn bytes into what the model reads (B, C, H, W), float32, on the model's device."""
         raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
         return normalise(raw_BCHW, self.mean, self.std)
 

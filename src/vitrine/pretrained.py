@@ -1,6 +1,7 @@
 """A name, file, folder or hub id -> a model ready to use."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
     Raises:
         CheckpointError: as ``load``, but weights without a head are welcome.
     """
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise CheckpointError(f"a model is a name or path, not a {kind}: for example cifar10")
     path = Path(source)
     if hub.is_hub_id(source):
         path = hub.download(str(source))

@@ -17,8 +17,6 @@ from vitrine.cli.parsing import parse
 from vitrine.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from vitrine.onnx_predict import OnnxClassifier
     from vitrine.predict import Classifier
     from vitrine.predictions import Prediction
@@ -113,20 +111,23 @@ def predict_all(
     classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
 ) -> tuple[list[Answer], list[str]]:
     """Classify the pictures that can be read; return answers, and what was wrong with the rest."""
-    from vitrine.data.pictures import read_picture
+    import numpy as np
 
     answers: list[Answer] = []
     broken: list[str] = []
     for start in range(0, len(names), CHUNK):
-        readable: list[tuple[str, np.ndarray]] = []
+        read: list[str] = []
+        raws: list[np.ndarray] = []
         for name in names[start : start + CHUNK]:
             source = sys.stdin.buffer.read() if name == "-" else name
             try:
-                readable.append((name, read_picture(source, background=options.background)))
+                raws.append(classifier.read(source, background=options.background))
+                read.append(name)
             except PictureError as error:
                 broken.append(str(error))
-        predictions = classifier.predict([picture for _, picture in readable], options.top_k)
-        answers += zip((name for name, _ in readable), predictions, strict=True)
+        if raws:
+            predictions = classifier.predict_raw(np.concatenate(raws), options.top_k)
+            answers += zip(read, predictions, strict=True)
     return answers, broken
 
 

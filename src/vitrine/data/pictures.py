@@ -27,10 +27,9 @@ Fit = Literal["crop", "pad", "squash"]
 Size = tuple[int, int]
 """Height and width in pixels."""
 Color = tuple[int, int, int]
-Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+BYTES = bytes | bytearray | memoryview
+Source = str | os.PathLike[str] | BYTES | BinaryIO | Image.Image
 """A picture that Pillow reads: a file's name, its content, the open file, or an image."""
-Picture = str | Path | bytes | Image.Image | np.ndarray
-"""A file's name or content, a Pillow image, or an array (H, W, 3) of uint8."""
 
 WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 100_000_000
@@ -89,6 +88,7 @@ def read_picture(
     background: Color = WHITE,
     pixel_range: PixelRange | None = None,
     shorter_side: int | None = None,
+    name: str = "the picture",
 ) -> np.ndarray:
     """Return the picture as RGB bytes (H, W, 3), upright, its first frame, over ``background``.
 
@@ -101,12 +101,13 @@ def read_picture(
             from the values of this picture, see ``wide.choose_range``; that is logged once.
         shorter_side: decode a JPEG file at half, a quarter or an eighth of its size, as long as
             its shorter side keeps this many pixels. Default: at full size.
+        name: what it is called in messages, if it is not a file with a name.
 
     Raises:
         PictureError: it is not a picture, is damaged, or has more than MAX_PIXELS pixels. A larger
             JPEG is reduced instead.
     """
-    name = source_name(source)
+    name = source_name(source) or name
     try:
         pixels = read_pixels(source, background=background, shorter_side=shorter_side)
     except PictureError as error:
@@ -143,19 +144,17 @@ def read_pixels(
         raise PictureError(f"cannot be read: {reason.splitlines()[0]:.100}") from error
 
 
-def source_name(source: Source) -> str:
-    """Return what a picture is called in messages."""
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    name = None if isinstance(source, bytes | Image.Image) else getattr(source, "name", None)
-    return name if isinstance(name, str) else "the picture"
+def source_name(source: object) -> str:
+    """Return the name of a picture's file; empty if it has none."""
+    name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
+    return str(name) if isinstance(name, str | os.PathLike) else ""
 
 
-def open_file(source: "str | os.PathLike[str] | bytes | BinaryIO") -> BinaryIO:
+def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
     """Return a file to read from its beginning, which its user may close."""
     if isinstance(source, str | os.PathLike):
         return Path(source).open("rb")
-    if isinstance(source, bytes):
+    if isinstance(source, BYTES):
         return io.BytesIO(source)
     if source.seekable():
         source.seek(0)
@@ -337,28 +336,6 @@ def enough_side(size_hw: Size) -> int:
     white noise. From 12 megapixels to 96 pixels it is eight times as fast.
     """
     return 4 * max(size_hw)
-
-
-def stack_pictures(
-    pictures: Picture | Sequence[Picture],
-    size_hw: Size,
-    n_channels: int,
-    fit: Fit,
-    pixel_range: PixelRange | None = None,
-) -> np.ndarray:
-    """Turn pictures of any kind and size into one array of bytes of the model's size (B, H, W, C).
-
-    Raises:
-        PictureError: a picture cannot be read.
-    """
-    if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-        pictures = [pictures]
-    raws, side = [], enough_side(size_hw)
-    for picture in pictures:
-        if not isinstance(picture, np.ndarray):
-            picture = read_picture(picture, pixel_range=pixel_range, shorter_side=side)
-        raws.append(fit_channels(picture, size_hw, fit, n_channels))
-    return np.stack(raws) if raws else np.zeros((0, *size_hw, n_channels), np.uint8)
 
 
 def channel_scale(

@@ -59,10 +59,10 @@ class Subject:
         Raises:
             ConfigError: the model has no such class; the nearest is offered.
         """
+        hint = nearest(name, self.classes) if isinstance(name, str) else ""
         require(
             name in self.classes,
-            f"the model has no class {name!r}{nearest(name, self.classes)}: "
-            f"one of {', '.join(self.classes[:20])}",
+            f"the model has no class {name!r:.100}{hint}: one of {', '.join(self.classes[:20])}",
         )
         return self.classes.index(name)
 

@@ -1,7 +1,8 @@
 """Which map: the methods there are, and the settings that each of them serves."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from vitrine.config import require, require_range
 from vitrine.errors import ConfigError, nearest
@@ -9,6 +10,8 @@ from vitrine.explain.maps import HeadFusion
 
 Method = Literal["attention", "rollout", "gradient_rollout", "relevance", "gradcam", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
+ALL = "all"
+"""Stands for every method."""
 
 SERVED: dict[Method, tuple[str, ...]] = {
     "attention": ("fusion", "query", "layers", "heads"),
@@ -66,6 +69,29 @@ class MapSettings:
                     f"{field.name} does not go with method {self.method}: "
                     f"{WHY_NOT[self.method]}; leave {field.name} out"
                 )
+
+
+def settings_of_all(**settings: Any) -> list[MapSettings]:
+    """Return the settings of every method, each with those of ``settings`` that it serves."""
+    return [
+        MapSettings(
+            method=method,
+            **{name: value for name, value in settings.items() if name in ("chunk", *served)},
+        )
+        for method, served in SERVED.items()
+    ]
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Refuse a setting of maps that there is not.
+
+    Raises:
+        ConfigError: the nearest name is offered.
+    """
+    known = [field.name for field in fields(MapSettings)]
+    for name in settings:
+        hint = nearest(name, known)
+        require(name in known, f"no setting {name!r:.60}{hint}: one of {', '.join(known)}")
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -103,7 +103,15 @@ class VisionTransformer(nn.Module):
         return self.classify(tokens_BTD), tuple(attentions)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return the tokens the first block reads (B, T, D)."""
+        """Return the tokens the first block reads (B, T, D).
+
+        Raises:
+            ConfigError: the images are not (B, C, H, W) of the model's size.
+        """
+        C, (H, W) = self.config.n_channels, self.config.image_hw
+        if images_BCHW.ndim != 4 or images_BCHW.shape[1:] != (C, H, W):
+            shape = tuple(images_BCHW.shape)
+            raise ConfigError(f"images have shape {shape}: give (number of images, {C}, {H}, {W})")
         tokens_BND = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         if self.config.position != "rope":
             tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
