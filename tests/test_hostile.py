@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,10 @@ def test_what_is_not_finite_or_too_large_is_no_setting() -> None:
 
 
 def test_an_error_is_one_line_that_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> int:
+    def fail(words: Sequence[str]) -> int:
         raise DataError("/tmp/\x1b[31mred\n.png: \u202egnp no picture")
 
-    assert guarded(fail) == 2
+    assert guarded(fail, []) == 2
     assert capsys.readouterr().err == "vitrine: /tmp/�[31mred�.png: �gnp no picture\n"
 
 

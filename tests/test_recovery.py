@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -353,12 +353,12 @@ def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
         pass
 
 
-def interrupted() -> int:
+def interrupted(words: Sequence[str]) -> int:
     raise KeyboardInterrupt
 
 
 def test_ctrl_c_outside_of_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.guarded(interrupted) == 130
+    assert cli.guarded(interrupted, []) == 130
     assert capsys.readouterr().err == "vitrine: stopped\n"
 
 

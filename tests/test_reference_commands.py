@@ -47,7 +47,7 @@ def weights(here: Path, cifar_folder: Path) -> Path:
 def wrong(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run test.py with words that it must refuse; return its one line."""
     capsys.readouterr()
-    assert guarded(lambda: run_test(words)) == 2
+    assert guarded(run_test, words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

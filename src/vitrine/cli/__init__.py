@@ -1,10 +1,16 @@
 """Words in, exit codes out. Heavy imports wait inside the commands; no science here.
 
-Exit codes: 0 done; 1 done in part, or training could not go on; 2 refused, with one line that says
-why; 128 + n stopped by signal n.
+Exit codes:
+    0        done
+    1        done in part, or the command could not go on: a loss that is not finite, no memory, a
+             full disk, a library that cannot be imported
+    2        refused: a mistake in the command, its settings, data or weights
+    70       an error in Vitrine itself; the traceback is in the file that the message names
+    128 + n  stopped by signal n
 """
 
 import importlib
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,12 +46,20 @@ Start here:
   vitrine train --preset quick         two minutes on a laptop, no data needed
   vitrine predict cat.png              with the newest model
   vitrine explain cat.png              what it looked at, as an animation
+
+--debug with any command prints the traceback of an error.
 """
+
+DEBUG = "--debug"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Answer --help and --version, or run a command."""
     if not words or words[0] in ("-h", "--help"):
         lines = (f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
         print(USAGE.format(commands="\n".join(lines)), end="")
@@ -55,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"vitrine {version('vitrine')}")
         return 0
-    return guarded(lambda: run(words[0], words[1:]))
+    return run(words[0], words[1:])
 
 
 def run(command: str, words: Sequence[str]) -> int:
@@ -73,17 +87,49 @@ def exit_code(error: VitrineError) -> int:
     return 1 if isinstance(error, TrainingError) else 2
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command; turn our own exceptions into one line and an exit code."""
+def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """Run a command; turn every exception into one line on standard error and an exit code.
+
+    ``--debug`` among the words prints the traceback instead.
+    """
     keep_freed_memory()
+    accept_any_character()
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
     try:
-        return command()
-    except VitrineError as error:
-        print(f"vitrine: {error}", file=sys.stderr)
-        return exit_code(error)
+        code = command(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, so that a full disk behind a pipe is reported, too
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
         print("vitrine: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrine info | head`
         sys.stdout = None
         return 1
+    except Exception as error:  # noqa: BLE001 (the edge of the program)
+        return conclude(error, words, debug=debug)
+    return code
+
+
+def conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
+    """Report an exception on standard error and return the exit code."""
+    from vitrine.cli import failures
+
+    if isinstance(error, OSError) and error.filename is None:
+        sys.stdout = None  # it may be what failed; Python would flush it again at its end
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, VitrineError):
+        if not debug:
+            print(f"vitrine: {error}", file=sys.stderr)
+        return exit_code(error)
+    return failures.explain(error)[1] if debug else failures.report(error, words)
+
+
+def accept_any_character() -> None:
+    """Write characters that the terminal or pipe has no code for as ``\\x``, never fail at them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -39,7 +39,7 @@ ARCHITECTURE = (
 
 def train_command() -> int:
     """Run ``python train.py``: the seed preset, with the reference's flags and ours."""
-    return guarded(lambda: run_train(sys.argv[1:]))
+    return guarded(run_train, sys.argv[1:])
 
 
 def run_train(words: Sequence[str]) -> int:
@@ -134,7 +134,7 @@ class ReferenceTestOptions:
 
 def test_command() -> int:
     """Run ``python test.py``."""
-    return guarded(lambda: run_test(sys.argv[1:]))
+    return guarded(run_test, sys.argv[1:])
 
 
 def run_test(words: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a request that the loop reads between two updates."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -46,8 +47,14 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM inside the block; put the old handlers back after it."""
+    """Note SIGINT and SIGTERM inside the block; put the old handlers back after it.
+
+    Python delivers signals to the main thread only: in any other one there is nothing to note.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     wanted = (signal.SIGINT, signal.SIGTERM)
     old = {number: signal.signal(number, request.note) for number in wanted}
     try:

@@ -1,0 +1,179 @@
+"""The edge of the command line: every exception is one line, with a remedy where one is known."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrine.cli import failures, guarded, main
+from vitrine.cli.failures import COULD_NOT, UNEXPECTED
+from vitrine.cli.signals import stop_requests
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own; so do temporary files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def raised_by(function: Callable[[], object]) -> Exception:
+    """The exception that a function really raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (any: that is the point)
+        function()
+    assert isinstance(caught.value, Exception)
+    return caught.value
+
+
+def end_with(error: Exception, *words: str) -> int:
+    """Run a command that ends with this exception."""
+
+    def command(words: Sequence[str]) -> int:
+        raise error
+
+    return guarded(command, ["train", *words])
+
+
+def one_value() -> object:
+    return torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1))
+
+
+KNOWN: dict[str, tuple[Callable[[], object], str]] = {
+    "numpy": (lambda: np.empty((1 << 56,)), "out of memory (asked for 512. PiB): lower --batch"),
+    "python": (lambda: bytearray(1 << 62), "out of memory: lower --batch_size"),
+    "torch": (lambda: torch.empty(1 << 50), "out of memory (asked for 4503599627370496 bytes): lo"),
+    "batch norm": (one_value, "needs more than one value per channel"),
+    "not a folder": (lambda: Path(__file__, "x").write_text(""), "choose another place"),
+    "long name": (lambda: Path("x" * 5000).write_text(""), "File name too long: give a shorter"),
+    "encode": (lambda: "✓".encode("cp1252"), "set PYTHONUTF8=1"),
+    "decode": (lambda: b"\xff".decode(), "set PYTHONUTF8=1"),
+    "import": (lambda: __import__("nothing_like_this"), "a library cannot be imported"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_failure_is_one_line_with_a_remedy_and_its_traceback_in_a_file(
+    name: str, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    function, part = KNOWN[name]
+    assert end_with(raised_by(function), "--epochs", "3") == COULD_NOT
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert part in line
+    (file,) = (here / "temporary").iterdir()
+    assert f"(traceback: {file})" in line
+    content = file.read_text()
+    assert "Traceback (most recent call last)" in content
+    assert "arguments: train --epochs 3" in content
+
+
+def test_memory_of_a_gpu_is_recognized() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert failures.explain(error)[0].startswith("out of memory (asked for 2.00 GiB): lower")
+    error = RuntimeError("MPS backend out of memory (MPS allocated: 18.09 GB)")
+    assert failures.explain(error)[0].startswith("out of memory: lower")
+    error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    assert failures.explain(error)[0].startswith("out of memory: lower")
+
+
+def test_an_unexpected_error_is_one_line_that_commands_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = KeyError("a\x1b[31m\nb")
+    error.add_note("resume with: vitrine train --resume output/a")
+    assert end_with(error) == UNEXPECTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "\x1b" not in line
+    assert "unexpected KeyError: " in line
+    assert "; resume with: vitrine train --resume output/a (traceback: " in line
+    assert end_with(ZeroDivisionError()) == UNEXPECTED
+    assert "unexpected ZeroDivisionError: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_where_no_traceback_can_be_written_the_line_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert end_with(RuntimeError("odd")) == UNEXPECTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "traceback:" not in line
+
+
+def test_debug_prints_the_traceback_instead(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert end_with(RuntimeError("odd"), "--debug") == UNEXPECTED
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert not list((here / "temporary").iterdir())
+    assert main(["nonsense", "--debug"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert main(["nonsense"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
+    noted: list[int] = []
+
+    def work() -> None:
+        with stop_requests() as stop:
+            noted.append(stop.signal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert noted == [0]
+
+
+# --- standard output ------------------------------------------------------------------------------
+
+
+def run(*words: str, out: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line; its standard output goes to a file if given."""
+    command = [sys.executable, "-m", "vitrine", *words]
+    with Path(out or os.devnull).open("wb") as file:
+        return subprocess.run(
+            command, stdout=file if out else subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("encoding", "flag"), [("cp1252", "--csv"), ("ascii", "--top_k=2"), ("utf-8", "--csv")]
+)
+def test_standard_output_takes_any_character(encoding: str, flag: str, here: Path) -> None:
+    Image.new("RGB", (9, 9)).save(here / "猫.png")
+    words = ["predict", "猫.png", "--model_path", "cifar10", flag]
+    done = run(*words, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr.decode(encoding)
+    shown = done.stdout.decode(encoding)
+    if flag == "--csv":
+        assert ("猫.png" if encoding == "utf-8" else "\\u732b.png") in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full device")
+def test_a_full_disk_behind_standard_output_is_one_line(here: Path) -> None:
+    Image.new("RGB", (9, 9)).save(here / "cat.png")
+    done = run("predict", "cat.png", "--model_path", "cifar10", "--csv", out="/dev/full")
+    (line,) = done.stderr.decode().splitlines()
+    assert "standard output or a file: No space left on device: free some space" in line
+    assert done.returncode == COULD_NOT
+
+
+def test_a_reader_that_has_gone_is_no_fault(here: Path) -> None:
+    command = [sys.executable, "-m", "vitrine", "info"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b""
+    assert done.returncode == COULD_NOT
