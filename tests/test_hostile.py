@@ -37,12 +37,12 @@ from vitrine.checkpoint import (
 )
 from vitrine.cli import guarded
 from vitrine.cli import predict as cli_predict
-from vitrine.config import Config, ModelConfig
+from vitrine.config import Config, DataConfig, ModelConfig
 from vitrine.configfile import from_json, read_json, read_toml
 from vitrine.data import unpickle
 from vitrine.data.cifar import CIFAR10, Part, read_batch, read_part
-from vitrine.data.folder import load_folder
 from vitrine.data.pictures import read_picture
+from vitrine.data.sources import load_splits
 from vitrine.data.unpickle import load_arrays
 from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError, VitrineError
 from vitrine.explain.lettering import draw_caption
@@ -251,7 +251,8 @@ def test_names_that_are_no_utf8_are_data(tmp_path: Path) -> None:
         for name in (b"\xff.png", b"2.png"):
             path = tmp_path / os.fsdecode(folder) / os.fsdecode(name)
             path.write_bytes(hostile_names.picture())
-    images = load_folder(tmp_path, "train", size_hw=(4, 4), fit="crop", num_workers=1)
+    config = DataConfig(dataset="folder", data_path=tmp_path)
+    images = load_splits(config, ["train"], image_hw=(4, 4))["train"]
     assert sorted(map(os.fsencode, images.classes)) == [b"caf\xe9", b"tea"]
 
 

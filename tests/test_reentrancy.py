@@ -456,8 +456,8 @@ def running(world: World) -> None:
     again = Run.resume(folder, config)
     list(again.train())
     again.finish()
-    draw_attention(again.state.model, next(iter(again.monitored.values())).first(2), config,
-                   folder / "a.png")  # fmt: skip
+    two = next(iter(again.monitored.values())).take(torch.arange(2))
+    draw_attention(again.state.model, two, config, folder / "a.png")
 
 
 def asking_for_settings(world: World) -> None:

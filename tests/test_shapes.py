@@ -15,12 +15,12 @@ DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
 
 @pytest.fixture(scope="module")
 def shapes() -> ImageSet:
-    return load_shapes("train").first(4000)
+    return load_shapes("train").take(torch.arange(4000))
 
 
 @pytest.fixture(scope="module")
 def unseen() -> ImageSet:
-    return load_shapes("test").first(1000)
+    return load_shapes("test").take(torch.arange(1000))
 
 
 def accuracy_of_ridge(train: torch.Tensor, test: torch.Tensor, sets: list[ImageSet]) -> float:

@@ -44,12 +44,18 @@ def test_cuts_validation_from_the_training_part(parts: dict[str, ImageSet]) -> N
     assert torch.equal(loaded["test"].raw_BCHW, parts["test"].raw_BCHW)
 
 
-def test_keeps_the_first_so_many_of_each_part(parts: dict[str, ImageSet]) -> None:
-    config = DataConfig(validation_images=0, num_train_images=31, num_test_images=23)
+def test_subsets_are_stratified_and_independent_of_order(parts: dict[str, ImageSet]) -> None:
+    config = DataConfig(validation_images=0, num_train_images=31, num_test_images=21)
     loaded = load_splits(config, ["train", "validation", "test"])
-    assert torch.equal(loaded["train"].raw_BCHW, parts["train"].raw_BCHW[:31])
-    assert torch.equal(loaded["test"].labels_B, parts["test"].labels_B[:23])
+    assert loaded["train"].labels_B.bincount().tolist() == [5, 5, 5, 4, 4, 4, 4]
+    assert loaded["test"].labels_B.bincount().tolist() == [3] * 7
     assert loaded["validation"].raw_BCHW.shape == (0, 3, 32, 32)
+    by_class = parts["train"].labels_B.sort(stable=True).indices  # as folders are listed
+    parts["train"] = parts["train"].take(by_class)
+    again = load_splits(config, ["train"])["train"]
+    for label in range(7):
+        images = [s.raw_BCHW[s.labels_B == label].flatten(1) for s in (loaded["train"], again)]
+        assert len(torch.cat(images).unique(dim=0)) == len(images[0]) == len(images[1])
 
 
 def test_validation_does_not_change_with_the_training_images() -> None:
@@ -115,6 +121,7 @@ def test_goes_to_folders(tmp_path: Path) -> None:
     config = DataConfig(dataset="folder", data_path=tmp_path, fit="pad", validation_images=4)
     loaded = load_splits(config, ["train", "validation", "test"], image_hw=(12, 8))
     assert [len(loaded[split]) for split in ("train", "validation", "test")] == [16, 4, 2]
+    assert loaded["train"].labels_B.bincount().tolist() == [8, 8]
     assert loaded["test"].classes == ("dark", "light")
     assert loaded["test"].raw_BCHW[:, 0, :, 3].tolist() == [
         [0] * 4 + [level] * 4 + [0] * 4 for level in (20, 200)
@@ -122,7 +129,7 @@ def test_goes_to_folders(tmp_path: Path) -> None:
 
 
 def test_refuses_what_teaches_nothing() -> None:
-    with pytest.raises(DataError, match=r"^the 1 training images are all of one class: raise num_"):
+    with pytest.raises(DataError, match=r"^all 1 training images belong to one class$"):
         load_splits(DataConfig(num_train_images=1), ["train"])
     with pytest.raises(ConfigError, match=r"^validation_images is 97, but there are 97 "):
         load_splits(DataConfig(validation_images=97), ["train"])

@@ -190,10 +190,10 @@ def test_watched_images_are_spread_over_the_split() -> None:
     raw_BCHW = torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
     images = ImageSet(raw_BCHW, torch.arange(30), tuple(map(str, range(30))))
     assert choose_watched(images, 1).labels_B.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
-    assert choose_watched(images.first(5), 1).labels_B.tolist() == [0, 1, 2, 3, 4]
-    assert len(choose_watched(images.first(0), 0)) == 0
+    assert choose_watched(images.take(torch.arange(5)), 1).labels_B.tolist() == [0, 1, 2, 3, 4]
+    assert len(choose_watched(images.take(torch.arange(0)), 0)) == 0
     with pytest.raises(ConfigError, match="attention_epochs draws validation images"):
-        choose_watched(images.first(0), 1)
+        choose_watched(images.take(torch.arange(0)), 1)
 
 
 def test_the_picture_has_a_column_an_image(tiny_model: Any, tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_a_batch_depends_on_the_step_alone() -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(DataError, match="no images to train on"):
         Batches(
-            images().first(0), AugmentConfig(), batch_size=2, seed=1, device=torch.device("cpu"),
-            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+            images().take(torch.arange(0)), AugmentConfig(), batch_size=2, seed=1,
+            device=torch.device("cpu"), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ A combination that cannot work is refused when it is built, with the remedy.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,8 +233,10 @@ class Config:
         return {name: value for section in sections.values() for name, value in section.items()}
 
 
-def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
-    """Return the settings with as many classes as the data have.
+def complete_config(
+    config: Config, classes: tuple[str, ...], pixel_range: tuple[float, float] | None
+) -> Config:
+    """Return the settings with what the data turned out to be: their classes, their pixel range.
 
     Raises:
         ConfigError: another number of classes was asked for.
@@ -242,4 +244,5 @@ def with_classes(config: Config, classes: tuple[str, ...]) -> Config:
     asked, there = config.model.n_classes, len(classes)
     if asked not in (0, there):
         raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=there))
+    data = config.data if pixel_range is None else replace(config.data, pixel_range=pixel_range)
+    return replace(config, model=replace(config.model, n_classes=there), data=data)

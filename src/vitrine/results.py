@@ -41,10 +41,11 @@ def speed(images: int, seconds: float) -> float:
     return round(images / max(seconds, 1e-9), 1)
 
 
-def draw(metrics: Metrics, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def draw(metrics: Metrics | None, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Draw the curves, the confusion matrix and the reliability diagram."""
     plot_curves(rows, folder)
-    plot_metrics(metrics, folder)
+    if metrics is not None:
+        plot_metrics(metrics, folder)
 
 
 def write_weights(best: Classifier, info: CheckpointInfo, run_name: str) -> None:

@@ -2,6 +2,7 @@
 
 output/NAME/
 ├── config.json  env.json          the settings; the software and hardware
+├── manifest.json                  of a folder of pictures: every file, its split, what is left out
 ├── metrics.jsonl                  one line an epoch
 ├── result.json                    the end: validation and test scores, seconds, parameters
 ├── test_uses.jsonl                each time the test split was opened
@@ -23,20 +24,28 @@ import torch
 from torch import Tensor
 
 from vitrine import pretrained, ranks, rng
-from vitrine.checkpoint import (
-    read_pointer,
-)
-from vitrine.config import Config, Split, with_classes
+from vitrine.checkpoint import read_pointer
+from vitrine.config import Config, Split, complete_config
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet, normalise
-from vitrine.data.sources import load_splits
+from vitrine.data.manifest import (
+    FILE,
+    Manifest,
+    choose_manifest,
+    count_added,
+    load_manifest,
+    scan,
+    verify,
+)
+from vitrine.data.sources import Loaded, load_data
 from vitrine.devices import choose_rank_device
-from vitrine.errors import ConfigError, OutputError, TrainingError
+from vitrine.errors import ConfigError, DataError, OutputError, TrainingError
 from vitrine.evaluation.metrics import quick_scores, shared_logits
 from vitrine.explain.watch import choose_watched
 from vitrine.files import write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.model.layers import ConvStem
+from vitrine.predict import Classifier
 from vitrine.recovery import hold, recover
 from vitrine.results import speed
 from vitrine.run_files import RunFiles
@@ -80,15 +89,26 @@ class Run(RunFiles):
         OutputError: another process is writing to the folder.
     """
 
-    def __init__(self, config: Config, folder: Path, *, fresh: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        fresh: bool = True,
+        manifest: Manifest | None = None,
+    ) -> None:
         check_trackers(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.lock = lock(folder)
         self.device = choose_rank_device(config.run.device)
         ranks.require_work(config.training.batch_size)
-        splits = load_together(config, "train", *dict.fromkeys(("validation", config.run.monitor)))
+        if config.run.monitor == "test" and manifest and not manifest.files.get("test"):
+            raise ConfigError("monitor is test, but there is no test split: leave --monitor out")
+        wanted: list[Split] = ["train", *dict.fromkeys(("validation", config.run.monitor))]
+        loaded = load_together(config, manifest, *wanted)
+        self.manifest, splits = loaded.manifest, dict(loaded.images)
         train_set = splits.pop("train")
-        self.config = config = with_classes(config, train_set.classes)
+        self.config = config = complete_config(config, train_set.classes, loaded.pixel_range)
         self.classes = train_set.classes
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
@@ -101,7 +121,7 @@ class Run(RunFiles):
             self.notices = pretrained.start_from(model, config.training, self.classes)
         elif fresh and isinstance(model.stem, ConvStem):
             height, width = config.model.image_hw
-            some = train_set.first(max(1, WHITENED // (height * width)))
+            some = train_set.sample(max(1, WHITENED // (height * width)))
             raw_BCHW = some.raw_BCHW.to(self.device)
             model.stem.whiten(normalise(raw_BCHW, config.data.mean, config.data.std))
         self.state = TrainingState.start(model, config.training)
@@ -120,9 +140,15 @@ class Run(RunFiles):
         self.saved: Path | None = None
 
     @classmethod
-    def start(cls, config: Config, folder: Path) -> "Run":
-        """Build a new run in a folder of its own (see run_folder.new_folder)."""
-        run = cls(config, folder)
+    def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
+        """Build a new run in a folder of its own (see run_folder.new_folder).
+
+        Args:
+            config: the run's settings.
+            folder: the run folder.
+            manifest: the files of a data set that is a folder, if they were listed already.
+        """
+        run = cls(config, folder, manifest=ranks.on_leader(list_files, config, manifest))
         ranks.on_leader(run.write_settings)
         return run
 
@@ -140,7 +166,12 @@ class Run(RunFiles):
         """
         held = lock(folder)  # until the run holds it itself
         saved, rows = ranks.on_leader(lambda: (recover(folder, config), read_rows(folder)))
-        run = cls(config, folder, fresh=saved is None)
+        manifest, added = ranks.on_leader(restore_files, config, folder)
+        run = cls(config, folder, fresh=saved is None, manifest=manifest)
+        if run.manifest != manifest:
+            raise DataError(f"{config.data.data_path}: some pictures cannot be decoded any more")
+        if added:
+            run.notices.append(f"{added:,} pictures were added since the run began: not used")
         del held
         if saved is None:
             run.notices.append("it was stopped before its first checkpoint: beginning again")
@@ -148,7 +179,8 @@ class Run(RunFiles):
             return run
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in rows if row["step"] <= run.state.step]
-        run.best, run.saved, run.notices = saved.best, saved.folder, saved.notices
+        run.best, run.saved = saved.best, saved.folder
+        run.notices += saved.notices
         ranks.on_leader(write_json_lines, folder / "metrics.jsonl", run.rows)
         return run
 
@@ -253,7 +285,9 @@ class Run(RunFiles):
         best = ranks.on_leader(  # on the CPU, from where it can go to every process
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
-        test = load_together(self.config, "test")["test"]
+        if self.manifest is not None and not self.manifest.files.get("test"):
+            return ranks.on_leader(self.write_result, best, None, None)
+        test = load_together(self.config, self.manifest, "test").images["test"]
         purpose = f"result of {Path(best.source).name}"
         ranks.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
@@ -265,16 +299,70 @@ class Run(RunFiles):
         return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
 
 
-def load(config: Config, *splits: Split) -> dict[Split, ImageSet]:
+def load(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
     """Load splits as the model reads them."""
     model = config.model
-    return load_splits(config.data, splits, image_hw=model.image_hw, n_channels=model.n_channels)
+    return load_data(
+        config.data,
+        splits,
+        image_hw=model.image_hw,
+        n_channels=model.n_channels,
+        manifest=manifest,
+    )
 
 
-def load_together(config: Config, *splits: Split) -> dict[Split, ImageSet]:
+def load_together(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
     """Load splits in every process; where they may be downloaded, one of a machine goes first."""
     downloads = config.data.dataset.startswith("cifar")
-    return (ranks.first_on_machine if downloads else ranks.each)(load, config, *splits)
+    together = ranks.first_on_machine if downloads else ranks.each
+    return together(load, config, manifest, *splits)
+
+
+def load_split(classifier: Classifier, split: Split, **changes: Any) -> ImageSet:
+    """Load a split of the data that a model was trained on, or of other data, to score it.
+
+    Args:
+        classifier: the model; if it is a run's, its data are those of the run's manifest.
+        split: the split. Another folder than the one of the training is all test split.
+        changes: settings of the data that differ from the training's, such as ``data_path``.
+
+    Raises:
+        DataError: the data are missing, or changed since the training.
+    """
+    config = classifier.config
+    data = dataclasses.replace(config.data, **changes)
+    manifest = None
+    if data.dataset == "folder":
+        known = manifest_of(Path(classifier.source))
+        manifest = choose_manifest(data, config.data, known, split, classifier.classes)
+    return load(dataclasses.replace(config, data=data), manifest, split).images[split]
+
+
+def manifest_of(source: Path) -> Manifest | None:
+    """Return the manifest of the run that a run folder or a checkpoint folder belongs to."""
+    for folder in (source, source.parent.parent):
+        if (folder / FILE).is_file():
+            return load_manifest(folder)
+    return None
+
+
+def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
+    """Return the files that a new run uses, with fingerprints; None if its data is no folder."""
+    if config.data.dataset != "folder":
+        return None
+    listed = manifest or scan(config.data.data_path, config.data.validation_images)
+    return listed.with_fingerprints(config.data.num_workers)
+
+
+def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
+    """Return the files that a run began with, all there still, and how many there are besides."""
+    if config.data.dataset != "folder":
+        return None, 0
+    if not (folder / FILE).is_file():  # it was stopped before its settings were written
+        return list_files(config, None), 0
+    manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
+    verify(manifest, manifest.files, config.data.num_workers)
+    return manifest, count_added(manifest)
 
 
 def lock(folder: Path) -> AbstractContextManager[object] | None:

@@ -11,6 +11,7 @@ from vitrine.config import Config
 from vitrine.configfile import to_json
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
+from vitrine.data.manifest import Manifest
 from vitrine.devices import choose_compile, choose_precision
 from vitrine.environment import describe_environment
 from vitrine.errors import CheckpointError, TrainingError
@@ -34,6 +35,7 @@ class RunFiles:
     state: TrainingState
     batches: Batches
     watched: ImageSet
+    manifest: Manifest | None
     rows: list[dict[str, Any]]
     saved: Path | None
     train_images: int
@@ -61,6 +63,8 @@ class RunFiles:
 
     def write_settings(self) -> None:
         """Write what a run is known by: its settings, software and hardware."""
+        if self.manifest is not None:
+            self.manifest.save(self.folder)
         write_json(self.folder / "config.json", to_json(self.config))
         write_json(self.folder / "env.json", describe_environment(self.device, self.precision))
 
@@ -103,13 +107,18 @@ class RunFiles:
         return folder
 
     def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
-        """Write result.json, the pictures and, if asked for, the weights. The leader's work."""
-        metrics = measure(logits_BY, labels_B, classes=self.classes)
+        """Write result.json, the pictures and, if asked for, the weights. The leader's work.
+
+        Without a test split there are no logits, and the result has no test score.
+        """
+        metrics = None
+        if logits_BY is not None:
+            metrics = measure(logits_BY, labels_B, classes=self.classes)
         engine = {"precision": self.precision, "compiled": self.compiled}
         summary = summarise(
             best, self.rows, train_images=self.train_images, seconds=self.state.seconds
         )
-        result = {**summary, **engine, "test": metrics.to_json()}
+        result = {**summary, **engine, "test": metrics and metrics.to_json()}
         write_json(self.folder / "result.json", result)
         draw(metrics, self.rows, self.folder)
         if self.config.run.model_path is not None:

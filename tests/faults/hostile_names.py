@@ -20,8 +20,9 @@ from rich.console import Console
 from vitrine.cli import console, predict
 from vitrine.cli.explain_options import ExplainOptions, name_files
 from vitrine.cli.predict import PredictOptions, print_answers
-from vitrine.data.folder import load_folder
+from vitrine.config import DataConfig
 from vitrine.data.pictures import find_pictures
+from vitrine.data.sources import load_splits
 from vitrine.errors import DataError
 from vitrine.evaluation.figures import plot_confusion
 from vitrine.evaluation.metrics import CalibrationBin, Metrics
@@ -221,7 +222,8 @@ def use_files(folder: Path, made: list[str]) -> None:
     ):
         inside = os.path.abspath(path).startswith(f"{folder}/out/")  # noqa: PTH100
         require(inside and path.parent == folder / "out", f"{path!r} is outside the folder")
-    images = load_folder(folder / "pictures", "train", size_hw=(4, 4), fit="crop", num_workers=1)
+    config = DataConfig(dataset="folder", data_path=folder / "pictures")
+    images = load_splits(config, ["train"], image_hw=(4, 4))["train"]
     write_json(folder / "classes.json", list(images.classes))
     read = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     require(read == list(images.classes), "JSON changes the names of classes")

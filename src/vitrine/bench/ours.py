@@ -158,7 +158,7 @@ def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         classifier = load(weights, n_attention_heads=heads, device=spec["device"])
         model, data = classifier.model, DataConfig("cifar10", Path(spec["data_path"]))
         images = load_splits(data, ["test"], image_hw=config.model.image_hw)["test"]
-        images = images.first(spec["images"])
+        images = images.sample(spec["images"])
         theirs_BY = torch.load(weights.with_name("logits.pt"), weights_only=True).softmax(dim=1)
         ours_BY = scoring(spec, model, images, data).softmax(dim=1)
         about = {
@@ -183,7 +183,7 @@ def predict_measure(spec: Spec) -> Measure:
     model, images = fresh_model(config, device), noise(config, spec["images"])
 
     def measure(count: int) -> float:
-        some, data = images.first(count), config.data
+        some, data = images.sample(count), config.data
         logits_BY = predict_logits(model, some, mean=data.mean, std=data.std, device=device)
         return float(len(logits_BY))
 

@@ -169,12 +169,12 @@ def read_subjects(
 
 def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
-    from vitrine.run import load as load_images
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use
 
     split, index = options.scoring.split, options.index
     assert index is not None
-    images = load_images(classifier.config, split)[split]
+    images = load_split(classifier, split)
     if not 0 <= index < len(images):
         raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({split} images)")
     if split == "test":

@@ -119,13 +119,11 @@ def write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> 
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything takes time."""
-    from vitrine.pretrained import with_data
-    from vitrine.run import load
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
 
     changes = {} if options.data_path is None else {"data_path": options.data_path}
-    classifier = with_data(classifier, **changes)
-    images = load(classifier.config, options.split)[options.split]
+    images = load_split(classifier, options.split, **changes)
     if len(images) == 0:
         raise ConfigError(
             "this model was trained without validation images: give --split test or --split train "

@@ -47,8 +47,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     from vitrine.explain.insides import inspect_model
     from vitrine.explain.insides_figure import draw_insides
     from vitrine.files import write_json
-    from vitrine.pretrained import with_data
-    from vitrine.run import load
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use
 
     options = parse(InspectOptions, words, prog=prog)
@@ -57,8 +56,8 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     changes = {"dataset": options.dataset, "data_path": options.data_path}
     changes = {name: value for name, value in changes.items() if value is not None}
     # All test images, however few the training run looked at.
-    classifier = with_data(classifier, num_test_images=None, **changes)
-    images = load(classifier.config, options.split)[options.split].first(options.images)
+    changes["num_test_images"] = None
+    images = load_split(classifier, options.split, **changes).sample(options.images)
     if options.split == "test":
         log_test_use(options.output_path, "vitrine inspect", len(images))
     raw_BCHW = images.raw_BCHW.to(classifier.device)

@@ -188,13 +188,10 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     from PIL import Image
 
     from vitrine.files import replace_file
-    from vitrine.pretrained import with_data
-    from vitrine.run import load
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
 
-    limit = options.num_test_images
-    classifier = with_data(classifier, data_path=options.data_path, num_test_images=limit)
-    images = load(classifier.config, "test")["test"]
+    images = load_split(classifier, "test", data_path=options.data_path, num_test_images=None)
     if not 0 <= options.index < len(images):
         raise ConfigError(f"--index is {options.index}: give 0 to {len(images) - 1}")
     note = log_test_use_of(classifier.source, folder, f"image {options.index} alone", 1)

@@ -16,11 +16,11 @@ def score(classifier: "Classifier", options: ExplainOptions) -> int:
     from vitrine.explain.score import score_methods
     from vitrine.explain.score_report import plot_scores, score_table
     from vitrine.files import write_json
-    from vitrine.run import load
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use
 
     split = options.scoring.split
-    images = load(classifier.config, split)[split].first(options.scoring.images)
+    images = load_split(classifier, split).sample(options.scoring.images)
     folder = options.folder
     if split == "test":
         log_test_use(folder, "explain --score", len(images))

@@ -63,17 +63,17 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     from vitrine.evaluation.figures import plot_metrics
     from vitrine.evaluation.metrics import measure, predict_logits
     from vitrine.files import write_json
-    from vitrine.pretrained import with_data
-    from vitrine.run import load
+    from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
 
     given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
     changes = {name: value for name, value in given.items() if value is not None}
-    classifier = with_data(classifier, num_test_images=options.num_test_images, **changes)
-    images = load(classifier.config, options.split)[options.split]
+    changes["num_test_images"] = options.num_test_images
+    images = load_split(classifier, options.split, **changes)
     if images.classes != classifier.classes:
+        dataset = options.dataset or classifier.config.data.dataset
         raise ConfigError(
-            f"{classifier.config.data.dataset} has the classes {', '.join(images.classes[:4])}…, "
+            f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
         )
     folder = options.output_path or default_folder(Path(classifier.source), options.split)

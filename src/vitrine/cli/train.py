@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitrine.cli import STARTED
 from vitrine.cli.console import err, out, say, tell
@@ -15,6 +15,9 @@ from vitrine.config import Config
 from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
 from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.presets import get_preset
+
+if TYPE_CHECKING:
+    from vitrine.data.manifest import Manifest
 
 PROG = "vitrine train"
 
@@ -53,7 +56,8 @@ def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) 
         start, settings = on_leader(read, words, prog)
         if start.resume is not None:
             return resume(start.resume, settings)
-        return begin(settings, name or start.preset)
+        manifest = on_leader(list_data, settings)
+        return begin(settings, name or start.preset, manifest)
 
 
 def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
@@ -124,7 +128,19 @@ def refuse_changes(old: Config, new: Config) -> None:
         )
 
 
-def begin(settings: Config, name: str) -> int:
+def list_data(settings: Config) -> "Manifest | None":
+    """List the pictures of a folder and show what was found, before anything slow is loaded."""
+    if settings.data.dataset != "folder":
+        return None
+    from vitrine.cli.data_table import show_manifest
+    from vitrine.data.manifest import scan
+
+    manifest = scan(settings.data.data_path, settings.data.validation_images)
+    show_manifest(manifest.limited(settings.data))
+    return manifest
+
+
+def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     """Start a run in a new folder, or go on with it where torchrun has restarted us."""
     from vitrine import ranks
     from vitrine.devices import choose_rank_device
@@ -136,7 +152,7 @@ def begin(settings: Config, name: str) -> int:
         return resume(folder, settings)
     held = lock(folder)  # until the run holds it itself
     try:
-        run = Run.start(settings, folder)
+        run = Run.start(settings, folder, manifest)
     finally:
         if ranks.is_leader():
             remove_if_unused(folder)  # where the run could not be built
@@ -235,6 +251,8 @@ def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
         if result[split]:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
     out.print(table)
+    if not result["test"]:
+        out.print("There is no test split, so there is no test score.")
     out.print(
         f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
         f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "

@@ -3,6 +3,7 @@
 Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalised floats).
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitrine.data.pictures import channel_scale
+from vitrine.data.split import class_shares
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,21 @@ class ImageSet:
             masks_BHW=masks,
         )
 
-    def first(self, count: int | None) -> "ImageSet":
-        """Return the first ``count`` images, or all of them."""
-        return self if count is None else self.take(torch.arange(min(count, len(self))))
+    def sample(self, count: int | None) -> "ImageSet":
+        """Return a stratified subset of ``count`` images, in their order, or all of them.
+
+        Which images are taken depends on their bytes alone, not on their order.
+        """
+        if count is None or count >= len(self):
+            return self
+        pixels = self.raw_BCHW.contiguous().numpy()
+        hashes = [hashlib.blake2b(image, digest_size=8).digest() for image in pixels]
+        ranks_B = torch.tensor(sorted(range(len(self)), key=hashes.__getitem__)).argsort()
+        chosen = []
+        for label, share in zip(*class_shares(self.labels_B, count), strict=True):
+            indices_B = (self.labels_B == label).nonzero().flatten()
+            chosen.append(indices_B[ranks_B[indices_B].argsort()[:share]])
+        return self.take(torch.cat(chosen).sort().values)
 
 
 def normalise(raw_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

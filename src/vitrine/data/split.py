@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vitrine import rng
+from vitrine.data.stratify import shares
 from vitrine.errors import ConfigError
 
 SPLIT_SEED = 0
@@ -34,8 +35,4 @@ def split_indices(labels_B: Tensor, validation_images: int | None) -> tuple[Tens
 def class_shares(labels_B: Tensor, wanted: int) -> tuple[list[int], list[int]]:
     """Return the classes, and how many images each gives so that together they give ``wanted``."""
     labels, counts = labels_B.unique(return_counts=True)
-    # Each its whole part of the exact share; what is left goes to the largest fractions.
-    shares, remainders = counts * wanted // len(labels_B), counts * wanted % len(labels_B)
-    left = wanted - int(shares.sum())
-    shares[remainders.sort(descending=True, stable=True).indices[:left]] += 1
-    return labels.tolist(), shares.tolist()
+    return labels.tolist(), shares(counts.tolist(), wanted)
