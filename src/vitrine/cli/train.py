@@ -222,9 +222,11 @@ def describe(run: Any) -> None:
 
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    data = run.config.data
+    name = data.data_path if data.dataset == "folder" else data.dataset
     processes = f"{ranks.count()} processes on " if ranks.count() > 1 else ""
     say(
-        f"{run.folder}: {parameters:,} parameters on {run.config.data.dataset}, "
+        f"{run.folder}: {parameters:,} parameters on {name}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
         f"{processes}{run.device.type}, {run.precision}, "
         f"{'compiled' if run.compiled else 'not compiled'}"
@@ -250,7 +252,8 @@ def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     for split in ("validation", "test"):
         if result[split]:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
-    out.print(table)
+    if table.row_count:
+        out.print(table)
     if not result["test"]:
         out.print("There is no test split, so there is no test score.")
     out.print(

@@ -85,7 +85,10 @@ def read_folder(
     pixel_range = config.pixel_range
     for split in splits:
         if split == "test" and not limited.files.get("test"):
-            raise DataError(f"{manifest.root}: there is no test split")
+            raise DataError(
+                f"{manifest.root}: there is no test split: give --split validation, or --data_path "
+                "another folder"
+            )
         found = load_folder(
             limited, split, replace(config, pixel_range=pixel_range),
             image_hw=image_hw, n_channels=n_channels,
