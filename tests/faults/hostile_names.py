@@ -192,7 +192,7 @@ def attack_files(data: bytes, folder: Path) -> None:
         for file in (name + b".png", b"%d.png" % number):
             made.append(os.path.join(inner, file))  # noqa: PTH118
             with open(made[-1], "wb") as opened:  # noqa: PTH123
-                opened.write(picture() if number < 2 else b"no picture")
+                opened.write(picture())
     try:
         use_files(folder, [os.fsdecode(path) for path in made])
     finally:
