@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vitrine.data import decode as decoding
-from vitrine.data import pictures
+from vitrine.data import formats, pictures
 from vitrine.data.decode import Decoded, decode
 from vitrine.data.inputs import stack_pictures
 from vitrine.data.pictures import enough_side, fit_picture, read_picture
@@ -304,8 +304,8 @@ def test_a_jpeg_of_108_megapixels_is_reduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limits are a thousandth here: 108,000 pixels are too many."""
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 100_000)
-    monkeypatch.setattr(pictures, "MAX_JPEG_PIXELS", 250_000)
+    monkeypatch.setattr(formats, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(formats, "MAX_JPEG_PIXELS", 250_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # Pillow's own: twice that is an error
     photo = photograph(300, 360)
     path = tmp_path / "phone.jpg"

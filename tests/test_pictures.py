@@ -1,7 +1,11 @@
 """Any picture -> RGB bytes."""
 
+import contextlib
 import io
+import sys
 import warnings
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitrine.data import pictures
-from vitrine.data.pictures import find_pictures, fit_picture, read_picture
+from vitrine.data import formats, pictures
+from vitrine.data.pictures import (
+    SUFFIXES,
+    find_pictures,
+    fit_picture,
+    is_picture,
+    left_out_reason,
+    read_picture,
+)
 from vitrine.errors import PictureError
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
@@ -240,5 +251,146 @@ def test_names_the_word_that_stands_for_nothing(tmp_path: Path) -> None:
         find_pictures([str(tmp_path / "*.gif")])
     with pytest.raises(PictureError, match=r"empty: no picture in this folder$"):
         find_pictures([str(tmp_path / "empty")])
+    for name in ("a.txt", "b.txt", "c"):
+        (tmp_path / "empty" / name).write_text("no picture")
+    with pytest.raises(PictureError, match=r"this folder, only 2 \.txt, 1 no ending$"):
+        find_pictures([str(tmp_path / "empty")])
     with pytest.raises(PictureError, match=r"^x{200}: File name too long$"):
         find_pictures(["x" * 999])
+
+
+def test_a_folder_is_searched_through_links_and_not_in_hidden_folders(tmp_path: Path) -> None:
+    for name in ("set/a.png", "set/.ipynb_checkpoints/a-checkpoint.png", "set/__MACOSX/a.png",
+                 "elsewhere/b.png", "set/.git/c.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = find_pictures([str(tmp_path / "set")])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "set/a.png", "set/link/b.png",
+    ]  # fmt: skip
+
+
+SIGNED = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "SGI", "TIFF", "WEBP"]
+
+
+@pytest.mark.parametrize("format", SIGNED)
+@pytest.mark.parametrize("name", ["photo", "photo.0001", "photo.dat"])
+def test_a_picture_is_one_whatever_its_ending(format: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(encoded(Image.fromarray(RGB), format))
+    assert is_picture(path)
+    assert find_pictures([str(tmp_path)]) == [path]
+    path.rename(tmp_path / f".{name}")
+    assert not is_picture(tmp_path / f".{name}")
+
+
+OTHER = {
+    "notes.txt": b"P is the first letter here, and BM follows\n",
+    "code.h": b"#define im_size 3\n",
+    "data.npy": b"\x93NUMPY\x01\0v\0{'descr': '<f4'}",
+    "film.mp4": b"\0\0\0\x20ftypisom\0\0\0\0",
+    "film.mpg": b"\0\0\x01\xb3\x16\x01\x20\x13\xff\xff\xe0\x18" + bytes(90),
+    "page.pdf": b"%PDF-1.4\n",
+    "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "empty": b"",
+    "cut.png2": b"\x89PN",
+}
+
+
+def test_other_files_are_no_pictures_and_named_by_their_ending(tmp_path: Path) -> None:
+    for name, content in OTHER.items():
+        (tmp_path / name).write_bytes(content)
+        assert not is_picture(tmp_path / name), name
+        assert left_out_reason(tmp_path / name) == (Path(name).suffix or "no ending")
+    (tmp_path / "folder.png").mkdir()
+    assert not is_picture(tmp_path / "folder.png")
+    assert not is_picture(tmp_path / "none")
+    (tmp_path / "broken.JPG").write_text("no picture")
+    assert left_out_reason(tmp_path / "broken.JPG") == "broken"
+
+
+def test_usual_endings_are_known_without_opening_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in SUFFIXES:
+        (tmp_path / f"a{suffix.upper()}").touch()
+    monkeypatch.setattr(Path, "open", None)
+    monkeypatch.setattr(Image, "open", None)
+    assert all(map(is_picture, tmp_path.iterdir()))
+    assert len(find_pictures([str(tmp_path)])) == len(SUFFIXES)
+
+
+# HEIC.
+
+HEIC = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(16)
+
+
+@pytest.fixture
+def forget_heif() -> Iterator[None]:
+    """Whether pillow-heif is there is found out anew."""
+    formats.register_heif.cache_clear()
+    yield
+    formats.register_heif.cache_clear()
+
+
+def test_heic_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_heif: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    remedy = r'a HEIC picture: install pillow-heif: pip install -e "\.\[heic\]"$'
+    for name in ("a.heic", "b.HEIF", "c.jpg", "d"):
+        path = tmp_path / name
+        path.write_bytes(HEIC)
+        with pytest.raises(PictureError, match=remedy):
+            read_picture(path)
+        assert (
+            left_out_reason(path) == f"{path.suffix.lower() or 'no ending'} (install pillow-heif)"
+        )
+    assert find_pictures([str(tmp_path)]) == [tmp_path / "c.jpg"]
+    (tmp_path / "c.jpg").unlink()
+    with pytest.raises(PictureError, match=r"only 1 \.heic \(install pillow-heif\), 1 \.heif \("):
+        find_pictures([str(tmp_path)])
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path, forget_heif: None) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "photo.heic"
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 90, 30))).save(path, quality=95)
+    assert is_picture(path)
+    read = read_picture(path)
+    assert read.shape == (48, 64, 3)
+    assert np.abs(read.astype(int) - (200, 90, 30)).max() < 8
+
+
+# PNGs with large texts.
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    sealed = kind + body
+    return len(body).to_bytes(4) + sealed + zlib.crc32(sealed).to_bytes(4)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2_000_000))),
+        chunk(b"zTXt", b"text\0\0" + zlib.compress(bytes(2_000_000))),
+        chunk(b"iTXt", b"text\0\1\0\0\0" + zlib.compress(bytes(2_000_000))),
+        b"".join(
+            chunk(b"tEXt", b"%d\0" % number + b"x" * 1_000_000) for number in range(70)
+        ),
+    ],
+    ids=["profile", "compressed", "international", "70 MB"],
+)  # fmt: skip
+def test_large_texts_and_profiles_are_passed_over(extra: bytes, before: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(Image.fromarray(RGB), exif=exif)
+    at = whole.index(b"IDAT" if before else b"IEND") - 4
+    content = whole[:at] + extra + whole[at:]
+    with contextlib.suppress(ValueError), Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        pytest.skip("Pillow takes it")
+    assert np.array_equal(read_picture(content), np.rot90(RGB, 3))

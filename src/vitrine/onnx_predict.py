@@ -24,8 +24,9 @@ import numpy as np
 
 from vitrine.config import Config
 from vitrine.configfile import from_json, to_json
+from vitrine.data.formats import WHITE, Color
 from vitrine.data.inputs import Pictures, stack_pictures
-from vitrine.data.pictures import WHITE, Color, Fit, channel_scale
+from vitrine.data.pictures import Fit, channel_scale
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.extras import need
 from vitrine.predictions import Prediction, rank

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vitrine.config import Config, require
+from vitrine.data.formats import WHITE, Color
 from vitrine.data.images import normalise
 from vitrine.data.inputs import Picture, Pictures, only_picture, read_one, stack_pictures
-from vitrine.data.pictures import WHITE, Color, gray_to_rgb, source_name
+from vitrine.data.pictures import gray_to_rgb, source_name
 from vitrine.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrine.explain.settings import ALL, MapSettings, check_names, settings_of_all
 from vitrine.explain.walk import require_finite

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vitrine.data.pictures import Fit, enough_side, fit_channels, gray_to_rgb, read_pixels
+from vitrine.data.formats import read_pixels
+from vitrine.data.pictures import Fit, enough_side, fit_channels, gray_to_rgb
 from vitrine.data.wide import Extent, PixelRange, choose_range, describe, join, measure, to_bytes
 from vitrine.errors import DataError, PictureError
 

@@ -12,19 +12,8 @@ from typing import Any, BinaryIO, Protocol, TypeGuard, cast
 import numpy as np
 from PIL import Image
 
-from vitrine.data.pictures import (
-    BYTES,
-    WHITE,
-    Color,
-    Fit,
-    Size,
-    Source,
-    enough_side,
-    fit_channels,
-    gray_to_rgb,
-    open_file,
-    read_picture,
-)
+from vitrine.data.formats import BYTES, WHITE, Color, Source, open_file
+from vitrine.data.pictures import Fit, Size, enough_side, fit_channels, gray_to_rgb, read_picture
 from vitrine.data.wide import PixelRange
 from vitrine.errors import PictureError
 
