@@ -176,7 +176,7 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
         (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be made"]),
         (["--config", "none.toml"], ["none.toml: No such file"]),
         (["--resume", "nowhere"], ["nowhere: not a run folder"]),
-        (["--preset", "seed", "--resume", "x"], ["--resume goes on with the run's own settings"]),
+        (["--preset", "seed", "--resume", "x"], ["--resume continues with the run's own settings"]),
         (["word"], ["unknown word word"]),
     ],
 )
@@ -204,9 +204,33 @@ def test_unknown_commands_offer_the_nearest(capsys: pytest.CaptureFixture[str]) 
 
 def test_resume_keeps_the_settings(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     resume = ["train", "--resume", str(run_folder)]
-    refused([*resume, "--learning_rate", "1"], capsys, "leave out --learning_rate")
-    assert main([*resume, "--keep_checkpoints", "2"]) == 0
-    assert "going on after update 4 of 4" in capsys.readouterr().err
+    refused(
+        [*resume, "--learning_rate", "1"], capsys, "leave out --learning_rate",
+        f"start another run from its weights with --init {run_folder}",
+    )  # fmt: skip
+    for preset in ("quick", "fast"):
+        refused([*resume, "--preset", preset], capsys, "leave out --preset and --config")
+
+
+def test_resuming_a_finished_run_reports_its_result_and_tests_nothing_again(
+    run_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = here / "copy"
+    shutil.copytree(run_folder, folder)
+    uses, result = ((folder / name).read_bytes() for name in ("test_uses.jsonl", "result.json"))
+    resume = ["train", "--resume", str(folder), "--keep_checkpoints", "2"]
+    capsys.readouterr()
+    assert main(resume) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"this run is finished, its result is in {folder / 'result.json'}" in said.err
+    assert (folder / "test_uses.jsonl").read_bytes() == uses
+    assert (folder / "result.json").read_bytes() == result
+    (folder / "result.json").unlink()  # as if it had been killed while it was tested
+    assert main(resume) == 0
+    assert "resuming after update 4 of 4" in capsys.readouterr().err
+    assert len((folder / "test_uses.jsonl").read_text().splitlines()) == 2
+    assert json.loads((folder / "result.json").read_text())["test"]["images"] == 30
 
 
 # --- data that are missing, damaged or hostile ----------------------------------------------------

@@ -12,6 +12,7 @@ from layouts import make_state
 from vitrine import pretrained, ranks
 from vitrine.checkpoint import CheckpointInfo, save_weights_file
 from vitrine.cli import main
+from vitrine.cli.train import read
 from vitrine.config import Config, ModelConfig, TrainingConfig
 from vitrine.configfile import from_json, read_json
 from vitrine.data.batches import Batches
@@ -20,6 +21,7 @@ from vitrine.errors import CheckpointError, ConfigError
 from vitrine.model import VisionTransformer
 from vitrine.model.adapt import resize_positions
 from vitrine.model.convert import convert
+from vitrine.presets import get_preset
 from vitrine.run import Run
 from vitrine.training.loop import set_training_mode, train
 from vitrine.training.optim import make_optimizers
@@ -188,6 +190,27 @@ def test_normalisation_comes_with_the_weights(here: Path, tiny_model: ModelConfi
     begun = pretrained.with_init(Config(), "own.safetensors")
     assert begun.data.mean == (0.1, 0.2, 0.3)
     assert begun.model == dataclasses.replace(tiny_model, n_classes=0)
+
+
+def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
+    here: Path, tiny_model: ModelConfig
+) -> None:
+    info = CheckpointInfo(Config(model=tiny_model), tuple("abcdefg"), {}, {})
+    save_weights_file(here / "own.safetensors", info, VisionTransformer(tiny_model).state_dict())
+    quick = get_preset("quick").model
+    assert (tiny_model.position, quick.position) == ("learned", "rope")
+    words = ["--init", "own.safetensors", "--config", "my.toml"]
+    for text, flags, position in (
+        ("", [], "learned"),
+        ('position = "sincos"', [], "sincos"),
+        ('position = "rope"', [], "rope"),  # as the preset, not as the weights
+        ('[model]\nposition = "rope"', [], "rope"),
+        ('position = "rope"', ["--position", "sincos"], "sincos"),
+    ):
+        (here / "my.toml").write_text(f"n_layers = 2\n{text}\n")
+        _, settings = read([*words, *flags], "vitrine train")
+        assert settings.model.position == position, text
+        assert settings.model.embed_dim == tiny_model.embed_dim
 
 
 @pytest.mark.parametrize(

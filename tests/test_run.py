@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import vitrine
-from vitrine.checkpoint import load_training, load_weights, read_pointer
+from vitrine.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 from vitrine.config import Config
 from vitrine.configfile import from_json
 from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
@@ -144,13 +145,73 @@ def test_the_reference_curve_is_drawn_on_test_and_logged(tiny_run: Config, tmp_p
     assert read_pointer(run.checkpoints, "BEST").name == "step-0000009"
 
 
-def test_final_weights_go_where_the_references_flags_say(tiny_run: Config, tmp_path: Path) -> None:
+def only_first_is_best(row: dict[str, Any], _: list[dict[str, Any]]) -> bool:
+    return bool(row["epoch"] == 1)
+
+
+def test_the_weights_file_is_of_the_best_epoch_and_says_so(
+    tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.run.is_best", only_first_is_best)
     sections = {"run": {"model_path": str(tmp_path / "model"), "model_name": "mine"}}
-    run_whole(from_json(sections, tiny_run), tmp_path / "a").finish()
-    written = tmp_path / "model" / "a" / "mine-002.safetensors"
-    from_file = vitrine.load(written, device="cpu").model.state_dict()
+    run = run_whole(from_json(sections, tiny_run), tmp_path / "a")
+    run.finish()
+    (written,) = (tmp_path / "model" / "a").iterdir()
+    assert written.name == "mine-000.safetensors"
+    info, weights = load_weights_file(written)
+    assert info.metrics == run.rows[0]
+    assert info.numbers["step"] == 3
     best = vitrine.load(tmp_path / "a", device="cpu").model.state_dict()
-    assert all(torch.equal(from_file[name], best[name]) for name in best)
+    assert all(torch.equal(weights[name], best[name]) for name in best)
+    assert not torch.equal(best["head.fc2.bias"], run.state.weights()["head.fc2.bias"])
+
+
+def test_without_validation_the_weights_file_has_the_references_name(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    sections = {"data": {"validation_images": 0}, "run": {"model_path": str(tmp_path / "model")}}
+    run_whole(from_json(sections, tiny_run), tmp_path / "a").finish()
+    (written,) = (tmp_path / "model" / "a").iterdir()
+    assert written.name == "vit-layer1-32-shapes-002.safetensors"
+    assert load_weights_file(written)[0].metrics["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("validation_images", "every", "saved"),
+    [(0, 1, [3, 6, 9]), (0, 2, [6, 9]), (0, 3, [9]), (10, 3, [3, 9])],
+)
+def test_checkpoints_are_saved_every_so_many_epochs_and_at_the_end(
+    tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    validation_images: int, every: int, saved: list[int],
+) -> None:  # fmt: skip
+    if validation_images:  # the best is saved as well
+        monkeypatch.setattr("vitrine.run.is_best", only_first_is_best)
+    sections = {
+        "data": {"validation_images": validation_images},
+        "run": {"checkpoint_epochs": every, "keep_checkpoints": 0},
+    }
+    (tmp_path / "a").mkdir()
+    run = Run.start(from_json(sections, tiny_run), tmp_path / "a")
+    for event in run.train():
+        if isinstance(event, EpochEnd):
+            names = sorted(path.name for path in run.checkpoints.glob("step-*"))
+            assert names == [f"step-{step:07}" for step in saved if step <= event.row["step"]]
+            if names and not validation_images:
+                assert read_pointer(run.checkpoints, "BEST").name == names[-1]
+
+
+def test_a_run_stops_after_the_epoch_that_is_accurate_enough(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    for goal, epochs in ((0.0, 1), (1.0, 3)):
+        sections = {"run": {"stop_at_accuracy": goal, "model_path": str(tmp_path / str(epochs))}}
+        run = run_whole(from_json(sections, tiny_run), tmp_path / f"run {goal}")
+        assert [row["epoch"] for row in run.rows] == list(range(1, epochs + 1))
+        assert read_pointer(run.checkpoints, "LAST").name == f"step-{3 * epochs:07}"
+        if goal == 0:
+            run.finish()
+            (written,) = (tmp_path / "1").rglob("*.safetensors")
+            assert written.name.endswith("-000.safetensors")
 
 
 def test_events_tell_each_epoch_once(tiny_run: Config, tmp_path: Path) -> None:
@@ -176,6 +237,22 @@ def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         new_folder(tmp_path / "file", "", "quick")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tiny_run: Config, tmp_path: Path) -> None:
+    run_whole(tiny_run, tmp_path / "a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="is there already: give another"):
+        Run.start(tiny_run, tmp_path / "a")
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    Run.start(tiny_run, tmp_path / "new")  # one that is not there yet is made
+
+
+def test_resuming_where_no_run_is_makes_nothing(tiny_run: Config, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run folder"):
+        Run.resume(tmp_path / "nope" / "typo", tiny_run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_go_on_from_is_one_clear_error(tiny_run: Config, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_with_restarts_it_goes_on_from_its_last_checkpoint(
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, rank), signal.SIGKILL)
     finish(job, tmp_path)
-    assert "going on after update" in said(tmp_path)
+    assert "resuming after update" in said(tmp_path)
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["quick"]
     whole, killed = tmp_path / "whole/output/quick", tmp_path / "output/quick"
     assert curve(whole) == curve(killed)

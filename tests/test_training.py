@@ -153,7 +153,7 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
 
 
 def test_the_average_follows_its_formula_and_warms_up() -> None:
-    config = changed("training", ema_decay=0.25)
+    config = changed("training", ema_decay=0.25, learning_rate=0.1)
     torch.manual_seed(2)
     state = TrainingState.start(VisionTransformer(config.model), config.training)
     wanted: list[Tensor] = []

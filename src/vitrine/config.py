@@ -187,7 +187,8 @@ class RunConfig:
     folder_name: str = ""
     """Name of the run folder; unless given, the preset's name, numbered if it is taken."""
     model_path: Path | None = None
-    """Also write the final weights to MODEL_PATH/FOLDER_NAME/MODEL_NAME-EPOCH.safetensors."""
+    """Also write the best weights to MODEL_PATH/FOLDER_NAME/MODEL_NAME-EPOCH.safetensors, where
+    EPOCH, counted from 0, is the epoch they are from."""
     model_name: str = ""
     """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
@@ -195,7 +196,8 @@ class RunConfig:
     stop_at_accuracy: float | None = None
     """Stop after the first epoch whose validation accuracy reaches this, a share of 1."""
     checkpoint_epochs: int = 1
-    """Save a checkpoint every so many epochs (and at the end)."""
+    """Save a checkpoint every N epochs, at the end, and after each epoch that is the best so far on
+    validation."""
     keep_checkpoints: int = 1
     """Newest checkpoints to keep beside the best one; 0 keeps all."""
     tensorboard: bool = False

@@ -74,6 +74,15 @@ def read_toml(path: Path, base: Config) -> Config:
     Raises:
         ConfigError: the file cannot be read, or holds something that is not a setting.
     """
+    return from_json(toml_sections(path), base)
+
+
+def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings that a TOML file gives, by section.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something that is not a setting.
+    """
     try:
         text = read_text(path)
         # Python's reader takes the square of a dotted key's length.
@@ -83,9 +92,11 @@ def read_toml(path: Path, base: Config) -> Config:
     except (ValueError, RecursionError) as error:  # wrong TOML or UTF-8, a number too long
         raise ConfigError(f"{path}: not TOML: {error}") from error
     owner = {
-        name: section for section in section_names() for name in field_names(getattr(base, section))
+        name: section.name
+        for section in dataclasses.fields(Config)
+        for name in field_names(section.type)
     }
-    sections: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in table.items():
         if name in section_names() and isinstance(value, Mapping):
             sections[name] = {**sections.get(name, {}), **value}
@@ -93,7 +104,7 @@ def read_toml(path: Path, base: Config) -> Config:
             sections.setdefault(owner[name], {})[name] = value
         else:
             raise ConfigError(f"{path}: unknown setting {name!r:.60}{nearest(name, owner)}")
-    return from_json(sections, base)
+    return sections
 
 
 def section_names() -> list[str]:

@@ -73,17 +73,25 @@ def recover(folder: Path, config: Config) -> SavedState | None:
             with other settings.
         OutputError: the folder cannot be written.
     """
+    require_run_folder(folder)
     checkpoints = folder / "checkpoints"
-    settings = (folder / "config.json").is_file()
-    if not (settings or checkpoints.is_dir()):
-        raise CheckpointError(f"{folder}: no run folder (it has no checkpoints/)")
     tidy(checkpoints)
-    if settings and not checkpoint_folders(checkpoints):
+    if (folder / "config.json").is_file() and not checkpoint_folders(checkpoints):
         return None
     saved = newest_sound(checkpoints)
     require_same(config, saved)
     write_pointer(checkpoints, "LAST", saved.folder)
     return mend_best(checkpoints, saved)
+
+
+def require_run_folder(folder: Path) -> None:
+    """Refuse a folder without a run. Nothing is written.
+
+    Raises:
+        CheckpointError: it has neither settings nor checkpoints.
+    """
+    if not ((folder / "config.json").is_file() or (folder / "checkpoints").is_dir()):
+        raise CheckpointError(f"{folder}: no run folder (it has no checkpoints/)")
 
 
 def newest_sound(checkpoints: Path) -> SavedState:

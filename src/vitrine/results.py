@@ -49,10 +49,13 @@ def draw(metrics: Metrics | None, rows: Sequence[dict[str, Any]], folder: Path) 
 
 
 def write_weights(best: Classifier, info: CheckpointInfo, run_name: str) -> None:
-    """Write the final weights where the reference system's flags want them."""
+    """Write the weights of the best checkpoint where the reference system's flags want them.
+
+    ``info`` is that checkpoint's. The file is named by its epoch, counted from 0 as there.
+    """
     run, model = info.config.run, info.config.model
     size = "x".join(map(str, dict.fromkeys(model.image_hw)))
     name = run.model_name or f"vit-layer{model.n_layers}-{size}-{info.config.data.dataset}"
-    file = f"{name}-{info.config.training.epochs - 1:03}.safetensors"
+    file = f"{name}-{info.metrics['epoch'] - 1:03}.safetensors"
     path = Path(run.model_path or "model") / run_name / file
     save_weights_file(path, info, best.model.state_dict())

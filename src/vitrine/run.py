@@ -46,10 +46,10 @@ from vitrine.files import write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.model.layers import ConvStem
 from vitrine.predict import Classifier
-from vitrine.recovery import hold, recover
+from vitrine.recovery import hold, recover, require_run_folder
 from vitrine.results import speed
 from vitrine.run_files import RunFiles
-from vitrine.run_folder import is_best, log_test_use, read_rows
+from vitrine.run_folder import is_best, log_test_use, read_rows, require_unused
 from vitrine.trackers import Trackers, check_trackers
 from vitrine.training.loop import Update, train
 from vitrine.training.schedule import multiplier
@@ -147,7 +147,11 @@ class Run(RunFiles):
             config: the run's settings.
             folder: the run folder.
             manifest: the files of a data set that is a folder, if they were listed already.
+
+        Raises:
+            ConfigError: there is something in the folder already.
         """
+        ranks.on_leader(require_unused, folder)
         run = cls(config, folder, manifest=ranks.on_leader(list_files, config, manifest))
         ranks.on_leader(run.write_settings)
         return run
@@ -164,6 +168,7 @@ class Run(RunFiles):
             CheckpointError: the folder has no sound checkpoint, or one made with other settings.
             OutputError: another process is writing to the folder.
         """
+        ranks.on_leader(require_run_folder, folder)  # before the lock, which makes the folder
         held = lock(folder)  # until the run holds it itself
         saved, rows = ranks.on_leader(lambda: (recover(folder, config), read_rows(folder)))
         manifest, added = ranks.on_leader(restore_files, config, folder)

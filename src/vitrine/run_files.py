@@ -72,7 +72,9 @@ class RunFiles:
         """Write an epoch's line; save and prune checkpoints. The leader's work."""
         run, last = self.config.run, row["step"] == self.total_steps or self.is_enough()
         write_json_lines(self.folder / "metrics.jsonl", self.rows)
-        if best or last or row["epoch"] % run.checkpoint_epochs == 0:
+        due = last or row["epoch"] % run.checkpoint_epochs == 0
+        # Without validation every epoch is the best so far: no reason to save it.
+        if due or (best and "validation_accuracy" in row):
             checkpoint = self.write_checkpoint()
             if best:
                 write_pointer(self.checkpoints, "BEST", checkpoint)
@@ -122,7 +124,7 @@ class RunFiles:
         write_json(self.folder / "result.json", result)
         draw(metrics, self.rows, self.folder)
         if self.config.run.model_path is not None:
-            write_weights(best, self.info(), self.folder.name)
+            write_weights(best, load_info(Path(best.source)), self.folder.name)
         return result
 
     def info(self) -> CheckpointInfo:

@@ -25,13 +25,9 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
         try:
             (output_path / name).mkdir(parents=True)
         except FileExistsError:
-            if folder_name and is_unused(output_path / name):
-                return output_path / name
             if folder_name:
-                raise ConfigError(
-                    f"{output_path / name} is there already: give another --folder_name, or go on "
-                    f"with --resume {output_path / name}"
-                ) from None
+                require_unused(output_path / name)
+                return output_path / name
         except OSError as error:
             raise OutputError(f"{output_path / name}: cannot be made: {error.strerror}") from error
         else:
@@ -160,6 +156,19 @@ def is_best(row: dict[str, Any], earlier: list[dict[str, Any]]) -> bool:
         return True
     scores = [(r["validation_accuracy"], -r["validation_loss"]) for r in [*earlier, row]]
     return scores[-1] == max(scores) and scores.count(scores[-1]) == 1
+
+
+def require_unused(folder: Path) -> None:
+    """Refuse a folder in which there is something already.
+
+    Raises:
+        ConfigError: it holds a run, or other files.
+    """
+    if folder.exists() and not is_unused(folder):
+        raise ConfigError(
+            f"{folder} is there already: give another --folder_name, or resume the run in it with "
+            f"--resume {folder}"
+        )
 
 
 def is_unused(path: Path) -> bool:

@@ -12,7 +12,7 @@ from vitrine.cli.console import err, out, say, tell
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.cli.processes import one_run
 from vitrine.config import Config
-from vitrine.configfile import MOVABLE, from_json, read_json, read_toml
+from vitrine.configfile import MOVABLE, from_json, read_json, toml_sections
 from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.presets import get_preset
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from vitrine.data.manifest import Manifest
 
 PROG = "vitrine train"
+DEFAULT_PRESET = "quick"
 
 
 @dataclass(frozen=True)
 class StartOptions:
     """Where the settings come from; every other flag goes over them."""
 
-    preset: str = "quick"
-    """A whole configuration by name (vitrine info lists them)."""
+    preset: str = ""
+    """A whole configuration by name (vitrine info lists them). Default: quick."""
     config: Path | None = None
     """A TOML file of settings, over the preset's."""
     resume: Path | None = None
-    """Go on with this run folder, with the settings it has."""
+    """Resume the run in this folder, with the settings it has."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +64,39 @@ def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) 
 def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
     """Return where the settings come from, and the settings."""
     start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
-    base = read_base(start)
     if start.resume is None:
-        base = start_from_weights(base, get_preset(start.preset), words, prog)
+        start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
+        given = {} if start.config is None else toml_sections(start.config)
+        base = from_json(given, get_preset(start.preset))
+        base = start_from_weights(base, given, words, prog)
+    else:
+        base = read_settings(start)
     defaults = TrainOptions(**vars(start), **vars(base))
     options = parse(TrainOptions, words, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
-        refuse_changes(base, settings)
+        refuse_changes(base, settings, start.resume)
     return start, settings
 
 
-def read_base(start: StartOptions) -> Config:
-    """Return the settings that the flags go over."""
-    if start.resume is None:
-        base = get_preset(start.preset)
-        return base if start.config is None else read_toml(start.config, base)
-    if start.config is not None or start.preset != StartOptions.preset:
+def read_settings(start: StartOptions) -> Config:
+    """Return the settings of the run to resume."""
+    assert start.resume is not None
+    if start.config is not None or start.preset:
         raise ConfigError(
-            "--resume goes on with the run's own settings: leave out --preset, --config"
+            "--resume continues with the run's own settings: leave out --preset and --config"
         )
     if not (start.resume / "config.json").is_file():
         raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
     return from_json(read_json(start.resume / "config.json"))
 
 
-def start_from_weights(base: Config, preset: Config, words: Sequence[str], prog: str) -> Config:
+def start_from_weights(
+    base: Config, given: dict[str, dict[str, Any]], words: Sequence[str], prog: str
+) -> Config:
     """Return the settings with the model of --init, where there is one.
 
-    Weights know their model better than a preset does; what a file of settings changes, stays.
+    Weights know their model better than a preset does; what the TOML file gives has precedence.
     """
     asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
     init = asked.init or base.training.init
@@ -100,22 +105,10 @@ def start_from_weights(base: Config, preset: Config, words: Sequence[str], prog:
     from vitrine.pretrained import with_init
 
     theirs = with_init(base, init, asked.n_attention_heads)
-    changed = {
-        section: {
-            name: value
-            for name, value in vars(getattr(base, section)).items()
-            if value != getattr(getattr(preset, section), name)
-        }
-        for section in ("model", "data")
-    }
-    return dataclasses.replace(
-        theirs,
-        model=dataclasses.replace(theirs.model, **changed["model"]),
-        data=dataclasses.replace(theirs.data, **changed["data"]),
-    )
+    return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
 
 
-def refuse_changes(old: Config, new: Config) -> None:
+def refuse_changes(old: Config, new: Config, folder: Path) -> None:
     """Refuse flags beside --resume that would make it another run."""
     before, after = old.flat(), new.flat()
     changed = [f"--{name}" for name in before if before[name] != after[name]]
@@ -124,7 +117,7 @@ def refuse_changes(old: Config, new: Config) -> None:
         allowed = ", ".join(f"--{name}" for name in MOVABLE)
         raise ConfigError(
             f"--resume keeps the run's settings: leave out {', '.join(refused)} (only {allowed} "
-            "may change), or start another run"
+            f"may change), or start another run from its weights with --init {folder}"
         )
 
 
@@ -176,13 +169,20 @@ def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
 
 
 def resume(folder: Path, settings: Config) -> int:
-    """Go on with a run."""
+    """Resume a run; one that is finished is only reported."""
+    from vitrine import ranks
     from vitrine.run import Run
 
+    if ranks.on_leader((folder / "result.json").is_file):
+        say(
+            f"{folder}: this run is finished, its result is in {folder / 'result.json'}; to train "
+            f"longer, start another run from its weights: vitrine train --init {folder}"
+        )
+        return 0
     run = Run.resume(folder, settings)
     for notice in run.notices:
         say(notice)
-    say(f"going on after update {run.state.step} of {run.total_steps}")
+    say(f"resuming after update {run.state.step} of {run.total_steps}")
     return follow(run)
 
 
