@@ -109,7 +109,7 @@ class RunFiles:
         return folder
 
     def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
-        """Write result.json, the pictures and, if asked for, the weights. The leader's work.
+        """Write the weights if asked for, result.json, and the pictures. The leader's work.
 
         Without a test split there are no logits, and the result has no test score.
         """
@@ -121,10 +121,10 @@ class RunFiles:
             best, self.rows, train_images=self.train_images, seconds=self.state.seconds
         )
         result = {**summary, **engine, "test": metrics and metrics.to_json()}
-        write_json(self.folder / "result.json", result)
-        draw(metrics, self.rows, self.folder)
         if self.config.run.model_path is not None:
             write_weights(best, load_info(Path(best.source)), self.folder.name)
+        write_json(self.folder / "result.json", result)  # from now on the run counts as finished
+        draw(metrics, self.rows, self.folder)
         return result
 
     def info(self) -> CheckpointInfo:
