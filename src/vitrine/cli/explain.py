@@ -1,5 +1,6 @@
 """``vitrine explain``."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from vitrine.cli.explain_options import (
 )
 from vitrine.cli.models import load_model
 from vitrine.cli.parsing import parse
+from vitrine.cli.picture_words import STDIN, list_pictures
 from vitrine.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 
     options = parse(ExplainOptions, words, prog=prog)
     check(options)
+    names = list_pictures(options.pictures)
     classifier = load_model(options)
     changes = {
         "fit": options.fit, "dataset": options.scoring.dataset,
@@ -45,12 +48,12 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         from vitrine.cli.scoring import score
 
         return score(classifier, options)
-    return draw_all(classifier, options)
+    return draw_all(classifier, names, options)
 
 
-def draw_all(classifier: "Classifier", options: ExplainOptions) -> int:
-    """Explain the pictures that can be read, and say what was drawn where."""
-    subjects, broken = read_subjects(classifier, options)
+def draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOptions) -> int:
+    """Explain the pictures that can be read; report what was drawn, and where."""
+    subjects, broken = read_subjects(classifier, names, options)
     if broken and not subjects:
         raise PictureError(broken[0])
     for message in broken:
@@ -151,17 +154,18 @@ def list_checkpoints(
 
 
 def read_subjects(
-    classifier: "Classifier", options: ExplainOptions
+    classifier: "Classifier", names: Sequence[str], options: ExplainOptions
 ) -> "tuple[list[Subject], list[str]]":
     """Read the pictures; return them, and what was wrong with the rest."""
-    from vitrine.data.pictures import find_pictures
-
     if options.index is not None:
         return [indexed(classifier, options)], []
     subjects, broken = [], []
-    for path in find_pictures(options.pictures):
+    for name in names:
         try:
-            subjects.append(classifier.subject(path))
+            if name == STDIN:
+                subjects.append(classifier.subject(sys.stdin.buffer.read(), name="stdin"))
+            else:
+                subjects.append(classifier.subject(name))
         except PictureError as error:
             broken.append(str(error))
     return subjects, broken

@@ -1,5 +1,7 @@
 """The flags of ``vitrine explain``, and what they say."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,9 @@ from vitrine.errors import ConfigError, nearest
 
 PROG = "vitrine explain"
 ALL = "all"
+PAGES = (".html", ".htm")
+UNSERVED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json", ".csv")
+"""Endings that people give to files, and that no explanation is written as."""
 CLASSLESS = {"attention", "rollout"}
 """Methods that show the same whatever class is asked for."""
 
@@ -56,7 +61,7 @@ class ExplainOptions(ModelOptions):
     """Show what a model looked at in a picture."""
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, folders or globs."""
+    """Files, folders, globs, or - for a picture on standard input."""
     index: int | None = None
     """Explain this image of the model's own data (of --split) instead of a file."""
     method: str | None = None
@@ -90,7 +95,18 @@ class ExplainOptions(ModelOptions):
         asked = self.output_path
         if asked is None:
             return Path("output") / "explain"
-        return asked.parent if asked.suffix and not asked.is_dir() else asked
+        return asked.parent if is_file_name(asked) else asked
+
+
+def is_file_name(path: Path) -> bool:
+    """Return whether an output path names a file: it ends as pictures and pages do.
+
+    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
+    """
+    from vitrine.data.pictures import SUFFIXES
+
+    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *UNSERVED)
+    return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
 
 
 def check(options: ExplainOptions) -> None:
@@ -167,21 +183,39 @@ def read_query(text: str | None) -> tuple[int, int] | None:
 def name_files(options: ExplainOptions, names: Sequence[str]) -> list[Path]:
     """Return a file for each picture; names that come twice are numbered."""
     asked = options.output_path
-    if asked is not None and asked.suffix and not asked.is_dir():
+    if asked is not None and is_file_name(asked):
         ending = asked.suffix.lower().removeprefix(".")
         if options.format not in (None, ending):
             raise ConfigError(f"--format {options.format} does not go with {asked}: leave one out")
         if len(names) > 1:
             raise ConfigError(f"{len(names)} pictures do not fit one file, {asked}: give a folder")
         return [asked]
-    method = (options.method or options.frames or "rollout").replace(",", "-")
     ending = options.format or "gif"
-    stem = "{}" if ending == "html" else "{}-" + method
+    rest = "".join(f"-{part}" for part in describe_settings(options, page=ending == "html"))
     paths: list[Path] = []
     for name in names:
-        base = stem.format(Path(name).stem)
+        base = Path(name).stem + rest
         path, number = options.folder / f"{base}.{ending}", 2
         while path in paths:
             path, number = options.folder / f"{base}-{number}.{ending}", number + 1
         paths.append(path)
     return paths
+
+
+def describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
+    """Return what makes this drawing of a picture another one, as parts of a file's name.
+
+    The method (a page has all of them), then every setting that is not the default: so drawings
+    with different settings never overwrite each other.
+    """
+    first = [part for part in (options.method, options.frames) if part] or ["rollout"]
+    parts = [] if page else first
+    default = ExplainOptions()
+    for name in ("class_name", "query", "layers", "heads", "fusion", "discard_ratio", "fit"):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
+    for name, value in vars(options.drawing).items():
+        if value != getattr(default.drawing, name):
+            parts.append(f"{name}-{value}")
+    return [re.sub(r"[^\w.]+", "-", part)[:60].strip("-") for part in parts]

@@ -14,6 +14,7 @@ import tyro
 from vitrine.cli.console import out, say
 from vitrine.cli.models import ModelOptions, is_onnx, load_model
 from vitrine.cli.parsing import parse
+from vitrine.cli.picture_words import STDIN, list_pictures
 from vitrine.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:
@@ -96,17 +97,6 @@ def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
     return dataclasses.replace(exported, fit=options.fit or exported.fit)
 
 
-def list_pictures(words: Sequence[str]) -> list[str]:
-    """Return the names of all pictures that the words stand for."""
-    from vitrine.data.pictures import find_pictures
-
-    return [
-        name
-        for word in words
-        for name in ([word] if word == "-" else map(str, find_pictures([word])))
-    ]
-
-
 def predict_all(
     classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
 ) -> tuple[list[Answer], list[str]]:
@@ -119,7 +109,7 @@ def predict_all(
         read: list[str] = []
         raws: list[np.ndarray] = []
         for name in names[start : start + CHUNK]:
-            source = sys.stdin.buffer.read() if name == "-" else name
+            source = sys.stdin.buffer.read() if name == STDIN else name
             try:
                 raws.append(classifier.read(source, background=options.background))
                 read.append(name)
