@@ -1,24 +1,34 @@
 """From a picture to frames: what each kind of frame holds, on the command line and in Python."""
 
+import contextlib
+import io
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import vitrine
+from vitrine import checkpoint
 from vitrine.cli import main
-from vitrine.errors import ConfigError
+from vitrine.cli.explain_options import ExplainOptions, name_files
+from vitrine.cli.parsing import parse
+from vitrine.cli.picture_words import MODEL_ENDINGS, MODEL_FILES
+from vitrine.errors import ConfigError, DataError
 from vitrine.explain.drawing import caption, page_data
 from vitrine.explain.explanation import compare
 from vitrine.explain.explanation import explain as draw
 from vitrine.explain.lettering import GREEN, INK, RED
 from vitrine.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
 from vitrine.explain.page import describe
+from vitrine.foreign import FILES
 from vitrine.predict import Classifier
 
 TINY = shlex.split(
@@ -264,10 +274,122 @@ def test_an_image_of_the_data_is_explained_with_its_label(
 ) -> None:
     words = ["explain", "--model_path", str(run_folder), "--index", "3", "--format", "png"]
     assert main(words) == 0
-    assert "validation-3: " in capsys.readouterr().out
-    assert not Path("output/explain/test_uses.jsonl").exists()
-    assert main([*words, "--split", "test"]) == 0
-    assert "image 3 explained" in Path("output/explain/test_uses.jsonl").read_text()
+    shown = capsys.readouterr().out
+    assert "validation-3: " in shown
+    assert "✓" in shown or "✗" in shown
+
+
+def test_every_use_of_the_test_split_is_logged_in_the_run(run_folder: Path, picture: str) -> None:
+    log = run_folder / "test_uses.jsonl"
+    before = log.read_text()
+    commands = {
+        "image 3 explained": "explain --index 3 --format png",
+        "vitrine explain --score": "explain --score --images 10 --method attention",
+        "vitrine inspect": "inspect --images 10",
+    }
+    for words in commands.values():
+        assert main([*shlex.split(words), "--model_path", str(run_folder)]) == 0
+    assert log.read_text() == before
+    for words in commands.values():
+        command = [*shlex.split(words), "--split", "test", "--model_path", str(run_folder)]
+        assert main(command) == 0
+    added = log.read_text().removeprefix(before).splitlines()
+    assert [json.loads(line)["purpose"] for line in added] == list(commands)
+    assert not list(Path().rglob("test_uses.jsonl"))
+
+
+@pytest.mark.parametrize("command", ["explain", "predict"])
+@pytest.mark.parametrize("what", ["run", "checkpoint", "weights", "bundled"])
+def test_a_model_among_the_pictures_is_refused(
+    command: str, what: str, run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = next((run_folder / "checkpoints").glob("step-*"))
+    words = {
+        "run": run_folder, "checkpoint": checkpoint, "weights": checkpoint / "model.safetensors",
+        "bundled": "cifar10",
+    }  # fmt: skip
+    capsys.readouterr()
+    assert main([command, str(words[what]), picture]) == 2
+    line = f"{words[what]} is a model, not a picture: give --model_path {words[what]}"
+    assert capsys.readouterr().err == f"vitrine: {line}\n"
+
+
+def test_endings_of_models_are_all_known() -> None:
+    assert set(MODEL_ENDINGS) == {*FILES, ".onnx", ".pt2"}
+    assert set(MODEL_FILES) >= {checkpoint.INFO, checkpoint.MODEL}
+
+
+def test_a_search_leaves_out_the_plots_of_runs(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_folder, "all/runs/a")
+    Image.new("RGB", (9, 9)).save("all/runs/a/plot.png")
+    words = ["predict", "all", "--model_path", str(run_folder), "--json"]
+    assert main(words) == 2
+    assert "its only pictures are the plots of runs: all/runs/a" in capsys.readouterr().err
+    shutil.copy(picture, "all/cat.png")
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert [answer["picture"] for answer in json.loads(captured.out)] == ["all/cat.png"]
+    assert "plots of runs: all/runs/a" in captured.err
+    assert main(["predict", "all/runs/a/plot.png", "--model_path", str(run_folder)]) == 0
+
+
+def test_a_picture_on_standard_input_is_explained(run_folder: Path, picture: str) -> None:
+    command = [sys.executable, "-m", "vitrine", "explain", "-", "--model_path", run_folder]
+    done = subprocess.run(
+        command, input=Path(picture).read_bytes(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"stdin: ")
+    assert Path("output/explain/stdin-rollout.gif").exists()
+
+
+def test_drawings_with_other_settings_have_other_names() -> None:
+    flags = [
+        "", "--style seed", "--query 0,3", "--query 03", "--layers 1-2", "--layers 1,2",
+        "--method attention", "--method attention --frames heads", "--frames heads",
+        "--method relevance --class ring", "--method rollout,relevance", "--fusion max",
+        "--discard_ratio 0.5", "--fit squash", "--alpha 0.2", "--colormap viridis",
+        "--normalise none", "--duration 100", "--loop 2", "--format png", "--format html",
+        "--format html --class ring",
+    ]  # fmt: skip
+    names = []
+    for each in flags:
+        options = parse(ExplainOptions, ["cat.png", *shlex.split(each)], prog="vitrine explain")
+        names += [path.as_posix() for path in name_files(options, ["cat.png"])]
+    assert names[0] == "output/explain/cat-rollout.gif"
+    assert names[2] == "output/explain/cat-rollout-query-0-3.gif"
+    assert names[-2:] == ["output/explain/cat.html", "output/explain/cat-class-ring.html"]
+    # "1-2" and "1,2" are the same layers, which may share a name; all others differ.
+    assert len(set(names)) == len(names) - 1
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [("results/v1.2", False), ("a.b", False), ("x.gif", True), ("x.PNG", True), ("x.bmp", True),
+     ("x.pdf", True), ("there.gif", False), ("n" * 500 + ".gif", True)],
+)  # fmt: skip
+def test_an_output_path_is_a_file_only_by_a_known_ending(
+    path: str, file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.gif").mkdir()
+    options = ExplainOptions(pictures=("cat.png",), output_path=Path(path))
+    (named,) = name_files(options, ["cat.png"])
+    assert named == (Path(path) if file else Path(path) / "cat-rollout.gif")
+    assert options.folder == (Path(path).parent if file else Path(path))
+
+
+def test_a_png_counts_maps_and_an_animation_frames(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explain", "--model_path", str(run_folder), picture]
+    assert main([*words, "--method", "all", "--format", "png"]) == 0
+    assert main([*words, "--method", "gradcam"]) == 0
+    shown = capsys.readouterr().out
+    assert ": 6 maps, attention to occlusion, " in shown
+    assert ": 1 frame, gradcam, " in shown
 
 
 def test_scores_are_printed_drawn_and_kept(
@@ -286,6 +408,31 @@ def test_scores_are_printed_drawn_and_kept(
     assert Path("s/scores.png").stat().st_size > 1000
 
 
+def test_scores_are_written_before_they_are_printed(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise UnicodeEncodeError("cp1252", "✓", 0, 1, "no such character")
+
+    monkeypatch.setattr("vitrine.cli.scoring.out.print", fail)
+    words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
+    with contextlib.suppress(UnicodeEncodeError):
+        main([*words, "--method", "attention", "--output_path", "s"])
+    assert json.loads(Path("s/scores.json").read_text())["images"] == 10
+
+
+def test_scoring_shows_its_progress_on_a_terminal(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr("vitrine.cli.scoring.err", console)
+    words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
+    assert main([*words, "--method", "attention", "--output_path", "s"]) == 0
+    assert "scoring" in screen.getvalue()
+    assert "100%" in screen.getvalue()
+
+
 def test_insides_are_printed_drawn_and_kept(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,11 +446,58 @@ def test_insides_are_printed_drawn_and_kept(
     assert numbers == json.loads(Path("i/insides.json").read_text())
 
 
+def test_without_data_filters_and_positions_are_inspected(
+    picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("CIFAR-10 could not be downloaded")
+
+    monkeypatch.setattr("vitrine.data.sources.load_cifar", fail)
+    words = ["inspect", "--model_path", "cifar10", "--output_path", "i"]
+    assert main([*words, "--json"]) == 1
+    captured = capsys.readouterr()
+    numbers = json.loads(captured.out)
+    assert "similarity_to_middle_patch" in numbers
+    assert "attention_entropy_nats" not in numbers
+    assert "filters and positions only" in captured.err
+    assert "CIFAR-10 could not be downloaded" in captured.err
+    assert Path("i/insides.png").stat().st_size > 1000
+    assert main([*words, "--dataset", "cifar10"]) == 2  # the data that were named must be there
+
+
+@pytest.mark.parametrize("images", [9, 0, -3])
+def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
+    images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "nothing", "--images", str(images)]) == 2
+    assert capsys.readouterr().err == f"vitrine: --images is {images}: give at least 10\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
         ("", ["no picture given"]),
         ("cat.png --index 3", ["give one"]),
+        ("--index -1", ["--index is -1", "0 to 49"]),
+        ("--score --images 0", ["--images is 0", "at least 10"]),
+        ("--score --images -3", ["--images is -3", "at least 10"]),
+        ("--score --output_path x.png", ["x.png is a file", "give a folder"]),
+        ("cat.png --layers 3-1", ["--layers is '3-1'"]),
+        ("cat.png --layers ''", ["--layers is ''"]),
+        ("cat.png --heads ','", ["--heads is ','"]),
+        ("cat.png --heads 0", ["head 0", "1 to 2"]),
+        ("cat.png --layers 1-99999", ["--layers is '1-99999'"]),
+        ("cat.png --method ''", ["no method ''"]),
+        ("cat.png --class '' --method relevance", ["no class ''"]),
+        ("cat.png --query ''", ["--query is ''"]),
+        ("cat.png --alpha nan", ["alpha is nan"]),
+        ("cat.png --alpha -0.1", ["alpha is -0.1"]),
+        ("cat.png --discard_ratio 1", ["discard_ratio is 1"]),
+        ("cat.png --discard_ratio nan", ["discard_ratio is nan"]),
+        ("cat.png --duration -5", ["durations are"]),
+        ("cat.png --loop -1", ["loop is -1"]),
+        ("cat.png --n_attention_heads 0", ["2 attention heads, not 0"]),
+        ("''", ["''"]),
         ("cat.png --layers 4", ["layer 4", "1 to 3"]),
         ("cat.png --layers 0", ["layer 0", "1 to 3"]),
         ("cat.png --layers x", ["--layers is 'x'"]),

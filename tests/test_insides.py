@@ -159,11 +159,14 @@ def test_looking_at_everything_alike(tiny_model: ModelConfig) -> None:
         torch.nn.init.zeros_(block.attention.qkv.weight)
     images_BCHW = pictures(tiny_model)
     insides = inspect_model(model, images_BCHW)
-    assert insides.entropy_LA.flatten().tolist() == pytest.approx([math.log(36)] * 6)
-    assert insides.distance_LA.flatten().tolist() == pytest.approx([insides.distance_alike] * 6)
-    assert insides.distance_half_LA.abs().max() < 1e-4
-    torch.testing.assert_close(attention_distance(model, images_BCHW), insides.distance_LA)
-    torch.testing.assert_close(attention_entropy(model, images_BCHW), insides.entropy_LA)
+    heads = insides.heads
+    assert heads is not None
+    assert heads.images == len(images_BCHW)
+    assert heads.entropy_LA.flatten().tolist() == pytest.approx([math.log(36)] * 6)
+    assert heads.distance_LA.flatten().tolist() == pytest.approx([insides.distance_uniform] * 6)
+    assert heads.distance_half_LA.abs().max() < 1e-4
+    torch.testing.assert_close(attention_distance(model, images_BCHW), heads.distance_LA)
+    torch.testing.assert_close(attention_entropy(model, images_BCHW), heads.entropy_LA)
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:
@@ -212,6 +215,21 @@ def test_insides_are_drawn_and_are_numbers(
     for name in ("attention_distance_pixels", "attention_entropy_nats"):
         assert np.shape(numbers[name]) == (layers, heads)
     assert np.shape(numbers["similarity_to_middle_patch"]) == config.grid_GJ
+
+
+def test_without_images_filters_and_positions_are_still_drawn(
+    tmp_path: Path, tiny_model: ModelConfig
+) -> None:
+    model = build(tiny_model)
+    insides, whole = inspect_model(model, None), inspect_model(model, pictures(tiny_model))
+    draw_insides(insides, tmp_path / "insides.png")
+    with Image.open(tmp_path / "insides.png") as picture:
+        assert picture.width > 900
+    numbers, more = insides.to_json(), whole.to_json()
+    assert {name: more[name] for name in numbers} == numbers
+    missing = set(more) - set(numbers)
+    assert missing == {"images", *(name for name in more if "half_interval" in name),
+                       "attention_distance_pixels", "attention_entropy_nats"}  # fmt: skip
 
 
 def test_large_grids_show_some_patches_evenly() -> None:

@@ -79,7 +79,8 @@ def test_quick_trains_and_its_model_is_inspected_and_scored(
     test = load(run.config, "test")["test"]
     images_BCHW = normalise(test.raw_BCHW.to(device), config.data.mean, config.data.std)
     insides = inspect_model(model, images_BCHW)
-    assert insides.distance_LA.isfinite().all()
+    assert insides.heads is not None
+    assert insides.heads.distance_LA.isfinite().all()
     settings = ScoreSettings(steps=2)
     scores = score_methods(model, images_BCHW, test.masks_BHW, settings=settings)
     assert [score.method for score in scores[: len(METHODS)]] == list(METHODS)

@@ -37,13 +37,8 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     check(options)
     names = list_pictures(options.pictures)
     classifier = load_model(options)
-    changes = {
-        "fit": options.fit, "dataset": options.scoring.dataset,
-        "data_path": options.scoring.data_path,
-    }  # fmt: skip
-    changes = {name: value for name, value in changes.items() if value is not None}
-    # All test images, however few the training run looked at.
-    classifier = with_data(classifier, num_test_images=None, **changes)
+    if options.fit is not None:
+        classifier = with_data(classifier, fit=options.fit)
     if options.scoring.score:
         from vitrine.cli.scoring import score
 
@@ -174,15 +169,18 @@ def read_subjects(
 def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
     from vitrine.run import load_split
-    from vitrine.run_folder import log_test_use
+    from vitrine.run_folder import log_test_use_of
 
     split, index = options.scoring.split, options.index
     assert index is not None
-    images = load_split(classifier, split)
+    images = load_split(classifier, split, **options.scoring.data)
     if not 0 <= index < len(images):
         raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({split} images)")
     if split == "test":
-        log_test_use(options.folder, f"image {index} explained", 1)
+        purpose = f"image {index} explained"
+        note = log_test_use_of(classifier.source, options.folder, purpose, 1)
+        if note:
+            say(note)
     raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[index])]
     return classifier.subject(raw_HWC, name=f"{split}-{index}", label=label)

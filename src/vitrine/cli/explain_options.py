@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,8 @@ ALL = "all"
 PAGES = (".html", ".htm")
 UNSERVED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json", ".csv")
 """Endings that people give to files, and that no explanation is written as."""
+FEWEST = 10
+"""Images that a confidence interval needs; the same as ``explain.intervals.FEWEST``."""
 CLASSLESS = {"attention", "rollout"}
 """Methods that show the same whatever class is asked for."""
 
@@ -53,6 +55,14 @@ class ScoreOptions:
     """Data set; the one the model was trained on unless given."""
     data_path: Path | None = None
     """Where the data are; the training's place unless given."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What of the data differs from the training's, as ``run.load_split`` takes it."""
+        named = {"dataset": self.dataset, "data_path": self.data_path}
+        # All test images, even if the training run used only some of them.
+        changes: dict[str, Any] = {"num_test_images": None}
+        return changes | {name: value for name, value in named.items() if value is not None}
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -115,7 +125,20 @@ def check(options: ExplainOptions) -> None:
     if given == 0:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
     if given > 1:
-        raise ConfigError("a picture, --index and --score are three things: give one")
+        raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
+    if options.scoring.score:
+        check_images(options.scoring.images)
+        if options.output_path is not None and is_file_name(options.output_path):
+            raise ConfigError(
+                f"--score writes scores.json and scores.png: {options.output_path} is a file, "
+                "give a folder"
+            )
+
+
+def check_images(count: int) -> None:
+    """Refuse fewer images than statistics over images need."""
+    if count < FEWEST:
+        raise ConfigError(f"--images is {count}: give at least {FEWEST}")
 
 
 def check_drawing(options: ExplainOptions, *, page: bool) -> None:
@@ -164,8 +187,8 @@ def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
             raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2 or 1,3 or 2-4")
         stop = int(last) if dash else int(first)
-        if stop - int(first) > 1000:
-            raise ConfigError(f"--{name} is {text!r}: there are not so many")
+        if not 0 <= stop - int(first) <= 1000:
+            raise ConfigError(f"--{name} is {text!r:.60}: a range goes upwards, by at most 1000")
         numbers += range(int(first), stop + 1)
     return tuple(numbers)
 

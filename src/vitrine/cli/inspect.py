@@ -3,16 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from vitrine.cli.console import out, say
+from vitrine.cli.explain_options import check_images
 from vitrine.cli.models import ModelOptions, load_model
 from vitrine.cli.parsing import parse
+from vitrine.errors import DataError
 
 if TYPE_CHECKING:
-    from vitrine.explain.insides import Insides
+    from torch import Tensor
+
+    from vitrine.explain.insides import HeadSummary
+    from vitrine.predict import Classifier
 
 PROG = "vitrine inspect"
 
@@ -43,44 +48,68 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     import dataclasses
     import json
 
-    from vitrine.data.images import normalise
     from vitrine.explain.insides import inspect_model
     from vitrine.explain.insides_figure import draw_insides
     from vitrine.files import write_json
-    from vitrine.run import load_split
-    from vitrine.run_folder import log_test_use
 
     options = parse(InspectOptions, words, prog=prog)
+    check_images(options.images)
     options = dataclasses.replace(options, model_path=options.model or options.model_path)
     classifier = load_model(options)
-    changes = {"dataset": options.dataset, "data_path": options.data_path}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    # All test images, however few the training run looked at.
-    changes["num_test_images"] = None
-    images = load_split(classifier, options.split, **changes).sample(options.images)
-    if options.split == "test":
-        log_test_use(options.output_path, "vitrine inspect", len(images))
-    raw_BCHW = images.raw_BCHW.to(classifier.device)
-    insides = inspect_model(classifier.model, normalise(raw_BCHW, classifier.mean, classifier.std))
+    images_BCHW, missing = load_images(classifier, options)
+    insides = inspect_model(classifier.model, images_BCHW)
     numbers = insides.to_json()
     write_json(options.output_path / "insides.json", numbers)
     draw_insides(insides, options.output_path / "insides.png")
     if options.json:
         print(json.dumps(numbers))
-    else:
-        show(insides)
-        say(f"insides.png and insides.json in {options.output_path}/")
-    return 0
+    elif insides.heads:
+        show(insides.heads)
+    say(f"insides.png and insides.json in {options.output_path}/")
+    if missing:
+        say(f"vitrine: filters and positions only, since there are no images: {missing}")
+    return 1 if missing else 0
 
 
-def show(insides: "Insides") -> None:
+def load_images(
+    classifier: "Classifier", options: InspectOptions
+) -> "tuple[Tensor | None, DataError | None]":
+    """Return the images to measure the heads on, or None and the reason why there are none.
+
+    Raises:
+        DataError: the data that the options name cannot be read.
+    """
+    from vitrine.data.images import normalise
+    from vitrine.run import load_split
+    from vitrine.run_folder import log_test_use_of
+
+    changes = {"dataset": options.dataset, "data_path": options.data_path}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    try:
+        # All test images, even if the training run used only some of them.
+        every: Any = changes | {"num_test_images": None}
+        images = load_split(classifier, options.split, **every).sample(options.images)
+    except DataError as error:
+        if changes:
+            raise
+        return None, error
+    if options.split == "test":
+        folder = options.output_path
+        note = log_test_use_of(classifier.source, folder, "vitrine inspect", len(images))
+        if note:
+            say(note)
+    raw_BCHW = images.raw_BCHW.to(classifier.device)
+    return normalise(raw_BCHW, classifier.mean, classifier.std), None
+
+
+def show(heads: "HeadSummary") -> None:
     """Print the distance and entropy of every head."""
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
     for column in ("layer", "head", "mean distance (pixels)", "mean entropy (nats)"):
         table.add_column(column, justify="right")
-    pairs = zip(insides.distance_LA.tolist(), insides.entropy_LA.tolist(), strict=True)
+    pairs = zip(heads.distance_LA.tolist(), heads.entropy_LA.tolist(), strict=True)
     for layer, rows in enumerate(pairs, 1):
         for head, (distance, entropy) in enumerate(zip(*rows, strict=True), 1):
             table.add_row(str(layer), str(head), f"{distance:.2f}", f"{entropy:.3f}")

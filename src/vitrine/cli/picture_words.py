@@ -24,6 +24,8 @@ def list_pictures(words: Sequence[str]) -> list[str]:
         PictureError: a word stands for no picture.
     """
     for word in words:
+        if not word:
+            raise PictureError("'' is an empty name: give a picture, a folder or a glob")
         if is_model(word):
             raise ConfigError(f"{word} is a model, not a picture: give --model_path {word}")
     return [name for word in words for name in ([word] if word == STDIN else search(word))]

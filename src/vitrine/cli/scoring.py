@@ -1,8 +1,10 @@
-"""``vitrine explain --score``: which of the maps can be believed."""
+"""``vitrine explain --score``: which of the maps can be trusted."""
 
 from typing import TYPE_CHECKING
 
-from vitrine.cli.console import out, say
+from rich.progress import Progress
+
+from vitrine.cli.console import err, out, say
 from vitrine.cli.explain_options import ExplainOptions, list_methods
 
 if TYPE_CHECKING:
@@ -10,31 +12,36 @@ if TYPE_CHECKING:
 
 
 def score(classifier: "Classifier", options: ExplainOptions) -> int:
-    """Score methods on images of the model's data; print a table, write a plot and the numbers."""
+    """Score methods on images of the model's data; write the numbers and a plot, print a table."""
     from vitrine.data.images import normalise
     from vitrine.explain.methods import METHODS
-    from vitrine.explain.score import score_methods
+    from vitrine.explain.score import FLOORS, STEPS, score_methods
     from vitrine.explain.score_report import plot_scores, score_table
     from vitrine.files import write_json
     from vitrine.run import load_split
-    from vitrine.run_folder import log_test_use
+    from vitrine.run_folder import log_test_use_of
 
-    split = options.scoring.split
-    images = load_split(classifier, split).sample(options.scoring.images)
-    folder = options.folder
+    split, folder = options.scoring.split, options.folder
+    methods = list_methods(options.method) or METHODS
+    images = load_split(classifier, split, **options.scoring.data).sample(options.scoring.images)
     if split == "test":
-        log_test_use(folder, "explain --score", len(images))
+        note = log_test_use_of(classifier.source, folder, "vitrine explain --score", len(images))
+        if note:
+            say(note)
     say(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
-    scores = score_methods(
-        classifier.model,
-        normalise(raw_BCHW, classifier.mean, classifier.std),
-        images.masks_BHW,
-        list_methods(options.method) or METHODS,  # type: ignore[arg-type]
-    )
-    out.print(score_table(scores))
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("scoring", total=STEPS * (len(methods) + len(FLOORS)))
+        scores = score_methods(
+            classifier.model,
+            normalise(raw_BCHW, classifier.mean, classifier.std),
+            images.masks_BHW,
+            methods,  # type: ignore[arg-type]
+            advance=lambda: progress.advance(task),
+        )
     about = {"model": classifier.source, "split": split, "images": len(images)}
     write_json(folder / "scores.json", {**about, "scores": [each.to_json() for each in scores]})
+    out.print(score_table(scores))
     plot_scores(folder / "scores.png", scores)
     say(f"scores.png and scores.json in {folder}/")
     return 0

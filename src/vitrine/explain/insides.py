@@ -44,43 +44,60 @@ class HeadStatistics(NamedTuple):
     entropy_BLA: Tensor
 
 
+class HeadSummary(NamedTuple):
+    """What the heads do, on average over some images.
+
+    Shapes:
+        distance_LA, in pixels; entropy_LA, in nats: log(tokens) for uniform attention; and half of
+        the 95 % interval of each over the images.
+    """
+
+    images: int
+    distance_LA: Tensor
+    entropy_LA: Tensor
+    distance_half_LA: Tensor
+    entropy_half_LA: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "images": self.images,
+            "attention_distance_pixels": rounded(self.distance_LA),
+            "attention_distance_half_interval": rounded(self.distance_half_LA),
+            "attention_entropy_nats": rounded(self.entropy_LA),
+            "attention_entropy_half_interval": rounded(self.entropy_half_LA),
+        }
+
+
 @dataclass(frozen=True)
 class Insides:
-    """All that ``vitrine inspect`` shows of a model."""
+    """Everything that ``vitrine inspect`` shows of a model."""
 
     filters: PatchFilters
     similarity_GJGJ: Tensor
     position: str
-    """How the model knows places: learned, sincos or rope."""
-    images: int
-    """How many the heads were watched on."""
+    """How the model encodes positions: learned, sincos or rope."""
     tokens: int
     patch_size: int
-    distance_alike: float
-    """Mean attention distance of a head that looks at all patches alike, in pixels."""
-    distance_LA: Tensor
-    """Mean attention distance in pixels."""
-    entropy_LA: Tensor
-    """Mean attention entropy in nats; looking at all tokens alike it is log(tokens)."""
-    distance_half_LA: Tensor
-    """Half of the 95 % interval over images, likewise below."""
-    entropy_half_LA: Tensor
+    distance_uniform: float
+    """Mean attention distance of a head with uniform attention, in pixels."""
+    heads: HeadSummary | None
+    """None where there were no images to measure the heads on."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; of the positions the similarity of the middle patch only."""
+        """Return plain JSON values; for positions, only the similarity to the middle patch.
+
+        Without images the values of the heads are missing.
+        """
         G, J = self.similarity_GJGJ.shape[:2]
         return {
-            "images": self.images,
             "tokens": self.tokens,
             "patch_size": self.patch_size,
             "filter_variance_shares": rounded(self.filters.shares_K),
             "position": self.position,
             "similarity_to_middle_patch": rounded(self.similarity_GJGJ[G // 2, J // 2]),
-            "attention_distance_if_alike": round(self.distance_alike, 5),
-            "attention_distance_pixels": rounded(self.distance_LA),
-            "attention_distance_half_interval": rounded(self.distance_half_LA),
-            "attention_entropy_nats": rounded(self.entropy_LA),
-            "attention_entropy_half_interval": rounded(self.entropy_half_LA),
+            "attention_distance_if_uniform": round(self.distance_uniform, 5),
+            **(self.heads.to_json() if self.heads else {}),
         }
 
 
@@ -89,31 +106,47 @@ def rounded(values: Tensor) -> Any:
     return values.double().round(decimals=5).tolist()
 
 
-def inspect_model(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Insides:
+def inspect_model(
+    model: VisionTransformer, images_BCHW: Tensor | None, *, chunk: int = 64
+) -> Insides:
     """Look inside a model: filters, positions, and how its heads behave on some images.
 
     Args:
         model: in evaluation mode.
-        images_BCHW: normalised, on the model's device, at least ten; the paper takes 128.
-        chunk: images at once.
+        images_BCHW: normalised, on the model's device, at least ten (the paper uses 128); None
+            leaves the heads out.
+        chunk: images per batch.
 
     Raises:
         DataError: there are fewer than ten images.
     """
-    heads = head_statistics(model, images_BCHW, chunk=chunk)
     G, J = model.config.grid_GJ
     return Insides(
         filters=patch_filters(model),
         similarity_GJGJ=position_similarity(model),
         position=model.config.position,
-        images=len(images_BCHW),
         tokens=G * J + model.config.has_class_token,
         patch_size=model.config.patch_size,
-        distance_alike=float(patch_distances(model).mean()),
-        distance_LA=heads.distance_BLA.mean(0),
-        entropy_LA=heads.entropy_BLA.mean(0),
-        distance_half_LA=half_width(heads.distance_BLA),
-        entropy_half_LA=half_width(heads.entropy_BLA),
+        distance_uniform=float(patch_distances(model).mean()),
+        heads=None if images_BCHW is None else summarize_heads(model, images_BCHW, chunk=chunk),
+    )
+
+
+def summarize_heads(
+    model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
+) -> HeadSummary:
+    """Return the means of ``head_statistics`` over the images, with their intervals.
+
+    Raises:
+        DataError: there are fewer than ten images.
+    """
+    each = head_statistics(model, images_BCHW, chunk=chunk)
+    return HeadSummary(
+        len(images_BCHW),
+        each.distance_BLA.mean(0),
+        each.entropy_BLA.mean(0),
+        half_width(each.distance_BLA),
+        half_width(each.entropy_BLA),
     )
 
 

@@ -12,10 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vitrine.evaluation.figures import DARK, LIGHT, save_figure, write_title
-from vitrine.explain.insides import Insides
+from vitrine.explain.insides import HeadSummary, Insides
 
 QUERIES = 14
-"""At most so many patches along a side have their similarities drawn."""
+"""Similarities are drawn for at most this many patches along each side."""
 NAMED_HEADS = 8
 """With more heads a dot has no room for its number."""
 TABLE_WORDS = {
@@ -31,23 +31,32 @@ def draw_insides(insides: Insides, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    figure = Figure(figsize=(12, 10.5), layout="constrained")
-    (filters, similarity), (distance, entropy) = figure.subplots(2, 2, height_ratios=(1.15, 1))
+    heads = insides.heads
+    figure = Figure(figsize=(12, 10.5 if heads else 5.6), layout="constrained")
+    grid = figure.add_gridspec(2 if heads else 1, 2, height_ratios=(1.15, 1) if heads else (1,))
+    filters, similarity = (figure.add_subplot(grid[0, column]) for column in range(2))
     _draw_filters(filters, insides)
     figure.colorbar(_draw_similarity(similarity, insides), ax=similarity, shrink=0.7, aspect=25)
-    _draw_heads(distance, insides.distance_LA, insides.distance_half_LA)
-    _draw_limit(distance, insides.distance_alike, "looking at all patches alike")
+    if heads:
+        distance, entropy = (figure.add_subplot(grid[1, column]) for column in range(2))
+        _draw_both(distance, entropy, insides, heads)
+        figure.supxlabel(
+            f"Heads on {heads.images:,} images, sorted within each layer; bars: 95 % intervals",
+            size=9, color=DARK,
+        )  # fmt: skip
+    save_figure(figure, path)
+
+
+def _draw_both(distance: Axes, entropy: Axes, insides: Insides, heads: HeadSummary) -> None:
+    _draw_heads(distance, heads.distance_LA, heads.distance_half_LA)
+    _draw_limit(distance, insides.distance_uniform, "uniform attention over all patches")
     distance.set_ylabel("pixels")
     write_title(distance, "Mean attention distance of each head")
-    _draw_heads(entropy, insides.entropy_LA, insides.entropy_half_LA)
-    _draw_limit(entropy, math.log(insides.tokens), f"looking at all {insides.tokens} tokens alike")
+    _draw_heads(entropy, heads.entropy_LA, heads.entropy_half_LA)
+    words = f"uniform attention over all {insides.tokens} tokens"
+    _draw_limit(entropy, math.log(insides.tokens), words)
     _count_tokens(entropy, insides.tokens)
     write_title(entropy, "Mean attention entropy of each head")
-    figure.supxlabel(
-        f"Heads on {insides.images:,} images, sorted within each layer; bars: 95 % intervals",
-        size=9, color=DARK,
-    )  # fmt: skip
-    save_figure(figure, path)
 
 
 def _draw_filters(axes: Axes, insides: Insides) -> None:
@@ -129,7 +138,7 @@ def _draw_heads(axes: Axes, values_LA: Tensor, half_LA: Tensor) -> None:
 
 
 def _draw_limit(axes: Axes, limit: float, words: str) -> None:
-    """Mark what a head that looks everywhere alike would have."""
+    """Mark the value of a head with uniform attention."""
     axes.axhline(limit, color=DARK, linewidth=1, linestyle="--")
     axes.annotate(
         words, (0.99, limit), (0, 4), xycoords=("axes fraction", "data"),
@@ -139,9 +148,9 @@ def _draw_limit(axes: Axes, limit: float, words: str) -> None:
 
 
 def _count_tokens(axes: Axes, tokens: int) -> None:
-    """Say on the right how many tokens, looked at alike, an entropy amounts to."""
+    """Label the right axis with the number of tokens whose uniform attention has that entropy."""
     counts = [2**power for power in range(tokens.bit_length())]
     right = axes.secondary_yaxis("right")
     right.set_yticks([math.log(n) for n in counts], [str(n) for n in counts])
-    right.set_ylabel("as many tokens, looked at alike")
+    right.set_ylabel("effective number of tokens")
     axes.set_ylabel("nats")

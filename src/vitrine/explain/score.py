@@ -4,7 +4,7 @@ A random map and one that always names the middle are the floors: a method that 
 they are says nothing about this model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ __all__ = [
     "BASELINES",
     "FLOORS",
     "MEASURES",
+    "STEPS",
     "Baseline",
     "Curves",
     "Estimate",
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 FLOORS = ("random", "centre")
+STEPS = 1 + len(BASELINES)
+"""Steps in which a method is scored: its maps, then deletion and insertion by each baseline."""
 ERROR_RATE = 0.05
 """Chance that any of a table's marks for beating the floors is wrong."""
 
@@ -141,6 +144,7 @@ def score_methods(
     methods: Sequence[Method] = METHODS,
     *,
     settings: ScoreSettings | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Score]:
     """Score methods, and after them both floors, on the same images.
 
@@ -155,6 +159,7 @@ def score_methods(
         masks_BHW: the objects' pixels, or None where they are not known.
         methods: what to score, in the order wanted.
         settings: how to score.
+        advance: called ``STEPS`` times per method and floor, as the work goes on.
 
     Raises:
         DataError: there are fewer than ten images, or not one mask for each.
@@ -166,7 +171,9 @@ def score_methods(
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
     classes_B = predict_classes(model, images_BCHW, settings.batch_size)
     outcomes = {
-        name: measure_maps(model, images_BCHW, masks_BHW, maps_BGJ, classes_B, settings=settings)
+        name: measure_maps(
+            model, images_BCHW, masks_BHW, maps_BGJ, classes_B, settings=settings, advance=advance
+        )
         for name, maps_BGJ in draw_maps(model, images_BCHW, methods, classes_B, settings.seed)
     }
     marks = len(methods) * len(next(iter(outcomes.values())).values)
@@ -203,8 +210,10 @@ def measure_maps(
     classes_B: Tensor,
     *,
     settings: ScoreSettings,
+    advance: Callable[[], object],
 ) -> Outcome:
     """Take every measure of one method's maps."""
+    advance()  # computing the maps was the first step
     values: dict[str, Tensor] = {}
     if masks_BHW is not None:
         masks_BHW = masks_BHW.cpu()
@@ -219,6 +228,7 @@ def measure_maps(
         names = f"deletion_{baseline}", f"insertion_{baseline}"
         values |= zip(names, drawn.areas(), strict=True)
         curves |= zip(names, (drawn.deletion_BS, drawn.insertion_BS), strict=True)
+        advance()
     ordered = {name: values[name] for name in MEASURES if name in values}
     return Outcome(ordered, drawn.shares_S, {n: curve.mean(0) for n, curve in curves.items()})
 
