@@ -298,6 +298,31 @@ def test_every_use_of_the_test_split_is_logged_in_the_run(run_folder: Path, pict
     assert not list(Path().rglob("test_uses.jsonl"))
 
 
+@pytest.mark.parametrize("words", ["explain --index 0", "explain --score", "inspect"])
+def test_other_data_are_named_beside_the_trainings(
+    words: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model keeps the data it was trained on, which decide what the other data are to it."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(classifier: Classifier, split: str, **changes: object) -> None:
+        kept = classifier.config.data
+        raise Asked(split, changes, kept.dataset, kept.data_path, kept.num_test_images)
+
+    monkeypatch.setattr("vitrine.run.load_split", ask)
+    monkeypatch.setattr("vitrine.cli.guarded", lambda command: command())
+    command = f"{words} --dataset folder --data_path other --split train --model_path {run_folder}"
+    with pytest.raises(Asked) as asked:
+        main(shlex.split(command))
+    trained = vitrine.load(run_folder, device="cpu").config.data
+    changes = {"dataset": "folder", "data_path": Path("other"), "num_test_images": None}
+    assert asked.value.args == (
+        "train", changes, trained.dataset, trained.data_path, trained.num_test_images,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("command", ["explain", "predict"])
 @pytest.mark.parametrize("what", ["run", "checkpoint", "weights", "bundled"])
 def test_a_model_among_the_pictures_is_refused(

@@ -76,7 +76,7 @@ def test_quick_trains_and_its_model_is_inspected_and_scored(
     model = run.state.best_model.eval()
     assert isinstance(model, VisionTransformer)
     assert all(isinstance(parameter, DeviceTensor) for parameter in model.parameters())
-    test = load(run.config, "test")["test"]
+    test = load(run.config, None, "test").images["test"]
     images_BCHW = normalise(test.raw_BCHW.to(device), config.data.mean, config.data.std)
     insides = inspect_model(model, images_BCHW)
     assert insides.heads is not None
