@@ -13,6 +13,7 @@ from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet
 from vitrine.errors import DataError
 from vitrine.model import VisionTransformer
+from vitrine.model.layers import BatchNorm
 from vitrine.training.loop import train
 from vitrine.training.optim import make_optimizers
 from vitrine.training.state import TrainingState
@@ -69,8 +70,12 @@ def images() -> ImageSet:
 
 
 def batches(config: Config) -> Batches:
+    return make_batches(config, images())
+
+
+def make_batches(config: Config, images: ImageSet) -> Batches:
     return Batches(
-        images(), config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
+        images, config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
         device=torch.device("cpu"), mean=config.data.mean, std=config.data.std,
     )  # fmt: skip
 
@@ -150,6 +155,47 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
     gradients = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
     for one, other in gradients:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def one_patch(**training: Any) -> Config:
+    """A conv stem whose image is one patch, on eleven images."""
+    sections = {
+        "model": {"image_size": 4, "patch_size": 4, "stem": "conv", "pool": "mean"},
+        "training": training,
+    }
+    return from_json(sections, BASE)
+
+
+@pytest.mark.parametrize(
+    "training", [{"batch_size": 5}, {"batch_size": 4, "accumulate": 4}, {"batch_size": 1}]
+)
+def test_batches_of_one_image_of_one_patch_train(training: dict[str, Any]) -> None:
+    config = one_patch(**training)
+    eleven = images().take(torch.arange(11) % 10)
+    small = dataclasses.replace(eleven, raw_BCHW=eleven.raw_BCHW[..., :4, :4].contiguous())
+    torch.manual_seed(2)
+    state = TrainingState.start(VisionTransformer(config.model), config.training)
+    before = {name: t.clone() for name, t in state.model.state_dict().items()}
+    done = list(train(state, make_batches(config, small), config))
+    assert sum(update.images for update in done) == 33
+    for name, tensor in state.model.state_dict().items():
+        assert tensor.isfinite().all(), name
+        if name.endswith("running_var"):  # a batch of one value has none
+            assert torch.equal(tensor, before[name]) is (config.training.batch_size < 5)
+
+
+def test_a_batch_of_one_value_is_normalised_as_in_evaluation() -> None:
+    ours, theirs = BatchNorm(5), torch.nn.BatchNorm2d(5)
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 5, 2, 4), (1, 5, 1, 2), (2, 5, 1, 1)):  # torch's own, to the bit
+        x_BCHW = torch.randn(shape, generator=generator)
+        assert torch.equal(ours(x_BCHW), theirs(x_BCHW))
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name])
+    one_BCHW = torch.randn(1, 5, 1, 1, generator=generator)
+    assert torch.equal(ours(one_BCHW), theirs.eval()(one_BCHW))
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name])
 
 
 def test_the_average_follows_its_formula_and_warms_up() -> None:

@@ -180,6 +180,25 @@ class WhitePatches(nn.Conv2d):
         self.weight.copy_(torch.cat([kernels, -kernels]))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Normalise each channel over the batch and all positions.
+
+    A batch of one image with one position has no spread to divide by. It is normalised by the
+    running statistics, as in evaluation, and leaves them unchanged. (A model of one patch meets
+    such a batch as the last of an epoch, as one part of several, or as one process's share.)
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a tensor of the same shape."""
+        if self.training and x_BCHW[:, 0].numel() == 1:
+            return F.batch_norm(
+                x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x_BCHW)
+
+
 class ConvStem(nn.Sequential):
     """White patches, then 3 x 3 convolutions, each normalised over the batch; 1 x 1 to the tokens.
 
@@ -199,7 +218,7 @@ class ConvStem(nn.Sequential):
             layers.append(nn.Conv2d(n_channels, width, 3, padding=1, bias=False))
             if index < poolings:
                 layers.append(nn.MaxPool2d(2))
-            layers += [nn.BatchNorm2d(width), nn.GELU()]
+            layers += [BatchNorm(width), nn.GELU()]
             n_channels = width
         super().__init__(*layers, nn.Conv2d(n_channels, embed_dim, 1))
 
