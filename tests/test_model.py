@@ -14,11 +14,13 @@ from vitrine.model.layers import (
     Block,
     Dropout,
     DropPath,
+    PatchStem,
     WhitePatches,
     rotate,
     rotation_tables,
     sincos_table,
 )
+from vitrine.model.vit import initialise
 
 CHOICES = {
     "pool": ("cls", "mean"),
@@ -111,7 +113,38 @@ def test_initialisation_is_the_references(tiny_model: ModelConfig) -> None:
             assert parameter.eq(1).all(), name
         elif parameter.numel() > 500:
             assert 0.015 < parameter.std() < 0.022, name
-            assert parameter.abs().max() < 2.01, name
+            assert parameter.abs().max() < 6 * 0.02, name
+
+
+def test_weights_are_normal_with_the_tails_of_a_normal_distribution() -> None:
+    for layer in (nn.Linear(200, 250), PatchStem(3, 1000, 4)):
+        torch.manual_seed(1)
+        initialise(layer)
+        weights = layer.weight.flatten() / 0.02
+        assert len(weights) > 45_000
+        # Shares of a normal distribution: 0.3173 beyond one deviation, 0.0455 beyond two.
+        for deviations, share in ((1, 0.3173), (2, 0.0455)):
+            beyond = (weights.abs() > deviations).float().mean().item()
+            spread = (share * (1 - share) / len(weights)) ** 0.5
+            assert beyond == pytest.approx(share, abs=4 * spread)
+
+
+def test_the_convolutional_stem_keeps_the_size_of_its_activations() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(stem="conv", patch_size=8, stem_channels=(48, 96, 64), n_classes=3)
+    stem = VisionTransformer(config).stem
+    kernels = [m.weight for m in stem.modules() if isinstance(m, nn.Conv2d) and m is not stem[0]]  # type: ignore[index]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        fan_in = kernel[0].numel()  # He: variance 2 / fan_in
+        assert kernel.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.03)
+
+
+def test_stochastic_depth_rises_from_the_first_block_to_the_last(tiny_model: ModelConfig) -> None:
+    for n_layers, expected in ((4, [0, 0.1, 0.2, 0.3]), (2, [0, 0.3]), (1, [0])):
+        config = dataclasses.replace(tiny_model, n_layers=n_layers, drop_path=0.3)
+        paths = [block.drop_path for block in VisionTransformer(config).blocks]
+        assert [path.probability for path in paths] == pytest.approx(expected)
 
 
 def test_blocks_start_different(tiny_model: ModelConfig) -> None:

@@ -261,6 +261,25 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
         assert (id(parameter) in rest) != mine
 
 
+def test_muon_takes_the_kernels_of_the_stem_at_five_times_the_rate() -> None:
+    config = dataclasses.replace(BASE.model, stem="conv", stem_channels=(8, 10), patch_size=4)
+    model = VisionTransformer(config)
+    training = dataclasses.replace(BASE.training, optimizer="muon", muon_learning_rate=0.01)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    muon, adamw = make_optimizers(model, training)
+    peaks = {names[p]: group["peak"] for group in muon.param_groups for p in group["params"]}
+    kernels = [name for name in names.values() if name.startswith("stem.") and "weight" in name]
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in kernels}
+    hidden = {name for name, shape in shapes.items() if len(shape) == 4 and name != "stem.0.weight"}
+    assert sorted(shapes[name] for name in hidden) == [(8, 48, 3, 3), (10, 8, 3, 3), (12, 10, 1, 1)]
+    assert {name for name in peaks if name.startswith("stem.")} == hidden
+    for name, peak in peaks.items():
+        assert peak == pytest.approx(0.05 if name in hidden else 0.01), name
+    # The white patches are not learned.
+    learned = {names[p] for group in adamw.param_groups for p in group["params"]} | set(peaks)
+    assert learned == set(names.values()) - {"stem.0.weight"}
+
+
 def test_an_epoch_visits_every_image_once_in_another_order_each_time() -> None:
     config = changed("augment", crop_padding=0, flip=False)
     source = batches(config)

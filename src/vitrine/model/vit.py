@@ -137,17 +137,22 @@ class VisionTransformer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw a module's own weights: normal with deviation 0.02, cut off at 2, and zero biases.
+    """Draw a module's own weights: normal with standard deviation 0.02, and zero biases.
 
-    The convolutional stem takes He's deviation instead: its activations should not shrink. (Its
-    white patches are fitted to images later: ConvStem.whiten.)
+    (The reference implementation and timm write ``trunc_normal_(std=0.02)``. It cuts at -2 and 2,
+    which is 100 standard deviations: nothing is ever cut.)
+
+    The convolutional stem takes He's standard deviation instead, so that its activations do not
+    shrink. (Its white patches are fitted to images later: ConvStem.whiten.)
+
+    Source: He et al. 2015, arXiv:1502.01852, equation 10.
     """
     if isinstance(module, nn.Linear | PatchStem):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     elif isinstance(module, VisionTransformer):
         for parameter in module.parameters(recurse=False):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.02)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
