@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from vitrine.allocator import keep_freed_memory
+from vitrine.cli import waiting
 from vitrine.errors import ConfigError, TrainingError, VitrineError, nearest
 
 STARTED = time.perf_counter()
 """When the program began, or nearly so."""
+LOAD = waiting.read_processor()
+"""How busy the processor had been until then."""
 
 COMMANDS = {
     "train": "train a Vision Transformer, or go on with a run",
@@ -79,7 +82,9 @@ def run(command: str, words: Sequence[str]) -> int:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
     if command != "train":
         importlib.import_module("vitrine.cli.processes").refuse_many(command)
-    return int(importlib.import_module(f"vitrine.cli.{command}").command(words))
+    module = importlib.import_module(f"vitrine.cli.{command}")
+    waiting.choose_waiting(LOAD)
+    return int(module.command(words))
 
 
 def exit_code(error: VitrineError) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from vitrine.cli import guarded, train
+from vitrine.cli import LOAD, guarded, train, waiting
 from vitrine.cli.console import out, say
 from vitrine.cli.models import ModelOptions, load_model
 from vitrine.cli.parsing import parse
@@ -44,6 +44,7 @@ def train_command() -> int:
 
 def run_train(words: Sequence[str]) -> int:
     """Translate the reference's flags that we spell otherwise, and train."""
+    waiting.choose_waiting(LOAD)
     words = [spell_out(word) for word in words]
     words, stamp = take_value(words, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
     if not any(named(word, "--resume") for word in words):
@@ -139,6 +140,7 @@ def test_command() -> int:
 
 def run_test(words: Sequence[str]) -> int:
     """Load the model, hold the flags against it, and run the mode."""
+    waiting.choose_waiting(LOAD)
     options = parse(ReferenceTestOptions, words, prog="python test.py")
     if options.mode == "custom" and options.image_path is None:
         raise ConfigError("--mode custom wants a picture: --image_path FILE")
