@@ -257,7 +257,7 @@ def test_data_that_are_missing_damaged_or_hostile_are_refused(
     refused(words, capsys, "data_batch_2", "open")
     assert not (here / "was_run").exists()
     batch.unlink()
-    refused(words, capsys, "data_batch_2: No such file")
+    refused(words, capsys, "data_batch_2: no such file")
     (cifar_folder.parent / "cifar-10-python.tar.gz").write_bytes(b"x")
     for path in cifar_folder.iterdir():
         path.unlink()
