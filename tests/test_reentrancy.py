@@ -41,7 +41,7 @@ from vitrine.data.images import ImageSet
 from vitrine.data.pictures import read_picture
 from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError
 from vitrine.evaluation import figures, metrics, report
-from vitrine.explain import explanation, insides, insides_figure, lettering, page, score
+from vitrine.explain import explanation, insides, insides_figure, lettering, notebook, page, score
 from vitrine.explain.drawing import Look
 from vitrine.explain.methods import METHODS, MapSettings, compute_maps
 from vitrine.explain.score_report import plot_scores, score_table
@@ -379,6 +379,8 @@ def drawing_a_sheet(world: World) -> None:
 
 def drawing_an_animation(world: World) -> None:
     world.explained().save(world.folder / "x.gif")
+    notebook.to_html(world.explained())
+    notebook.to_png(world.explained())
 
 
 def drawing_the_reference_frames(world: World) -> None:

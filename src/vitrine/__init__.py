@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vitrine.pretrained import load
     from vitrine.run import Run
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Classifier",
     "Config",

@@ -93,6 +93,10 @@ class OnnxClassifier:
     fit: Fit
     source: str = ""
 
+    def __repr__(self) -> str:
+        height, width = self.config.model.image_hw
+        return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
+
     def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
         """Return for each picture its ``top_k`` most probable classes, the most probable first.
 

@@ -36,6 +36,15 @@ class Classifier:
     notes: tuple[str, ...] = ()
     """What was assumed to read another system's weights."""
 
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        size = f"{parameters / 1e6:.1f}M" if parameters >= 100_000 else f"{parameters:,}"
+        height, width = self.config.model.image_hw
+        return (
+            f"Classifier({self.source!r}, {len(self.classes)} classes, {size} parameters, "
+            f"{height} x {width}, {self.device})"
+        )
+
     @property
     def mean(self) -> tuple[float, float, float]:
         """Per-channel mean the model was trained with, pixels counted 0 to 1."""

@@ -68,9 +68,9 @@ def dispatch(words: Sequence[str]) -> int:
         print(USAGE.format(commands="\n".join(lines)), end="")
         return 0 if words else 2
     if words[0] == "--version":
-        from importlib.metadata import version
+        import vitrine
 
-        print(f"vitrine {version('vitrine')}")
+        print(f"vitrine {vitrine.__version__}")
         return 0
     return run(words[0], words[1:])
 

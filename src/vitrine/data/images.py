@@ -28,6 +28,11 @@ class ImageSet:
     classes: tuple[str, ...]
     masks_BHW: Tensor | None = None
 
+    def __repr__(self) -> str:
+        channels, height, width = self.raw_BCHW.shape[1:]
+        classes = f"{len(self.classes)} classes"
+        return f"ImageSet({len(self)} images, {channels} x {height} x {width}, {classes})"
+
     def __len__(self) -> int:
         return self.raw_BCHW.shape[0]
 

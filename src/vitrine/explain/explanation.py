@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitrine.config import require
 from vitrine.data.pictures import Fit
-from vitrine.errors import ConfigError, nearest
+from vitrine.errors import ConfigError, nearest, printable
 from vitrine.explain.methods import (
     METHODS,
     Maps,
@@ -53,6 +53,10 @@ class Subject:
     label: str = ""
     """The true class, where it is known."""
 
+    def __repr__(self) -> str:
+        height, width = self.picture_HWC.shape[:2]
+        return f"Subject({self.name!r}, {width} x {height} pixels)"
+
     def find_class(self, name: str) -> int:
         """Return a class's index.
 
@@ -79,6 +83,9 @@ class Frame:
     right: bool | None = None
     """Whether the predicted class is the label; None where the label is not known."""
 
+    def __repr__(self) -> str:
+        return f"Frame({self.title!r}, {self.says!r})"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -103,6 +110,22 @@ class Explanation:
     def titles(self) -> tuple[str, ...]:
         """What each map is."""
         return tuple(frame.title for frame in self.frames)
+
+    def __repr__(self) -> str:
+        method = "all methods" if self.kind == "methods" else self.settings.method
+        said = printable(self.frames[-1].says)
+        number = f"{len(self.frames)} map{'s' if len(self.frames) > 1 else ''}"
+        return f"Explanation({self.subject.name!r}, {method}, {number}, {said})"
+
+    def _repr_html_(self) -> str:
+        from vitrine.explain.notebook import to_html
+
+        return to_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from vitrine.explain.notebook import to_png
+
+        return to_png(self)
 
     def save(self, path: str | Path, **look: Any) -> Path:
         """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
