@@ -2,6 +2,7 @@
 
 import io
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from vitrine.cli import display
-from vitrine.cli.display import TrainingDisplay
+from vitrine.cli.display import SpeedMeter, TrainingDisplay
 from vitrine.cli.signals import stop_requests
 from vitrine.config import Config
 from vitrine.configfile import from_json
@@ -57,6 +58,72 @@ def test_a_bar_where_there_is_one(
     assert "images/s" in task.fields["state"]
 
 
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(display, "time", clock)
+    return clock
+
+
+def test_a_speed_that_collapses_for_some_seconds_is_noticed(clock: Clock) -> None:
+    meter = SpeedMeter()
+
+    def run(images_per_second: int, seconds: int) -> list[bool]:
+        slow = []
+        for _ in range(seconds):
+            clock.now += 1
+            meter.count(images_per_second)
+            slow.append(meter.is_slow)
+        return slow
+
+    assert not any(run(100, 12))
+    assert meter.speed == 100
+    assert not any(run(51, 20))  # above half
+    assert not any(run(49, 7))  # one slow period may be a hiccup
+    assert any(run(10, 10))
+    assert run(10, 10) == [True] * 10
+    assert run(90, 10)[-1] is False
+    assert not any(run(10, 4))
+
+
+def test_the_time_between_epochs_is_not_training_and_short_epochs_have_a_speed(
+    clock: Clock,
+) -> None:
+    meter = SpeedMeter()
+    for _ in range(20):
+        clock.now += 2
+        meter.count(100)
+        clock.now += 60  # an evaluation
+        meter.skip()
+        assert meter.speed == 50
+        assert not meter.is_slow
+    assert meter.best == 50
+
+
+def test_the_display_says_that_another_program_is_at_work(
+    tiny_run: Config, tmp_path: Path, clock: Clock
+) -> None:
+    run, screen = Run.start(tiny_run, tmp_path), io.StringIO()
+    console = Console(file=screen, force_terminal=False, width=200)
+    with TrainingDisplay(run, console) as shown:
+        for number, event in enumerate(run.train()):
+            clock.now += 6 if number < 4 else 60
+            shown.show(event)
+    ends = [line for line in screen.getvalue().splitlines() if line.startswith("epoch   ")]
+    noted = ["another program seems to be using the processor" in line for line in ends]
+    assert noted == [False, True, True]
+
+
 def test_tensorboard_has_every_number_of_every_epoch(tiny_run: Config, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (tmp_path / "a").mkdir()
@@ -84,5 +151,17 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
         assert stop.signal == 0
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+    program = (
+        "import signal\n"
+        "from vitrine.cli.signals import stop_requests\n"
+        "with stop_requests() as stop:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    print('noted', stop.signal == signal.SIGINT, flush=True)\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    print('survived', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["noted", "True"]
+    assert done.returncode != 0
