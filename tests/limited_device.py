@@ -76,6 +76,9 @@ class OnDevice(TorchDispatchMode):
 
 
 OPERATIONS: set[str] = set()
+"""The operations that DEVICE has run, by their names in torch's native_functions.yaml."""
+MOVED: list[int] = []
+"""Bytes of each tensor that was moved from the CPU to DEVICE."""
 
 
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -105,6 +108,8 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{name}: tensors on {DEVICE} and on {elsewhere[0].device}")
     if target is not None and made_here:
         plain_kwargs["device"] = torch.device("cpu")
+    if name == "_to_copy" and made_here and not there:
+        MOVED.append(args[0].nbytes)
     result = function(*plain_args, **plain_kwargs)
     if name == "copy_":
         made_here = isinstance(args[0], DeviceTensor)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from limited_device import DEVICE, DeviceTensor, limited_device
+from limited_device import DEVICE, MOVED, DeviceTensor, limited_device
 from vitrine import devices
 from vitrine.config import AugmentConfig, Config
 from vitrine.configfile import from_json
+from vitrine.data.augment import random_crop, random_erasing
 from vitrine.data.images import ImageSet, normalise
 from vitrine.explain.insides import inspect_model
 from vitrine.explain.methods import METHODS
@@ -130,3 +131,19 @@ def test_white_patches_are_the_same_on_every_device(device: torch.device) -> Non
         model.stem.whiten(images_BCHW)  # type: ignore[operator]
         kernels.append(model.stem.state_dict()["0.weight"].cpu())
     assert torch.equal(kernels[0], kernels[1])
+
+
+def test_augmentation_moves_no_more_than_it_needs(device: torch.device) -> None:
+    B, C, H, W = 40, 3, 12, 20
+    generator = torch.Generator().manual_seed(1)
+    raw_BCHW = torch.randint(256, (B, C, H, W), generator=generator, dtype=torch.uint8)
+    there_BCHW = raw_BCHW.to(device)
+    del MOVED[:]
+    random_crop(there_BCHW, generator, 2)
+    assert sum(MOVED) == B * H * W * (8 + 1)  # an index and a mask for each place, not channel
+    del MOVED[:]
+    erased_BCHW = random_erasing(there_BCHW, generator, 0.25).cpu()
+    erased = int((erased_BCHW != raw_BCHW).flatten(1).any(1).sum())
+    assert 3 < erased < 20
+    per_image = 8 + H * W + C * H * W  # number, mask, noise
+    assert erased * per_image <= sum(MOVED) <= (erased + 2) * per_image  # a box may be empty

@@ -1,5 +1,6 @@
 """Pickles from strangers."""
 
+import importlib.util
 import os
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitrine.data import unpickle
 from vitrine.data.unpickle import load_arrays
 from vitrine.errors import DataError
 
@@ -77,3 +79,16 @@ def test_every_cut_is_refused_as_damage() -> None:
     for content in cuts:
         with pytest.raises(DataError, match=r"^a file: damaged: not a whole pickle"):
             load_arrays(content, "a file")
+
+
+def test_without_pythons_own_unpickler_files_are_refused_and_all_else_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(pickle, "_Unpickler")
+    spec = importlib.util.spec_from_file_location("unpickle_elsewhere", unpickle.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(DataError, match=r"a file: this Python .* lacks pickle._Unpickler"):
+        module.load_arrays(pickle.dumps(1), "a file")

@@ -18,8 +18,8 @@ def random_crop(raw_BCHW: Tensor, generator: torch.Generator, padding: int) -> T
     inside_columns_BW = (columns_BW >= 0) & (columns_BW < W)
     inside_BHW = inside_rows_BH[:, :, None] & inside_columns_BW[:, None, :]
     index_BHW = rows_BH.clamp(0, H - 1)[:, :, None] * W + columns_BW.clamp(0, W - 1)[:, None, :]
-    index_BCN = index_BHW.view(B, 1, H * W).expand(B, C, H * W).to(raw_BCHW.device)
-    cut_BCHW = raw_BCHW.flatten(2).gather(2, index_BCN).view(B, C, H, W)
+    index_B1N = index_BHW.view(B, 1, H * W).to(raw_BCHW.device)  # expanded there: a third to move
+    cut_BCHW = raw_BCHW.flatten(2).gather(2, index_B1N.expand(B, C, -1)).view(B, C, H, W)
     cut_BCHW *= inside_BHW[:, None].to(raw_BCHW.device)
     return cut_BCHW
 
@@ -46,10 +46,14 @@ def random_erasing(raw_BCHW: Tensor, generator: torch.Generator, probability: fl
     height_B = (area_B * aspect_B).sqrt().round().clamp(1, H)
     width_B = (area_B / aspect_B).sqrt().round().clamp(1, W)
     box_BHW = box(top_B * (H - height_B), left_B * (W - width_B), height_B, width_B, size_hw=(H, W))
-    erased_B1HW = (box_BHW & (chosen_B < probability)[:, None, None])[:, None]
+    # Drawn for every image, so that no image's bytes depend on which others are chosen.
     noise_BCHW = torch.randint(256, (B, C, H, W), generator=generator, dtype=torch.uint8)
-    device = raw_BCHW.device
-    return torch.where(erased_B1HW.to(device), noise_BCHW.to(device), raw_BCHW)
+    chosen = (chosen_B < probability).nonzero().flatten()
+    there = chosen.to(raw_BCHW.device)
+    box_B1HW, noise_BCHW = (t[chosen].to(raw_BCHW.device) for t in (box_BHW[:, None], noise_BCHW))
+    erased_BCHW = raw_BCHW.clone()
+    erased_BCHW[there] = torch.where(box_B1HW, noise_BCHW, raw_BCHW[there])
+    return erased_BCHW
 
 
 def mixup(

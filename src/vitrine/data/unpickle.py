@@ -7,6 +7,7 @@ take for ever. No memory is taken for a number that is not backed by as many byt
 
 import math
 import pickle
+import platform
 import re
 import struct
 from collections.abc import Callable
@@ -94,11 +95,17 @@ UNNEEDED = (
 """Instructions that no array needs: objects of other classes, sets, and bytes from elsewhere."""
 
 
-class ArrayUnpickler(pickle._Unpickler):
+PythonUnpickler: Any = getattr(pickle, "_Unpickler", None)
+"""Python's own unpickler. Its name is private, so another Python may lack it."""
+
+
+class ArrayUnpickler(PythonUnpickler or object):  # type: ignore[misc]
     """Refuses every global that an array is not made with; nothing is ever imported."""
 
     dispatch: ClassVar[dict[int, Any]] = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in UNNEEDED
+        code: load
+        for code, load in getattr(PythonUnpickler, "dispatch", {}).items()
+        if code not in UNNEEDED
     }
     stack: list[Any]
     read: Callable[[int], bytes]
@@ -211,8 +218,13 @@ def load_arrays(content: bytes, where: str) -> Any:
     """Return what a pickle of arrays and plain containers holds; text of Python 2 becomes ``str``.
 
     Raises:
-        DataError: it is damaged, or would run code.
+        DataError: it is damaged, or would run code, or this Python has no unpickler of its own.
     """
+    if PythonUnpickler is None:
+        raise DataError(
+            f"{where}: this Python ({platform.python_version()}) lacks pickle._Unpickler, which "
+            "reads such files safely: use Python 3.11, 3.12 or 3.13"
+        )
     try:
         return ArrayUnpickler(BytesIO(content), encoding="latin1").load()
     except DataError as error:
