@@ -47,7 +47,7 @@ vitrine() { "$python" -m vitrine "$@"; }
 say() { printf '\n== %s\n' "$*"; }
 
 complete() { # has this interpreter all that Vitrine needs?
-    "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, torchmetrics, matplotlib, pooch' \
+    "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, matplotlib, pooch' \
         2>/dev/null
 }
 

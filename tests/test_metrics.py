@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -116,6 +117,18 @@ def test_figures_agree_with_torchmetrics(n_classes: int) -> None:
     else:
         top5 = multiclass_accuracy(**given, average="micro", top_k=5)
         assert metrics.top5_accuracy == pytest.approx(top5.item())
+
+
+def test_no_library_that_a_test_does_not_need_can_break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A torchvision of another torch raises when it is imported, and torchmetrics imports it.
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ("torchmetrics", "torchvision")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("torchmetrics", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)
+    logits, labels = answers(11)
+    assert measure(logits, labels, classes=names(11)).top5_accuracy is not None
 
 
 def test_rows_of_the_confusion_matrix_are_the_true_classes() -> None:

@@ -490,7 +490,6 @@ def watch_all(world: World) -> dict[str, Watch]:
     torch itself adds filters of warnings and a setting to the environment when its compiler is
     loaded, which the first optimizer does.
     """
-    importlib.import_module("torchmetrics.functional.classification")
     importlib.import_module("torch._dynamo")
     importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir()
     found = {}

@@ -10,7 +10,7 @@ import torch
 
 from vitrine import ranks
 
-PACKAGES = ("vitrine", "torch", "numpy", "pillow", "safetensors", "torchmetrics")
+PACKAGES = ("vitrine", "torch", "numpy", "pillow", "safetensors")
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import torch
 import torch._dynamo
-import torchmetrics.functional.classification  # noqa: F401  # the first step of an optimizer would load it in every child
 
 import vitrine.cli.display
 import vitrine.cli.train
