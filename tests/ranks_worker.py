@@ -229,7 +229,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrine.run_files.draw = lambda *_: None  # pictures take a second
+    vitrine.run_files.plot_run = lambda *_: []  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),

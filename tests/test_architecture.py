@@ -15,7 +15,7 @@ ORDER = [
     "errors", "extras", "files", "rng", "model_config", "config", "configfile", "presets",
     "allocator", "torchrun", "ranks", "devices", "environment", "data", "model", "training",
     "sealed", "checkpoint", "evaluation", "explain", "predictions", "predict", "onnx_predict",
-    "export", "pickled", "foreign", "hub", "bundled", "pretrained", "publish", "tracking",
+    "export", "pickled", "foreign", "hub", "bundled", "pretrained", "publish",
     "trackers", "run_folder", "recovery", "results", "run_files", "run", "sweep", "bench", "cli",
     "__main__",
 ]  # fmt: skip

@@ -310,6 +310,53 @@ def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
     assert "taking the newest run, output/a" in capsys.readouterr().err
 
 
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no font\nsecond line")
+
+    monkeypatch.setattr("vitrine.evaluation.figures.plot_confusion", broken)
+    monkeypatch.setattr("vitrine.run_files.draw_attention", broken)
+    words = ["train", *TINY, "--epochs", "1", "--folder_name", "a", "--attention_epochs", "1"]
+    assert main(words) == 1
+    shown = capsys.readouterr()
+    assert "Try next" in shown.out
+    (line,) = (line for line in shown.err.splitlines() if line.startswith("vitrine: "))
+    assert line == (
+        "vitrine: output/a/attention/epoch-0001.png could not be drawn: RuntimeError: no font; "
+        "output/a/confusion_matrix.png could not be drawn: RuntimeError: no font; "
+        "all else is in output/a/"
+    )
+    for name in ("result.json", "graph_loss.png", "graph_accuracy.png", "calibration.png"):
+        assert (here / "output/a" / name).stat().st_size > 100
+
+
+def test_a_place_for_weights_that_cannot_be_written_is_refused_before_training(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").touch()
+    refused(["train", *TINY, "--model_path", "file/models"], capsys, "file/models: cannot be wri")
+    assert not list((here / "output").iterdir())
+    refused(["train", *TINY, "--output_path", "file/out"], capsys, "file/out/quick: cannot be made")
+
+
+def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "models/a").mkdir(parents=True)
+    (here / "models/a/w-000.safetensors").mkdir()
+    words = ["train", *TINY, "--epochs", "1", "--folder_name", "a", "--model_path", "models"]
+    assert main([*words, "--model_name", "w"]) == 1
+    shown = capsys.readouterr().err
+    assert "w-000.safetensors: cannot be written" in shown
+    assert "vitrine convert output/a FILE" in shown
+    assert (here / "output/a/result.json").exists()
+
+
 # --- test -----------------------------------------------------------------------------------------
 
 
@@ -344,6 +391,21 @@ def test_a_read_only_run_is_tested_and_its_use_logged_in_the_output(
     assert "this use of the test split is logged in mine/test_uses.jsonl" in capsys.readouterr().err
     assert "vitrine test" in (here / "mine/test_uses.jsonl").read_text()
     assert (here / "mine/metrics.json").exists()
+
+
+def test_a_test_prints_its_numbers_where_a_picture_cannot_be_drawn(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("vitrine.evaluation.figures.plot_calibration", broken)
+    words = ["test", "--model_path", str(run_folder), "--json", "--split", "validation"]
+    assert main([*words, "--output_path", "mine"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["images"] == 50
+    assert "vitrine: mine/calibration.png could not be drawn: RuntimeError: no font" in shown.err
+    assert Path("mine/confusion_matrix.png").exists()
 
 
 def test_another_split_leaves_the_test_split_alone(

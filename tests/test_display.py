@@ -14,7 +14,6 @@ from vitrine.cli.display import SpeedMeter, TrainingDisplay
 from vitrine.cli.signals import stop_requests
 from vitrine.config import Config
 from vitrine.configfile import from_json
-from vitrine.errors import ConfigError
 from vitrine.run import EpochEnd, Run
 
 
@@ -134,15 +133,6 @@ def test_tensorboard_has_every_number_of_every_epoch(tiny_run: Config, tmp_path:
     for name in set(rows[0]) - {"epoch", "step"}:
         written = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
         assert written == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in rows], name
-
-
-def test_tensorboard_that_is_not_installed_is_one_clear_error(
-    tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = Run.start(from_json({"run": {"tensorboard": True}}, tiny_run), tmp_path)
-    with pytest.raises(ConfigError, match="tensorboard is not installed"):
-        next(run.train())
 
 
 def test_the_first_signal_asks_and_the_second_stops() -> None:

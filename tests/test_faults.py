@@ -76,6 +76,11 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
 
 
 @children
+def test_folders_that_are_not_flushed(tmp_path: Path) -> None:
+    require_nothing_lost(disk.folders_not_flushed(tmp_path, epochs=EPOCHS), 4)
+
+
+@children
 def test_a_full_disk(tmp_path: Path) -> None:
     require_nothing_lost(disk.full_disk(tmp_path, sizes=1, epochs=EPOCHS), 1)
 

@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from vitrine.errors import DataError, OutputError
 from vitrine.evaluation import figures
-from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curves
+from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curve
 from vitrine.evaluation.metrics import Metrics, measure
 
 
@@ -34,6 +35,11 @@ def epochs(count: int) -> list[dict[str, float | int | None]]:
         }
         for epoch in range(1, count + 1)
     ]
+
+
+def plot_curves(rows: list[Any], folder: Path) -> None:
+    for quantity in ("loss", "accuracy"):
+        plot_curve(rows, quantity, folder / f"graph_{quantity}.png")
 
 
 def legend(figure: figures.Figure) -> list[str]:

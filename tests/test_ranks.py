@@ -54,7 +54,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
-        patch.setattr("vitrine.run_files.draw", lambda *_: None)
+        patch.setattr("vitrine.run_files.plot_run", lambda *_: [])
         patch.chdir(folder)
         assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
     return folder / "output/whole"

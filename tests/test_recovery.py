@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,6 @@ from vitrine.files import replace_file
 from vitrine.recovery import hold, tidy
 from vitrine.run import EpochEnd, Run
 from vitrine.run_folder import checkpoint_folders, log_test_use, log_test_use_of, new_folder
-from vitrine.tracking import EventWriter
 from vitrine.training.loop import Update
 
 
@@ -381,27 +380,6 @@ def test_a_signal_during_the_last_test_is_followed_at_once(
     monkeypatch.setattr(run, "finish", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert follow(run) == 128 + signal.SIGTERM
     assert f"vitrine train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
-
-
-class Full:
-    """A writer of events on a full disk."""
-
-    def fail(self, *_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    add_scalar = flush = close = fail
-
-
-@pytest.mark.parametrize(
-    "act", [lambda w: w.write({"a": 1, "step": 1}), lambda w: w.__exit__(None, None, None)]
-)
-def test_events_that_cannot_be_written_are_one_clear_error(
-    tmp_path: Path, act: Callable[[EventWriter], None]
-) -> None:
-    events = EventWriter(tmp_path, enabled=False)
-    events.writer = Full()
-    with pytest.raises(OutputError, match="events cannot be written: No space left"):
-        act(events)
 
 
 def test_speed_is_finite_where_a_clock_stands_still(

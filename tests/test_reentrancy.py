@@ -442,7 +442,7 @@ def plotting_figures(world: World) -> None:
     found = measured(world)
     figures.plot_calibration(found, world.folder / "calibration.png")
     figures.plot_confusion(found, world.folder / "confusion.png")
-    figures.plot_curves([{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}], world.folder)
+    figures.plot_run([{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}], None, world.folder)
 
 
 def running(world: World) -> None:

@@ -15,7 +15,7 @@ from vitrine.config import Config
 from vitrine.configfile import from_json
 from vitrine.data.images import ImageSet
 from vitrine.data.pictures import read_picture
-from vitrine.errors import ConfigError, OutputError
+from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrine.explain.watch import WATCHED, choose_watched, draw_attention
 from vitrine.model import VisionTransformer
 from vitrine.run import Run
@@ -33,50 +33,81 @@ class FakeWandb:
         self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
         self.inits: list[dict[str, Any]] = []
         self.logged: list[tuple[dict[str, Any], int]] = []
-        self.finished = 0
-        self.fails = False
+        self.exit_codes: list[int] = []
+        self.fails = ""
 
-    def init(self, **how: Any) -> "FakeWandb":
-        if self.fails:
-            raise self.errors.Error("api_key not configured (no-tty)")
-        self.inits.append(how)
+    def init(
+        self, *, project: str, name: str, id: str, resume: str, dir: str, config: dict[str, Any]
+    ) -> "FakeWandb":
+        self.break_at("init", "api_key not configured (no-tty)")
+        assert resume in ("allow", "never", "must", "auto")
+        self.inits.append({"project": project, "name": name, "id": id, "config": config})
         return self
 
-    def log(self, content: dict[str, Any], step: int) -> None:
+    def log(self, content: dict[str, Any], *, step: int) -> None:
+        self.break_at("log", "the network is gone")
         self.logged.append((content, step))
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, exit_code: int = 0) -> None:
+        self.break_at("finish", "the network is gone")
+        self.exit_codes.append(exit_code)
+
+    def break_at(self, name: str, message: str) -> None:
+        if self.fails == name:
+            raise self.errors.Error(message)
 
 
 class FakeMlflow:
-    """What ``import mlflow`` gives, as far as it is used; it is its own client."""
+    """What ``import mlflow`` gives, as far as it is used; it is its own client.
+
+    Names, arguments and statuses are those of ``mlflow.MlflowClient``.
+    """
 
     def __init__(self) -> None:
         self.exceptions = SimpleNamespace(MlflowException=type("MlflowException", (Exception,), {}))
-        self.calls: list[tuple[Any, ...]] = []
+        self.experiments: list[str] = []
+        self.runs: list[tuple[str, str]] = []
+        self.parameters: dict[str, Any] = {}
+        self.metrics: list[tuple[str, str, float, int]] = []
+        self.images: list[tuple[tuple[int, ...], str]] = []
+        self.statuses: list[str] = []
         self.fails = False
 
     def MlflowClient(self) -> "FakeMlflow":
         return self
 
-    def get_experiment_by_name(self, name: str) -> None:
-        return None
+    def get_experiment_by_name(self, name: str) -> Any:
+        found = SimpleNamespace(experiment_id=f"id of {name}")
+        return found if name in self.experiments else None
 
     def create_experiment(self, name: str) -> str:
+        self.experiments.append(name)
         return f"id of {name}"
 
-    def create_run(self, experiment: str, run_name: str) -> Any:
-        self.calls.append(("create_run", experiment, run_name))
-        return SimpleNamespace(info=SimpleNamespace(run_id="r17"))
+    def create_run(self, experiment_id: str, *, run_name: str) -> Any:
+        self.runs.append((experiment_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"r{len(self.runs)}"))
 
-    def log_metric(self, run_id: str, name: str, value: float, step: int) -> None:
+    def log_param(self, run_id: str, key: str, value: Any) -> None:
+        self.parameters[key] = value
+
+    def log_metric(self, run_id: str, key: str, value: float, *, step: int) -> None:
         if self.fails:
             raise self.exceptions.MlflowException("the server is gone\nsecond line")
-        self.calls.append((run_id, name, value, step))
+        self.metrics.append((run_id, key, value, step))
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *words, **more: self.calls.append((name, *words, *more.values()))
+    def log_image(self, run_id: str, image: np.ndarray, artifact_file: str) -> None:
+        self.images.append((image.shape, artifact_file))
+
+    def update_run(self, run_id: str, *, status: str) -> None:
+        self.set_status(status)
+
+    def set_terminated(self, run_id: str, *, status: str = "FINISHED") -> None:
+        self.set_status(status)
+
+    def set_status(self, status: str) -> None:
+        assert status in ("RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED")
+        self.statuses.append(status)
 
 
 @pytest.fixture
@@ -108,58 +139,131 @@ def picture_file(folder: Path) -> Path:
 
 
 def test_wandb_gets_settings_numbers_and_pictures(wandb: FakeWandb, tmp_path: Path) -> None:
-    with Trackers(asking(wandb=True), tmp_path / "name") as trackers:
+    problems: list[str] = []
+    with Trackers(asking(wandb=True), tmp_path / "name", problems) as trackers:
         trackers.write(ROW, picture_file(tmp_path))
     (how,) = wandb.inits
-    assert (how["project"], how["name"], how["resume"]) == ("vitrine", "name", "allow")
+    assert (how["project"], how["name"]) == ("vitrine", "name")
     assert how["config"]["learning_rate"] == 5e-4
     assert how["config"]["data_path"] == "data"
     numbers = {"train_loss": 1.5, "validation_accuracy": 0.25}
     assert wandb.logged == [({**numbers, "attention": ("image", (7, 11, 3))}, 9)]
-    assert wandb.finished == 1
+    assert wandb.exit_codes == [0]
+    assert problems == []
 
 
-def test_a_run_that_goes_on_goes_on_in_wandb_too(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_a_resumed_run_is_continued_in_wandb_too(wandb: FakeWandb, tmp_path: Path) -> None:
     for name in ("a", "a", "b"):
-        with Trackers(asking(wandb=True), tmp_path / name):
+        with Trackers(asking(wandb=True), tmp_path / name, []):
             pass
     first, second, other = (how["id"] for how in wandb.inits)
     assert first == second != other
 
 
 def test_wandb_without_an_account_is_one_clear_error(wandb: FakeWandb, tmp_path: Path) -> None:
-    wandb.fails = True
+    wandb.fails = "init"
     with pytest.raises(OutputError, match=r"wandb: api_key not configured .*: run wandb login"):
-        Trackers(asking(wandb=True), tmp_path)
+        Trackers(asking(wandb=True), tmp_path, [])
 
 
 def test_mlflow_gets_settings_numbers_and_pictures(mlflow: FakeMlflow, tmp_path: Path) -> None:
     for _ in range(2):
-        with Trackers(asking(mlflow=True), tmp_path / "name") as trackers:
+        with Trackers(asking(mlflow=True), tmp_path / "name", []) as trackers:
             trackers.write(ROW, picture_file(tmp_path))
-    assert mlflow.calls.count(("create_run", "id of vitrine", "name")) == 1
-    assert ("log_param", "r17", "learning_rate", 5e-4) in mlflow.calls
-    assert mlflow.calls.count(("r17", "train_loss", 1.5, 9)) == 2
-    assert not any("epoch" in call[:2] for call in mlflow.calls)
-    (picture, name) = next(call[2:] for call in mlflow.calls if call[0] == "log_image")
-    assert (picture.shape, name) == ((7, 11, 3), "attention/step-0000009.png")
-    assert mlflow.calls[-1] == ("set_terminated", "r17")
+    assert mlflow.runs == [("id of vitrine", "name")]
+    assert mlflow.parameters["learning_rate"] == 5e-4
+    numbers = [("r1", "train_loss", 1.5, 9), ("r1", "validation_accuracy", 0.25, 9)]
+    assert mlflow.metrics == numbers * 2
+    assert mlflow.images[0] == ((7, 11, 3), "attention/step-0000009.png")
+    assert mlflow.statuses == ["RUNNING", "FINISHED"] * 2
 
 
-def test_mlflow_that_fails_is_one_line(mlflow: FakeMlflow, tmp_path: Path) -> None:
-    trackers = Trackers(asking(mlflow=True), tmp_path)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TrainingError("nan"), "FAILED"),
+        (MemoryError(), "FAILED"),
+        (GeneratorExit(), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+    ],
+)
+def test_a_run_that_does_not_come_to_its_end_is_not_called_finished(
+    error: BaseException, status: str, wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
+) -> None:
+    config = asking(wandb=True, mlflow=True)
+    with pytest.raises(type(error)), Trackers(config, tmp_path, []):
+        raise error
+    assert wandb.exit_codes == [1]
+    assert mlflow.statuses[-1] == status
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
+    wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
+) -> None:
+    problems: list[str] = []
     mlflow.fails = True
-    with pytest.raises(OutputError, match=r"^mlflow: the server is gone$"):
+    with Trackers(asking(wandb=True, mlflow=True), tmp_path, problems) as trackers:
         trackers.write(ROW)
+        trackers.write({**ROW, "step": 12})
+    assert problems == ["mlflow: the server is gone; nothing more is sent to it from step 9 on"]
+    assert [step for _, step in wandb.logged] == [9, 12]
+    assert mlflow.statuses[-1] == "FAILED"
+    assert wandb.exit_codes == [0]
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_told_before_the_run_begins(
+def test_a_tracker_that_cannot_be_closed_leaves_the_others_to_be_closed(
+    wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    wandb.fails = "finish"
+    with Trackers(asking(wandb=True, mlflow=True), tmp_path, problems):
+        pass
+    assert problems == ["wandb: the network is gone"]
+    assert mlflow.statuses[-1] == "FINISHED"
+
+
+def test_a_tracker_that_cannot_start_closes_those_that_have(
+    wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = mlflow.exceptions.MlflowException("no server")
+
+    def create_run(experiment_id: str, *, run_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(mlflow, "create_run", create_run)
+    with pytest.raises(OutputError, match="mlflow: no server: set MLFLOW_TRACKING_URI"):
+        Trackers(asking(wandb=True, mlflow=True), tmp_path, [])
+    assert wandb.exit_codes == [1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"wandb": 3}', "\x00"])
+def test_a_damaged_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"trackers\.json: damaged.*: remove the file"):
+        Trackers(asking(wandb=True), tmp_path, [])
+
+
+def test_a_run_whose_tracker_fails_has_its_result(
+    mlflow: FakeMlflow, tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.run_files.plot_run", lambda *_: [])
+    mlflow.fails = True
+    run = Run.start(from_json({"run": {"mlflow": True}}, tiny_run), tmp_path / "a")
+    for _ in run.train():
+        pass
+    run.finish()
+    assert (tmp_path / "a/result.json").exists()
+    assert run.problems == ["mlflow: the server is gone; nothing more is sent to it from step 3 on"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_reported_before_the_run_begins(
     name: str, tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=f"^{name} is not installed: pip install {name}$"):
-        Run(from_json({"run": {name: True}}, tiny_run), tmp_path)
+    with pytest.raises(ConfigError, match=f"^{name} is not installed: pip install "):
+        Run(from_json({"run": {name: True}}, tiny_run), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_attention_is_drawn_every_so_many_epochs(tiny_run: Config, tmp_path: Path) -> None:
@@ -172,18 +276,16 @@ def test_attention_is_drawn_every_so_many_epochs(tiny_run: Config, tmp_path: Pat
 
 
 def test_tensorboard_gets_the_picture(tmp_path: Path) -> None:
-    trackers = Trackers(asking(), tmp_path)
-    calls: list[Any] = []
-    trackers.events.writer = SimpleNamespace(
-        add_scalar=lambda *words: calls.append(words),
-        flush=lambda: None,
-        add_image=lambda name, picture, step, dataformats: calls.append(
-            (name, picture.shape, step, dataformats)
-        ),
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
     )
-    trackers.write(ROW, picture_file(tmp_path))
-    assert calls[-1] == ("attention", (7, 11, 3), 9, "HWC")
-    assert ("train_loss", 1.5, 9) in calls
+    with Trackers(asking(tensorboard=True), tmp_path, []) as trackers:
+        trackers.write(ROW, picture_file(tmp_path))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("attention")
+    assert (image.step, image.width, image.height) == (9, 11, 7)
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(9, 1.5)]
 
 
 def test_watched_images_are_spread_over_the_split() -> None:
@@ -211,7 +313,7 @@ def test_the_picture_has_a_column_an_image(tiny_model: Any, tmp_path: Path) -> N
 
 
 def test_ids_are_kept_side_by_side(wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path) -> None:
-    with Trackers(asking(wandb=True, mlflow=True), tmp_path):
+    with Trackers(asking(wandb=True, mlflow=True), tmp_path, []):
         pass
     kept = json.loads((tmp_path / "trackers.json").read_text())
-    assert kept == {"wandb": wandb.inits[0]["id"], "mlflow": "r17"}
+    assert kept == {"wandb": wandb.inits[0]["id"], "mlflow": "r1"}

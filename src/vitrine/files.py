@@ -1,12 +1,20 @@
 """Files written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from vitrine.errors import OutputError
+
+CANNOT_FLUSH = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM,
+    errno.EBADF, errno.EISDIR,
+)  # fmt: skip
+"""What a file system answers that does not flush folders (CIFS, FUSE): the rename has succeeded."""
 
 
 def write_flushed(path: Path, content: bytes) -> None:
@@ -48,11 +56,36 @@ def write_json_lines(path: Path, rows: list[Any]) -> None:
     replace_file(path, text.encode(errors="backslashreplace"))
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written, without making it.
+
+    Raises:
+        OutputError: the folder, or the nearest one above it that exists, takes no file.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written: {error.strerror}: give another path"
+        ) from error
+
+
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's renames (not every system can)."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Wait until the disk has a folder's renames, where the system can flush folders.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise

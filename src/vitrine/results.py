@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vitrine.checkpoint import CheckpointInfo, save_weights_file
-from vitrine.evaluation.figures import plot_curves, plot_metrics
-from vitrine.evaluation.metrics import Metrics
 from vitrine.predict import Classifier
 
 
@@ -39,13 +37,6 @@ def summarise(
 def speed(images: int, seconds: float) -> float:
     """Return images per second, also where a clock stood still."""
     return round(images / max(seconds, 1e-9), 1)
-
-
-def draw(metrics: Metrics | None, rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Draw the curves, the confusion matrix and the reliability diagram."""
-    plot_curves(rows, folder)
-    if metrics is not None:
-        plot_metrics(metrics, folder)
 
 
 def write_weights(best: Classifier, info: CheckpointInfo, run_name: str) -> None:

@@ -42,7 +42,7 @@ from vitrine.devices import choose_rank_device
 from vitrine.errors import ConfigError, DataError, OutputError, TrainingError
 from vitrine.evaluation.metrics import quick_scores, shared_logits
 from vitrine.explain.watch import choose_watched
-from vitrine.files import write_json_lines
+from vitrine.files import require_writable, write_json_lines
 from vitrine.model import VisionTransformer
 from vitrine.model.layers import ConvStem
 from vitrine.predict import Classifier
@@ -98,6 +98,8 @@ class Run(RunFiles):
         manifest: Manifest | None = None,
     ) -> None:
         check_trackers(config.run)
+        if config.run.model_path is not None:
+            ranks.on_leader(require_writable, config.run.model_path)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.lock = lock(folder)
         self.device = choose_rank_device(config.run.device)
@@ -117,6 +119,7 @@ class Run(RunFiles):
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
         self.notices: list[str] = []
+        self.problems: list[str] = []
         if fresh and config.training.init:
             self.notices = pretrained.start_from(model, config.training, self.classes)
         elif fresh and isinstance(model.stem, ConvStem):
@@ -204,7 +207,7 @@ class Run(RunFiles):
         """
         self.agree()
         try:
-            with Trackers(self.config, self.folder) as trackers:
+            with Trackers(self.config, self.folder, self.problems) as trackers:
                 for event in self.events(stopping):
                     if isinstance(event, EpochEnd):
                         trackers.write(event.row, self.attention_picture(event.row))
@@ -286,7 +289,10 @@ class Run(RunFiles):
         return self.saved
 
     def finish(self) -> dict[str, Any]:
-        """Test the best model once, write result.json and the pictures, return the result."""
+        """Test the best model once, write result.json and the pictures, return the result.
+
+        What could not be drawn is in ``problems`` afterward.
+        """
         best = ranks.on_leader(  # on the CPU, from where it can go to every process
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )

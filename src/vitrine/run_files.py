@@ -14,12 +14,13 @@ from vitrine.data.images import ImageSet
 from vitrine.data.manifest import Manifest
 from vitrine.devices import choose_compile, choose_precision
 from vitrine.environment import describe_environment
-from vitrine.errors import CheckpointError, TrainingError
+from vitrine.errors import CheckpointError, OutputError, TrainingError
+from vitrine.evaluation.figures import draw_each, plot_run
 from vitrine.evaluation.metrics import measure
 from vitrine.explain.watch import draw_attention
 from vitrine.files import write_json, write_json_lines
 from vitrine.predict import Classifier
-from vitrine.results import draw, summarise, write_weights
+from vitrine.results import summarise, write_weights
 from vitrine.run_folder import prune
 from vitrine.training.state import TrainingState, first_not_finite
 
@@ -39,6 +40,8 @@ class RunFiles:
     rows: list[dict[str, Any]]
     saved: Path | None
     train_images: int
+    problems: list[str]
+    """What failed without ending the run, one line each."""
 
     @property
     def precision(self) -> str:
@@ -87,8 +90,13 @@ class RunFiles:
         every = self.config.run.attention_epochs
         if not every or row["epoch"] % every or not ranks.is_leader():
             return None
-        path = self.folder / "attention" / f"epoch-{row['epoch']:04}.png"
-        return draw_attention(self.state.best_model, self.watched, self.config, path)
+        name, model = f"epoch-{row['epoch']:04}.png", self.state.best_model
+        folder = self.folder / "attention"
+        problems = draw_each(
+            {name: lambda path: draw_attention(model, self.watched, self.config, path)}, folder
+        )
+        self.problems += problems
+        return None if problems else folder / name
 
     def write_checkpoint(self) -> Path:
         """Do what save() says. The leader's work."""
@@ -111,7 +119,8 @@ class RunFiles:
     def write_result(self, best: Classifier, logits_BY: Any, labels_B: Any) -> dict[str, Any]:
         """Write the weights if asked for, result.json, and the pictures. The leader's work.
 
-        Without a test split there are no logits, and the result has no test score.
+        Without a test split there are no logits, and the result has no test score. Weights or
+        pictures that cannot be written are noted in ``problems``.
         """
         metrics = None
         if logits_BY is not None:
@@ -122,9 +131,14 @@ class RunFiles:
         )
         result = {**summary, **engine, "test": metrics and metrics.to_json()}
         if self.config.run.model_path is not None:
-            write_weights(best, load_info(Path(best.source)), self.folder.name)
+            try:
+                write_weights(best, load_info(Path(best.source)), self.folder.name)
+            except OutputError as error:
+                self.problems.append(
+                    f"{error}; write the weights elsewhere with: vitrine convert {self.folder} FILE"
+                )
         write_json(self.folder / "result.json", result)  # from now on the run counts as finished
-        draw(metrics, self.rows, self.folder)
+        self.problems += plot_run(self.rows, metrics, self.folder)
         return result
 
     def info(self) -> CheckpointInfo:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Plan:
     """An error of the system at this point."""
     error: int = errno.ENOSPC
     """Which."""
+    folder_flush: int = 0
+    """The error that every flush of a folder ends with; 0 for none."""
     points: bool = False
     """Write the names of all points into points.txt."""
     clock: int | None = None
@@ -133,6 +136,8 @@ def set_up(plan: Plan, cwd: Path) -> None:
         Points(cwd / "output", kill_at(plan.kill_at)).install(setattr)
     if plan.fail_at:
         Points(cwd / "output", fail_at(plan.fail_at, plan.error)).install(setattr)
+    if plan.folder_flush:
+        refuse_folders(plan.folder_flush)
     if plan.points:
         file = os.open(cwd / "points.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         names = Points(
@@ -142,9 +147,21 @@ def set_up(plan: Plan, cwd: Path) -> None:
     if plan.clock is not None:
         jump(plan.clock)
     if not plan.pictures:
-        vitrine.run_files.draw = lambda *_: None
+        vitrine.run_files.plot_run = lambda *_: []
     if plan.slow_save:
         slow_down(cwd)
+
+
+def refuse_folders(error: int) -> None:
+    """Let flushing a folder fail, and a file not."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        real(descriptor)
+
+    os.fsync = fsync
 
 
 def mark_start(path: Path) -> None:

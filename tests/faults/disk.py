@@ -44,6 +44,24 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
     return tally
 
 
+def folders_not_flushed(folder: Path, *, epochs: int = 3) -> Tally:
+    """Let the system refuse to flush folders, as CIFS and FUSE do: that is no error of the disk."""
+    tally = Tally("A file system that does not flush folders")
+    words = ("--epochs", str(epochs))
+    truth = undisturbed(*words)
+    for code in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+        name = errno.errorcode[code]
+        with tally.trial(name):
+            child = go_on(folder / name, *words, plan=Plan(folder_flush=code))
+            assert child.wait() == 0, child.errors
+            require_end(folder / name, truth)
+    with tally.trial("EIO stays an error"):
+        child = go_on(folder / "EIO", *words, plan=Plan(folder_flush=errno.EIO))
+        require_one_line(child)
+        assert os.strerror(errno.EIO) in child.errors, child.errors
+    return tally
+
+
 def full_disk(folder: Path, *, sizes: int, epochs: int = 3, seed: int = 2) -> Tally:
     """Train on disks of some KiB, too small in most cases; then give them room."""
     tally = Tally("A full disk (tmpfs)")

@@ -30,6 +30,7 @@ def all_faults() -> list[Callable[[Path], Tally]]:
         lambda folder: disk.every_error(folder, epochs=2),
         lambda folder: kills.storm(folder, kills=60, seed=1),
         lambda folder: kills.storm(folder, kills=60, recipe="Muon", seed=2),
+        lambda folder: disk.folders_not_flushed(folder),
         lambda folder: disk.full_disk(folder, sizes=40),
         lambda folder: disk.read_only(folder, times=10),
         lambda folder: disk.removed(folder, times=20),

@@ -150,8 +150,8 @@ def run_test(words: Sequence[str]) -> int:
     check_architecture(classifier, options)
     folder = options.output_path / (options.timestamp or time.strftime("%Y-%m-%d-%H-%M-%S"))
     if options.mode == "cifar":
-        test_all(classifier, options, folder)
-    elif options.mode == "cifar-single":
+        return test_all(classifier, options, folder)
+    if options.mode == "cifar-single":
         test_single(classifier, options, folder)
     else:
         test_custom(classifier, options)
@@ -174,15 +174,19 @@ def is_reference_file(classifier: "Classifier") -> bool:
     return Path(classifier.source).suffix in (".pt", ".pth")
 
 
-def test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> None:
-    """``--mode cifar``: the test set, as tables and pictures."""
+def test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> int:
+    """``--mode cifar``: the test set, as tables and pictures; return the exit code."""
     given = ("data_path", "num_test_images", "num_workers", "batch_size")
     chosen = {name: getattr(options, name) for name in given}
-    metrics, folder = score(classifier, TestOptions(output_path=folder, **chosen))
+    scored = score(classifier, TestOptions(output_path=folder, **chosen))
+    metrics = scored.metrics
     show(metrics)
     out.print(f"Test acc: {metrics.accuracy:.2%}\tTest loss: {metrics.loss:.4f}")
     say(f"pictures and metrics.json in {folder}/")
+    if scored.problems:
+        return scored.report_problems()
     show_picture(folder / "confusion_matrix.png", options)
+    return 0
 
 
 def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
@@ -48,17 +48,31 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine test``."""
     options = parse(TestOptions, words, prog=prog)
     classifier = load_model(options)
-    metrics, folder = score(classifier, options)
+    scored = score(classifier, options)
     if options.json:
-        print(json.dumps(metrics.to_json()))
+        print(json.dumps(scored.metrics.to_json()))
     else:
-        show(metrics)
-        say(f"pictures and metrics.json in {folder}/")
-    return 0
+        show(scored.metrics)
+        say(f"pictures and metrics.json in {scored.folder}/")
+    return scored.report_problems()
 
 
-def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Path]":
-    """Measure the model and write what was measured; return the metrics and the folder."""
+class Scored(NamedTuple):
+    """What a test measured, where it was written, and which pictures could not be drawn."""
+
+    metrics: "Metrics"
+    folder: Path
+    problems: list[str]
+
+    def report_problems(self) -> int:
+        """Say which pictures are missing, if any; return the exit code."""
+        for problem in self.problems:
+            say(f"vitrine: {problem}")
+        return 1 if self.problems else 0
+
+
+def score(classifier: "Classifier", options: TestOptions) -> Scored:
+    """Measure the model and write what was measured."""
     from vitrine.errors import ConfigError
     from vitrine.evaluation.figures import plot_metrics
     from vitrine.evaluation.metrics import measure, predict_logits
@@ -87,8 +101,7 @@ def score(classifier: "Classifier", options: TestOptions) -> "tuple[Metrics, Pat
     )  # fmt: skip
     metrics = measure(logits_BY, images.labels_B, classes=classifier.classes)
     write_json(folder / "metrics.json", metrics.to_json())
-    plot_metrics(metrics, folder)
-    return metrics, folder
+    return Scored(metrics, folder, plot_metrics(metrics, folder))
 
 
 def default_folder(source: Path, split: str) -> Path:

@@ -213,6 +213,8 @@ def follow(run: Any) -> int:
     except OutputError as error:
         raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
     conclude(run, result, startup)
+    if problems := ranks.on_leader(lambda: run.problems):
+        raise TrainingError(f"{'; '.join(problems)}; all else is in {run.folder}/")
     return 0
 
 

@@ -4,7 +4,7 @@ Drawn on matplotlib's figures directly, never through pyplot: no window, no glob
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vitrine.errors import DataError, OutputError
+from vitrine.errors import DataError, OutputError, VitrineError
 from vitrine.evaluation.metrics import Metrics
 from vitrine.evaluation.report import percent, printable
 
@@ -35,8 +35,8 @@ NAME_LENGTH = 20
 """Longer class names are cut."""
 
 
-def plot_curves(rows: Sequence[Row], folder: Path) -> None:
-    """Draw ``graph_loss.png`` and ``graph_accuracy.png`` from the rows of ``metrics.jsonl``.
+def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
+    """Draw the loss or the accuracy over the epochs, from the rows of ``metrics.jsonl``.
 
     A row has ``epoch`` (from 1) and, for each of the splits train, validation and test that was
     scored, ``SPLIT_loss`` and ``SPLIT_accuracy``. Validation's best epoch is marked; of test,
@@ -48,8 +48,7 @@ def plot_curves(rows: Sequence[Row], folder: Path) -> None:
     """
     if not rows:
         raise DataError("there is no epoch to draw: train for at least one")
-    for quantity in ("loss", "accuracy"):
-        save_figure(_curves(rows, quantity), folder / f"graph_{quantity}.png")
+    save_figure(_curves(rows, quantity), path)
 
 
 def plot_confusion(metrics: Metrics, path: Path) -> None:
@@ -225,7 +224,42 @@ def save_figure(figure: Figure, path: Path) -> None:
         ) from error
 
 
-def plot_metrics(metrics: Metrics, folder: Path) -> None:
-    """Draw the confusion matrix and the reliability diagram."""
-    plot_confusion(metrics, folder / "confusion_matrix.png")
-    plot_calibration(metrics, folder / "calibration.png")
+def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list[str]:
+    """Draw the curves and, if there was a test, what ``plot_metrics`` draws.
+
+    Returns:
+        what could not be drawn, one line each: a picture is never a reason to lose the numbers.
+    """
+    draw: dict[str, Callable[[Path], object]] = {
+        "graph_loss.png": lambda path: plot_curve(rows, "loss", path),
+        "graph_accuracy.png": lambda path: plot_curve(rows, "accuracy", path),
+    }
+    problems = draw_each(draw, folder)
+    return problems if metrics is None else problems + plot_metrics(metrics, folder)
+
+
+def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
+    """Draw the confusion matrix and the reliability diagram.
+
+    Returns:
+        what could not be drawn, one line each.
+    """
+    draw: dict[str, Callable[[Path], object]] = {
+        "confusion_matrix.png": lambda path: plot_confusion(metrics, path),
+        "calibration.png": lambda path: plot_calibration(metrics, path),
+    }
+    return draw_each(draw, folder)
+
+
+def draw_each(draw: Mapping[str, Callable[[Path], object]], folder: Path) -> list[str]:
+    """Draw each picture into the folder; return what could not be drawn, one line each."""
+    problems = []
+    for name, function in draw.items():
+        try:
+            function(folder / name)
+        except VitrineError as error:
+            problems.append(str(error))
+        except Exception as error:  # noqa: BLE001 (fonts, memory, whatever ends matplotlib)
+            reason = (str(error).splitlines() or [""])[0]
+            problems.append(f"{folder / name} could not be drawn: {type(error).__name__}: {reason}")
+    return problems
