@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitrine import pretrained, ranks, rng
 from vitrine.checkpoint import read_pointer
-from vitrine.config import Config, Split, complete_config
+from vitrine.config import Config, RunConfig, Split, complete_config
 from vitrine.data.batches import Batches
 from vitrine.data.images import ImageSet, normalise
 from vitrine.data.manifest import (
@@ -97,9 +97,7 @@ class Run(RunFiles):
         fresh: bool = True,
         manifest: Manifest | None = None,
     ) -> None:
-        check_trackers(config.run)
-        if config.run.model_path is not None:
-            ranks.on_leader(require_writable, config.run.model_path)
+        require_ready(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.lock = lock(folder)
         self.device = choose_rank_device(config.run.device)
@@ -374,6 +372,18 @@ def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
     manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
     verify(manifest, manifest.files, config.data.num_workers)
     return manifest, count_added(manifest)
+
+
+def require_ready(run: RunConfig) -> None:
+    """Refuse what would only fail later: trackers that are missing, a place for the weights.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+        OutputError: the weights could not be written.
+    """
+    check_trackers(run)
+    if run.model_path is not None:
+        ranks.on_leader(require_writable, run.model_path)
 
 
 def lock(folder: Path) -> AbstractContextManager[object] | None:
