@@ -44,15 +44,10 @@ def end_with(error: Exception, *words: str) -> int:
     return guarded(command, ["train", *words])
 
 
-def one_value() -> object:
-    return torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1))
-
-
 KNOWN: dict[str, tuple[Callable[[], object], str]] = {
     "numpy": (lambda: np.empty((1 << 56,)), "out of memory (asked for 512. PiB): lower --batch"),
     "python": (lambda: bytearray(1 << 62), "out of memory: lower --batch_size"),
     "torch": (lambda: torch.empty(1 << 50), "out of memory (asked for 4503599627370496 bytes): lo"),
-    "batch norm": (one_value, "needs more than one value per channel"),
     "not a folder": (lambda: Path(__file__, "x").write_text(""), "choose another place"),
     "long name": (lambda: Path("x" * 5000).write_text(""), "File name too long: give a shorter"),
     "encode": (lambda: "✓".encode("cp1252"), "set PYTHONUTF8=1"),

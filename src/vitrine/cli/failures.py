@@ -24,7 +24,6 @@ OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 AMOUNT = re.compile(r"allocate (\d[\d.,]* \w+)")
-ONE_VALUE = "Expected more than 1 value per channel"
 ANOTHER_PLACE = "choose another place"
 PLACES = {
     errno.ENOSPC: "free some space, or choose another disk",
@@ -64,13 +63,6 @@ def explain(error: Exception) -> tuple[str, int]:
         place = error.filename if error.filename is not None else "standard output or a file"
         remedy = PLACES.get(error.errno or 0, ANOTHER_PLACE)
         return f"{shorten(os.fsdecode(str(place)))}: {error.strerror or text}: {remedy}", COULD_NOT
-    if isinstance(error, ValueError) and ONE_VALUE in text:
-        return (
-            "batch normalization needs more than one value per channel, and a batch of one image "
-            "of one patch has one: change --batch_size or --num_train_images by one, or take a "
-            "smaller --patch_size",
-            COULD_NOT,
-        )
     return f"unexpected {type(error).__name__}: {text}: please report it", UNEXPECTED
 
 
