@@ -69,8 +69,53 @@ def test_a_path_of_a_bundled_name_is_reached_as_a_path(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
     assert vitrine.load("cifar10", device="cpu").source == "cifar10"
-    with pytest.raises(vitrine.VitrineError):
-        vitrine.load("./cifar10", device="cpu")
+    for path in ("./cifar10", Path("cifar10")):
+        with pytest.raises(vitrine.VitrineError, match=r"no model\.safetensors"):
+            vitrine.load(path, device="cpu")
+
+
+def test_a_path_that_is_not_there_is_never_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same from Python and by every command that takes a model."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("./cifar10", Path("cifar10")):
+        with pytest.raises(vitrine.VitrineError, match="no such model"):
+            vitrine.load(path, device="cpu")
+    for words in (
+        "test --model_path ./cifar10", "test ./cifar10", "inspect ./cifar10", "info ./cifar10",
+        "convert ./cifar10 a.safetensors", "export --format torch ./cifar10",
+        "explain --index 0 --model_path ./cifar10", "train --init ./cifar10 --dataset shapes",
+    ):  # fmt: skip
+        assert main(words.split()) == 2, words
+        assert "vitrine: ./cifar10: no such model" in capsys.readouterr().err, words
+
+
+def test_a_name_is_a_name_also_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    assert main(["info", "cifar10"]) == 0
+    assert main(["convert", "cifar10", "a.safetensors"]) == 0
+    assert main(["info", "./cifar10"]) == 2
+    assert "no model.safetensors" in capsys.readouterr().err
+
+
+def test_hub_ids_stay_as_they_are_typed() -> None:
+    """As a path, hf:OWNER/NAME would become hf:OWNER\\NAME on Windows."""
+    from vitrine.cli.convert import ConvertOptions
+    from vitrine.cli.info import InfoOptions
+    from vitrine.cli.models import ModelOptions, ModelWord
+    from vitrine.cli.parsing import parse
+    from vitrine.cli.push import PushOptions
+
+    for kind, words, name in (
+        (ModelOptions, "--model_path hf:a/b", "model_path"), (ModelWord, "hf:a/b", "model"),
+        (ConvertOptions, "hf:a/b c", "source"), (InfoOptions, "hf:a/b", "model"),
+        (PushOptions, "hf:a/b c/d", "model"),
+    ):  # fmt: skip
+        assert getattr(parse(kind, words.split(), prog="x"), name) == "hf:a/b"
 
 
 def test_info_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,6 +163,6 @@ def test_a_stranger_may_not_push(
 def test_a_missing_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        ConfigError, match=r'huggingface_hub is not installed: pip install "vitrine\[hub\]"'
+        ConfigError, match=r'huggingface_hub is not installed: pip install -e "\.\[hub\]"'
     ):
         vitrine.load("hf:me/tiny")

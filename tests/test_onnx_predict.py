@@ -93,7 +93,7 @@ def test_the_metadata_come_back(images_file: Path) -> None:
     assert (classifier.config.data.mean, classifier.config.data.std) == (
         CONFIG.data.mean, CONFIG.data.std,
     )  # fmt: skip
-    assert classifier.fit == "pad"
+    assert classifier.config.data.fit == "pad"
 
 
 def test_nothing_of_the_machine_is_in_the_metadata() -> None:
@@ -184,7 +184,7 @@ def test_other_commands_refuse_an_onnx_file(
 @pytest.mark.parametrize("library", sorted(EXTRAS))
 def test_a_missing_library_names_its_extra(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    wanted = rf'{library} is not installed: pip install "vitrine\[{EXTRAS[library]}\]"'
+    wanted = rf'{library} is not installed: pip install -e "\.\[{EXTRAS[library]}\]"'
     with pytest.raises(ConfigError, match=wanted):
         need(library)
 
@@ -221,4 +221,4 @@ def test_commands_without_their_extra_say_one_line(
     assert main(words.format(file=images_file).split()) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f'pip install "vitrine[{extra}]"' in message
+    assert f'pip install -e ".[{extra}]"' in message

@@ -7,7 +7,7 @@ A combination that cannot work is refused when it is built, with the remedy.
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from vitrine.errors import ConfigError
 from vitrine.model_config import ModelConfig as ModelConfig
@@ -36,7 +36,13 @@ class DataConfig:
     num_workers: int = 2
     """Threads that decode picture files."""
     fit: Literal["crop", "pad", "squash"] = "crop"
-    """How a picture that is not of the model's shape is made so."""
+    """Fit pictures of another shape by cropping, by padding with black, or by stretching."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] = (
+        "bilinear"
+    )
+    """Filter that resizes pictures. All but nearest are antialiased."""
+    crop_pct: float = 1.0
+    """Share of each side that is kept around the center: 0.875 for 224 of 256 pixels."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel mean taken off, pixels counted 0 to 1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -49,6 +55,11 @@ class DataConfig:
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
         self._check_pixels()
+        require_range(self, "crop_pct", 0.01, 1)
+        require(
+            self.fit != "pad" or self.crop_pct == 1,
+            f"crop_pct {self.crop_pct:g} cuts off what fit pad would add: leave one out",
+        )
 
     def _check_pixels(self) -> None:
         """Refuse a mean, std or range of pixels that cannot be meant."""
@@ -65,6 +76,20 @@ class DataConfig:
                 -LARGEST <= low < high <= LARGEST,
                 f"pixel_range is {low:g} {high:g}: give the value of black, then a larger one",
             )
+
+
+class Preparation(TypedDict, total=False):
+    """The settings of the data by which any picture becomes what the model reads."""
+
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    fit: Literal["crop", "pad", "squash"] | None
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] | None
+    crop_pct: float | None
+    pixel_range: tuple[float, float] | None
+
+
+PREPARATION = tuple(Preparation.__annotations__)
 
 
 @dataclass(frozen=True)

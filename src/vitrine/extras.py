@@ -20,10 +20,10 @@ def need(module: str) -> ModuleType:
     """Import a module of an optional library.
 
     Raises:
-        ConfigError: the library is not installed (which extra brings it is told), or is broken.
+        ConfigError: the library is not installed (the message says how to), or is broken.
     """
     library = module.partition(".")[0]
-    wanted = f'"vitrine[{EXTRAS[library]}]"' if library in EXTRAS else library
+    wanted = f'-e ".[{EXTRAS[library]}]"' if library in EXTRAS else library
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

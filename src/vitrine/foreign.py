@@ -16,6 +16,7 @@ from vitrine.checkpoint import CheckpointInfo
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.files import replace_file, write_json
 from vitrine.model.convert import Converted, convert, huggingface, restate, timm
+from vitrine.model.convert.processor import write_processor
 from vitrine.pickled import BROKEN, read_pickle
 from vitrine.sealed import pack, read_bytes, unpack
 
@@ -24,7 +25,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder; the first that is there is taken."""
 SUFFIXES = {"reference": ".pt", "google": ".npz"}
 """Layouts of one file; the others are folders."""
-FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+FILES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz")
 """Files of weights, by the end of their names."""
 MOST_GROWTH = 20
 """So many times its size an archive of weights may be when it is unpacked."""
@@ -38,9 +39,10 @@ def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
         ConfigError: the head count does not divide the width.
     """
     weights, files = find_weights(path)
-    state = read_state(weights)
+    state, notes = read_state(weights)
     try:
-        return convert(state, files, n_attention_heads=n_attention_heads)
+        found = convert(state, files, n_attention_heads=n_attention_heads)
+        return found._replace(notes=notes + found.notes)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError,
@@ -74,12 +76,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, by name. Only tensors are unpickled, never code."""
+def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a file by name, and notes of what else is in it.
+
+    Only tensors are unpickled, never code.
+    """
     if path.suffix == ".safetensors":
-        return unpack(read_bytes(path), path)
+        return unpack(read_bytes(path), path), []
     if path.suffix == ".npz":
-        return read_npz(path)
+        return read_npz(path), []
     return read_pickle(path)
 
 
@@ -109,7 +114,7 @@ def write_foreign(
     wanted = SUFFIXES.get(layout)
     if wanted is not None and path.suffix != wanted:
         raise ConfigError(f"{path}: the layout {layout} is a file whose name ends in {wanted}")
-    if wanted is None and (path.is_file() or path.suffix in FILES):
+    if wanted is None and (path.is_file() or path.name.endswith(FILES)):
         raise ConfigError(f"{path}: the layout {layout} is a folder: give a folder's name")
     state = restate(info.config.model, weights, layout)
     if layout == "google":
@@ -131,9 +136,11 @@ def write_folder(path: Path, layout: str, info: CheckpointInfo, state: dict[str,
     colours = {"mean": data.mean, "std": data.std}
     if model.n_channels == 1:  # as data.images.normalise does
         colours = {name: (sum(values) / 3,) for name, values in colours.items()}  # type: ignore[misc]
-    about = {**colours, "classes": info.classes}
+    about = {**colours, "classes": info.classes, "data": data}
     describe = timm.describe if layout == "timm" else huggingface.describe
-    write_json(path / CONFIG, describe(model, about))
+    files = {CONFIG: describe(model, about)}
     if layout == "huggingface":
-        write_json(path / PREPARATION, huggingface.describe_preparation(model, about))
+        files[PREPARATION] = write_processor(model, data, about)
+    for name, content in files.items():
+        write_json(path / name, content)
     replace_file(path / WEIGHTS[0], pack(state, {"format": "pt"}))

@@ -5,6 +5,7 @@ printed or stored here.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from vitrine.extras import need
 
 PREFIX = "hf:"
 """What a hub id begins with wherever a model is named, so that it is never taken for a path."""
+HTTP_LIBRARIES = ("httpx", "httpx2")
+"""What huggingface_hub talks by, from its versions 1 and 2 on."""
 WANTED = ["config.json", "preprocessor_config.json", "model.safetensors"]
 """The files of a model that are downloaded; any other (there may be many) is not."""
 
@@ -67,15 +70,15 @@ def worded(hub_id: str, kind: type[VitrineError]) -> Iterator[None]:
     """Turn what the hub's client raises into one line of ours."""
     from huggingface_hub import errors
 
-    # Connection errors are those of the client's HTTP library: their base is a base of its own.
-    http_error = errors.HfHubHTTPError.__mro__[1]
-    # A failed upload is told as a RuntimeError.
+    # A failed upload is a RuntimeError; connection errors are those of the HTTP library.
+    libraries = [sys.modules[name] for name in HTTP_LIBRARIES if name in sys.modules]
     raised: tuple[Any, ...] = (
         OSError,
         RuntimeError,
         errors.HFValidationError,
         errors.EntryNotFoundError,
-        http_error,
+        errors.HfHubHTTPError,
+        *(library.HTTPError for library in libraries),
     )
     try:
         yield

@@ -159,4 +159,4 @@ class ModelConfig:
     @property
     def hidden_dim(self) -> int:
         """Hidden width of the MLP."""
-        return int(self.embed_dim * self.forward_mul)
+        return round(self.embed_dim * self.forward_mul)

@@ -6,6 +6,8 @@ A file says of itself, in its metadata, all that reading pictures needs:
     classes         their names, a JSON list in the order of the logits
     mean, std       per channel, pixels counted 0 to 1: three numbers each, JSON lists
     fit             how a picture of another shape is made to fit: crop, pad or squash
+    interpolation   the filter that resizes pictures, by Pillow's name: bilinear, bicubic, ...
+    crop_pct        share of each side that is kept around the center, a JSON number
     pixel_range     the values of black and white in 16-bit pictures, a JSON list, or null
     preprocessing   the same in words
 
@@ -14,6 +16,7 @@ It has one of two faces. Input ``images`` (B, C, H, W), float32, normalised, giv
 ``attention_1`` ... ``attention_L`` (B, A, T, T) are the blocks' attention.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +25,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vitrine.config import Config
+from vitrine.config import PREPARATION, Config
 from vitrine.configfile import from_json, to_json
 from vitrine.data.formats import WHITE, Color
+from vitrine.data.framing import framing
 from vitrine.data.inputs import Pictures, stack_pictures
-from vitrine.data.pictures import Fit, channel_scale
+from vitrine.data.pictures import channel_scale
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.extras import need
 from vitrine.predictions import Prediction, rank
@@ -44,13 +48,14 @@ PREPROCESSING = {
 def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[str, str]:
     """Return what a file says of itself; nothing in it tells of the machine that wrote it."""
     sections = to_json(config)
-    names = ("mean", "std", "pixel_range")
+    names = ("mean", "std", "crop_pct", "pixel_range")
     data = {name: json.dumps(sections["data"][name]) for name in names}
     return {
         "model": json.dumps(sections["model"]),
         "classes": json.dumps(list(classes), ensure_ascii=False),
         **data,
         "fit": config.data.fit,
+        "interpolation": config.data.interpolation,
         "preprocessing": PREPROCESSING[face],
     }
 
@@ -61,16 +66,15 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
     Raises:
         CheckpointError: something is missing or cannot be.
     """
-    missing = {"model", "classes", "mean", "std", "fit", "pixel_range"} - set(metadata)
+    missing = {"model", "classes", *PREPARATION} - set(metadata)
     if missing:
         raise CheckpointError(
             f"{where}: not exported by vitrine: its metadata lack {', '.join(sorted(missing))}"
         )
     try:
         classes = json.loads(metadata["classes"])
-        names = ("mean", "std", "pixel_range")
-        numbers = {name: json.loads(metadata[name]) for name in names}
-        data = {"fit": metadata["fit"], **numbers}
+        words = ("fit", "interpolation")
+        data = {n: metadata[n] if n in words else json.loads(metadata[n]) for n in PREPARATION}
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{where}: its metadata are damaged: {error}") from error
@@ -90,12 +94,25 @@ class OnnxClassifier:
     session: Any
     config: Config
     classes: tuple[str, ...]
-    fit: Fit
     source: str = ""
 
     def __repr__(self) -> str:
         height, width = self.config.model.image_hw
         return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
+
+    def prepared(self, **changes: Any) -> "OnnxClassifier":
+        """Return the classifier with other preparation of its pictures, e.g. ``fit``.
+
+        Raises:
+            ConfigError: a setting that cannot be, or normalization that is part of the graph.
+        """
+        fixed = [name for name in ("mean", "std") if name in changes]
+        if fixed and self.session.get_inputs()[0].name == "raw":
+            raise ConfigError(
+                f"{self.source}: {fixed[0]} is part of this file (--raw): export it again instead"
+            )
+        data = dataclasses.replace(self.config.data, **changes)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
 
     def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
         """Return for each picture its ``top_k`` most probable classes, the most probable first.
@@ -121,7 +138,7 @@ class OnnxClassifier:
             pictures,
             model.image_hw,
             model.n_channels,
-            self.fit,
+            framing(data),
             pixel_range=data.pixel_range,
             background=background,
         )
@@ -195,7 +212,7 @@ def load_onnx(
     face = session.get_inputs()[0].name
     if FACES.get(face) != session.get_outputs()[0].name:
         raise CheckpointError(f"{path}: not exported by vitrine: its first input is {face!r}")
-    return OnnxClassifier(session, config, classes, config.data.fit, str(path))
+    return OnnxClassifier(session, config, classes, str(path))
 
 
 def choose_providers(device: str, available: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitrine.config import Config, require
 from vitrine.data.formats import WHITE, Color
+from vitrine.data.framing import framing
 from vitrine.data.images import normalise
 from vitrine.data.inputs import Picture, Pictures, only_picture, read_one, stack_pictures
 from vitrine.data.pictures import gray_to_rgb, source_name
@@ -121,7 +122,7 @@ class Classifier:
             image_1CHW=self.normalise(raw_1HWC),
             raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
             picture_HWC=read_one(picture, pixel_range=self.config.data.pixel_range),
-            fit=self.config.data.fit,
+            fit=framing(self.config.data),
             classes=self.classes,
             name=named,
             label=label,
@@ -149,7 +150,7 @@ class Classifier:
             pictures,
             model.image_hw,
             model.n_channels,
-            data.fit,
+            framing(data),
             pixel_range=data.pixel_range,
             background=background,
         )

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -21,12 +23,22 @@ from vitrine.checkpoint import (
     read_pointer,
     save_weights_file,
 )
-from vitrine.config import Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from vitrine.config import (
+    PREPARATION,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Preparation,
+    RunConfig,
+    TrainingConfig,
+)
+from vitrine.configfile import replace_fields
 from vitrine.devices import choose_device
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.foreign import CONFIG, FILES, read_foreign, read_json_object, write_foreign
 from vitrine.model import VisionTransformer
 from vitrine.model.adapt import adapt, build
+from vitrine.model.convert import Converted
 from vitrine.predict import Classifier
 
 OWN = "vitrine"
@@ -49,24 +61,36 @@ class Source:
 
 
 def load(
-    source: str | Path, *, n_attention_heads: int | None = None, device: str = "auto"
+    source: str | Path,
+    *,
+    n_attention_heads: int | None = None,
+    device: str = "auto",
+    **preparation: Unpack[Preparation],
 ) -> Classifier:
     """Return the classifier that a file, folder or hub id holds.
 
     Args:
-        source: the name of a bundled model (``cifar10``); a run folder (its BEST checkpoint), a
-            checkpoint folder, a ``.safetensors`` file of Vitrine; weights of the reference system
-            (``.pt``), timm (``.safetensors``, ``.pth``, or a folder), Hugging Face (a folder),
-            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``.
-        n_attention_heads: the head count, where the files do not tell it; for the reference's
-            ``.pt`` it is 4 unless given, for timm's files the usual one of their width.
+        source: the name of a bundled model (``"cifar10"``; ``"./cifar10"`` and every ``Path`` are
+            paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
+            of Vitrine; weights of the reference system (``.pt``), timm (``.safetensors``, ``.pth``,
+            or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
+            ``hf:OWNER/NAME``.
+        n_attention_heads: the head count, where the files do not say it. Default: 4 for the
+            reference's ``.pt``, the usual one of their width for timm's files.
         device: auto, cpu, cuda or mps.
+        preparation: how pictures are prepared: ``mean``, ``std``, ``fit``, ``interpolation``,
+            ``crop_pct``, ``pixel_range``, as in ``DataConfig``. Default: as the weights say; what
+            they do not say is assumed, and the classifier's ``notes`` say so.
 
     Raises:
         CheckpointError: there is nothing to load, or it is damaged, foreign, or has no head.
-        ConfigError: the device is not available.
+        ConfigError: the device is not available, or a setting cannot be.
     """
-    chosen, found = choose_device(device), read(source, n_attention_heads=n_attention_heads)
+    if unknown := set(preparation) - set(PREPARATION):
+        raise TypeError(f"load() has no argument {unknown.pop()!r}")
+    given = {name: value for name, value in preparation.items() if value is not None}
+    chosen = choose_device(device)
+    found = read(source, n_attention_heads=n_attention_heads, preparation=given)
     if not found.info.config.model.n_classes:
         raise CheckpointError(
             f"{source}: weights without a head cannot classify: train one with "
@@ -81,8 +105,18 @@ def load(
     )
 
 
-def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
+def read(
+    source: str | Path,
+    *,
+    n_attention_heads: int | None = None,
+    preparation: Mapping[str, Any] | None = None,
+) -> Source:
     """Return the weights that ``load`` would put into a model, and what is known of them.
+
+    Args:
+        source: as for ``load``.
+        n_attention_heads: as for ``load``.
+        preparation: fields of PREPARATION that go over what the files say.
 
     Raises:
         CheckpointError: as ``load``, but weights without a head are welcome.
@@ -90,25 +124,36 @@ def read(source: str | Path, *, n_attention_heads: int | None = None) -> Source:
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
         raise CheckpointError(f"a model is a name or path, not a {kind}: for example cifar10")
-    path = Path(source)
+    path, given = Path(source), preparation or {}
     if hub.is_hub_id(source):
         path = hub.download(str(source))
-    elif str(source) in bundled.names() and not (isinstance(source, Path) and path.exists()):
-        path = bundled.weights_path(str(source))
+    elif isinstance(source, str) and source in bundled.names():
+        path = bundled.weights_path(source)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such model; give a run or checkpoint folder, a file or folder of weights "
-            f"(vitrine convert --help lists the kinds), or a hub id: {hub.PREFIX}OWNER/NAME"
+            f"{source}: no such model; give a run or checkpoint folder, a file or folder of "
+            f"weights (vitrine convert --help lists the kinds), or {hub.PREFIX}OWNER/NAME"
         )
-    if path.is_file() and path.suffix not in FILES:
+    if path.is_file() and not path.name.endswith(FILES):
         raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
     own = read_own(path)
     if own is None:
-        return read_other(path, n_attention_heads)
+        return read_other(path, n_attention_heads, given)
     heads = own.info.config.model.n_attention_heads
     if n_attention_heads not in (None, heads):
         raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
-    return own
+    return dataclasses.replace(own, info=prepared(own.info, given))
+
+
+def prepared(info: CheckpointInfo, changes: Mapping[str, Any]) -> CheckpointInfo:
+    """Return what is known of a model, with other settings of its data."""
+    data = change_data(info.config.data, changes)
+    return dataclasses.replace(info, config=dataclasses.replace(info.config, data=data))
+
+
+def change_data(data: DataConfig, changes: Mapping[str, Any]) -> DataConfig:
+    """Return the settings with changes, each checked against its field's type."""
+    return replace_fields(data, changes)  # type: ignore[no-any-return]
 
 
 def read_own(path: Path) -> Source | None:
@@ -132,19 +177,41 @@ def read_own(path: Path) -> Source | None:
     return Source(*load_weights_file(path)) if describes_itself(path) else None
 
 
-def read_other(path: Path, n_attention_heads: int | None) -> Source:
+def read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, Any]) -> Source:
     """Return weights of another system, in our terms."""
     found = read_foreign(path, n_attention_heads)
+    for name, what in found.refused.items():
+        if name not in given:
+            raise CheckpointError(
+                f"{path}: its pictures are prepared by {what}, which Vitrine has not: choose what "
+                f"comes nearest by --{name}"
+            )
     dataset = "cifar10" if found.layout == "reference" else "folder"
-    data = DataConfig(dataset=dataset, **found.data)  # type: ignore[arg-type]
+    data = change_data(DataConfig(), {"dataset": dataset, **found.data, **given})
     classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
-    notes, known = tuple(found.notes), bool(found.classes)
+    notes, known = (*found.notes, *assumed(found, given)), bool(found.classes)
     return Source(info, found.weights, found.layout, notes, found.tensors, known)
 
 
+def assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
+    """Return a note of how pictures are prepared, where neither files nor user say it."""
+    names = [name for name in found.assumed if name not in given]
+    if not names:
+        return []
+    values = ", ".join(f"{name} {spaced(found.data[name])}" for name in names)
+    flags = ", ".join(f"--{name}" for name in names)
+    return [f"not in the files, so assumed: {values} ({flags} set them)"]
+
+
+def spaced(value: Any) -> str:
+    """Return a value as it is given on the command line."""
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+
+
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
-    """Return the settings of a run that starts from weights: with their model and normalisation.
+    """Return the settings of a run that starts from weights: their model and their pictures.
 
     Dropout and stochastic depth stay as they are, and the number of classes is left to the data.
 
@@ -152,11 +219,14 @@ def with_init(config: Config, init: str, n_attention_heads: int | None = None) -
         CheckpointError: as ``read``.
     """
     theirs = read(init, n_attention_heads=n_attention_heads).info.config
+    # The range of 16-bit pictures is one of the data, not of the weights.
+    names = (name for name in PREPARATION if name != "pixel_range")
+    preparation = {name: getattr(theirs.data, name) for name in names}
     free = {name: getattr(config.model, name) for name in ("dropout", "drop_path")}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(theirs.model, n_classes=0, **free),
-        data=dataclasses.replace(config.data, mean=theirs.data.mean, std=theirs.data.std),
+        data=change_data(config.data, preparation),
         training=dataclasses.replace(config.training, init=init),
     )
 
@@ -232,3 +302,8 @@ def with_data(classifier: Classifier, **changes: object) -> Classifier:
     data = dataclasses.replace(classifier.config.data, **changes)  # type: ignore[arg-type]
     config = dataclasses.replace(classifier.config, data=data)
     return dataclasses.replace(classifier, config=config)
+
+
+def of_model_size(classifier: Classifier) -> Classifier:
+    """Return the classifier for images of its data set, which have been fitted to its size."""
+    return with_data(classifier, fit="squash", crop_pct=1.0)

@@ -30,7 +30,7 @@ ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 SHOWN = 20
 """How many class names the card tells."""
 USE = """```
-pip install 'vitrine[hub]'
+pip install -e ".[hub]"  # in a clone of Vitrine's repository
 vitrine predict --model_path HUB_ID PICTURE
 vitrine explain --model_path HUB_ID PICTURE
 ```
@@ -120,7 +120,8 @@ def body(info: CheckpointInfo, name: str, licence: str, result: dict[str, Any] |
     start = f", starting from {training.init}" if training.init else ""
     trained = f"""Trained on {DATA[data.dataset]}{start}.
 Pixels, counted 0 to 1, are normalised with mean {list(data.mean)} and standard deviation
-{list(data.std)}; pictures of another shape are fitted by "{data.fit}"."""
+{list(data.std)}; pictures of another shape are fitted by "{data.fit}", resized by the filter
+"{data.interpolation}", and {data.crop_pct:.4g} of each side is kept around the center."""
     sections = {
         "How to use": USE.replace("HUB_ID", hub.PREFIX + name),
         "Results": results(result),

@@ -145,7 +145,7 @@ def own_size(found: Comparison) -> tuple[int, int, int]:
     """Return rows, inner side and columns of the widest product: tokens to q, k and v."""
     config = found.bench.recipe.config()
     rows, columns = config.model.grid_GJ
-    tokens = rows * columns + (config.model.pool == "cls")
+    tokens = rows * columns + config.model.has_class_token
     width = config.model.embed_dim
     return config.training.batch_size * tokens, width, 3 * width
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from vitrine.cli.console import out
+from vitrine.cli.models import Preparation
 from vitrine.cli.parsing import parse
 from vitrine.errors import ConfigError
 
@@ -29,20 +30,21 @@ class ConvertOptions:
     otherwise.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional]
     """The weights to read."""
     dest: Annotated[Path, tyro.conf.Positional]
     """A file (vitrine: .safetensors, reference: .pt, google: .npz) or a folder (the others)."""
     layout: Literal["vitrine", "timm", "huggingface", "google", "reference"] = "vitrine"
     """How the weights are written."""
     n_attention_heads: int | None = None
-    """Head count, for weights whose files do not tell it."""
+    """Number of attention heads, for weights whose files do not say it."""
     image_size: int | tuple[int, int] | None = None
     """Another image size in pixels: learned positions are resized."""
     n_classes: int | None = None
     """Another number of classes, with --new_head."""
     new_head: bool = False
     """Begin a new, random head."""
+    preparation: Preparation = field(default_factory=Preparation)
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
@@ -52,7 +54,8 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         raise ConfigError("--n_classes asks for another head: give --new_head too")
     from vitrine.pretrained import read, remodel, save
 
-    found = read(options.source, n_attention_heads=options.n_attention_heads)
+    heads, given = options.n_attention_heads, options.preparation.given()
+    found = read(options.source, n_attention_heads=heads, preparation=given)
     changes: dict[str, Any] = {
         name: value
         for name in ("image_size", "n_classes")

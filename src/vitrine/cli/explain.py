@@ -31,14 +31,10 @@ if TYPE_CHECKING:
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine explain``."""
-    from vitrine.pretrained import with_data
-
     options = parse(ExplainOptions, words, prog=prog)
     check(options)
     names = list_pictures(options.pictures)
     classifier = load_model(options)
-    if options.fit is not None:
-        classifier = with_data(classifier, fit=options.fit)
     if options.scoring.score:
         from vitrine.cli.scoring import score
 
@@ -168,6 +164,7 @@ def read_subjects(
 
 def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
+    from vitrine.pretrained import of_model_size
     from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
 
@@ -183,4 +180,4 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
             say(note)
     raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[index])]
-    return classifier.subject(raw_HWC, name=f"{split}-{index}", label=label)
+    return of_model_size(classifier).subject(raw_HWC, name=f"{split}-{index}", label=label)

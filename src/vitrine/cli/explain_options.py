@@ -94,8 +94,6 @@ class ExplainOptions(ModelOptions):
     """How heads become one."""
     discard_ratio: float = 0.0
     """Share of each layer's lowest entries that a rollout leaves out."""
-    fit: Literal["crop", "pad", "squash"] | None = None
-    """How a picture not of the model's shape is made so; as in training unless given."""
     drawing: DrawingOptions = field(default_factory=DrawingOptions)
     scoring: ScoreOptions = field(default_factory=ScoreOptions)
 
@@ -234,10 +232,11 @@ def describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
     first = [part for part in (options.method, options.frames) if part] or ["rollout"]
     parts = [] if page else first
     default = ExplainOptions()
-    for name in ("class_name", "query", "layers", "heads", "fusion", "discard_ratio", "fit"):
+    for name in ("class_name", "query", "layers", "heads", "fusion", "discard_ratio"):
         value = getattr(options, name)
         if value != getattr(default, name):
             parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
+    parts += [f"{name}-{value}" for name, value in options.preparation.given().items()]
     for name, value in vars(options.drawing).items():
         if value != getattr(default.drawing, name):
             parts.append(f"{name}-{value}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from vitrine.cli.console import out, say
-from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.models import ModelWord, load_model, with_word
 from vitrine.cli.parsing import parse
 from vitrine.errors import ConfigError
 
@@ -23,7 +23,7 @@ PROG = "vitrine export"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class ExportOptions(ModelOptions):
+class ExportOptions(ModelWord):
     """Write a model as a file that other programs run, checked against torch at three batch sizes.
 
     ``vitrine predict --model_path FILE.onnx`` runs it without torch.
@@ -47,7 +47,7 @@ class ExportOptions(ModelOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine export``."""
-    options = parse(ExportOptions, words, prog=prog)
+    options = with_word(parse(ExportOptions, words, prog=prog))
     path = check(options)
     classifier = load_model(options)
     path = path or default_path(options, Path(classifier.source))

@@ -25,10 +25,10 @@ PROG = "vitrine info"
 class InfoOptions:
     """Show the presets, the runs and this machine; or, of one model, what it is."""
 
-    model: Annotated[Path | None, tyro.conf.Positional] = None
-    """A run folder, checkpoint folder, .safetensors or reference .pt."""
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A run folder, weights, a bundled name or hf:OWNER/NAME."""
     n_attention_heads: int | None = None
-    """Head count of a reference .pt, which its file does not tell (4 unless given)."""
+    """Number of attention heads, for weights whose files do not say it."""
     output_path: Path = Path("output")
     """Folder of the run folders."""
 

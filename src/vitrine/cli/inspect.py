@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from vitrine.cli.console import out, say
 from vitrine.cli.explain_options import check_images
-from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.models import ModelWord, load_model, with_word
 from vitrine.cli.parsing import parse
 from vitrine.errors import DataError
 
@@ -24,11 +24,9 @@ PROG = "vitrine inspect"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class InspectOptions(ModelOptions):
+class InspectOptions(ModelWord):
     """Show a model's insides: filters, positions, and how far and how widely each head looks."""
 
-    model: Annotated[Path | None, tyro.conf.Positional] = None
-    """As --model_path."""
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
     """Whose images the heads look at; the data set the model was trained on unless given."""
     data_path: Path | None = None
@@ -45,16 +43,14 @@ class InspectOptions(ModelOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine inspect``."""
-    import dataclasses
     import json
 
     from vitrine.explain.insides import inspect_model
     from vitrine.explain.insides_figure import draw_insides
     from vitrine.files import write_json
 
-    options = parse(InspectOptions, words, prog=prog)
+    options = with_word(parse(InspectOptions, words, prog=prog))
     check_images(options.images)
-    options = dataclasses.replace(options, model_path=options.model or options.model_path)
     classifier = load_model(options)
     images_BCHW, missing = load_images(classifier, options)
     insides = inspect_model(classifier.model, images_BCHW)

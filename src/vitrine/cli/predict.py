@@ -1,13 +1,12 @@
 """``vitrine predict``."""
 
 import csv
-import dataclasses
 import io
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -39,8 +38,6 @@ class PredictOptions(ModelOptions):
     """Files, folders, globs, or - for a picture on standard input."""
     top_k: int = 3
     """How many classes to tell, the most probable first."""
-    fit: Literal["crop", "pad", "squash"] | None = None
-    """How a picture not of the model's shape is made so; as in training unless given."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green, blue behind transparent pictures."""
     json: bool = False
@@ -84,17 +81,14 @@ def check(options: PredictOptions) -> None:
 def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
     """Load the model that was named; torch is imported only if it is no ONNX file."""
     if not is_onnx(options.model_path):
-        from vitrine.pretrained import with_data
-
-        model = load_model(options)
-        return model if options.fit is None else with_data(model, fit=options.fit)
+        return load_model(options)
     from vitrine.onnx_predict import load_onnx
 
     if options.n_attention_heads is not None:
         raise ConfigError("--n_attention_heads is for reference .pt files: leave it out")
     assert options.model_path is not None
     exported = load_onnx(options.model_path, device=options.device)
-    return dataclasses.replace(exported, fit=options.fit or exported.fit)
+    return exported.prepared(**options.preparation.given())
 
 
 def predict_all(

@@ -2,13 +2,14 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from vitrine.cli.console import out, say
+from vitrine.cli.models import Preparation
 from vitrine.cli.parsing import parse
 from vitrine.errors import CheckpointError, ConfigError
 
@@ -23,7 +24,7 @@ class PushOptions:
     The hub must know you first: hf auth login, or the variable HF_TOKEN.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional]
     """A run folder (its best checkpoint and its result), or any other model."""
     hub_id: Annotated[str, tyro.conf.Positional]
     """OWNER/NAME."""
@@ -31,6 +32,9 @@ class PushOptions:
     """The hub's name of a licence; mit for weights that Vitrine trained, unless given."""
     private: bool = False
     """Make a new model private."""
+    n_attention_heads: int | None = None
+    """Number of attention heads, for weights whose files do not say it."""
+    preparation: Preparation = field(default_factory=Preparation)
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
@@ -41,7 +45,10 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     from vitrine.publish import write_hub_folder
 
     hub.hub_api()
-    found = read(options.model)
+    heads, given = options.n_attention_heads, options.preparation.given()
+    found = read(options.model, n_attention_heads=heads, preparation=given)
+    for note in found.notes:
+        say(f"{options.model}: {note}")
     licence = options.license or ("mit" if found.layout == OWN else None)
     if licence is None:
         raise ConfigError(
@@ -50,7 +57,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         )
     if not found.info.config.model.n_classes:
         raise CheckpointError(f"{options.model}: weights without a head cannot classify")
-    result = read_result(options.model)
+    result = read_result(Path(options.model))
     if result is None:
         say(f"{options.model}: not a finished run: its card will have no results")
     with tempfile.TemporaryDirectory() as folder:

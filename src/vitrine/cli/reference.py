@@ -91,7 +91,7 @@ class ReferenceTestOptions:
 
     mode: Literal["cifar", "cifar-single", "custom"] = "cifar"
     """The whole test set, one of its images, or a picture of yours."""
-    model_path: Path | None = None
+    model_path: str | None = None
     """Run folder, .safetensors or reference .pt; else the newest run, or the bundled model."""
     index: int = 1
     """cifar-single: which test image."""
@@ -194,6 +194,7 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     from PIL import Image
 
     from vitrine.files import replace_file
+    from vitrine.pretrained import of_model_size
     from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
 
@@ -206,7 +207,7 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     raw_CHW = images.raw_BCHW[options.index]
     picture_HWC = raw_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[options.index])]
-    (top,) = classifier.predict([picture_HWC])
+    (top,) = of_model_size(classifier).predict([picture_HWC])
     verdict = "<Correct>" if top[0].name == label else "<Wrong>"
     say_result(f"{verdict} {label}(label)\t", top)
     path = folder / f"test-{options.index}.png"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import tyro
 
 from vitrine.cli.console import out, say
-from vitrine.cli.models import ModelOptions, load_model
+from vitrine.cli.models import ModelWord, load_model, with_word
 from vitrine.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ PROG = "vitrine test"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class TestOptions(ModelOptions):
+class TestOptions(ModelWord):
     """Score a model on a data set: its own one unless another is named."""
 
     __test__ = False  # the name is not pytest's
@@ -46,7 +46,7 @@ class TestOptions(ModelOptions):
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrine test``."""
-    options = parse(TestOptions, words, prog=prog)
+    options = with_word(parse(TestOptions, words, prog=prog))
     classifier = load_model(options)
     scored = score(classifier, options)
     if options.json:

@@ -8,6 +8,7 @@ import torch
 
 from vitrine.config import DataConfig, Split
 from vitrine.data.decode import decode
+from vitrine.data.framing import framing
 from vitrine.data.images import ImageSet
 from vitrine.data.manifest import Manifest
 from vitrine.errors import DataError
@@ -46,7 +47,7 @@ def load_folder(
     decoded = decode(
         paths,
         size_hw=image_hw,
-        fit=config.fit,
+        fit=framing(config),
         num_workers=config.num_workers,
         n_channels=n_channels,
         pixel_range=config.pixel_range,

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,13 +21,14 @@ from vitrine.data.formats import (
     read_pixels,
     register_heif,
 )
+from vitrine.data.framing import Fit as Fit
+from vitrine.data.framing import Framing
 from vitrine.data.walk import is_hidden, walk_files
 from vitrine.data.wide import PixelRange, choose_range, describe, measure, to_bytes
 from vitrine.errors import PictureError
 
 log = logging.getLogger("vitrine")
 
-Fit = Literal["crop", "pad", "squash"]
 Size = tuple[int, int]
 """Height and width in pixels."""
 SUFFIXES = frozenset((
@@ -109,17 +109,16 @@ guesses: list[str] = []
 def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
     """Return the picture at a size: its middle (crop), all of it on black (pad), or stretched.
 
-    Scaling is bilinear with antialiasing, as Pillow does it.
+    Scaling is antialiased, as Pillow does it.
     """
-    height, width = size_hw
-    if rgb_HWC.shape[:2] == size_hw:
+    framing, (height, width) = Framing.of(fit), size_hw
+    if rgb_HWC.shape[:2] == size_hw and framing.crop_pct == 1:
         return rgb_HWC
-    image, resampling = Image.fromarray(rgb_HWC), Image.Resampling.BILINEAR
-    if fit == "crop":
-        return np.array(ImageOps.fit(image, (width, height), resampling))
-    if fit == "pad":
-        return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
-    return np.array(image.resize((width, height), resampling))
+    image = Image.fromarray(rgb_HWC)
+    if framing.fit == "pad":
+        return np.array(ImageOps.pad(image, (width, height), framing.resampling, color=(0, 0, 0)))
+    box = seen_box((image.height, image.width), size_hw, fit)
+    return np.array(image.resize((width, height), framing.resampling, box))
 
 
 def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) -> np.ndarray:
@@ -160,13 +159,17 @@ def seen_box(
 
     Cropping makes a box inside the picture, padding one that reaches beyond it.
     """
-    (height, width), (rows, columns) = picture_hw, size_hw
-    if fit == "squash" or picture_hw == size_hw:
-        return 0.0, 0.0, float(width), float(height)
-    if fit == "crop":
-        scale = min(width / columns, height / rows)
-        left, top = (width - scale * columns) / 2, (height - scale * rows) / 2
+    (height, width), (rows, columns), framing = picture_hw, size_hw, Framing.of(fit)
+    if framing.fit != "pad":
+        seen_width, seen_height = float(width), float(height)
+        if framing.fit == "crop":
+            scale = min(width / columns, height / rows)
+            seen_width, seen_height = scale * columns, scale * rows
+        left = max(0.0, (width - seen_width * framing.crop_pct) / 2)
+        top = max(0.0, (height - seen_height * framing.crop_pct) / 2)
         return left, top, width - left, height - top
+    if picture_hw == size_hw:
+        return 0.0, 0.0, float(width), float(height)
     # Pillow rounds the padded picture's size and place to whole pixels of the model's.
     inner_rows, inner_columns = rows, columns
     if width / height > columns / rows:

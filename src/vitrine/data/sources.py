@@ -11,6 +11,7 @@ from torch import Tensor
 from vitrine.config import DataConfig, Split
 from vitrine.data.cifar import load_cifar
 from vitrine.data.folder import load_folder
+from vitrine.data.framing import framing
 from vitrine.data.images import ImageSet
 from vitrine.data.manifest import Manifest, scan
 from vitrine.data.memory import require_memory
@@ -126,10 +127,10 @@ def load_part(
 
 def resize(images: ImageSet, image_hw: tuple[int, int], config: DataConfig) -> ImageSet:
     """Bring images of one size to the model's, and their masks with them."""
-    if tuple(images.raw_BCHW.shape[-2:]) == image_hw:
+    if tuple(images.raw_BCHW.shape[-2:]) == image_hw and config.crop_pct == 1:
         return images
     fitted = [
-        fit_picture(raw_HWC, image_hw, config.fit)
+        fit_picture(raw_HWC, image_hw, framing(config))
         for raw_HWC in images.raw_BCHW.permute(0, 2, 3, 1).numpy()
     ]
     raw_BCHW = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
@@ -142,7 +143,7 @@ def resize(images: ImageSet, image_hw: tuple[int, int], config: DataConfig) -> I
 def resize_masks(masks_BHW: Tensor, image_hw: tuple[int, int], config: DataConfig) -> Tensor:
     """Bring masks to a size the way their pictures went; a pixel is in where half of it is."""
     masks = (masks_BHW.numpy()[..., None] * np.uint8(255)).repeat(3, axis=3)
-    fitted = np.stack([fit_picture(mask_HWC, image_hw, config.fit) for mask_HWC in masks])
+    fitted = np.stack([fit_picture(mask_HWC, image_hw, framing(config)) for mask_HWC in masks])
     return torch.from_numpy(fitted[..., 0] >= 128)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrine.config import ModelConfig
+from vitrine.config import PREPARATION, DataConfig, ModelConfig
 from vitrine.errors import CheckpointError, ConfigError
 from vitrine.model.convert.google import GOOGLE
 from vitrine.model.convert.huggingface import HUGGINGFACE
@@ -14,6 +14,7 @@ from vitrine.model.convert.reference import REFERENCE
 from vitrine.model.convert.rules import State, first, read_rules, write_rules
 from vitrine.model.convert.sizes import Layout
 from vitrine.model.convert.timm import TIMM
+from vitrine.model.convert.unwrap import unwrap
 from vitrine.model.layers import sincos_table
 from vitrine.model.vit import VisionTransformer
 
@@ -34,7 +35,16 @@ class Converted(NamedTuple):
     classes: tuple[str, ...]
     """Names, where its files tell them."""
     data: dict[str, Any]
-    """Fields of DataConfig that its files tell."""
+    """How pictures are prepared: the fields of PREPARATION."""
+    assumed: tuple[str, ...]
+    """Which of these its files do not say."""
+    refused: dict[str, str]
+    """Which of these its files say in a way that Vitrine does not have, and how."""
+
+
+def is_known(key: str) -> bool:
+    """Return whether a key is one of a layout's."""
+    return any(layout.signs.match(key) for layout in LAYOUTS.values())
 
 
 def recognise(state: State) -> Layout:
@@ -71,6 +81,7 @@ def convert(
         CheckpointError: keys are missing, unknown or of other shapes; it names the first.
         ConfigError: the head count does not divide the width.
     """
+    state, notes = unwrap(state, is_known)
     layout = recognise(state)
     strange = [k for k, t in state.items() if t.numel() == 0 or not t.is_floating_point()]
     if strange:
@@ -84,8 +95,12 @@ def convert(
             f"not weights of the layout {layout.name} alone: unknown keys {first(sorted(unknown))}"
         )
     classes = found.classes if len(found.classes) == found.config.n_classes else ()
-    notes = shorten(found.notes)
-    return Converted(layout.name, found.config, weights, len(state), notes, classes, found.data)
+    usual = {name: getattr(DataConfig(), name) for name in PREPARATION} | found.usual
+    assumed = tuple(name for name in usual if name not in found.data and usual[name] is not None)
+    return Converted(
+        layout.name, found.config, weights, len(state), shorten(notes + found.notes), classes,
+        usual | found.data, assumed, found.refused,
+    )  # fmt: skip
 
 
 def restate(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:

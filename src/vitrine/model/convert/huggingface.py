@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitrine.config import ModelConfig
 from vitrine.errors import CheckpointError
+from vitrine.model.convert.processor import read_processor
 from vitrine.model.convert.rules import Rule, State, same, stacked, tokens
 from vitrine.model.convert.sizes import (
     Found,
@@ -71,7 +72,9 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
     )
     labels = about.get("id2label", {})
     classes = tuple(str(labels[str(index)]) for index in range(n_classes) if str(index) in labels)
-    return Found(config, plain, notes, classes, preparation(files))
+    processor = files.get("preprocessor_config.json")
+    data = {} if processor is None else read_processor(processor, config.image_hw, notes)
+    return Found(config, plain, notes, classes, data, {"fit": "squash"})
 
 
 def plain_form(state: State, notes: list[str]) -> State:
@@ -100,16 +103,6 @@ def image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | 
     if told is None:
         return square_image(n_patches, patch_size, POSITIONS)
     return told if isinstance(told, int) else (int(told[0]), int(told[1]))
-
-
-def preparation(files: dict[str, Any]) -> dict[str, Any]:
-    """Return how preprocessor_config.json wants pictures prepared: squashed, unless it crops."""
-    told = files.get("preprocessor_config.json", {})
-    data: dict[str, Any] = {"fit": "crop" if told.get("do_center_crop") else "squash"}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if len(told.get(theirs, ())) == 3:
-            data[ours] = tuple(map(float, told[theirs]))
-    return data
 
 
 def rules(config: ModelConfig) -> list[Rule]:
@@ -156,22 +149,6 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": True,
         "id2label": {str(index): name for index, name in enumerate(about["classes"])},
         "label2id": {name: index for index, name in enumerate(about["classes"])},
-    }
-
-
-def describe_preparation(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the preprocessor_config.json that prepares pictures as the model wants them."""
-    height, width = config.image_hw
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(about["mean"]),
-        "image_std": list(about["std"]),
     }
 
 

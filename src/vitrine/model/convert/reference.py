@@ -18,6 +18,11 @@ from vitrine.model.convert.sizes import (
 
 HEADS = 4
 """The reference's default head count, which its files do not tell."""
+PREPARATION = {
+    "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "fit": "squash", "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}  # fmt: skip
+"""How its code prepares every picture."""
 STEM, POSITIONS = "embedding.conv1.weight", "embedding.pos_embedding"
 
 
@@ -38,7 +43,7 @@ def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Foun
     )
     notes = [] if n_attention_heads else [f"n_attention_heads {HEADS} is assumed, as by default"]
     classes = CIFAR10_CLASSES if n_classes == len(CIFAR10_CLASSES) else ()
-    return Found(config, state, notes, classes)
+    return Found(config, state, notes, classes, PREPARATION)
 
 
 def rules(config: ModelConfig) -> list[Rule]:

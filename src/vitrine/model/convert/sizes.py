@@ -11,6 +11,7 @@ from vitrine.config import ModelConfig
 from vitrine.errors import CheckpointError
 from vitrine.model.convert.rules import Rule, State
 
+WAY_OUT = "without that file, --mean, --std, --fit, --interpolation and --crop_pct say it"
 USUAL_HEAD_WIDTH = 64
 USUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 """Published ViTs of these widths have 16 heads; of other widths, heads of width 64."""
@@ -25,7 +26,11 @@ class Found(NamedTuple):
     """What was assumed, changed or left out, for the user to read."""
     classes: tuple[str, ...] = ()
     data: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's field, never changed)
-    """Fields of DataConfig that its files tell: mean, std, fit."""
+    """Fields of DataConfig that its files say."""
+    usual: dict[str, Any] = {}  # noqa: RUF012
+    """Values of such fields that the other system assumes where its files do not say them."""
+    refused: dict[str, str] = {}  # noqa: RUF012
+    """Fields of DataConfig whose value in the files Vitrine does not have, and what it is."""
 
 
 class Layout(NamedTuple):
@@ -100,5 +105,17 @@ def choose_heads(embed_dim: int, asked: int | None, told: int | None, notes: lis
 
 def forward_mul(hidden_dim: int, embed_dim: int) -> float:
     """Return the ratio from which the settings work out the hidden width again."""
-    ratio = hidden_dim / embed_dim
-    return ratio if int(embed_dim * ratio) == hidden_dim else math.nextafter(ratio, math.inf)
+    return hidden_dim / embed_dim
+
+
+def three(values: Any, what: str) -> tuple[float, float, float]:
+    """Return a value for each of three channels; gray models have one for all.
+
+    Raises:
+        CheckpointError: there are neither three nor one.
+    """
+    numbers = values if isinstance(values, list | tuple) else [values]
+    if len(numbers) not in (1, 3):
+        raise CheckpointError(f"{what} has {len(numbers)} values: 1 or 3 are needed")
+    red, green, blue = (*map(float, numbers),) * (3 // len(numbers))
+    return red, green, blue

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrine.config import ModelConfig
-from vitrine.errors import CheckpointError
+from vitrine.config import DataConfig, ModelConfig
+from vitrine.errors import CheckpointError, ConfigError
+from vitrine.model.convert.processor import FILTERS
 from vitrine.model.convert.rules import Rule, State, positions, same, tokens
 from vitrine.model.convert.sizes import (
     Found,
@@ -24,16 +25,24 @@ from vitrine.model.convert.sizes import (
     shape,
     square_image,
     square_patch,
+    three,
 )
 
 STEM, POSITIONS, CLASS = "patch_embed.proj.weight", "pos_embed", "cls_token"
+MODES = {"center": "crop", "squash": "squash"}
+"""timm's crop_mode as our fit; its third, border, pads with the mean color, not black."""
+USUAL = {
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
+    "interpolation": "bicubic", "crop_pct": 0.875,
+}  # fmt: skip
+"""What timm assumes where config.json does not say it (timm/data/config.py)."""
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 
 
 def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
     """Read the model's settings off its shapes, and off timm's config.json where there is one."""
     about = files.get("config.json", {})
-    args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg", {})
+    args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg") or about
     notes: list[str] = []
     embed_dim, n_channels, height, width = shape(state, STEM, 4)
     patch_size = square_patch(height, width, STEM)
@@ -57,11 +66,36 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
         layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
         **pooling(plain, args),
     )
-    told = {name: pretrained.get(name, ()) for name in ("mean", "std")}
-    data = {name: tuple(map(float, values)) for name, values in told.items() if len(values) == 3}
+    data, refused = preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
-    return Found(config, plain, notes, classes, data)
+    return Found(config, plain, notes, classes, data, USUAL if about else {}, refused)
+
+
+def preparation(
+    pretrained: dict[str, Any], image_hw: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields of DataConfig that config.json says, and those that Vitrine has not.
+
+    timm resizes to whole pixels first, ``floor(side / crop_pct)``, and cuts the middle out.
+    """
+    data: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name in ("mean", "std"):
+        if pretrained.get(name):
+            data[name] = three(pretrained[name], name)
+    for ours, theirs, known in (
+        ("fit", "crop_mode", MODES),
+        ("interpolation", "interpolation", {name: name for name in FILTERS}),
+    ):
+        if value := pretrained.get(theirs):
+            if value in known:
+                data[ours] = known[value]
+            else:
+                refused[ours] = f"{theirs} {value!r:.40}"
+    if share := pretrained.get("crop_pct"):
+        data["crop_pct"] = image_hw[0] / math.floor(image_hw[0] / share)
+    return data, refused
 
 
 def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
@@ -126,6 +160,18 @@ def pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
     return {"pool": "mean", "class_token": has_class, "fc_norm": fc_norm}
 
 
+def ratio(part: int, whole: int) -> float:
+    """Return part / whole so that timm, which rounds ``ratio * whole`` down, gets the part."""
+    exact = part / whole
+    return exact if int(exact * whole) == part else math.nextafter(exact, math.inf)
+
+
+def share(part: int, whole: int) -> float:
+    """Return part / whole so that timm, which rounds ``part / share`` down, gets the whole."""
+    exact = part / whole
+    return exact if int(part / exact) == whole else math.nextafter(exact, 0)
+
+
 def rules(config: ModelConfig) -> list[Rule]:
     """Return its table of names."""
     table = same("stem", "patch_embed.proj")
@@ -156,13 +202,19 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "embed_dim": config.embed_dim,
         "depth": config.n_layers,
         "num_heads": config.n_attention_heads,
-        "mlp_ratio": config.forward_mul,
+        "mlp_ratio": ratio(config.hidden_dim, config.embed_dim),
         "class_token": config.has_class_token,
         "global_pool": "token" if config.pool == "cls" else "avg",
         "fc_norm": config.fc_norm,
         "pre_norm": False,
         "act_layer": config.hidden_act,
     }
+    data: DataConfig = about["data"]
+    if data.fit not in MODES.values():
+        raise ConfigError(
+            f"timm has no fit {data.fit} as Vitrine has it: choose what comes nearest, --fit "
+            "squash for example"
+        )
     eps = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
     return {
         "architecture": eps[config.layer_norm_eps],
@@ -175,7 +227,9 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
             "input_size": [config.n_channels, *config.image_hw],
             "mean": list(about["mean"]),
             "std": list(about["std"]),
-            "crop_pct": 1.0,
+            "interpolation": data.interpolation,
+            "crop_mode": {fit: mode for mode, fit in MODES.items()}[data.fit],
+            "crop_pct": share(config.image_hw[0], round(config.image_hw[0] / data.crop_pct)),
             "fixed_input_size": True,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

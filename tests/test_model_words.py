@@ -1,0 +1,39 @@
+"""The model as a word, the same options and messages in every command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitrine.cli import main
+
+DATA = "--dataset shapes --num_test_images 20"
+
+
+def loss(words: str, capsys: pytest.CaptureFixture[str]) -> float:
+    """The test loss that vitrine test prints as JSON."""
+    assert main(["test", *words.split(), *DATA.split(), "--json"]) == 0
+    return float(json.loads(capsys.readouterr().out)["loss"])
+
+
+def test_a_model_is_a_word_or_a_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = "--preset quick --dataset shapes --num_train_images 40 --num_test_images 20 --epochs 1"
+    assert main(["train", *quick.split(), "--folder_name", "tiny"]) == 0
+    capsys.readouterr()
+    as_trained = loss("output/tiny", capsys)
+    assert loss("--model_path output/tiny", capsys) == as_trained
+    assert loss("output/tiny --mean 0.5 0.5 0.5", capsys) == as_trained
+    assert loss("output/tiny --mean 0 0 0 --std 1 1 1", capsys) != as_trained
+    assert main(["export", "output/tiny", "--format", "torch"]) == 0
+    assert (tmp_path / "tiny.pt2").is_file()
+    assert main(["export", "tiny.onnx", "--format", "torch"]) == 2
+    assert "an ONNX file can only predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["test", "export --format torch", "inspect"])
+def test_two_models_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "cifar10", "--model_path", "other"]) == 2
+    assert "two models are named, cifar10 and --model_path other" in capsys.readouterr().err

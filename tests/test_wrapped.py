@@ -1,0 +1,161 @@
+"""Weights as training programs leave them: wrapped, renamed, beside other things, in old files."""
+
+import argparse
+import collections
+import pathlib
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import vitrine
+from layouts import make_state
+from vitrine.errors import CheckpointError
+
+
+def timm() -> dict[str, Tensor]:
+    """A state dict of timm's."""
+    return make_state("timm")
+
+
+def prefixed(prefix: str, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A state dict with something before every name."""
+    return {prefix + key: tensor for key, tensor in (state or timm()).items()}
+
+
+def other() -> dict[str, Tensor]:
+    """Other weights under the same names: those that must not be taken."""
+    return {key: tensor + 1 for key, tensor in timm().items()}
+
+
+def loaded(path: Path) -> vitrine.Classifier:
+    """The model of a file of layouts.py's timm weights."""
+    return vitrine.load(path, n_attention_heads=3, device="cpu")
+
+
+def same_as_plain(classifier: vitrine.Classifier, tmp_path: Path) -> bool:
+    """Whether these are the weights of ``timm()`` and no others."""
+    save_file(timm(), tmp_path / "plain.safetensors")
+    plain = loaded(tmp_path / "plain.safetensors").model.state_dict()
+    return all(torch.equal(t, plain[k]) for k, t in classifier.model.state_dict().items())
+
+
+LIGHTNING = ("lightning_fabric", "utilities", "data")
+"""The module of Lightning's table of hyperparameters, without Lightning."""
+EXTRA = {"loss.weight": torch.ones(3), "val_acc.total": torch.ones(1, dtype=torch.int64)}
+WRAPPED: list[tuple[str, Any, str]] = [
+    ("compiled", prefixed("_orig_mod."), "_orig_mod. removed"),
+    ("blocks", {k.replace("blocks.0.", "blocks.0._orig_mod."): t for k, t in timm().items()},
+     "_orig_mod. removed"),
+    ("parallel", prefixed("module."), "module. removed"),
+    ("lightning", {"state_dict": prefixed("model._orig_mod.") | EXTRA, "epoch": 3},
+     "model. removed"),
+    ("net", {"net": prefixed("net."), "acc": 91.2, "epoch": 3}, "net. removed"),
+    ("backbone", {"state_dict": prefixed("backbone.") | EXTRA}, "left out, as not under backbone."),
+    ("dino", {"student": prefixed("module.backbone.", other()),
+              "teacher": prefixed("backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)},
+              "args": argparse.Namespace(arch="vit_small", lr=0.1)}, "teacher is taken"),
+    ("ema", {"state_dict": other(), "state_dict_ema": timm(), "arch": "vit"},
+     "state_dict_ema is taken; in the same file, left out: state_dict"),
+    ("deit", {"model": other(), "model_ema": timm(), "optimizer": {"state": {}}},
+     "model_ema is taken; in the same file, left out: model"),
+    ("flat", prefixed("student.", other()) | prefixed("teacher."), "teacher. removed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [row[1:] for row in WRAPPED], ids=[r[0] for r in WRAPPED]
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.pth.tar"])
+def test_wrapped_weights_are_unwrapped_and_said(
+    tmp_path: Path, content: Any, words: str, name: str
+) -> None:
+    torch.save(content, tmp_path / name)
+    classifier = loaded(tmp_path / name)
+    assert same_as_plain(classifier, tmp_path)
+    assert any(words in note for note in classifier.notes), classifier.notes
+
+
+def test_safetensors_are_unwrapped_too(tmp_path: Path) -> None:
+    save_file(prefixed("_orig_mod."), tmp_path / "a.safetensors")
+    assert same_as_plain(loaded(tmp_path / "a.safetensors"), tmp_path)
+
+
+def test_plain_weights_have_no_such_note(tmp_path: Path) -> None:
+    torch.save({"model": timm()}, tmp_path / "a.pth")
+    notes = loaded(tmp_path / "a.pth").notes
+    assert not any("removed" in note or "left out" in note or "taken" in note for note in notes)
+
+
+def test_what_training_scripts_keep_beside_weights_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [".".join(LIGHTNING[:depth]) for depth in (1, 2, 3)]
+    table = type("AttributeDict", (dict,), {"__module__": names[-1]})
+    for name in names:
+        module = types.ModuleType(name)
+        module.AttributeDict = table  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    beside = {
+        "args": argparse.Namespace(data=pathlib.Path("/data"), lr=np.float64(0.1)),
+        "best": np.float32(91.5), "counts": collections.defaultdict(int, a=1),
+        "hyper_parameters": table(width=3), "mean": np.float64(1.5), "n": np.int64(3),
+    }  # fmt: skip
+    torch.save({"state_dict": timm(), **beside}, tmp_path / "a.ckpt")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    assert same_as_plain(loaded(tmp_path / "a.ckpt"), tmp_path)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+class Strange:
+    """A class of the training script's own."""
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ({"state_dict": {}, "config": Strange()}, r"holds test_wrapped\.Strange, which could run code"),
+    (Strange(), r"holds test_wrapped\.Strange, which could run code"),
+    ([1, 2], "not a state dict of plain tensors, a list"),
+    ({"epoch": 3}, "its entry 'epoch' is none"),
+    ({}, "empty"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED)
+def test_what_cannot_be_read_is_refused_with_the_way_out(
+    tmp_path: Path, content: Any, words: str
+) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=words) as refusal:
+        loaded(tmp_path / "a.pth")
+    said = str(refusal.value)
+    assert said.isprintable()
+    assert said.endswith("torch.save(model.state_dict(), 'weights.pth')")
+    assert "weights_only" not in said
+
+
+def test_files_of_old_torch_say_how_to_write_them_again(tmp_path: Path) -> None:
+    torch.save(timm(), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        CheckpointError, match=r"before 1\.6: write it again, in Python: (.*)$"
+    ) as no:
+        loaded(tmp_path / "a.pth")
+    remedy = str(no.value).partition("Python: ")[2]
+    for name in ("old", "new"):
+        remedy = remedy.replace(
+            f"{name}.pth", str(tmp_path / ("a" if name == "old" else "b")) + ".pth"
+        )
+    exec(remedy, {"torch": torch})
+    assert same_as_plain(loaded(tmp_path / "b.pth"), tmp_path)
+
+
+def test_unknown_weights_under_a_known_prefix_are_still_refused(tmp_path: Path) -> None:
+    torch.save({"model.layer.weight": torch.ones(2, 2)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"no layout known here .*keys layer\.weight"):
+        loaded(tmp_path / "a.pth")
