@@ -205,7 +205,7 @@ def test_a_broken_library_is_not_called_missing(
     ("words", "extra"),
     [
         ("export --model_path m", "export"),
-        ("predict --model_path {file} {file}", "export"),
+        ("predict --model_path {file} {picture}", "export"),
         ("sweep --search n_layers=1,2", "sweep"),
     ],
 )
@@ -213,12 +213,13 @@ def test_commands_without_their_extra_say_one_line(
     words: str,
     extra: str,
     images_file: Path,
+    picture: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for library in EXTRAS:
         monkeypatch.setitem(sys.modules, library, None)
-    assert main(words.format(file=images_file).split()) == 2
+    assert main(words.format(file=images_file, picture=picture).split()) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f'pip install -e ".[{extra}]"' in message
