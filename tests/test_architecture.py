@@ -12,7 +12,7 @@ import vitrine
 SOURCE = Path(vitrine.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "extras", "files", "rng", "model_config", "config", "configfile", "presets",
+    "errors", "extras", "files", "rng", "fields", "model_config", "config", "configfile", "presets",
     "allocator", "torchrun", "ranks", "devices", "environment", "data", "model", "training",
     "sealed", "checkpoint", "evaluation", "explain", "predictions", "predict", "onnx_predict",
     "export", "pickled", "foreign", "hub", "bundled", "pretrained", "publish",

@@ -1,12 +1,14 @@
 """Settings: one vocabulary, JSON and TOML and back, what is refused; presets."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vitrine.config import Config, TrainingConfig
+from vitrine.config import AugmentConfig, Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from vitrine.configfile import from_json, read_toml, to_json
 from vitrine.errors import ConfigError
 from vitrine.presets import PRESETS, get_preset
@@ -101,3 +103,43 @@ def test_seed_preset_is_the_references_recipe() -> None:
 def test_an_unknown_preset_offers_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quick'"):
         get_preset("quik")
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: TrainingConfig(optimizer="sgd"), "optimizer is 'sgd': give 'adamw', 'muon'"),
+        (lambda: TrainingConfig(schedule="constant"), "schedule is 'constant'"),
+        (lambda: TrainingConfig(precision="float16"), "precision is 'float16'"),
+        (lambda: TrainingConfig(batch_size=2.5), "batch_size is 2.5: give a whole number"),
+        (lambda: TrainingConfig(batch_size=True), "batch_size is True: give a whole number"),
+        (lambda: TrainingConfig(learning_rate="1"), "learning_rate is '1': give a number"),
+        (lambda: TrainingConfig(epochs=None), "epochs is None: give a whole number"),
+        (lambda: ModelConfig(pool="max"), "pool is 'max'"),
+        (lambda: ModelConfig(head="lin"), "head is 'lin': give 'mlp', 'linear'"),
+        (lambda: ModelConfig(fc_norm=1), "fc_norm is 1: give true or false"),
+        (lambda: ModelConfig(image_size=(32, 32, 3)), "image_size is (32, 32, 3)"),
+        (lambda: DataConfig(dataset="imagenet"), "dataset is 'imagenet'"),
+        (lambda: DataConfig(mean=0.5), "mean is 0.5: give a list of 3 numbers"),
+        (lambda: AugmentConfig(flip="no"), "flip is 'no': give true or false"),
+        (lambda: RunConfig(device="tpu"), "device is 'tpu'"),
+    ],
+)
+def test_wrong_values_from_python_are_refused_when_built(
+    build: Callable[[], object], words: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build()
+    assert words in str(refusal.value)
+
+
+def test_values_from_python_become_the_declared_types() -> None:
+    data = DataConfig(data_path="pictures", mean=[0, 0.25, np.float32(0.5)])  # type: ignore[arg-type]
+    assert data == DataConfig(data_path=Path("pictures"), mean=(0.0, 0.25, 0.5))
+    assert isinstance(data.data_path, Path)
+    assert [type(value) for value in data.mean] == [float] * 3
+    training = TrainingConfig(learning_rate=1, batch_size=np.int64(7))  # type: ignore[arg-type]
+    assert (type(training.learning_rate), type(training.batch_size)) == (float, int)
+    assert ModelConfig(image_size=[8, 12]).image_size == (8, 12)  # type: ignore[arg-type]
+    config = Config(data=data, training=training)
+    assert from_json(to_json(config)) == config

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from vitrine.errors import ConfigError
+from vitrine.fields import Checked
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require as require
 from vitrine.model_config import require_range as require_range
@@ -20,7 +21,7 @@ LARGEST = 1e38
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """The data."""
 
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
@@ -52,6 +53,7 @@ class DataConfig:
     of the data set, see the log."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self, "num_train_images num_test_images num_workers", 1)
         require_range(self, "validation_images", 0)
         self._check_pixels()
@@ -93,7 +95,7 @@ PREPARATION = tuple(Preparation.__annotations__)
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """What is done to training images."""
 
     crop_padding: int = 4
@@ -112,13 +114,14 @@ class AugmentConfig:
     """CutMix's Beta parameter; 0 for none; with mixup too, each batch takes one of the two."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self, "crop_padding randaugment_ops mixup cutmix", 0)
         require_range(self, "randaugment_magnitude", 0, 30)
         require_range(self, "random_erasing", 0, 1)
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """How the weights are learnt."""
 
     batch_size: int = 128
@@ -167,6 +170,7 @@ class TrainingConfig:
     """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self, "batch_size epochs accumulate", 1)
         require_range(self, "learning_rate muon_learning_rate", 1e-12)
         require_range(self, "weight_decay minimum_learning_rate clip_norm warmup_epochs", 0)
@@ -200,7 +204,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """The run and its folder."""
 
     seed: int = 1234
@@ -235,6 +239,7 @@ class RunConfig:
     """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self, "stop_at_accuracy", 0, 1)
         require_range(self, "checkpoint_epochs", 1)
         require_range(self, "keep_checkpoints attention_epochs", 0)

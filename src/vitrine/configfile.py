@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import os
 import tomllib
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from vitrine.config import Config, require
 from vitrine.errors import ConfigError, nearest
+from vitrine.fields import shown
 
 MOVABLE = (
     "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
@@ -118,68 +117,9 @@ def field_names(section: Any) -> list[str]:
 
 
 def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
-    """Return the section with these values, each checked against its field's type."""
-    hints = get_type_hints(type(section))
-    converted = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, hints)}")
-        converted[name] = convert(name, value, hints[name])
-    return dataclasses.replace(section, **converted)
-
-
-def convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value as the type a field wants, or refuse it."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(value) is int and abs(value) >= 2**63:
-        raise ConfigError(f"{name} is a number of more than 63 bits: give a smaller one")
-    if isinstance(value, str) and not is_file_text(value):
-        raise ConfigError(f"{name} is {value!r:.60}: it holds what no name of a file can")
-    for option in options:
-        origin = get_origin(option)
-        if origin is Literal and value in get_args(option) and isinstance(value, str):
-            return value
-        if origin is tuple and isinstance(value, list | tuple):
-            kinds = get_args(option)
-            if kinds[-1] is Ellipsis:
-                kinds = (kinds[0],) * len(value)
-            if len(value) == len(kinds):
-                pairs = zip(value, kinds, strict=True)
-                return tuple(convert(name, item, kind) for item, kind in pairs)
-        if option is type(None) and value is None:
-            return value
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if isinstance(option, type) and type(value) is option:
-            return value
-    wanted = " or ".join(describe(option) for option in options)
-    raise ConfigError(f"{name} is {shown(value)}: give {wanted}")
-
-
-def is_file_text(text: str) -> bool:
-    """Tell whether the system takes a text as (a part of) a file's name."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of what a value looks like."""
-    try:
-        return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # a number too long, too many brackets
-        return f"a {type(value).__name__} that is too large"
-
-
-def describe(option: Any) -> str:
-    """Name a type as a user would."""
-    if get_origin(option) is Literal:
-        return ", ".join(map(repr, get_args(option)))
-    if get_origin(option) is tuple:
-        kinds = get_args(option)
-        return "a list of numbers" if kinds[-1] is Ellipsis else f"a list of {len(kinds)} numbers"
-    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
-    return names.get(option, "text")
+    """Return the section with these values; it checks them itself (see fields.Checked)."""
+    known = field_names(section)
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, known)}")
+    return dataclasses.replace(section, **values)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitrine.errors import ConfigError
+from vitrine.fields import Checked
 
 LIMIT = 1e9
 """No setting but the seed is larger; settings come from strangers, too."""
@@ -24,7 +25,7 @@ def require_range(config: object, names: str, low: float, high: float = LIMIT) -
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The Vision Transformer."""
 
     image_size: int | tuple[int, int] = 32
@@ -67,6 +68,7 @@ class ModelConfig:
     """What every LayerNorm adds to the variance: timm's and Google's weights want 1e-6."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
         require_range(self, "n_classes forward_mul", 0)
         require_range(self, "dropout drop_path", 0, 0.999)

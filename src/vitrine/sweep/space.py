@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from vitrine.config import Config, DataConfig, RunConfig, require
-from vitrine.configfile import convert, from_json
+from vitrine.configfile import from_json
 from vitrine.errors import ConfigError, nearest
+from vitrine.fields import convert
 
 FIXED = {field.name for field in fields(RunConfig)} - {"seed"} | {
     *("dataset", "data_path", "validation_images", "num_test_images", "num_workers")
