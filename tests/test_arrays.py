@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 import vitrine
+from vitrine.cli import explain as cli_explain
+from vitrine.cli.explain_options import ExplainOptions
 from vitrine.config import Config, DataConfig, ModelConfig
+from vitrine.data.images import ImageSet
 from vitrine.data.inputs import read_one, stack_pictures
 from vitrine.errors import ConfigError, PictureError, VitrineError
 from vitrine.model import VisionTransformer
@@ -265,6 +268,10 @@ def test_explain_shows_all_methods(classifier: Classifier) -> None:
         ({"std": (58.4, 57.1, 57.4)}, "std is .*: pixels are scaled to 0..1: divide by 255"),
         ({"mean": (float("nan"), 0, 0)}, "mean is .*: give numbers from -1 to 1"),
         ({"std": (0.0, 1, 1)}, "std is .*: give numbers from 1e-06 to 1"),
+        ({"mean": 0.5}, "mean is 0.5: give 3 numbers"),
+        ({"std": (1, "a", 1)}, "std is .*: give 3 numbers"),
+        ({"pixel_range": (5,)}, "pixel_range is .*: give 2 numbers"),
+        ({"num_workers": "2"}, "num_workers is '2': give a number"),
         ({"pixel_range": (5, 5)}, "pixel_range is 5 5: give the value of black, then a larger"),
         ({"pixel_range": (0, float("inf"))}, "pixel_range is 0 inf"),
         ({"pixel_range": (float("nan"), 1)}, "pixel_range is nan 1"),
@@ -275,6 +282,19 @@ def test_impossible_pixels_are_refused(settings: dict[str, Any], message: str) -
         DataConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_classes": "10"}, "n_classes is '10': give a number"),
+        ({"image_size": "32"}, "image_size is '32': give pixels"),
+        ({"image_size": (32, 16.0)}, "image_size is .*: give pixels"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**settings)
+
+
 def test_a_models_range_is_used(classifier: Classifier, tmp_path: Path) -> None:
     path = tmp_path / "wide.tif"
     Image.fromarray(np.full((8, 12), 1000, np.uint16)).save(path)
@@ -283,3 +303,15 @@ def test_a_models_range_is_used(classifier: Classifier, tmp_path: Path) -> None:
     assert (ranged.read(path) == 128).all()
     assert (ranged.subject(path).picture_HWC == 128).all()
     assert (classifier.read(path) == 249).all()
+
+
+def test_an_image_of_four_pixels_is_no_ambiguous_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shape (4, 4, 3) could be RGBA, channels first; --index means what the data hold."""
+    raw_BCHW = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    images = ImageSet(raw_BCHW, torch.tensor([1]), CLASSES)
+    monkeypatch.setattr("vitrine.run.load_split", lambda *_, **__: images)
+    config = ModelConfig(image_size=4, n_classes=3, embed_dim=12, n_attention_heads=3, n_layers=1)
+    tiny = Classifier(VisionTransformer(config).eval(), Config(config), CLASSES)
+    subject = cli_explain.indexed(tiny, ExplainOptions(index=0))
+    assert np.array_equal(subject.raw_HWC, raw_BCHW[0].permute(1, 2, 0))
+    assert subject.label == "dog"

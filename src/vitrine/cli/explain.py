@@ -164,6 +164,8 @@ def read_subjects(
 
 def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
+    from PIL import Image
+
     from vitrine.pretrained import of_model_size
     from vitrine.run import load_split
     from vitrine.run_folder import log_test_use_of
@@ -180,4 +182,6 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
             say(note)
     raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[index])]
-    return of_model_size(classifier).subject(raw_HWC, name=f"{split}-{index}", label=label)
+    # As a picture, since the axes of a small array may be ambiguous.
+    picture, name = Image.fromarray(raw_HWC), f"{split}-{index}"
+    return of_model_size(classifier).subject(picture, name=name, label=label)
