@@ -15,6 +15,7 @@ from PIL import Image
 from vitrine.data import decode as decoding
 from vitrine.data import formats, pictures
 from vitrine.data.decode import Decoded, decode
+from vitrine.data.framing import Framing
 from vitrine.data.inputs import stack_pictures
 from vitrine.data.pictures import enough_side, fit_picture, read_picture
 from vitrine.data.wide import Extent, PixelRange, choose_range, join, measure, to_bytes
@@ -289,7 +290,9 @@ def test_reduced_jpegs_are_as_good(tmp_path: Path) -> None:
     assert read_picture(path, shorter_side=96).shape == (96, 128, 3)
     assert read_picture(path, shorter_side=97).shape == (192, 256, 3)
     assert read_picture(path, shorter_side=385).shape == (768, 1024, 3)
-    assert enough_side((24, 16)) == 96
+    assert enough_side((24, 16), "crop") == 96
+    assert enough_side((24, 16), Framing("crop", crop_pct=0.75)) == 128
+    assert enough_side((24, 16), Framing("crop", "nearest")) is None
     for side in (24, 32, 48, 96):
         whole = fit_picture(read_picture(path), (side, side), "crop").astype(int)
         (reduced_CHW,) = run([path], side=side).raw_BCHW

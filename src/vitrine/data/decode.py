@@ -61,7 +61,7 @@ class Job:
         n_channels, *size = self.slots_BCHW.shape[1:]
         size_hw = size[0], size[1]
         try:
-            pixels = read_pixels(self.paths[index], shorter_side=enough_side(size_hw))
+            pixels = read_pixels(self.paths[index], shorter_side=enough_side(size_hw, self.fit))
         except PictureError as error:
             self.reasons[index] = str(error)
             return

@@ -57,7 +57,7 @@ def stack_pictures(
     Raises:
         PictureError: a picture cannot be read, or is something that this module does not take.
     """
-    listed, side = list_pictures(pictures), enough_side(size_hw)
+    listed, side = list_pictures(pictures), enough_side(size_hw, fit)
     raw_BHWC = np.empty((len(listed), *size_hw, n_channels), np.uint8)
     for number, picture in enumerate(listed):
         rgb_HWC = read_one(

@@ -3,6 +3,7 @@
 import functools
 import glob
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -129,13 +130,17 @@ def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) 
     return np.asarray(Image.fromarray(raw_HWC).convert("L"))[:, :, None]
 
 
-def enough_side(size_hw: Size) -> int:
+def enough_side(size_hw: Size, fit: Fit) -> int | None:
     """Return the shorter side from which a reduced JPEG is as good as the whole one.
 
-    Four times the wanted size: a pixel is at most 2 of 255 levels away on photographs and 4 on
-    white noise. From 12 megapixels to 96 pixels it is eight times as fast.
+    Four times the size wanted of the whole picture: a pixel is at most 2 of 255 levels away on
+    photographs and 4 on white noise. From 12 megapixels to 96 pixels it is eight times as fast.
+    None for the nearest pixel, which is not an average of its neighbors.
     """
-    return 4 * max(size_hw)
+    framing = Framing.of(fit)
+    if framing.interpolation == "nearest":
+        return None
+    return math.ceil(4 * max(size_hw) / framing.crop_pct)
 
 
 def channel_scale(
