@@ -33,7 +33,7 @@ def classifier() -> Classifier:
 
 def test_every_object_is_one_line(classifier: Classifier) -> None:
     count = sum(parameter.numel() for parameter in classifier.model.parameters())
-    onnx = OnnxClassifier(object(), classifier.config, CLASSES, "crop", "m.onnx")
+    onnx = OnnxClassifier(object(), classifier.config, CLASSES, "m.onnx")
     explanation = classifier.explain(RGB, name="x.png", class_name="cat")
     images = ImageSet(torch.zeros(7, 3, 8, 12, dtype=torch.uint8), torch.zeros(7), CLASSES)
     assert repr(classifier) == (

@@ -13,7 +13,6 @@ from vitrine.errors import ConfigError
 from vitrine.fields import Checked
 from vitrine.model_config import ModelConfig as ModelConfig
 from vitrine.model_config import require as require
-from vitrine.model_config import require_numbers as require_numbers
 from vitrine.model_config import require_range as require_range
 
 Split = Literal["train", "validation", "test"]
@@ -68,14 +67,12 @@ class DataConfig(Checked):
         """Refuse a mean, std or range of pixels that cannot be meant."""
         hint = "pixels are scaled to 0..1: divide by 255"
         for name, values, low in (("mean", self.mean, -1.0), ("std", self.std, 1e-6)):
-            require_numbers(name, values, 3)
             most = max(map(abs, values))
             require(
                 all(low <= value <= 1 for value in values),
                 f"{name} is {values}: {hint if most > 1 else f'give numbers from {low:g} to 1'}",
             )
         if self.pixel_range is not None:
-            require_numbers("pixel_range", self.pixel_range, 2)
             low, high = self.pixel_range
             require(
                 -LARGEST <= low < high <= LARGEST,
