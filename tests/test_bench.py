@@ -215,6 +215,16 @@ def test_the_table_says_all(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     assert "Products in bfloat16, GFLOP/s, at most: 15 at 520 x 128 x 384, 3 at 2048" in text
 
 
+def test_a_class_token_is_counted_where_there_is_one() -> None:
+    """Also with pool mean, which does not read it."""
+    tokens = {}
+    for pool, class_token in (("cls", None), ("mean", None), ("mean", True)):
+        model = replace(TINY.model, pool=pool, class_token=class_token)  # type: ignore[arg-type]
+        own = sizes(Comparison(Bench(replace(TINY, model=model))))["own"]
+        tokens[pool, class_token] = own[0] // TINY.training.batch_size
+    assert tokens == {("cls", None): 10, ("mean", None): 9, ("mean", True): 10}
+
+
 def test_without_peers_the_table_says_how_to_get_them() -> None:
     assert any(
         "benchmarks/peers.sh" in line for line in below(Comparison(Bench(TINY)), {"own": (1, 2, 3)})

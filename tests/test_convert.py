@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from vitrine.errors import CheckpointError, ConfigError
 from vitrine.foreign import read_state
 from vitrine.model import VisionTransformer
 from vitrine.model.adapt import resize_positions
-from vitrine.model.convert import convert, restate
+from vitrine.model.convert import convert, restate, timm
+from vitrine.model.convert.sizes import forward_mul
 
 LAYOUTS = ("reference", "timm", "huggingface", "google")
 
@@ -334,6 +336,23 @@ def test_broken_files_are_one_line(tmp_path: Path, name: str) -> None:
         vitrine.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("layout", ["google", "reference"])
+def test_files_of_weights_alone_come_with_a_line_of_what_they_do_not_say(
+    tmp_path: Path, layout: str, capsys: Any
+) -> None:
+    state = make_state(layout)
+    start, end = {"google": ("a.npz", "b.npz"), "reference": ("a.pt", "b.pt")}[layout]
+    if layout == "google":
+        np.savez(tmp_path / start, **{key: t.numpy() for key, t in state.items()})
+    else:
+        torch.save(state, tmp_path / start)
+    words = ["convert", str(tmp_path / start), str(tmp_path / end), "--layout", layout]
+    flags = ["--n_attention_heads", "3", "--mean", "0.4", "0.5", "0.6"]
+    assert main([*words, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "does not say how pictures are prepared: mean (0.4, 0.5, 0.6), std" in said
+
+
 def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: Any) -> None:
     save_file(make_state("timm"), tmp_path / "a.safetensors")
     for dest, layout, words in (
@@ -344,3 +363,14 @@ def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: An
         command = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / dest)]
         assert main([*command, "--layout", layout, "--n_attention_heads", "3"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_every_hidden_width_comes_back_also_where_timm_rounds_down() -> None:
+    """timm computes int(width * mlp_ratio), crops int(side / crop_pct); we round."""
+    for width in range(1, 200):
+        for hidden in range(width, 5 * width, 7):
+            ratio = forward_mul(hidden, width)
+            config = ModelConfig(embed_dim=width, n_attention_heads=1, forward_mul=ratio)
+            assert config.hidden_dim == hidden
+            assert int(width * timm.ratio(hidden, width)) == hidden
+            assert math.floor(width / timm.share(width, hidden)) == hidden

@@ -258,3 +258,9 @@ def test_a_model_without_classes_is_refused() -> None:
 def test_parameter_counts_are_the_references(n_layers: int, parameters: int) -> None:
     model = VisionTransformer(ModelConfig(n_classes=10, n_layers=n_layers))
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_a_hidden_width_is_rounded_not_cut_off() -> None:
+    """100 * 1.15 is 114.99999999999999 in floating point."""
+    config = ModelConfig(embed_dim=100, n_attention_heads=4, forward_mul=1.15)
+    assert config.hidden_dim == 115

@@ -1,7 +1,9 @@
 """What a run ran on: software and hardware, for env.json and ``vitrine info``."""
 
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ import torch
 
 from vitrine import ranks
 
+PRIVATE = re.compile(r"path|name|config|resume|init\b")
+"""Matches flags whose values are paths or names."""
+PATH_MARKS = "/\\~"
+HIDDEN = "[path or name]"
 PACKAGES = ("vitrine", "torch", "numpy", "pillow", "safetensors")
 
 
@@ -23,8 +29,21 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "threads": torch.get_num_threads(),
         "device": device_name(device),
         "precision": precision,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *public_words(sys.argv[1:])],
     }
+
+
+def public_words(words: Sequence[str]) -> list[str]:
+    """Return a command line's words, without its paths and names, which may name a person."""
+    shown: list[str] = []
+    private = False
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if flag:
+            private = bool(PRIVATE.search(flag))
+        hidden = bool(value) and (private or any(mark in value for mark in PATH_MARKS))
+        shown.append(flag + equals + (HIDDEN if hidden else value))
+    return shown
 
 
 def package_versions() -> dict[str, str]:

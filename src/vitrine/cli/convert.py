@@ -69,6 +69,17 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     return 0
 
 
+def silent(found: "Source", layout: str) -> list[str]:
+    """Return a line of what a layout of the weights alone does not say of the pictures."""
+    from vitrine.config import PREPARATION
+
+    if layout not in ("google", "reference"):
+        return []
+    data = found.info.config.data
+    told = [f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None]
+    return [f"  the file does not say how pictures are prepared: {', '.join(told)}"]
+
+
 def report(found: "Source", options: ConvertOptions) -> None:
     """Say what was read, what was assumed, and what was written."""
     model = found.info.config.model
@@ -80,6 +91,7 @@ def report(found: "Source", options: ConvertOptions) -> None:
         f"n_layers {model.n_layers}, n_attention_heads {model.n_attention_heads}, "
         f"n_classes {model.n_classes}",
         *(f"  {note}" for note in found.notes),
+        *silent(found, options.layout),
         "  every other tensor is read as it is",
     ]
     out.print("\n".join(lines), markup=False, soft_wrap=True)
