@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vitrine import bundled
 from vitrine.cli import main
 
 DATA = "--dataset shapes --num_test_images 20"
@@ -31,6 +32,33 @@ def test_a_model_is_a_word_or_a_flag(
     assert (tmp_path / "tiny.pt2").is_file()
     assert main(["export", "tiny.onnx", "--format", "torch"]) == 2
     assert "an ONNX file can only predict" in capsys.readouterr().err
+
+
+def test_info_says_first_how_good_a_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "cifar10"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1].startswith("test accuracy")
+    assert bundled.read_card("cifar10").recipe in "".join(lines)
+    quick = "--preset quick --dataset shapes --num_train_images 40 --num_test_images 20 --epochs 1"
+    assert main(["train", *quick.split(), "--folder_name", "tiny"]) == 0
+    result = json.loads((tmp_path / "output/tiny/result.json").read_text())
+    capsys.readouterr()
+    assert main(["info", "output/tiny"]) == 0
+    said = capsys.readouterr().out
+    first, _, rest = said.partition("Settings")
+    accuracy = result["test"]["accuracy"]
+    words = (
+        f"{accuracy:.2%} of 20 images",
+        "validation accuracy",
+        "32 x 32 pixels",
+        "shapes",
+        "10: ",
+    )
+    assert all(word in first for word in words), first
+    assert "embed_dim" in rest
 
 
 @pytest.mark.parametrize("command", ["test", "export --format torch", "inspect"])

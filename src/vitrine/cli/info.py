@@ -1,9 +1,9 @@
 """``vitrine info``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.table import Table
@@ -42,9 +42,12 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         show_bundled()
         show_runs(options.output_path)
     else:
-        from vitrine.pretrained import load
+        from vitrine.pretrained import load, read
 
-        show_model(load(options.model, n_attention_heads=options.n_attention_heads, device="cpu"))
+        heads = options.n_attention_heads
+        classifier = load(options.model, n_attention_heads=heads, device="cpu")
+        metrics = read(options.model, n_attention_heads=heads).info.metrics
+        show_model(classifier, read_facts(options.model, metrics))
     return 0
 
 
@@ -104,13 +107,48 @@ def show_runs(output_path: Path) -> None:
         tell(f"No runs in {output_path}/ yet: vitrine train --preset quick")
 
 
-def show_model(classifier: "Classifier") -> None:
-    """Print what a model is."""
+def read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return how good a model is and how long it was trained, as far as its files say."""
+    from vitrine.foreign import read_json_object
+
+    if model in bundled.names():
+        card = bundled.read_card(model)
+        return {
+            "test accuracy": f"{card.test_accuracy:.2%}",
+            "validation accuracy": f"{card.validation_accuracy:.2%}",
+            "recipe": card.recipe,
+        }
+    facts: dict[str, str] = {}
+    path = Path(model) / "result.json"
+    test = read_json_object(path).get("test") if path.is_file() else None
+    if isinstance(test, dict) and isinstance(test.get("accuracy"), float):
+        facts["test accuracy"] = f"{test['accuracy']:.2%} of {test.get('images')} images"
+    if isinstance(accuracy := metrics.get("validation_accuracy"), float):
+        facts["validation accuracy"] = f"{accuracy:.2%}"
+    if isinstance(epoch := metrics.get("epoch"), int):
+        facts["epochs"] = str(epoch)
+    return facts
+
+
+def show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
+    """Print what a model is: how good and on what data, then all settings."""
     config = classifier.config
-    table = plain_table(classifier.source, "", "")
+    height, width = config.model.image_hw
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
-    table.add_row("parameters", f"{parameters:,}")
-    table.add_row("classes", Text(", ".join(map(printable, classifier.classes))))
+    first = {
+        **facts,
+        "data": config.data.dataset,
+        "classes": f"{len(classifier.classes)}: {', '.join(classifier.classes)}",
+        "image size": f"{height} x {width} pixels",
+        "parameters": f"{parameters:,}",
+    }
+    table = plain_table(classifier.source, "", "")
+    for name, value in first.items():
+        table.add_row(name, Text(printable(value)))
+    for note in classifier.notes:
+        table.add_row("note", Text(printable(note)))
+    out.print(table, "")
+    table = plain_table("Settings", "", "")
     for section in (config.model, config.data):
         for name, value in vars(section).items():
             table.add_row(name, Text(printable(str(value))))
