@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, with which exit code."""
 
 import csv
+import dataclasses
 import io
 import json
 import pickle
@@ -16,11 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.cells import cell_len
 
 from vitrine.checkpoint import CheckpointInfo, read_pointer, save_weights_file
 from vitrine.cli import COMMANDS, main
+from vitrine.cli.console import out
+from vitrine.cli.predict import describe_classes, print_table
 from vitrine.config import Config, ModelConfig
 from vitrine.model import VisionTransformer
+from vitrine.predictions import Prediction
+from vitrine.pretrained import load
 
 TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
@@ -456,6 +462,49 @@ def test_a_table_shows_whole_names_and_no_control_characters(
     shown = capsys.readouterr().out
     assert long.name in "".join(line.split(" ")[0] for line in shown.splitlines())
     assert "\u001b[31m" not in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 300])
+def test_no_width_cuts_a_class_or_a_number(
+    width: int, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.cli.predict.out.width", width)
+    assert out.width == width
+    words = ["predict", str(pictures / "a.png"), "--model_path", "cifar10", "--top_k", "10"]
+    assert main(words) == 0
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first == "cifar10 knows: plane, car, bird, cat, deer, dog, frog, horse, ship, truck"
+    text = "\n".join(table)
+    assert "…" not in text
+    assert text.count("%") == 10
+    for name in first.partition(": ")[2].split(", "):
+        assert name in text
+    assert max(map(len, table)) <= width
+
+
+def test_the_table_changes_where_its_columns_would_be_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = [Prediction("a long class name", 0.5), Prediction("b", 0.25), Prediction("猫", 0.25)]
+    wide = []
+    for width in range(30, 90):
+        monkeypatch.setattr("vitrine.cli.predict.out.width", width)
+        print_table([("picture.png", top), ("n" * 30, top)])
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert shown.count("%") == 6
+        assert max(map(cell_len, shown.splitlines())) <= width
+        wide.append("1." in shown)
+    # 24 for the name, then " │ a long class name 50.0%", " │ b 25.0%" and " │ 猫 25.0%".
+    assert wide == [width >= 24 + 26 + 10 + 11 for width in range(30, 90)]
+
+
+def test_many_classes_are_not_all_listed() -> None:
+    names = tuple(f"class {number}" for number in range(1000))
+    model = dataclasses.replace(load("cifar10", device="cpu"), classes=names)
+    line = describe_classes(model)
+    assert line.startswith("cifar10 knows: class 0, class 1, ")
+    assert line.endswith(", class 19, … (1,000 classes)")
 
 
 def test_a_picture_on_standard_input(weights: Path, pictures: Path) -> None:

@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vitrine.cli.console import out, say
+from vitrine.cli.console import out, say, tell
 from vitrine.cli.models import ModelOptions, is_onnx, load_model
 from vitrine.cli.parsing import parse
 from vitrine.cli.picture_words import STDIN, list_pictures
-from vitrine.errors import ConfigError, PictureError
+from vitrine.errors import ConfigError, PictureError, printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vitrine.onnx_predict import OnnxClassifier
     from vitrine.predict import Classifier
     from vitrine.predictions import Prediction
 
 PROG = "vitrine predict"
+NAME_WIDTH = 24
+"""Columns of a terminal that a long name gets at least; it continues in the next line."""
+SHOWN_CLASSES = 20
 CHUNK = 64
 """Pictures read before they are classified together."""
 
@@ -62,6 +67,8 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         )
     for message in broken:
         say(f"vitrine: {message}")
+    if not (options.json or options.csv):
+        tell(describe_classes(classifier))
     print_answers(answers, options)
     return 1 if broken else 0
 
@@ -136,7 +143,7 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
             )
         print(text.getvalue(), end="")
     else:
-        print_table(answers, options.top_k)
+        print_table(answers)
 
 
 def cell(name: str) -> str:
@@ -144,8 +151,6 @@ def cell(name: str) -> str:
 
     --json has the names as they are.
     """
-    from vitrine.evaluation.report import printable
-
     formula = len(name) > 1 and name[0] in "=+-@"
     return f"'{printable(name)}" if formula else printable(name)
 
@@ -155,18 +160,53 @@ def as_json(prediction: "Prediction") -> dict[str, object]:
     return {"class": prediction.name, "probability": prediction.probability}
 
 
-def print_table(answers: list[Answer], top_k: int) -> None:
-    """Print a row a picture."""
+def print_table(answers: list[Answer]) -> None:
+    """Print a row per picture, or a row per class where the columns would be cut."""
+    from rich.cells import cell_len
+
+    cells = [[f"{printable(p.name)} {p.probability:.1%}" for p in top] for _, top in answers]
+    columns = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    names = max((cell_len(printable(name)) for name, _ in answers), default=0)
+    if min(names, NAME_WIDTH) + sum(width + 3 for width in columns) <= out.width:
+        out.print(wide_table(answers, cells))
+    else:
+        out.print(long_table(answers))
+
+
+def wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
+    """Return a table with a row per picture and a column per rank."""
     from rich.table import Table
     from rich.text import Text
 
-    from vitrine.evaluation.report import printable
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("picture", overflow="fold")
+    for rank in range(1, max(map(len, cells), default=1) + 1):
+        table.add_column(f"{rank}.", no_wrap=True)
+    for (name, _), row in zip(answers, cells, strict=True):
+        table.add_row(Text(printable(name)), *map(Text, row))
+    return table
+
+
+def long_table(answers: list[Answer]) -> "Table":
+    """Return a table with a row per class, the most probable first, picture after picture."""
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("picture", overflow="fold")
-    for rank in range(1, min(top_k, max((len(top) for _, top in answers), default=1)) + 1):
-        table.add_column(f"{rank}.")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
     for name, top in answers:
-        cells = [f"{printable(p.name)} {p.probability:.1%}" for p in top]
-        table.add_row(Text(printable(name)), *map(Text, cells))
-    out.print(table)
+        for rank, p in enumerate(top):
+            shown = Text(printable(name) if rank == 0 else "")
+            table.add_row(shown, Text(printable(p.name)), f"{p.probability:.1%}")
+        table.add_section()
+    return table
+
+
+def describe_classes(classifier: "Classifier | OnnxClassifier") -> str:
+    """Return what the model can answer at all: a picture of anything else gets one of these."""
+    classes = classifier.classes
+    shown = ", ".join(classes[:SHOWN_CLASSES])
+    more = f", … ({len(classes):,} classes)" if len(classes) > SHOWN_CLASSES else ""
+    return f"{classifier.source or 'the model'} knows: {shown}{more}"
