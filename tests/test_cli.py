@@ -499,6 +499,14 @@ def test_the_table_changes_where_its_columns_would_be_cut(
     assert wide == [width >= 24 + 26 + 10 + 11 for width in range(30, 90)]
 
 
+@pytest.mark.parametrize("command", ["test", "export"])
+def test_a_model_as_an_unknown_word_is_recognized(
+    command: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{run_folder} is a model: give --model_path {run_folder}"
+    refused([command, str(run_folder)], capsys, line)
+
+
 def test_many_classes_are_not_all_listed() -> None:
     names = tuple(f"class {number}" for number in range(1000))
     model = dataclasses.replace(load("cifar10", device="cpu"), classes=names)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from vitrine.cli.picture_words import is_model
 from vitrine.errors import ConfigError, nearest
 
 Options = TypeVar("Options")
@@ -26,6 +27,8 @@ def parse(
         word = unknown[0]
         what = "flag" if word.startswith("-") else "word"
         flags = [f"--{name}" for name in field_names(kind)]
+        if "--model_path" in flags and is_model(word):
+            raise ConfigError(f"{word} is a model: give --model_path {word}")
         hint = nearest(word.replace("-", "_").replace("__", "--", 1), flags)
         raise ConfigError(f"unknown {what} {word}{hint}: {prog} --help lists all")
     return options
