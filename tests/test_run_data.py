@@ -56,9 +56,7 @@ def resume(folder: Path, **data: object) -> Run:
 
 
 def test_a_run_keeps_the_manifest_of_its_data(config: Config, tmp_path: Path) -> None:
-    draw(config.data.data_path / "ant" / "film.mp4.png", 3).rename(
-        config.data.data_path / "ant" / "film.mp4"
-    )
+    (config.data.data_path / "ant/film.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     (config.data.data_path / "bee/05.png").write_text("no picture")
     (config.data.data_path / "bee/06.png").write_text("no picture")
     result = run_to_the_end(config, tmp_path / "run")
@@ -101,9 +99,10 @@ def test_a_run_without_a_test_split_ends_well(config: Config, tmp_path: Path) ->
     with pytest.raises(DataError, match="there is no test split: give --split validation"):
         load_split(classifier, "test")
     assert len(load_split(classifier, "validation")) == 36
+    (tmp_path / "other").mkdir()
     monitored = dataclasses.replace(config.run, monitor="test")
     with pytest.raises(ConfigError, match="monitor is test, but there is no test split"):
-        Run.start(dataclasses.replace(config, data=data, run=monitored), tmp_path)
+        Run.start(dataclasses.replace(config, data=data, run=monitored), tmp_path / "other")
 
 
 def test_testing_takes_the_split_of_the_run_or_another_folder_whole(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from vitrine.config import DataConfig, Split
 from vitrine.data.layout import Layout, find_layout
-from vitrine.data.pictures import is_picture
+from vitrine.data.pictures import is_picture, left_out_reason
 from vitrine.data.stratify import shares
 from vitrine.data.walk import walk_files
 from vitrine.errors import CheckpointError, ConfigError, DataError
@@ -218,7 +218,7 @@ def list_trees(
         for path in walk_files(tree):
             name, parts = path.relative_to(data_path).as_posix(), path.relative_to(tree).parts
             if not is_picture(path):
-                left_out.setdefault(path.suffix.lower() or "no picture", []).append(name)
+                left_out.setdefault(left_out_reason(path), []).append(name)
             elif len(parts) == 1:
                 left_out.setdefault("not in a class folder", []).append(name)
             else:

@@ -15,7 +15,7 @@ from vitrine.data.framing import framing
 from vitrine.data.images import ImageSet
 from vitrine.data.manifest import Manifest, scan
 from vitrine.data.memory import require_memory
-from vitrine.data.pictures import fit_picture
+from vitrine.data.pictures import fit_picture, left_out_reason
 from vitrine.data.randaugment import gray
 from vitrine.data.shapes import load_shapes
 from vitrine.data.split import split_indices
@@ -95,7 +95,8 @@ def read_folder(
             image_hw=image_hw, n_channels=n_channels,
         )  # fmt: skip
         images[split] = found.images
-        manifest = manifest.without("broken", found.broken)
+        for path in found.broken:
+            manifest = manifest.without(left_out_reason(path), [path])
         pixel_range = found.pixel_range or pixel_range
     return Loaded(images, manifest, pixel_range)
 
