@@ -1,26 +1,26 @@
 """Apple's MPS, by a stand-in: no float64 and no eigenvectors, and still everything works."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from limited_device import DEVICE, MOVED, DeviceTensor, limited_device
-from vitrine import devices
+from vitrine import devices, pretrained
+from vitrine.cli import main
 from vitrine.config import AugmentConfig, Config
 from vitrine.configfile import from_json
 from vitrine.data.augment import random_crop, random_erasing
 from vitrine.data.images import ImageSet, normalise
-from vitrine.explain.insides import inspect_model
 from vitrine.explain.methods import METHODS
-from vitrine.explain.score import ScoreSettings, score_methods
 from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
 from vitrine.presets import get_preset
-from vitrine.run import Run, load
+from vitrine.run import Run
 
 FEW = {
     "data": {"num_train_images": 60, "validation_images": 20, "num_test_images": 12},
@@ -31,7 +31,8 @@ FEW = {
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device that is there and that runs choose."""
-    monkeypatch.setattr(devices, "choose_device", lambda _: DEVICE)
+    for module in (devices, pretrained):
+        monkeypatch.setattr(module, "choose_device", lambda _: DEVICE)
     states = {"get_rng_state": lambda: torch.zeros(1), "set_rng_state": id, "manual_seed": id}
     for name, function in states.items():
         monkeypatch.setattr(torch.mps, name, function)
@@ -66,29 +67,31 @@ def test_the_stand_in_refuses_what_the_device_cannot_do(device: torch.device) ->
         torch.rand(2, device=device, generator=torch.Generator())
 
 
-def test_quick_trains_and_its_model_is_inspected_and_scored(
-    device: torch.device, tmp_path: Path
+def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = from_json(FEW, get_preset("quick"))
-    run = trained(config, tmp_path / "run")
-    result = run.finish()
-    assert run.device == device
-    assert result["test"]["images"] == 12
-    model = run.state.best_model.eval()
-    assert isinstance(model, VisionTransformer)
-    assert all(isinstance(parameter, DeviceTensor) for parameter in model.parameters())
-    test = load(run.config, None, "test").images["test"]
-    images_BCHW = normalise(test.raw_BCHW.to(device), config.data.mean, config.data.std)
-    insides = inspect_model(model, images_BCHW)
-    assert insides.heads is not None
-    assert insides.heads.distance_LA.isfinite().all()
-    settings = ScoreSettings(steps=2)
-    scores = score_methods(model, images_BCHW, test.masks_BHW, settings=settings)
-    assert [score.method for score in scores[: len(METHODS)]] == list(METHODS)
-    classifier = Classifier(model, run.config, run.classes)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        Figure, "savefig", lambda *_, **__: None
+    )  # pictures are no matter of devices, and take long
+    few = "--num_train_images 60 --validation_images 20 --num_test_images 12 --batch_size 30"
+    assert main(["train", *few.split(), "--preset", "quick", "--epochs", "1"]) == 0
+    assert json.loads(Path("output/quick/env.json").read_text())["device"].startswith("mps")
+    assert json.loads(Path("output/quick/result.json").read_text())["test"]["images"] == 12
+    model = ["--model_path", "output/quick"]
+    part = ["--split", "validation"]
+    assert main(["test", *model, *part]) == 0
+    assert main(["inspect", *model, *part, "--images", "10", "--output_path", "inside"]) == 0
+    distances = json.loads(Path("inside/insides.json").read_text())["attention_distance_pixels"]
+    assert np.isfinite(distances).all()
+    score = ["explain", "--score", "--method", "relevance", *model, *part, "--images", "10"]
+    assert main(score) == 0
+    classifier = pretrained.load("output/quick")
+    assert all(isinstance(weight, DeviceTensor) for weight in classifier.model.parameters())
     picture = np.zeros((9, 7, 3), np.uint8)
     assert len(classifier.predict(picture)[0]) == 3
-    assert classifier.explain(picture).frames
+    for method in METHODS:
+        assert classifier.explain(picture, method=method).frames
 
 
 def test_every_other_part_of_training_runs_and_resumes(
