@@ -8,7 +8,9 @@ from vitrine.cli.console import say
 from vitrine.errors import ConfigError, PictureError
 
 STDIN = "-"
-MODEL_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".onnx", ".pt2")
+MODEL_ENDINGS = (
+    ".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz", ".onnx", ".pt2",
+)  # fmt: skip
 MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
 """A folder that holds one of these is a checkpoint, or the weights of another system."""
 
@@ -64,7 +66,7 @@ def is_model(word: str) -> bool:
             run = (path / "checkpoints").is_dir() and (path / "config.json").is_file()
             return run or any((path / name).is_file() for name in MODEL_FILES)
         if path.is_file():
-            return path.suffix.lower() in MODEL_ENDINGS
+            return path.name.lower().endswith(MODEL_ENDINGS)
     except OSError:  # for example, a name that is too long: the search reports it
         return False
     return word in bundled.names() or word.startswith("hf:")
