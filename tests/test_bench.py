@@ -475,3 +475,8 @@ def test_the_command_measures_in_real_processes(capfd: pytest.CaptureFixture[str
     assert row["peak_mib"] > row["rest_mib"] > 50
     assert 0 < row["of_peak"] <= row["of_product"]
     assert result["config"]["model"]["embed_dim"] == 8
+
+
+def test_a_worker_is_imported_where_there_is_no_resource_module() -> None:
+    code = "import sys; sys.modules['resource'] = None; import vitrine.bench.worker"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

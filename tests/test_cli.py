@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,11 +26,14 @@ from vitrine.cli.console import out
 from vitrine.cli.models import ModelOptions
 from vitrine.cli.parsing import parse
 from vitrine.cli.predict import describe_classes, print_table
+from vitrine.cli.train import read
 from vitrine.config import Config, ModelConfig
+from vitrine.configfile import from_json, read_json, read_toml
 from vitrine.errors import ConfigError
 from vitrine.model import VisionTransformer
 from vitrine.predictions import Prediction
 from vitrine.pretrained import load
+from vitrine.recovery import lock_of
 
 TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
@@ -364,6 +368,84 @@ def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(
     assert "w-000.safetensors: cannot be written" in shown
     assert "vitrine convert output/a FILE" in shown
     assert (here / "output/a/result.json").exists()
+
+
+def test_a_run_that_cannot_be_built_leaves_no_folder_and_no_open_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[bool] = []
+    real = shutil.rmtree
+
+    def removed(folder: Path) -> None:
+        locked.append(lock_of(folder).is_locked)
+        real(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    refused(["train", *TINY, "--n_classes", "7"], capsys, "n_classes is 7")
+    assert locked == [False]
+    assert list((here / "output").iterdir()) == []
+
+
+def test_settings_may_come_from_notepad_a_run_or_home(
+    run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    monkeypatch.setenv("USERPROFILE", str(here / "home"))
+    bom = here / "bom.toml"
+    bom.write_bytes(b'\xef\xbb\xbfepochs = 7\noutput_path = "~/runs"\n')
+    settings = read_toml(bom, Config())
+    assert settings.training.epochs == 7
+    assert settings.run.output_path == here / "home/runs"
+    settings = read_toml(run_folder / "config.json", Config())
+    assert settings.model.embed_dim == 8
+    copy = here / "config.json"
+    copy.write_bytes(b"\xef\xbb\xbf" + (run_folder / "config.json").read_bytes())
+    assert from_json(read_json(copy)) == from_json(read_json(run_folder / "config.json"))
+    _, settings = read(["--data_path=~/pictures", "--init", ""], "vitrine train")[:2]
+    assert settings.data.data_path == here / "home/pictures"
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("--lr", "learning_rate"), ("--lr=0.1", "learning_rate"), ("--wd", "weight_decay"),
+     ("--bs", "batch_size"), ("--num-workes", "num_workers"), ("--depth", "n_layers")],
+)  # fmt: skip
+def test_what_others_call_a_flag_is_understood(
+    flag: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["train", flag, "1"], capsys, f"unknown flag {flag} (did you mean '--{name}'?)")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("train --config settings.yaml", "YAML is not read: give a TOML file"),
+        ("train --stop_at_accuracy 90", "give a fraction of 1, e.g. 0.9"),
+        ("train --num_workers -1", "num_workers is -1"),
+        ("test --batch_size 0", "batch_size is 0"),
+        ("test --batch_size -1", "batch_size is -1"),
+        ("test --num_workers -1", "num_workers is -1"),
+        ("test --num_test_images 0", "num_test_images is 0"),
+    ],
+)
+def test_numbers_and_files_that_cannot_be_are_one_line(
+    words: str, part: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "settings.yaml").write_text("epochs: 3\n")
+    refused(words.split(), capsys, part)
+
+
+def test_a_damaged_run_does_not_hide_the_others(
+    run_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_folder, here / "output/good")
+    shutil.copytree(run_folder, here / "output/bad")
+    (here / "output/bad/metrics.jsonl").write_text("half a li")
+    assert main(["info"]) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"bad +│ damaged", shown.out)
+    assert re.search(r"good +│ 2 +│ +[0-9]", shown.out)
+    assert "vitrine: output/bad/metrics.jsonl: damaged" in shown.err
 
 
 # --- test -----------------------------------------------------------------------------------------

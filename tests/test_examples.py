@@ -31,3 +31,10 @@ def test_classify(tiny_run: object, tmp_path: Path) -> None:
     assert first.startswith(str(tmp_path / "a.png"))
     assert first.count("%") == 3
     assert "(1, 3, 17, 17)" in last
+
+
+def test_classify_without_words_says_how_to_call_it() -> None:
+    script = Path(__file__).parents[1] / "examples/classify.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Classify pictures in Python: ``python examples/classify.py")

@@ -29,7 +29,7 @@ from vitrine.config import Config
 from vitrine.configfile import from_json
 from vitrine.errors import CheckpointError, OutputError, TrainingError
 from vitrine.files import replace_file
-from vitrine.recovery import hold, tidy
+from vitrine.recovery import hold, lock_of, release, tidy
 from vitrine.run import EpochEnd, Run
 from vitrine.run_folder import checkpoint_folders, log_test_use, log_test_use_of, new_folder
 from vitrine.training.loop import Update
@@ -350,6 +350,14 @@ def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
     holder.communicate()
     with hold(tmp_path), hold(tmp_path):  # a process may hold it twice
         pass
+
+
+def test_a_folder_is_let_go_however_often_it_is_held(tmp_path: Path) -> None:
+    held = hold(tmp_path), hold(tmp_path)
+    assert lock_of(tmp_path).is_locked
+    release(tmp_path)
+    assert not lock_of(tmp_path).is_locked
+    del held
 
 
 def interrupted(words: Sequence[str]) -> int:

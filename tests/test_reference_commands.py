@@ -60,10 +60,11 @@ def test_every_flag_of_train_does_what_it_says(here: Path, cifar_folder: Path) -
     assert (here / "weights/mine/net-001.safetensors").exists()
     saved = from_json(json.loads((folder / "config.json").read_text())).flat()
     for flag, value in TRAIN_FLAGS.items():
-        if flag != "--timestamp":
+        if flag not in ("--timestamp", "--data_path"):
             assert str(saved[flag[2:]]) == value or saved[flag[2:]] == float(value), flag
     result = json.loads((folder / "result.json").read_text())
     assert result["train_images"] == 50
+    assert saved["data_path"] == here / "data"  # absolute, so that it is found from anywhere
     assert result["test"]["images"] == 20
 
 
@@ -73,7 +74,7 @@ def test_defaults_are_the_seed_preset_named_by_the_minute(here: Path, cifar_fold
     folder = here / "output/2024-10-30-12-00"
     saved = from_json(json.loads((folder / "config.json").read_text())).flat()
     changed = {"embed_dim", "n_attention_heads", "patch_size", "epochs", "n_classes",
-               "learning_rate", "model_path"}  # fmt: skip
+               "learning_rate", "model_path", "data_path"}  # fmt: skip
     expected = get_preset("seed").flat()
     assert {n for n in expected if saved[n] != expected[n]} == changed
     assert saved["learning_rate"] == 0.002
@@ -151,6 +152,19 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     (here / "file").touch()
     words = ["--mode", "cifar-single", "--no_image", "--model_path", str(weights)]
     assert "cannot be written" in wrong([*words, "--output_path", "file"], capsys)
+
+
+def test_counts_that_cannot_be_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "batch_size is 0" in wrong(["--batch_size", "0"], capsys)
+    assert "index is -1" in wrong(["--mode", "cifar-single", "--index", "-1"], capsys)
+    assert "num_workers is -1" in wrong(["--num_workers", "-1"], capsys)
+
+
+def test_no_worker_is_taken_as_the_reference_takes_it(weights: Path, here: Path) -> None:
+    words = ["--model_path", str(weights), "--no_image", "--num_workers", "0"]
+    assert run_test([*words, "--num_test_images", "5"]) == 0
+    assert get_preset("seed").data.num_workers == 2
+    assert from_json({"data": {"num_workers": 0}}).data.num_workers == 0
 
 
 def test_what_test_cannot_do_is_one_line(

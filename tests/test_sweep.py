@@ -20,7 +20,7 @@ from vitrine.cli import main
 from vitrine.config import Config
 from vitrine.configfile import from_json
 from vitrine.data.pictures import read_picture
-from vitrine.errors import ConfigError
+from vitrine.errors import ConfigError, DataError
 from vitrine.run import EpochEnd, Run
 from vitrine.sweep.report import Outcome, flags, outcomes, trial_table
 from vitrine.sweep.space import apply, parse_dimension, parse_space
@@ -271,6 +271,55 @@ def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> No
     ):
         with pytest.raises(ConfigError, match=f"is about other settings: {name}: give the same"):
             Sweep(base, SweepSettings(search), folder)
+
+
+def test_a_sweep_without_a_whole_trial_shows_the_reasons_and_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    words = ["sweep", "--search", "n_attention_heads=3,5", *TINY, "--output_path", str(tmp_path)]
+    assert main([*words, "--trials", "2"]) == 1
+    shown = capsys.readouterr()
+    table = " ".join(shown.out.split())
+    assert "reason" in table
+    assert "embed_dim" in table
+    assert "n_attention_heads" in table
+    assert shown.err.splitlines()[-1].startswith("vitrine: no trial completed")
+
+
+def test_a_sweep_on_too_few_images_is_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    words = ["sweep", "--search", "learning_rate=1e-3,1e-2", *TINY, "--output_path", str(tmp_path)]
+    few = ["--num_train_images", "9", "--validation_images", "None"]
+    assert main([*words, *few]) == 2
+    assert "a tenth of these training images is none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_whose_data_have_no_validation_images_ends_the_sweep(
+    tmp_path: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    real = Run.start
+
+    def without(config: Config, folder: Path) -> Run:
+        run = real(config, folder)
+        run.monitored.pop("validation")
+        return run
+
+    monkeypatch.setattr(Run, "start", without)
+    sweep = Sweep(tiny_run, SweepSettings(SEARCH, trials=2), tmp_path / "few")
+    with pytest.raises(DataError, match="a tenth of these training images is none"):
+        list(sweep.run())
+
+
+def test_flags_to_try_next_can_be_pasted_into_a_shell() -> None:
+    start = Config()
+    best = from_json({"data": {"data_path": "my pictures"}, "training": {"epochs": 7}})
+    text = flags(start, best)
+    assert shlex.split(text) == ["--data_path", "my pictures", "--epochs", "7"]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

@@ -35,7 +35,7 @@ class DataConfig(Checked):
     num_test_images: int | None = None
     """Test on the first so many test images only."""
     num_workers: int = 2
-    """Threads that decode picture files."""
+    """Threads that decode picture files; 0 decodes one at a time, like 1."""
     fit: Literal["crop", "pad", "squash"] = "crop"
     """Fit pictures of another shape by cropping, by padding with black, or by stretching."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] = (
@@ -54,8 +54,8 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, "num_train_images num_test_images num_workers", 1)
-        require_range(self, "validation_images", 0)
+        require_range(self, "num_train_images num_test_images", 1)
+        require_range(self, "validation_images num_workers", 0)
         self._check_pixels()
         require_range(self, "crop_pct", 0.01, 1)
         require(
@@ -240,7 +240,11 @@ class RunConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, "stop_at_accuracy", 0, 1)
+        goal = self.stop_at_accuracy
+        require(
+            goal is None or 0 <= goal <= 1,
+            f"stop_at_accuracy is {goal}: give a fraction of 1, e.g. 0.9 for 90 %",
+        )
         require_range(self, "checkpoint_epochs", 1)
         require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):

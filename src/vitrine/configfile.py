@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path}: larger than {LARGEST:,} bytes: not a file of settings")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors write a byte order mark
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
@@ -77,19 +77,16 @@ def read_toml(path: Path, base: Config) -> Config:
 
 
 def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the settings that a TOML file gives, by section.
+    """Return the settings that a TOML file, or a run's config.json, gives, by section.
 
     Raises:
         ConfigError: the file cannot be read, or holds something that is not a setting.
     """
-    try:
-        text = read_text(path)
-        # Python's reader takes the square of a dotted key's length.
-        require(max(map(len, text.splitlines()), default=0) <= LONGEST_LINE, f"{path}: a line of "
-                f"more than {LONGEST_LINE} characters, which no setting needs")  # fmt: skip
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # wrong TOML or UTF-8, a number too long
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: YAML is not read: give a TOML file, or a run's config.json")
+    table = read_json(path) if path.suffix.lower() == ".json" else read_table(path)
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: settings are a table of sections, not {shown(table)}")
     owner = {
         name: section.name
         for section in dataclasses.fields(Config)
@@ -104,6 +101,22 @@ def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
         else:
             raise ConfigError(f"{path}: unknown setting {name!r:.60}{nearest(name, owner)}")
     return sections
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        text = read_text(path)
+        # Python's reader takes the square of a dotted key's length.
+        require(max(map(len, text.splitlines()), default=0) <= LONGEST_LINE, f"{path}: a line of "
+                f"more than {LONGEST_LINE} characters, which no setting needs")  # fmt: skip
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # wrong TOML or UTF-8, a number too long
+        raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
 def section_names() -> list[str]:

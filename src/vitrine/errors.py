@@ -67,7 +67,27 @@ def printable(text: str) -> str:
     )
 
 
+SYNONYMS = {
+    "lr": "learning_rate", "min_lr": "minimum_learning_rate", "bs": "batch_size",
+    "batch": "batch_size", "wd": "weight_decay", "n_epochs": "epochs", "num_epochs": "epochs",
+    "opt": "optimizer", "scheduler": "schedule", "warmup": "warmup_epochs", "amp": "precision",
+    "ema": "ema_decay", "smoothing": "label_smoothing", "clip_grad": "clip_norm",
+    "grad_clip": "clip_norm", "pretrained": "init", "finetune": "init", "depth": "n_layers",
+    "layers": "n_layers", "num_layers": "n_layers", "heads": "n_attention_heads",
+    "num_heads": "n_attention_heads", "dim": "embed_dim", "hidden_size": "embed_dim",
+    "mlp_ratio": "forward_mul", "num_classes": "n_classes", "img_size": "image_size",
+    "imgsz": "image_size", "resolution": "image_size", "workers": "num_workers",
+    "data": "data_path", "data_dir": "data_path", "root": "data_path", "output": "output_path",
+    "output_dir": "output_path", "out": "output_path", "name": "folder_name",
+    "weights": "model_path", "checkpoint": "model_path", "ckpt": "model_path", "topk": "top_k",
+}  # fmt: skip
+"""What other systems call a setting: what it is called here."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known word nearest to a mistyped one, or nothing."""
-    close = difflib.get_close_matches(word[:100], list(known), n=1)
+    known = list(known)
+    name = word.removeprefix("--")
+    synonym = word.removesuffix(name) + SYNONYMS.get(name, "")
+    close = [synonym] if synonym in known else difflib.get_close_matches(word[:100], known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -58,12 +58,17 @@ def as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
             return False, None
         return True, tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
     if option is Path and isinstance(value, str | Path):
-        return True, Path(value)
+        return True, expand_home(value)
     if option is float and number:
         return True, float(value)
     if option is int and number and isinstance(value, Integral):
         return True, int(value)
     return type(value) is option, value
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a leading ``~`` replaced by the home folder, where there is one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises where there is none)
 
 
 def is_file_text(text: str) -> bool:

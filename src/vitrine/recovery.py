@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from vitrine.checkpoint import (
@@ -52,14 +52,23 @@ def hold(folder: Path) -> AbstractContextManager[object]:
         OutputError: another process holds it, or the folder cannot be written.
     """
     try:
-        lock = FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
-        return lock.acquire()
+        return lock_of(folder).acquire()
     except Timeout:
         raise OutputError(
             f"{folder}: another run is writing there: let it end, or give another --folder_name"
         ) from None
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def release(folder: Path) -> None:
+    """Let other processes write a folder that this one holds, however many times it does."""
+    lock_of(folder).release(force=True)
+
+
+def lock_of(folder: Path) -> BaseFileLock:
+    """Return the lock of a run folder, one object for the whole process."""
+    return FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
 
 
 def recover(folder: Path, config: Config) -> SavedState | None:

@@ -153,6 +153,11 @@ class Run(RunFiles):
             ConfigError: there is something in the folder already.
         """
         ranks.on_leader(require_unused, folder)
+        if config.data.dataset != "shapes":  # so that the run is tested from any folder
+            place = config.data.data_path.absolute()
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, data_path=place)
+            )
         run = cls(config, folder, manifest=ranks.on_leader(list_files, config, manifest))
         ranks.on_leader(run.write_settings)
         return run

@@ -5,7 +5,6 @@ Needs torch and nothing else, so that the interpreters of other systems can impo
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +49,8 @@ def peak_mib(device: str) -> float:
     if status.exists():  # ru_maxrss would count in what the parent held when it started us
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
+    import resource  # Windows has none
+
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrine import bundled
-from vitrine.cli.console import out, tell
+from vitrine.cli.console import out, say, tell
 from vitrine.cli.parsing import parse
-from vitrine.errors import printable
+from vitrine.errors import CheckpointError, printable
 from vitrine.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -40,14 +40,13 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         show_machine()
         show_presets()
         show_bundled()
-        show_runs(options.output_path)
-    else:
-        from vitrine.pretrained import load, read
+        return show_runs(options.output_path)
+    from vitrine.pretrained import load, read
 
-        heads = options.n_attention_heads
-        classifier = load(options.model, n_attention_heads=heads, device="cpu")
-        metrics = read(options.model, n_attention_heads=heads).info.metrics
-        show_model(classifier, read_facts(options.model, metrics))
+    heads = options.n_attention_heads
+    classifier = load(options.model, n_attention_heads=heads, device="cpu")
+    metrics = read(options.model, n_attention_heads=heads).info.metrics
+    show_model(classifier, read_facts(options.model, metrics))
     return 0
 
 
@@ -88,16 +87,22 @@ def show_bundled() -> None:
     out.print(table, "")
 
 
-def show_runs(output_path: Path) -> None:
-    """Print the runs in a folder with their scores."""
+def show_runs(output_path: Path) -> int:
+    """Print the runs in a folder with their scores; return 1 if one of them is damaged, else 0."""
     from vitrine.run_folder import read_rows
 
     folders = sorted(path.parent for path in output_path.glob("*/checkpoints"))
     table = plain_table(
         f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test curve"
     )
+    damaged: list[str] = []
     for folder in folders:
-        row = (read_rows(folder) or [{}])[-1]
+        try:
+            row = (read_rows(folder) or [{}])[-1]
+        except CheckpointError as error:
+            damaged.append(str(error))
+            table.add_row(Text(printable(folder.name)), "damaged", "-", "-", "-")
+            continue
         scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
         cells = ["-" if score is None else f"{score:.2%}" for score in scores]
         table.add_row(Text(printable(folder.name)), str(row.get("epoch", 0)), *cells)
@@ -105,6 +110,9 @@ def show_runs(output_path: Path) -> None:
         out.print(table)
     else:
         tell(f"No runs in {output_path}/ yet: vitrine train --preset quick")
+    for problem in damaged:
+        say(f"vitrine: {problem}")
+    return 1 if damaged else 0
 
 
 def read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:

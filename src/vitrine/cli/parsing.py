@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from vitrine.cli.picture_words import is_model
 from vitrine.errors import ConfigError, nearest
+from vitrine.fields import expand_home
 
 Options = TypeVar("Options")
 
@@ -29,7 +31,7 @@ def parse(
         flags = [f"--{name}" for name in field_names(kind)]
         if "--model_path" in flags and is_model(word):
             raise ConfigError(f"{word} is a model: give --model_path {word}")
-        hint = nearest(word.replace("-", "_").replace("__", "--", 1), flags)
+        hint = nearest(word.partition("=")[0].replace("-", "_").replace("__", "--", 1), flags)
         raise ConfigError(f"unknown {what} {word}{hint}: {prog} --help lists all")
     return options
 
@@ -60,7 +62,28 @@ def parse_known(
         if not stop.code:
             raise
         raise ConfigError(first_sentence(errors.getvalue())) from None
-    return options, unknown
+    return with_home(options), unknown
+
+
+def with_home(options: Any) -> Any:
+    """Return the dataclass with ``~`` expanded in its paths, as a shell does for most words only.
+
+    ``--data_path=~/pictures`` reaches the program as it is.
+    """
+    changed = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            new: Any = with_home(value)
+        elif isinstance(value, Path):
+            new = expand_home(value)
+        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
+            new = tuple(expand_home(i) if isinstance(i, Path) else i for i in value)
+        else:
+            continue
+        if new != value:
+            changed[field.name] = new
+    return dataclasses.replace(options, **changed) if changed else options
 
 
 def first_sentence(box: str) -> str:

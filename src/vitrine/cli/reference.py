@@ -20,6 +20,7 @@ from vitrine.cli.models import ModelOptions, load_model
 from vitrine.cli.parsing import parse
 from vitrine.cli.test import TestOptions, score, show
 from vitrine.errors import ConfigError
+from vitrine.model_config import require_range
 
 if TYPE_CHECKING:
     from vitrine.predict import Classifier, Prediction
@@ -102,7 +103,7 @@ class ReferenceTestOptions:
     batch_size: int = 128
     """Images at a time."""
     num_workers: int = 2
-    """Threads that decode picture files."""
+    """Threads that decode picture files; 0 decodes one at a time, like 1."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda, then mps, then cpu."""
     data_path: Path = Path("data")
@@ -131,6 +132,10 @@ class ReferenceTestOptions:
     """Hidden width of the MLP over embed_dim; checked."""
     dropout: float | None = None
     """Dropout in training; testing has none, so it is checked only where the file tells it."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "batch_size num_test_images", 1)
+        require_range(self, "num_workers index", 0)
 
 
 def test_command() -> int:

@@ -9,7 +9,7 @@ from vitrine.cli.console import err, out, say
 from vitrine.cli.parsing import parse, parse_known
 from vitrine.config import Config
 from vitrine.configfile import read_toml
-from vitrine.errors import ConfigError
+from vitrine.errors import ConfigError, TrainingError
 from vitrine.presets import get_preset
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     need("optuna")
     folder = study_folder(options, settings)
-    stopped = search(options, settings, folder)
+    stopped, completed = search(options, settings, folder)
     if stopped:
-        say("stopped; the same command goes on")
+        say("stopped; the same command resumes the study")
         return 128 + stopped
+    if not completed:
+        raise TrainingError("no trial completed: the table above gives the reasons")
     return 0
 
 
@@ -79,8 +81,12 @@ def study_folder(options: SweepOptions, settings: Config) -> Path:
     return settings.run.output_path / name
 
 
-def search(options: SweepOptions, settings: Config, folder: Path) -> int:
-    """Run this process's trials, then tell what the study came to; return the signal, if any."""
+def search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, int]:
+    """Run this process's trials, then show the study's result.
+
+    Returns:
+        the signal that stopped it, or 0; how many trials of the study are complete.
+    """
     from vitrine.cli.signals import stop_requests
     from vitrine.sweep.report import Outcome
     from vitrine.sweep.study import Stopped, Sweep, SweepSettings
@@ -100,8 +106,7 @@ def search(options: SweepOptions, settings: Config, folder: Path) -> int:
                     break
         except Stopped:
             pass
-    conclude(sweep, options, settings)
-    return stop.signal
+    return stop.signal, conclude(sweep, options, settings)
 
 
 def shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
@@ -117,8 +122,12 @@ def shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
                 return
 
 
-def conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> None:
-    """Print the table, write the CSV file and the plot, and say how to use the best settings."""
+def conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
+    """Print the table, write the CSV file and the plot, and say how to use the best settings.
+
+    Returns:
+        how many trials are complete.
+    """
     from vitrine.sweep import report
     from vitrine.sweep.space import apply
 
@@ -143,3 +152,4 @@ def conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> None:
             markup=False,
             soft_wrap=True,
         )
+    return len(whole)

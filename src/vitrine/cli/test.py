@@ -11,6 +11,7 @@ import tyro
 from vitrine.cli.console import out, say
 from vitrine.cli.models import ModelWord, load_model, with_word
 from vitrine.cli.parsing import parse
+from vitrine.model_config import require_range
 
 if TYPE_CHECKING:
     from vitrine.evaluation.metrics import Metrics
@@ -35,13 +36,17 @@ class TestOptions(ModelWord):
     num_test_images: int | None = None
     """Score the first so many test images only; all of them unless given."""
     num_workers: int = 2
-    """Threads that decode picture files."""
+    """Threads that decode picture files; 0 decodes one at a time, like 1."""
     batch_size: int = 500
     """Images at a time."""
     json: bool = False
     """Print JSON on standard output and nothing else."""
     output_path: Path | None = None
     """Folder for the pictures and metrics.json; beside the model unless given."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "batch_size num_test_images", 1)
+        require_range(self, "num_workers", 0)
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:

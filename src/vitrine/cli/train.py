@@ -137,6 +137,7 @@ def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     """Start a run in a new folder, or go on with it where torchrun has restarted us."""
     from vitrine import ranks
     from vitrine.devices import choose_rank_device
+    from vitrine.recovery import release
     from vitrine.run import Run, lock
 
     choose_rank_device(settings.run.device)
@@ -146,9 +147,11 @@ def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     held = lock(folder)  # until the run holds it itself
     try:
         run = Run.start(settings, folder, manifest)
-    finally:
+    except BaseException:
         if ranks.is_leader():
-            remove_if_unused(folder)  # where the run could not be built
+            release(folder)  # Windows removes no file that is open
+            remove_if_unused(folder)
+        raise
     del held
     for notice in run.notices:
         say(notice)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,13 +79,17 @@ def tell(value: Any) -> str:
 def trial_table(trials: Sequence[Outcome]) -> Table:
     """Return the best trials, a row each."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    reasons = any(trial.error for trial in trials)
     table = Table(show_edge=False, pad_edge=False)
     for column in ("trial", "state", "validation", "epochs", *names):
         table.add_column(column, justify="left" if column == "state" else "right")
+    if reasons:
+        table.add_column("reason", overflow="fold")
     for trial in trials[:LISTED_TRIALS]:
         values = [tell(trial.params[name]) if name in trial.params else "" for name in names]
         row = [str(trial.number), trial.state, percent(trial.accuracy, 2), str(trial.epochs)]
-        table.add_row(*(Text(printable(cell)) for cell in row + values))
+        cells = [*row, *values, *([trial.error] if reasons else [])]
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -131,12 +136,13 @@ def plot_importances(shares: Mapping[str, float], trials: int, path: Path) -> No
 def flags(start: Config, best: Config) -> str:
     """Return the flags that lead from one configuration to another."""
     before, after = start.flat(), best.flat()
-    return " ".join(flag(name, value) for name, value in after.items() if value != before[name])
+    changed = (words(name, value) for name, value in after.items() if value != before[name])
+    return shlex.join(word for flag in changed for word in flag)
 
 
-def flag(name: str, value: Any) -> str:
-    """Return one flag."""
+def words(name: str, value: Any) -> list[str]:
+    """Return one flag and its values."""
     if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    words = value if isinstance(value, tuple) else (value,)
-    return " ".join([f"--{name}", *map(str, words)])
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}", *map(str, values)]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from vitrine.config import Config, require
-from vitrine.errors import ConfigError, OutputError, TrainingError
+from vitrine.errors import ConfigError, DataError, OutputError, TrainingError
 from vitrine.extras import need
 from vitrine.rng import derive_seed
 from vitrine.run import EpochEnd, Run
@@ -35,6 +35,11 @@ RETRIES = 2
 """How often a trial that was killed is taken up again; it may be the reason itself."""
 POLL_SECONDS = 1.0
 """How often a process that waits for others looks."""
+
+NO_VALIDATION = (
+    "a sweep chooses on validation images, and a tenth of these training images is none: give "
+    "--validation_images, or more data"
+)
 
 Pruning = Literal["median", "hyperband", "none"]
 Events = Callable[[Run], Iterator[Update | EpochEnd]]
@@ -178,6 +183,8 @@ class Sweep:
         folder = new_folder(self.folder, "", f"trial-{trial.number:04}")
         trial.set_user_attr("folder", str(folder))
         run, best = Run.start(config, folder), 0.0
+        if "validation" not in run.monitored:  # no bad trial: all of them would be like this
+            raise DataError(NO_VALIDATION)
         for event in self.events(run):
             if isinstance(event, EpochEnd):
                 accuracy = event.row["validation_accuracy"]
@@ -198,6 +205,8 @@ def check(base: Config, settings: SweepSettings) -> None:
         base.data.validation_images != 0,
         "a sweep chooses on validation images, and validation_images is 0: give more",
     )
+    train, kept = base.data.num_train_images, base.data.validation_images
+    require(kept is not None or train is None or train >= 10, NO_VALIDATION)
     require(
         base.run.monitor == "validation",
         "a sweep chooses on validation images: give --monitor validation",
