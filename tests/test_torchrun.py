@@ -23,7 +23,7 @@ WORDS = shlex.split(
     "--preset quick --device cpu --patch_size 8 --embed_dim 16 --n_attention_heads 2 "
     "--n_layers 1 "
     "--dataset cifar10 --validation_images 7 --batch_size 11 --randaugment_ops 1 --ema_decay 0.9 "
-    "--optimizer adamw --learning_rate 2e-4 --epochs 30"
+    "--optimizer adamw --learning_rate 2e-4 --epochs 30 --precision float32"
 )
 """53 images of noise to train on: five updates an epoch, the last of 9 images."""
 EPOCHS, STEPS = 30, 5
@@ -135,13 +135,13 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_fo
     finish(start(tmp_path, "--resume", "output/quick"), tmp_path)
     wanted = final(tmp_path / "alone/output/quick")
     for name, tensor in final(tmp_path / "output/quick").items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=0.02, atol=2e-3, msg=name)
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=2e-5, msg=name)
     rows = zip(
         curve(tmp_path / "output/quick"), curve(tmp_path / "alone/output/quick"), strict=True
     )
     for row, wanted_row in rows:
         assert row["epoch"] == wanted_row["epoch"]
-        assert row["train_loss"] == pytest.approx(wanted_row["train_loss"], rel=1e-3)
+        assert row["train_loss"] == pytest.approx(wanted_row["train_loss"], rel=1e-5)
 
 
 def test_the_quick_preset_learns_as_well_with_two_processes(tmp_path: Path) -> None:
