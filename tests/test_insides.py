@@ -243,7 +243,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
     tmp_path: Path, tiny_model: ModelConfig
 ) -> None:
     model = build(tiny_model)
-    with pytest.raises(DataError, match="no images to watch"):
+    with pytest.raises(DataError, match="no images to measure"):
         attention_distance(model, pictures(tiny_model, 0))
     with pytest.raises(DataError, match="9 images are too few"):
         inspect_model(model, pictures(tiny_model, 9))

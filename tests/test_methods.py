@@ -368,10 +368,16 @@ def test_early_logits_are_those_of_shorter_models(
         ({"method": "rollout", "discard_ratio": 1.0}, ["discard_ratio is 1.0", "less than 1"]),
         ({"method": "rollout", "discard_ratio": -0.1}, ["discard_ratio is -0.1", "from 0"]),
         ({"chunk": 0}, ["chunk is 0", "at least 1"]),
-        ({"discard_ratio": 0.5}, ["discard_ratio", "method attention", "as it is"]),
-        ({"method": "relevance", "fusion": "max"}, ["fusion", "relevance", "gradients weigh"]),
-        ({"method": "gradient_rollout", "heads": (1,)}, ["heads", "gradients weigh"]),
-        ({"method": "gradcam", "layers": (1,)}, ["layers", "gradcam", "no attention"]),
+        ({"discard_ratio": 0.5}, ["discard_ratio", "method attention", "unchanged attention"]),
+        (
+            {"method": "relevance", "fusion": "max"},
+            ["fusion", "relevance", "weights the heads by their gradients"],
+        ),
+        (
+            {"method": "gradient_rollout", "heads": (1,)},
+            ["heads", "weights the heads by their gradients"],
+        ),
+        ({"method": "gradcam", "layers": (1,)}, ["layers", "gradcam", "not its attention"]),
         ({"method": "occlusion", "query": (0, 0)}, ["query", "occlusion", "hides patches"]),
     ],
 )
@@ -387,7 +393,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: list[s
     [
         ({"layers": (2, 4)}, "layer 4 is not in the model: give one from 1 to 3"),
         ({"layers": (0,)}, "layer 0 is not in the model: give one from 1 to 3"),
-        ({"layers": ()}, "no layer is asked for: give at least one from 1 to 3"),
+        ({"layers": ()}, "layers is empty: give at least one from 1 to 3"),
         ({"heads": (9,)}, "head 9 is not in the model: give one from 1 to 3"),
         ({"query": (5, 0)}, "query (5, 0) is outside the picture's 5 x 7 patches"),
         ({"query": (0, 7)}, "a column from 0 to 6"),

@@ -120,7 +120,7 @@ def test_with_mean_pooling_all_patches_are_asked(open_page: Open) -> None:
     assert_shows(page, data.attention_LATT[3].mean(0).mean(0))
     page.keyboard.press("d")
     assert_shows(page, data.attention_LATT[3].mean(0).mean(0))
-    assert page.inner_text("#answer").endswith("Ask a patch to see what looks at it.")
+    assert page.inner_text("#answer").endswith("Select a patch to see what looks at it.")
 
 
 def test_a_mean_beside_a_class_token_leaves_it_out(open_page: Open) -> None:

@@ -13,9 +13,10 @@ import torch
 
 from vitrine.config import Config
 from vitrine.configfile import from_json
-from vitrine.data.images import ImageSet
+from vitrine.data.images import ImageSet, normalise
 from vitrine.data.pictures import read_picture
 from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrine.explain.lettering import GREEN, RED
 from vitrine.explain.watch import WATCHED, choose_watched, draw_attention
 from vitrine.model import VisionTransformer
 from vitrine.run import Run
@@ -310,6 +311,25 @@ def test_the_picture_has_a_column_an_image(tiny_model: Any, tmp_path: Path) -> N
     assert torch.equal(torch.get_rng_state(), before)
     assert WATCHED == 8
     assert np.ptp(picture_HWC) > 0
+
+
+def test_the_titles_of_the_picture_tell_right_from_wrong(tiny_model: Any, tmp_path: Path) -> None:
+    config = dataclasses.replace(Config(), model=tiny_model)
+    model = VisionTransformer(config.model).eval()
+    raw_BCHW = torch.zeros(1, 3, 20, 28, dtype=torch.uint8)
+    with torch.inference_mode():
+        guess = int(model(normalise(raw_BCHW, config.data.mean, config.data.std)).argmax())
+    for label, ink, other in ((guess, GREEN, RED), ((guess + 1) % 7, RED, GREEN)):
+        images = ImageSet(raw_BCHW, torch.tensor([label]), tuple("abcdefg"))
+        path = draw_attention(model, images, config, tmp_path / "a.png")
+        title_HWC = read_picture(path).astype(int)
+
+        def count(color: str, title_HWC: Any = title_HWC) -> int:
+            rgb = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+            return int((np.abs(title_HWC - rgb).max(axis=2) < 24).sum())
+
+        assert count(ink) > 5
+        assert count(other) == 0
 
 
 def test_ids_are_kept_side_by_side(wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The C library's memory allocator, told what tensors need. Imports nothing heavy."""
+"""Settings of the C library's memory allocator that suit tensors. Imports nothing heavy."""
 
 import ctypes
 import sys
@@ -9,7 +9,7 @@ KEEP = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what was freed for the next tensors; tell whether it will.
+    """Let glibc keep freed memory for the next tensors; return whether it will.
 
     Otherwise each large tensor of a training step goes back to the system and is fetched anew,
     page by page: a twentieth of the step (docs/log.md). The process then holds its peak to its end,

@@ -57,7 +57,7 @@ def draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOpt
 
 
 def draw(classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions) -> None:
-    """Explain one picture and say what was drawn."""
+    """Explain one picture and report what was drawn."""
     from vitrine.evaluation.report import printable
     from vitrine.explain.drawing import Look, save
 
@@ -89,7 +89,7 @@ def explain_one(
     methods = list_methods(options.method)
     if len(methods) > 1:
         if options.frames is not None:
-            raise ConfigError("several methods are the frames themselves: leave out --frames")
+            raise ConfigError("with several methods each is one frame: leave out --frames")
         settings = [make_settings(options, method) for method in methods]
         return compare(subject, settings, class_name=options.class_name)
     asked = methods[0] if methods else None
@@ -106,7 +106,7 @@ def explain_one(
 
 
 def make_settings(options: ExplainOptions, method: str) -> "MapSettings":
-    """Return what the flags ask of one method; of several, each takes what it serves."""
+    """Return the settings of one method; of several, each gets those that it supports."""
     from vitrine.explain.methods import MapSettings
     from vitrine.explain.settings import SERVED
 
@@ -125,7 +125,7 @@ def make_settings(options: ExplainOptions, method: str) -> "MapSettings":
 def list_checkpoints(
     classifier: "Classifier", wanted: bool, device: str
 ) -> "list[tuple[str, VisionTransformer]]":
-    """Load all checkpoints of the run, with their epochs as titles."""
+    """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
     from vitrine.pretrained import load
     from vitrine.run_folder import is_run_folder, read_rows
 
@@ -147,7 +147,7 @@ def list_checkpoints(
 def read_subjects(
     classifier: "Classifier", names: Sequence[str], options: ExplainOptions
 ) -> "tuple[list[Subject], list[str]]":
-    """Read the pictures; return them, and what was wrong with the rest."""
+    """Read the pictures; return them, and the errors of those that cannot be read."""
     if options.index is not None:
         return [indexed(classifier, options)], []
     subjects, broken = [], []

@@ -1,4 +1,4 @@
-"""The flags of ``vitrine explain``, and what they say."""
+"""The flags of ``vitrine explain``, and how they are read."""
 
 import os
 import re
@@ -25,36 +25,36 @@ CLASSLESS = {"attention", "rollout"}
 
 @dataclass(frozen=True)
 class DrawingOptions:
-    """How it is drawn."""
+    """How the maps are drawn."""
 
     style: Literal["vitrine", "seed"] = "vitrine"
-    """seed draws the reference system's frames: the picture dimmed by its rollout."""
+    """seed draws frames as the reference system does: the picture dimmed by its rollout."""
     normalise: Literal["frame", "picture", "none"] = "frame"
-    """Scale of each map: its own, one for the whole picture, or the values as they are."""
+    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
     colormap: str = "magma"
     """magma, inferno, plasma, viridis or cividis."""
     alpha: float = 0.6
-    """How much the map covers the picture, 0 to 1."""
+    """Opacity of the map over the picture, 0 to 1."""
     duration: int = 500
-    """Milliseconds of each frame of an animation."""
+    """Milliseconds per frame of an animation."""
     loop: int = 0
-    """Times an animation is shown again; 0 for ever."""
+    """How often an animation repeats; 0 means forever."""
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How far the maps can be believed."""
+    """Measure how far the maps can be trusted."""
 
     score: bool = False
-    """Score the methods on the data set instead of drawing: a table and a plot."""
+    """Score the methods on a data set instead of drawing: a table and a plot."""
     split: Literal["validation", "test", "train"] = "validation"
-    """The split that is scored, and that --index counts in."""
+    """The split for --score and --index."""
     images: int = 200
-    """Images that are scored."""
+    """Number of images to score."""
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
-    """Data set; the one the model was trained on unless given."""
+    """Data set. Default: the one that the model was trained on."""
     data_path: Path | None = None
-    """Where the data are; the training's place unless given."""
+    """Folder of the data. Default: where they were for the training."""
 
     @property
     def data(self) -> dict[str, Any]:
@@ -68,38 +68,41 @@ class ScoreOptions:
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ExplainOptions(ModelOptions):
-    """Show what a model looked at in a picture."""
+    """Show what a model looked at in a picture.
+
+    For example: vitrine explain cat.png --method relevance --class dog --output_path cat.gif
+    """
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs, or - for a picture on standard input."""
     index: int | None = None
-    """Explain this image of the model's own data (of --split) instead of a file."""
+    """Explain this image of the model's data (see --split) instead of a file."""
     method: str | None = None
-    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; a,b for several; all."""
+    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; several: a,b; or all."""
     frames: str | None = None
-    """What goes on from frame to frame: rollout, layers, heads, queries or training."""
+    """What varies between frames: rollout, layers, heads, queries or training."""
     format: Literal["gif", "webp", "png", "html"] | None = None
-    """Kind of file: as --output_path ends, else gif."""
+    """Output format. Default: from the extension of --output_path, else gif."""
     output_path: Path | None = None
-    """File, or folder for several; output/explain unless given."""
+    """File, or folder for several pictures. Default: output/explain."""
     layers: str | None = None
-    """Layers, from 1: 2,4-6 for example. All unless given."""
+    """Layers, counted from 1; for example, 2,4-6. Default: all."""
     heads: str | None = None
-    """Heads, from 1: 1,3 for example. All unless given."""
+    """Heads, counted from 1; for example, 1,3. Default: all."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    """The class to explain; the predicted one unless given."""
+    """The class to explain. Default: the predicted one."""
     query: str | None = None
-    """Patch whose view is shown: ROW,COLUMN from 0. What the head reads unless given."""
+    """ROW,COLUMN, from 0, of a patch: show what it attends to. Default: what the head reads."""
     fusion: Literal["mean", "max", "min"] = "mean"
-    """How heads become one."""
+    """How the heads are combined."""
     discard_ratio: float = 0.0
-    """Share of each layer's lowest entries that a rollout leaves out."""
+    """Fraction of each layer's lowest attention entries that a rollout drops."""
     drawing: DrawingOptions = field(default_factory=DrawingOptions)
     scoring: ScoreOptions = field(default_factory=ScoreOptions)
 
     @property
     def folder(self) -> Path:
-        """The folder that files go to."""
+        """The folder of the output files."""
         asked = self.output_path
         if asked is None:
             return Path("output") / "explain"
@@ -118,7 +121,7 @@ def is_file_name(path: Path) -> bool:
 
 
 def check(options: ExplainOptions) -> None:
-    """Refuse flags that do not go together."""
+    """Refuse flags that exclude each other."""
     given = bool(options.pictures) + (options.index is not None) + options.scoring.score
     if given == 0:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
@@ -140,7 +143,7 @@ def check_images(count: int) -> None:
 
 
 def check_drawing(options: ExplainOptions, *, page: bool) -> None:
-    """Refuse flags that would change nothing of what is to be drawn."""
+    """Refuse flags that would have no effect on the drawing."""
     if page:
         default = ExplainOptions()
         chosen = ("method", "frames", "layers", "heads", "query", "fusion", "discard_ratio")
@@ -149,18 +152,18 @@ def check_drawing(options: ExplainOptions, *, page: bool) -> None:
         idle += [name for name in drawing if drawing[name] != vars(default.drawing)[name]]
         if idle:
             raise ConfigError(
-                "a page holds every method, layer and head, to be chosen in it: "
+                "a page contains every method, layer and head to choose from: "
                 f"leave out {', '.join(f'--{name}' for name in idle)}"
             )
     elif options.class_name is not None and not set(list_methods(options.method)) - CLASSLESS:
         raise ConfigError(
-            "attention and rollout are the same for every class: leave out --class, or take "
+            "attention and rollout are the same for every class: leave out --class, or use "
             "--method relevance, gradient_rollout, gradcam or occlusion"
         )
 
 
 def list_methods(text: str | None) -> list[str]:
-    """Return the methods named, or none if the choice is left open."""
+    """Return the methods that --method names; none without it."""
     from vitrine.explain.methods import METHODS
 
     if text is None:
@@ -183,7 +186,7 @@ def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
-            raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2 or 1,3 or 2-4")
+            raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2, 1,3 or 2-4")
         stop = int(last) if dash else int(first)
         if not 0 <= stop - int(first) <= 1000:
             raise ConfigError(f"--{name} is {text!r:.60}: a range goes upwards, by at most 1000")
@@ -202,14 +205,18 @@ def read_query(text: str | None) -> tuple[int, int] | None:
 
 
 def name_files(options: ExplainOptions, names: Sequence[str]) -> list[Path]:
-    """Return a file for each picture; names that come twice are numbered."""
+    """Return a file for each picture; repeated names are numbered."""
     asked = options.output_path
     if asked is not None and is_file_name(asked):
         ending = asked.suffix.lower().removeprefix(".")
         if options.format not in (None, ending):
-            raise ConfigError(f"--format {options.format} does not go with {asked}: leave one out")
+            raise ConfigError(
+                f"--format {options.format} contradicts {asked}: leave one of them out"
+            )
         if len(names) > 1:
-            raise ConfigError(f"{len(names)} pictures do not fit one file, {asked}: give a folder")
+            raise ConfigError(
+                f"{len(names)} pictures do not fit into one file, {asked}: give a folder"
+            )
         return [asked]
     ending = options.format or "gif"
     rest = "".join(f"-{part}" for part in describe_settings(options, page=ending == "html"))

@@ -25,16 +25,19 @@ PROG = "vitrine inspect"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class InspectOptions(ModelWord):
-    """Show a model's insides: filters, positions, and how far and how widely each head looks."""
+    """Show what is inside a model: filters, positions, attention distance and entropy of the heads.
+
+    For example: vitrine inspect output/quick
+    """
 
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
-    """Whose images the heads look at; the data set the model was trained on unless given."""
+    """Data set to measure the heads on. Default: the one that the model was trained on."""
     data_path: Path | None = None
-    """Where the data are; the training's place unless given."""
+    """Folder of the data. Default: where they were for the training."""
     split: Literal["validation", "test", "train"] = "validation"
-    """The split the images are of."""
+    """The split to take the images from."""
     images: int = 200
-    """Images that distance and entropy are averaged over."""
+    """Number of images that distance and entropy are averaged over."""
     output_path: Path = Path("output") / "inspect"
     """Folder for insides.png and insides.json."""
     json: bool = False

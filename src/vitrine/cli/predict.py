@@ -34,15 +34,16 @@ CHUNK = 64
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class PredictOptions(ModelOptions):
-    """Classify pictures of any kind and size, with a model or with what vitrine export made of it.
+    """Classify pictures of any kind and size, with a model or with an exported ONNX file.
 
-    An ``.onnx`` file as --model_path is run by ONNX Runtime: no torch is loaded, nor needed.
+    ONNX Runtime runs .onnx files; torch is then neither loaded nor needed.
+    For example: vitrine predict cat.png 'photos/*.jpg' --csv
     """
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs, or - for a picture on standard input."""
     top_k: int = 3
-    """How many classes to tell, the most probable first."""
+    """How many classes to report, the most probable first."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green, blue behind transparent pictures."""
     json: bool = False
@@ -74,9 +75,9 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 
 
 def check(options: PredictOptions) -> None:
-    """Refuse flags that do not go together."""
+    """Refuse flags that exclude each other."""
     if options.json and options.csv:
-        raise ConfigError("--json and --csv are two formats: give one")
+        raise ConfigError("--json and --csv are two formats: give one of them")
     if not options.pictures:
         raise ConfigError(f"no picture given: {PROG} PICTURE, a folder, a glob, or -")
     if options.top_k < 1:
@@ -86,7 +87,7 @@ def check(options: PredictOptions) -> None:
 
 
 def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
-    """Load the model that was named; torch is imported only if it is no ONNX file."""
+    """Load the model; torch is imported only if it is not an ONNX file."""
     if not is_onnx(options.model_path):
         return load_model(options)
     from vitrine.onnx_predict import load_onnx
@@ -101,7 +102,7 @@ def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
 def predict_all(
     classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
 ) -> tuple[list[Answer], list[str]]:
-    """Classify the pictures that can be read; return answers, and what was wrong with the rest."""
+    """Classify the pictures that can be read; return the answers, and the errors of the rest."""
     import numpy as np
 
     answers: list[Answer] = []
@@ -147,16 +148,16 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
 
 
 def cell(name: str) -> str:
-    """Return a name as a cell of CSV: no control characters, nothing a spreadsheet would compute.
+    """Return a name as a CSV cell, without control characters and without formulas.
 
-    --json has the names as they are.
+    --json has the unchanged names.
     """
     formula = len(name) > 1 and name[0] in "=+-@"
     return f"'{printable(name)}" if formula else printable(name)
 
 
 def as_json(prediction: "Prediction") -> dict[str, object]:
-    """Return one prediction as JSON knows it."""
+    """Return one prediction as plain JSON values."""
     return {"class": prediction.name, "probability": prediction.probability}
 
 

@@ -1,4 +1,4 @@
-"""Words and exit codes where torchrun started several processes: the first one speaks for all."""
+"""Output and exit codes under torchrun: only the first of the processes prints."""
 
 import os
 import sys
@@ -10,17 +10,17 @@ from vitrine.cli import console, exit_code
 from vitrine.errors import ConfigError, VitrineError
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells a process by its environment."""
+"""The environment variables that torchrun sets."""
 Caller = Callable[..., Any]
-"""A function that calls another one with the words that follow."""
+"""A function that calls another one with the arguments that follow."""
 
 
 @contextmanager
 def one_run() -> Iterator[Caller]:
-    """Join the processes that torchrun started, if it did; the others fall silent.
+    """Join the processes that torchrun started, if it did; all but the first stop printing.
 
-    Yields the function that calls another one on the first process only, and gives all its result.
-    An error is every process's, so the first one tells it and the others only end.
+    Yields the function that calls another one on the first process only and returns its result on
+    all. An error occurs on every process: the first one reports it, the others only exit.
     """
     if not all(os.environ.get(name) for name in NEEDED):
         yield call
@@ -42,12 +42,12 @@ def one_run() -> Iterator[Caller]:
 
 
 def call(function: Callable[..., Any], *words: Any) -> Any:
-    """Call a function: what on_leader is to a process alone."""
+    """Call a function: the counterpart of ``ranks.on_leader`` for a single process."""
     return function(*words)
 
 
 def refuse_many(command: str) -> None:
-    """Refuse a command that several processes would only do several times.
+    """Refuse a command that several processes would only repeat.
 
     Raises:
         ConfigError: torchrun started more than one.
@@ -55,4 +55,4 @@ def refuse_many(command: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         if os.environ.get("RANK") != "0":
             sys.exit(2)
-        raise ConfigError(f"vitrine {command} takes one process: call it without torchrun")
+        raise ConfigError(f"vitrine {command} runs in one process: start it without torchrun")

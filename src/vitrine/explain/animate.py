@@ -24,7 +24,7 @@ COLOURS = 255
 CELLS = 1 << 18
 """Groups of colours: 64 steps of each of red, green and blue."""
 STRIP_WIDTH = 2600
-"""Pixels after which a strip goes on in the next row."""
+"""Width in pixels after which a strip continues in the next row."""
 
 
 def save_animation(
@@ -34,7 +34,7 @@ def save_animation(
     durations_ms: int | Sequence[int],
     loop: int | None = 0,
 ) -> None:
-    """Write frames as what the file's ending says: .gif, .webp (lossless) or .png (a strip).
+    """Write frames in the format of the file's extension: .gif, .webp (lossless) or .png (a strip).
 
     Args:
         frames: RGB. Those smaller than the largest stand at its top left, on white.

@@ -33,7 +33,7 @@ from vitrine.explain.render import (
 from vitrine.files import replace_file
 
 ONE_ROW = 5
-"""So many panels stand in one row; more are broken into rows of four."""
+"""Fewer panels than this fill one row; more are broken into rows of four."""
 SUFFIXES = (".gif", ".webp", ".png", ".html")
 
 
@@ -42,17 +42,17 @@ class Look:
     """How maps are drawn and animated."""
 
     style: Literal["vitrine", "seed"] = "vitrine"
-    """seed draws the reference system's frames: the picture dimmed by its rollout."""
+    """seed draws frames as the reference system does: the picture dimmed by its rollout."""
     normalise: Normalisation = "frame"
-    """Scale of each map: its own, one for the whole picture, or the values as they are."""
+    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
     colormap: Colormap = "magma"
-    """Colours of low and high values, all in even steps to the eye."""
+    """Colors of the values; all color maps are perceptually uniform."""
     alpha: float = 0.6
-    """How much the map covers the picture, 0 to 1."""
+    """Opacity of the map over the picture, 0 to 1."""
     duration: int = 500
-    """Milliseconds of each frame of an animation."""
+    """Milliseconds per frame of an animation."""
     loop: int = 0
-    """Times an animation is shown again; 0 for ever."""
+    """How often an animation repeats; 0 means forever."""
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: give a number from 0 to 1")
@@ -66,10 +66,12 @@ class Look:
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
-    """Write what the file's ending says: .gif or .webp moves, .png is one picture, .html a page.
+    """Write the format of the file's extension: .gif or .webp moves, .png is one picture.
+
+    A .html file is the interactive page.
 
     Raises:
-        ConfigError: another ending, or a look that the explanation cannot have.
+        ConfigError: another extension, or a look that does not fit the explanation.
         OutputError: the file cannot be written.
     """
     suffix = path.suffix.lower()

@@ -25,7 +25,7 @@ from vitrine.explain.walk import pick
 from vitrine.model import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]
-"""What goes on from frame to frame; ``methods`` and ``single`` follow from the method."""
+"""What varies between frames; ``methods`` and ``single`` follow from the method."""
 ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
 
 RIGHT, WRONG = "✓", "✗"
@@ -156,7 +156,7 @@ def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
     require(kind in able, f"frames {kind!r}{nearest(kind, able)}: one of {', '.join(able)}")
     if method is not None and method not in able[kind]:
         raise ConfigError(
-            f"frames {kind} cannot show method {method}: leave out one of the two, or take method "
+            f"frames {kind} cannot show method {method}: leave out one of them, or use method "
             f"{' or '.join(able[kind])}"
         )
     return method or able[kind][0], cast(Kind, kind)
@@ -175,12 +175,12 @@ def explain(
     Args:
         subject: the picture and the model.
         settings: which map.
-        kind: what goes on from frame to frame; what fits the method unless given.
-        class_name: the class to explain; the predicted one unless given.
+        kind: what varies between frames. Default: what fits the method.
+        class_name: the class to explain. Default: the predicted one.
         checkpoints: the models for kind ``training``.
 
     Raises:
-        ConfigError: a class, layer, head or query that is not there, or settings at odds.
+        ConfigError: a class, layer, head or query that is missing, or settings that conflict.
     """
     _, chosen = choose(settings.method, kind)
     index = None if class_name is None else subject.find_class(class_name)

@@ -1,4 +1,4 @@
-"""What a model has learnt, without a question: its filters, its positions, how far its heads look.
+"""What a model has learned: its filters, its positions, and how far its heads look.
 
 As figure 7 of the ViT paper, with the heads' entropy beside it.
 
@@ -18,7 +18,7 @@ from vitrine.model import VisionTransformer
 from vitrine.model.layers import PatchStem
 
 COMPONENTS = 28
-"""As many as the paper shows."""
+"""The number that the paper shows."""
 
 
 class PatchFilters(NamedTuple):
@@ -191,7 +191,7 @@ def crop_to_support(filters_DCHW: Tensor) -> Tensor:
 
 
 def position_similarity(model: VisionTransformer) -> Tensor:
-    """Return how alike the model's positions are: the cosine of each patch with each.
+    """Return the similarity of the model's positions: the cosine between each pair of patches.
 
     Rotary positions have no table. Theirs is the mean cosine of the angles between two patches
     over the frequencies: what remains, on average, of the product of a query and an equal key.
@@ -232,7 +232,7 @@ def head_statistics(
         DataError: there are no images.
     """
     if len(images_BCHW) == 0:
-        raise DataError("there are no images to watch the heads on: give at least one")
+        raise DataError("there are no images to measure the heads on: give at least one")
     between_NN = patch_distances(model).to(images_BCHW.device)
     N = len(between_NN)
     distances, entropies = [], []

@@ -9,7 +9,7 @@ from torch import Tensor
 from vitrine.errors import DataError
 
 FEWEST = 10
-"""Fewer images allow no interval worth telling."""
+"""Fewer images give no useful interval."""
 
 
 class Estimate(NamedTuple):
@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 def require_enough(images: int) -> None:
-    """Refuse to tell an interval from too few images.
+    """Refuse too few images for an interval.
 
     Raises:
         DataError: there are fewer than FEWEST.

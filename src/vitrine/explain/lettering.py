@@ -19,7 +19,7 @@ LONGEST = 1000
 
 
 def load_font(size: int, *, bold: bool = False) -> Font:
-    """Return DejaVu Sans with letters of so many pixels."""
+    """Return DejaVu Sans with letters of ``size`` pixels."""
     return ImageFont.truetype(font_path(bold=bold), size)
 
 
@@ -46,7 +46,7 @@ def drawable(text: str) -> str:
 
 
 def cut(text: str, font: Font, width: float) -> str:
-    """Return the text drawable, and its end as … where it is wider than so many pixels."""
+    """Return the text drawable, with … at its end where it is wider than ``width`` pixels."""
     text = drawable(text[:LONGEST])
     if font.getlength(text) <= width:
         return text
@@ -56,7 +56,7 @@ def cut(text: str, font: Font, width: float) -> str:
 
 
 def wrap(text: str, font: Font, width: float) -> list[str]:
-    """Break one line between words into lines of at most so many pixels; cut longer words."""
+    """Break one line between words into lines of at most ``width`` pixels; cut longer words."""
     lines: list[str] = []
     for word in text[:LONGEST].split(" "):
         longer = f"{lines[-1]} {drawable(word)}" if lines else ""

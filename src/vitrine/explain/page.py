@@ -35,7 +35,7 @@ JPEG_QUALITIES = (90, 75, 60, 40, 20)
 
 @dataclass(frozen=True)
 class PageData:
-    """What the page shows: one picture, and what one model made of it.
+    """What the page shows: one picture, and what one model computed of it.
 
     The maps are those of the whole picture, as the head reads it, heads averaged: for attention and
     rollout, which the page knows of every patch and head from the attention, they are welcome but
@@ -79,11 +79,13 @@ class PageData:
 
 
 def check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse an array of another shape, or one that holds what is no number."""
+    """Refuse an array of another shape, or with values that are not finite."""
     if array.shape != shape:
         raise ConfigError(f"{name} has shape {array.shape}, not {shape}")
     if not np.isfinite(array).all():
-        raise ConfigError(f"{name} holds values that are not finite: mend the model's weights")
+        raise ConfigError(
+            f"{name} holds values that are not finite: the model's weights contain NaN or inf"
+        )
 
 
 def write_page(path: Path, data: PageData) -> int:

@@ -69,7 +69,7 @@ def normalise(maps_FGJ: np.ndarray, how: Normalisation) -> np.ndarray:
 
 
 def show(picture_HWC: np.ndarray, *, columns: int = 1, largest: int = LARGEST) -> np.ndarray:
-    """Return a picture at the size it is shown with, beside others in so many columns.
+    """Return a picture at the size it is shown with, as one of ``columns`` side by side.
 
     A small one is enlarged by a whole number, its pixels kept as squares; a large one is reduced.
     Every map should be placed on what this returns, so that it is drawn as finely as it is seen.
@@ -160,7 +160,7 @@ def overlay(
         map_HW: 0..1, NaN where there is no value: there the picture is gray and veiled.
         colormap: one of ``Colormap``.
         alpha: how opaque the colours are, 0..1, where the map is 0. Where it is high they are more
-            so, up to ``alpha * (2 - alpha)``: there the colour shall be seen, here the picture.
+            so, up to ``alpha * (2 - alpha)``: high values show the color, low ones the picture.
     """
     gray_HW1 = (picture_HWC @ LUMA_C)[:, :, None]
     unseen_HW = np.isnan(map_HW)

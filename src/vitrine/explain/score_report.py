@@ -110,8 +110,8 @@ def _how_to_read(scores: Sequence[Score]) -> str:
         intervals = "Wilson's of the pointing game, Student's of the rest"
     return (
         f"{scores[0].n:,} images, each explained for its predicted class. Second lines: 95 % "
-        f"intervals ({intervals}). {YES} better than both floors, {NO} not surely: paired t tests "
-        "image by image, 5 % error over all marks together (Bonferroni)."
+        f"intervals ({intervals}). {YES} significantly better than both floors, {NO} "
+        "not: paired t tests image by image, 5 % error over all marks together (Bonferroni)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which map: the methods there are, and the settings that each of them serves."""
+"""Which map: the methods, and the settings that each of them supports."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -21,15 +21,15 @@ SERVED: dict[Method, tuple[str, ...]] = {
     "gradcam": (),
     "occlusion": (),
 }
-"""The settings that change what a method shows."""
+"""The settings that have an effect on a method."""
 WHY_NOT: dict[Method, str] = {
-    "attention": "it shows the attention as it is",
-    "gradient_rollout": "its gradients weigh the heads",
-    "relevance": "its gradients weigh the heads and choose what counts",
-    "gradcam": "it weighs the tokens before the last attention, and reads no attention",
-    "occlusion": "it hides patches, and looks at nothing inside the model",
+    "attention": "it shows the unchanged attention",
+    "gradient_rollout": "it weights the heads by their gradients",
+    "relevance": "it weights the heads by their gradients",
+    "gradcam": "it uses the input of the last block, not its attention",
+    "occlusion": "it hides patches and reads nothing inside the model",
 }
-"""Why a method serves no other setting."""
+"""Why a method supports no other setting."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class MapSettings:
     """Which map of what the model looked at.
 
     Raises:
-        ConfigError: a value that cannot be, or a setting that the method does not serve.
+        ConfigError: an impossible value, or a setting that the method does not support.
     """
 
     method: Method = "attention"
     fusion: HeadFusion = "mean"
-    """How heads become one."""
+    """How the heads are combined."""
     discard_ratio: float = 0.0
-    """Share of each layer's entries, the lowest, that a rollout leaves out; less than 1."""
+    """Fraction of each layer's lowest entries that a rollout drops; less than 1."""
     query: tuple[int, int] | None = None
-    """Patch (row, column), from 0, whose view is shown; None shows what the head reads."""
+    """Patch (row, column), from 0: show what it attends to. None shows what the head reads."""
     layers: tuple[int, ...] | None = None
-    """Layers, from 1; what accumulates is shown as it is after each of them. None for all."""
+    """Layers, from 1; accumulated maps are shown after each of them. None for all."""
     heads: tuple[int, ...] | None = None
     """Heads, from 1; None for all."""
     chunk: int = 64
-    """Images that go through the model at once, which bounds the memory."""
+    """Images per batch, which bounds the memory."""
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -66,7 +66,7 @@ class MapSettings:
             served = field.name in ("method", "chunk", *SERVED[self.method])
             if not served and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"{field.name} does not go with method {self.method}: "
+                    f"{field.name} has no effect on method {self.method}: "
                     f"{WHY_NOT[self.method]}; leave {field.name} out"
                 )
 

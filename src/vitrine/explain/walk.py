@@ -99,7 +99,7 @@ def require_finite(*outputs: Tensor) -> None:
     """
     if not all(output.isfinite().all() for output in outputs):
         raise CheckpointError(
-            "the model's output is not finite (nan, inf): its weights are damaged, take others"
+            "the model's output is not finite (nan, inf): its weights are damaged: use others"
         )
 
 
@@ -122,7 +122,7 @@ def pick(name: str, numbers: tuple[int, ...] | None, count: int) -> tuple[int, .
     """Return the layers or heads asked for, ascending, each once; None for all of them."""
     if numbers is None:
         return tuple(range(1, count + 1))
-    require(len(numbers) > 0, f"no {name} is asked for: give at least one from 1 to {count}")
+    require(len(numbers) > 0, f"{name}s is empty: give at least one from 1 to {count}")
     for number in numbers:
         require(
             1 <= number <= count,

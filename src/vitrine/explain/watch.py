@@ -1,5 +1,6 @@
 """What a model looks at in the same few images while it learns."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
             axis.imshow(picture_HWC)
             axis.set_title(title, fontsize=9, parse_math=False, color=color)
             axis.set_axis_off()
-    figure.suptitle("Above: image and label. Below: attention rollout and prediction.", fontsize=9)
+    about = "Above: image and label. Below: attention rollout and prediction."
+    figure.suptitle(textwrap.fill(about, 24 * len(images)), fontsize=9)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=80)
