@@ -63,7 +63,7 @@ def call(*words: object, cwd: Path, env: dict[str, str] | None = None, **options
     done = subprocess.run(  # type: ignore[call-overload]
         [sys.executable, "-m", "vitrine", *map(str, words)],
         cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False,
-        **options,
+        errors="backslashreplace", **options,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done

@@ -50,7 +50,9 @@ Start here:
   vitrine predict cat.png              with the newest model
   vitrine explain cat.png              what it looked at, as an animation
 
---debug with any command prints the traceback of an error.
+--debug with any command prints the traceback of an error. Exit codes: 0 done; 1 done in part, or
+it could not go on (memory, disk, a loss that is not finite); 2 refused; 70 an error in Vitrine
+itself; 128 + n stopped by signal n.
 """
 
 DEBUG = "--debug"
