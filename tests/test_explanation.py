@@ -5,8 +5,6 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -355,13 +353,15 @@ def test_a_search_leaves_out_the_plots_of_runs(
     assert main(["predict", "all/runs/a/plot.png", "--model_path", str(run_folder)]) == 0
 
 
-def test_a_picture_on_standard_input_is_explained(run_folder: Path, picture: str) -> None:
-    command = [sys.executable, "-m", "vitrine", "explain", "-", "--model_path", run_folder]
-    done = subprocess.run(
-        command, input=Path(picture).read_bytes(), capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"stdin: ")
+def test_a_picture_on_standard_input_is_explained(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    stdin = io.TextIOWrapper(io.BytesIO(Path(picture).read_bytes()))
+    monkeypatch.setattr("sys.stdin", stdin)
+    capsys.readouterr()
+    assert main(["explain", "-", "--model_path", str(run_folder)]) == 0
+    assert capsys.readouterr().out.startswith("stdin: ")
     assert Path("output/explain/stdin-rollout.gif").exists()
 
 

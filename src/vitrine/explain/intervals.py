@@ -50,7 +50,7 @@ def half_width(values_BX: Tensor, confidence: float = 0.95) -> Tensor:
 
 
 def surely_above_zero(differences_B: Tensor, error: float) -> bool:
-    """Tell whether the mean is above zero by a two-sided t test with this rate of error."""
+    """Return whether the mean is above zero by a two-sided t test with this rate of error."""
     low = differences_B.double().mean() - half_width(differences_B, 1 - error)
     return bool(low > 0)
 

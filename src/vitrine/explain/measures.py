@@ -1,8 +1,9 @@
-"""What makes a map believable, image by image.
+"""How far a map can be trusted, measured image by image.
 
 With the object's mask: does the map's highest point lie on the object (the pointing game), and how
 much of the map lies on it. Without: does the class's probability fall when the patches that the map
-names are deleted, and rise when they are inserted. And two floors, maps that know nothing.
+names are deleted, and rise when they are inserted. And two floors, maps that
+use neither the model nor the image.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -17,7 +18,7 @@ from vitrine.model import VisionTransformer
 
 Baseline = Literal["mean", "blur"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-"""What stands for nothing: the image's mean colour, or the image blurred."""
+"""What replaces a removed patch: the image's mean color, or the blurred image."""
 BLUR_SHARE = 1 / 8
 """Standard deviation of the blur as a share of the image's shorter side."""
 
@@ -62,8 +63,8 @@ def pointing_game(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
 def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
     """Return share_B: how much of the map, laid over the image bilinearly, is on the object.
 
-    What all patches have alike tells nothing: the map's lowest value is taken off, where it is
-    above 0, as in drawing. Values below 0 count nothing, and a map without any other counts as
+    What all patches share carries no information: the map's lowest value is subtracted where it is
+    above 0, as in drawing. Values below 0 count as 0, and a map without positive values counts as
     flat.
 
     Source: Wang et al. 2020, "Score-CAM", arXiv:1910.01279, section 4.3 (energy-based pointing).
@@ -79,7 +80,7 @@ def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
 
 
 def check_pairs(maps_BGJ: Tensor, masks_BHW: Tensor) -> None:
-    """Refuse maps and masks that are not as many."""
+    """Refuse different numbers of maps and masks."""
     if len(maps_BGJ) != len(masks_BHW):
         raise DataError(f"{len(maps_BGJ)} maps for {len(masks_BHW)} masks: give one for each")
 
@@ -158,7 +159,7 @@ def rank_patches(maps_BGJ: Tensor) -> Tensor:
 
 
 def draw_baseline(images_BCHW: Tensor, baseline: Baseline) -> Tensor:
-    """Return what stands for nothing: each image's own mean colour, or the image blurred."""
+    """Return what replaces removed patches: each image's mean color, or the blurred image."""
     if baseline == "mean":
         return images_BCHW.mean((2, 3), keepdim=True).expand_as(images_BCHW)
     return blur(images_BCHW, BLUR_SHARE * min(images_BCHW.shape[2:]))

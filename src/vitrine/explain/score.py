@@ -1,7 +1,7 @@
-"""Which map to believe: methods and floors scored on the same images.
+"""Which map to trust: methods and floors scored on the same images.
 
-A random map and one that always names the middle are the floors: a method that is no better than
-they are says nothing about this model.
+The floors are a random map and one that always points to the middle: a method that is no better
+than they are is of no use on this model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ FLOORS = ("random", "centre")
 STEPS = 1 + len(BASELINES)
 """Steps in which a method is scored: its maps, then deletion and insertion by each baseline."""
 ERROR_RATE = 0.05
-"""Chance that any of a table's marks for beating the floors is wrong."""
+"""Probability that any mark of a table for beating the floors is wrong."""
 
 
 class Measure(NamedTuple):
@@ -98,7 +98,7 @@ class Score:
     estimates: Mapping[str, Estimate]
     """By the names in MEASURES; without masks the first two are missing."""
     beats: Mapping[str, bool]
-    """By measure, whether it is surely better than both floors; empty for a floor."""
+    """By measure, whether it is significantly better than both floors; empty for a floor."""
     shares: tuple[float, ...]
     """Horizontal axis of the curves: share of the patches that went or came."""
     curves: Mapping[str, tuple[float, ...]]
@@ -106,12 +106,12 @@ class Score:
 
     @property
     def is_floor(self) -> bool:
-        """Whether this is no method but a floor."""
+        """Whether this is a floor, not a method."""
         return self.method in FLOORS
 
     @property
     def beats_floors(self) -> bool:
-        """Whether it is surely better than both floors by every measure."""
+        """Whether it is significantly better than both floors by every measure."""
         return bool(self.beats) and all(self.beats.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -146,11 +146,11 @@ def score_methods(
     settings: ScoreSettings | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Score]:
-    """Score methods, and after them both floors, on the same images.
+    """Score methods, and then both floors, on the same images.
 
-    Every map explains the class that the model predicts; of a method with layers the last counts.
+    Every map explains the class that the model predicts; of several layers, the last one counts.
     A method beats the floors by a measure when it is better than each of them, image by image, in
-    a paired t test. The error rate is shared out over all of the table's marks (Bonferroni), so
+    a paired t test. The error rate is divided by the number of marks in the table (Bonferroni), so
     that they hold together with 95 % confidence.
 
     Args:
@@ -163,7 +163,7 @@ def score_methods(
 
     Raises:
         DataError: there are fewer than ten images, or not one mask for each.
-        ConfigError: the model cannot serve a method.
+        ConfigError: a method does not work on the model.
     """
     settings = settings or ScoreSettings()
     require_enough(len(images_BCHW))
@@ -234,7 +234,7 @@ def measure_maps(
 
 
 def summarise(name: str, outcomes: Mapping[str, Outcome], error: float) -> Score:
-    """Turn one method's values into estimates, and hold them against the floors'."""
+    """Turn one method's values into estimates, and compare them with the floors'."""
     own = outcomes[name]
     beats = {
         measure: all(
@@ -255,7 +255,7 @@ def summarise(name: str, outcomes: Mapping[str, Outcome], error: float) -> Score
 
 
 def surely_better(measure: str, values_B: Tensor, floor_B: Tensor, error: float) -> bool:
-    """Tell whether the values are better than a floor's, image by image."""
+    """Return whether the values are significantly better than a floor's, image by image."""
     gain_B = values_B - floor_B if MEASURES[measure].higher_is_better else floor_B - values_B
     return surely_above_zero(gain_B, error)
 
