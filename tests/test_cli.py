@@ -348,6 +348,20 @@ def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
         assert (here / "output/a" / name).stat().st_size > 100
 
 
+def test_after_an_unexpected_error_the_line_says_how_to_resume(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tempfile.tempdir", str(here))
+    monkeypatch.setattr("vitrine.run.Run.finish", broken)
+    assert main(["train", *TINY, "--epochs", "1", "--folder_name", "a"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vitrine: out of memory: ")
+    assert "; resume with: vitrine train --resume output/a (traceback: " in line
+
+
 def test_a_place_for_weights_that_cannot_be_written_is_refused_before_training(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

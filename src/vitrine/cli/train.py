@@ -215,6 +215,10 @@ def follow(run: Any) -> int:
         return 128 + reason.signal
     except OutputError as error:
         raise TrainingError(f"{error}; go on with: vitrine train --resume {run.folder}") from error
+    except Exception as error:
+        if run.saved is not None:
+            error.add_note(f"resume with: vitrine train --resume {run.folder}")
+        raise
     conclude(run, result, startup)
     if problems := ranks.on_leader(lambda: run.problems):
         raise TrainingError(f"{'; '.join(problems)}; all else is in {run.folder}/")
