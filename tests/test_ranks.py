@@ -212,7 +212,7 @@ def test_other_commands_take_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["info"]) == 2
-    assert "vitrine info takes one process: call it without torchrun" in capsys.readouterr().err
+    assert "vitrine info runs in one process: start it without torchrun" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
         main(["info"])
