@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ALONE, SHARED = 10_000, 1_000
+ALONE, SHARED = 30_000, 1_000
 """Rounds that a thread spins before it sleeps: on an idle machine, and beside other programs."""
 BUSY = 0.4
 """Cores that other programs use on average, from which on the machine counts as shared."""
