@@ -21,4 +21,4 @@ fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is ins
 	python tests/faults/hostile.py --cases 20000 --keep output/hostile
 
 bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
-	vitrine bench --quick $(if $(PEERS),--peers $(PEERS))
+	vitrail bench --quick $(if $(PEERS),--peers $(PEERS))

@@ -2,6 +2,6 @@
 
 import sys
 
-from vitrine.cli.reference import test_command
+from vitrail.cli.reference import test_command
 
 sys.exit(test_command())

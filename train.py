@@ -2,6 +2,6 @@
 
 import sys
 
-from vitrine.cli.reference import train_command
+from vitrail.cli.reference import train_command
 
 sys.exit(train_command())

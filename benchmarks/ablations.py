@@ -22,13 +22,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vitrine.allocator import keep_freed_memory
-from vitrine.config import Config
-from vitrine.model.layers import ConvStem
-from vitrine.presets import get_preset
-from vitrine.run import EpochEnd, Run
-from vitrine.run_folder import new_folder
-from vitrine.training import optim
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import Config
+from vitrail.model.layers import ConvStem
+from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.training import optim
+from vitrail.training.run import EpochEnd, Run
+from vitrail.training.run_folder import new_folder
 
 Change = Callable[[Config], Config]
 

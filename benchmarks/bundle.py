@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from vitrine import bundled
-from vitrine.checkpoint import save_weights_file
-from vitrine.files import write_json
-from vitrine.pretrained import read
-from vitrine.publish import without_paths
+from vitrail.runtime.files import write_json
+from vitrail.weights import bundled
+from vitrail.weights.checkpoint import save_weights_file
+from vitrail.weights.model_card import without_paths
+from vitrail.weights.pretrained import read
 
 ALL_TOGETHER = 12 * 2**20
 """Bytes that the bundled weights may have together."""

@@ -1,6 +1,6 @@
 """Does a device compute what the CPU computes? To be asked before anything is timed on it.
 
-    python benchmarks/check_device.py --device cuda --preset seed --steps 100
+    python benchmarks/check_device.py --device cuda --preset reference --steps 100
 
 Logits, gradients and a short loss curve: float32 there against float32 here, then bfloat16 there
 against float32 there. Dropout and RandAugment are off, so that all learn the same, and soon. Ends
@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vitrine import rng
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet
-from vitrine.data.sources import load_splits
-from vitrine.model import VisionTransformer
-from vitrine.presets import get_preset
-from vitrine.training.loop import train
-from vitrine.training.state import TrainingState
+from vitrail.config.files import from_json
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import Config
+from vitrail.data.batches import Batches
+from vitrail.data.datasets import load_splits
+from vitrail.data.images import ImageSet
+from vitrail.model import VisionTransformer
+from vitrail.runtime import rng
+from vitrail.training.loop import train
+from vitrail.training.state import TrainingState
 
 BOUNDS = {
     ("float32", "logits"): 1e-4,
@@ -73,7 +73,7 @@ def difference(name: str, got: Tensor, expected: Tensor) -> float:
 
 def main(
     device: str = "cuda",
-    preset: str = "seed",
+    preset: str = "reference",
     steps: int = 100,
     batch_size: int = 128,
     embed_dim: int | None = None,

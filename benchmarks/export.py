@@ -5,7 +5,7 @@
 Every contestant lives in a process of its own and they take turns, so that a machine that grows
 slower meanwhile treats all alike and no library's threads disturb another's. Latency is the median
 of single pictures, throughput that of whole batches; what is timed is the model on normalised
-images. A cold start is ``vitrine predict`` for one picture, from the shell to the answer.
+images. A cold start is ``vitrail predict`` for one picture, from the shell to the answer.
 """
 
 import json
@@ -37,10 +37,10 @@ def torch_forward(
     """Return the torch model as a function of an array, and the shape of one image."""
     import torch
 
-    import vitrine
+    import vitrail
 
     torch.set_num_threads(threads)
-    model = vitrine.load(path, device="cpu").model
+    model = vitrail.load(path, device="cpu").model
     # dynamic: one compilation for both batch sizes, as somebody who serves pictures would have it.
     forward = torch.compile(model, dynamic=True) if compiled else model
 
@@ -55,7 +55,7 @@ def onnx_forward(
     path: Path, threads: int
 ) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, ...]]:
     """Return the exported model as a function of an array, and the shape of one image."""
-    from vitrine.onnx_predict import load_onnx
+    from vitrail.inference.onnx_classifier import load_onnx
 
     exported = load_onnx(path, device="cpu", threads=threads)
     model = exported.config.model
@@ -114,13 +114,13 @@ def take_turns(
 
 
 def cold_starts(files: Mapping[str, Path], picture: Path, rounds: int) -> Times:
-    """Time ``vitrine predict`` of one picture in a fresh process, in turns."""
+    """Time ``vitrail predict`` of one picture in a fresh process, in turns."""
     seconds: Times = {name: [] for name in files}
     for number in range(rounds + 1):
         for name, path in files.items():
             words = ["predict", "--model_path", str(path), str(picture)]
             began = time.perf_counter()
-            command = [sys.executable, "-m", "vitrine", *words]
+            command = [sys.executable, "-m", "vitrail", *words]
             subprocess.run(command, check=True, capture_output=True)
             if number:
                 seconds[name].append(time.perf_counter() - began)
@@ -131,7 +131,7 @@ def report(steady: Mapping[int, Times], cold: Times, **about: Any) -> None:
     """Print one table, and everything as one JSON object on the last line."""
     import torch
 
-    from vitrine.environment import describe_environment
+    from vitrail.runtime.environment import describe_environment
 
     single, many = sorted(steady)
     table = Table(title=f"{about['model']}, {about['threads']} threads", title_justify="left")
@@ -171,14 +171,14 @@ def main(model_path: Path, rounds: int = 7, threads: int = 2, batch: int = 64) -
         threads: threads of every contestant.
         batch: images at a time for the throughput.
     """
-    import vitrine
-    from vitrine.export.graph import ExportSettings
-    from vitrine.export.int8 import quantise
-    from vitrine.export.onnx_file import to_onnx
+    import vitrail
+    from vitrail.export.graph import ExportSettings
+    from vitrail.export.int8 import quantise
+    from vitrail.export.onnx_file import to_onnx
 
     with TemporaryDirectory() as folder:
         large, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        proto, _ = to_onnx(vitrine.load(model_path, device="cpu"), ExportSettings())
+        proto, _ = to_onnx(vitrail.load(model_path, device="cpu"), ExportSettings())
         large.write_bytes(proto.SerializeToString())
         small.write_bytes(quantise(proto).SerializeToString())
         files = {"torch": model_path, "torch, compiled": model_path, "onnx": large}

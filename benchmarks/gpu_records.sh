@@ -42,17 +42,17 @@ output=${output:-gpu-records$([ $dry = no ] || echo -dry)}
 mkdir -p "$output/logs"
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 
-vitrine() { "$python" -m vitrine "$@"; }
+vitrail() { "$python" -m vitrail "$@"; }
 
 say() { printf '\n== %s\n' "$*"; }
 
-complete() { # has this interpreter all that Vitrine needs?
+complete() { # has this interpreter all that Vitrail needs?
     "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, matplotlib, pooch' \
         2>/dev/null
 }
 
 preset() { # the preset's name; a rehearsal takes another one for a preset that is not there yet
-    if "$python" -c "import sys; from vitrine.presets import PRESETS; sys.exit('$1' not in PRESETS)"
+    if "$python" -c "import sys; from vitrail.config.presets import PRESETS; sys.exit('$1' not in PRESETS)"
     then echo "$1"
     elif [ $dry = yes ]; then echo seed
     else echo "gpu_records.sh: there is no preset $1" >&2 && return 1
@@ -73,7 +73,7 @@ PYTHON
 
 measure() { # NAME PRESET [FLAGS]: the table to look at, the JSON line to keep
     local name=$1 && shift
-    vitrine bench --preset "$@" --device $device "${peers[@]}" "${bench[@]}" |
+    vitrail bench --preset "$@" --device $device "${peers[@]}" "${bench[@]}" |
         tee "$output/bench-$name.txt"
     tail -n 1 "$output/bench-$name.txt" >"$output/bench-$name.json"
 }
@@ -85,7 +85,7 @@ run() { # NAME FLAGS: train, or go on, or leave alone what has ended
     local words=("$@" --output_path "$output/runs" --folder_name "$name" --data_path "$data"
         --device $device "${tiny[@]}")
     if [ -d "$folder/checkpoints" ]; then words=(--resume "$folder"); else rm -rf "$folder"; fi
-    vitrine train "${words[@]}" 2>&1 | tee -a "$output/logs/$name.log"
+    vitrail train "${words[@]}" 2>&1 | tee -a "$output/logs/$name.log"
 }
 
 epochs_in() { # SECONDS NAME: whole epochs in so many seconds, at the speed bench-NAME.json has
@@ -93,7 +93,7 @@ epochs_in() { # SECONDS NAME: whole epochs in so many seconds, at the speed benc
     "$python" - "$1" "$output/bench-$2.json" <<'PYTHON'
 import json, sys
 rows = json.load(open(sys.argv[2]))["rows"]
-ours = [row for row in rows if row["system"] == "vitrine" and row["workload"] == "epoch"]
+ours = [row for row in rows if row["system"] == "vitrail" and row["workload"] == "epoch"]
 print(max(1, int(float(sys.argv[1]) * max(row["images_per_second"] for row in ours) / 50_000)))
 PYTHON
 }
@@ -109,7 +109,7 @@ PYTHON
 train() {
     local epochs=(--epochs 200) seed goal=0.94 fastest='' budget stop=()
     [ $dry = no ] || epochs=(--epochs 1) goal=0
-    for name in seed seed12; do
+    for name in reference reference12; do
         for seed in $seeds; do run "$name-s$seed" --preset $name --seed $seed "${epochs[@]}"; done
     done
     local base rest=()
@@ -118,7 +118,7 @@ train() {
     for seed in $seeds; do run "base-s$seed" --preset "$base" --seed $seed "${rest[@]}"; done
     run strongest-s1 --preset "$base" --seed 1 "${rest[@]}" --epochs "$(epochs_in 1700 base)"
     # Time to 94 %: halve the time until it is not reached, then two more seeds of the shortest.
-    if vitrine train --help | grep -q stop_at_accuracy; then stop=(--stop_at_accuracy $goal)
+    if vitrail train --help | grep -q stop_at_accuracy; then stop=(--stop_at_accuracy $goal)
     elif [ $dry = no ]; then echo "gpu_records.sh: train has no --stop_at_accuracy" >&2 && exit 1
     fi
     for budget in $budgets; do
@@ -140,7 +140,7 @@ for stage in $stages; do
     ! [ -x "$output/venv/bin/python" ] || python=$output/venv/bin/python
     case $stage in
     setup) setup ;;
-    check) "$python" benchmarks/check_device.py --device $device --preset seed "${check[@]}" |
+    check) "$python" benchmarks/check_device.py --device $device --preset reference "${check[@]}" |
         tee "$output/check.txt" ;;
     measure)
         measure seed seed

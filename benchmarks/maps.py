@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vitrine.allocator import keep_freed_memory
-from vitrine.bench.worker import peak_mib
-from vitrine.bench.workers import interleave
-from vitrine.environment import describe_environment
-from vitrine.explain.methods import Maps, MapSettings, compute_maps
-from vitrine.explain.walk import read
-from vitrine.model import VisionTransformer
-from vitrine.model.layers import Block, rotate
-from vitrine.presets import get_preset
+from vitrail.bench.worker import peak_mib
+from vitrail.bench.workers import interleave
+from vitrail.config.presets import get_preset
+from vitrail.explain.methods import Maps, MapSettings, compute_maps
+from vitrail.explain.run_blocks import read
+from vitrail.model import VisionTransformer
+from vitrail.model.layers import Block, rotate
+from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.runtime.environment import describe_environment
 
 
 def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) -> Tensor:
@@ -83,7 +83,11 @@ def report(title: str, speeds: dict[str, list[float]], **about: object) -> None:
 
 
 def main(
-    preset: str = "seed", layers: int = 6, images: int = 10_000, single: int = 500, rounds: int = 3
+    preset: str = "reference",
+    layers: int = 6,
+    images: int = 10_000,
+    single: int = 500,
+    rounds: int = 3,
 ) -> None:
     """Time maps of random images by a fresh model (neither changes the speed).
 

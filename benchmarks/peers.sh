@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment with the systems that `vitrine bench --peers FOLDER` measures beside Vitrine.
+# An environment with the systems that `vitrail bench --peers FOLDER` measures beside Vitrail.
 #
 #     bash benchmarks/peers.sh FOLDER [REFERENCE]
 #
@@ -8,7 +8,7 @@
 #
 # PYTHON names the interpreter whose torch is measured (default: python). The environment sees that
 # interpreter's own packages, so that all systems run on the very same torch and nothing large is
-# installed twice; Vitrine's environment stays as it is.
+# installed twice; Vitrail's environment stays as it is.
 set -euo pipefail
 
 folder=${1:?usage: bash benchmarks/peers.sh FOLDER [REFERENCE]}
@@ -20,7 +20,7 @@ commit=31be6ce
 "$python" -c 'import torch' || { echo "peers.sh: $python has no torch: set PYTHON" >&2; exit 2; }
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/torch-of-vitrine.pth"
+"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/torch-of-vitrail.pth"
 
 # torchvision is pinned by torch (2.13 goes with 0.28), and --no-deps keeps it from bringing another.
 minor=$("$python" -c 'import torch; print(torch.__version__.split(".")[1])')
@@ -59,4 +59,4 @@ fi
 [ -f "$folder/reference/model.py" ] ||
     { echo "peers.sh: $folder/reference has no model.py: not the reference system" >&2; exit 2; }
 
-echo "ready: vitrine bench --peers $folder"
+echo "ready: vitrail bench --peers $folder"

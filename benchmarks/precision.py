@@ -1,6 +1,6 @@
 """Does bfloat16 learn what float32 learns? Loss of every update in both formats, several seeds.
 
-    python benchmarks/precision.py RECORD_FOLDER --preset seed --epochs 2 --num_train_images 20000
+    python benchmarks/precision.py RECORD_FOLDER --epochs 2 --num_train_images 20000
 
 Draws the running mean of the losses and tells how far the formats are apart, beside how far the
 seeds are. The test split is not touched.
@@ -19,15 +19,15 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from vitrine import rng
-from vitrine.allocator import keep_freed_memory
-from vitrine.data.batches import Batches
-from vitrine.data.sources import load_splits
-from vitrine.files import write_json
-from vitrine.model import VisionTransformer
-from vitrine.presets import get_preset
-from vitrine.training.loop import train
-from vitrine.training.state import TrainingState
+from vitrail.config.presets import get_preset
+from vitrail.data.batches import Batches
+from vitrail.data.datasets import load_splits
+from vitrail.model import VisionTransformer
+from vitrail.runtime import rng
+from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.runtime.files import write_json
+from vitrail.training.loop import train
+from vitrail.training.state import TrainingState
 
 Precision = Literal["float32", "bfloat16"]
 FORMATS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -38,7 +38,7 @@ class Options:
     """What to train, and where to put what came of it."""
 
     record: tyro.conf.Positional[Path]
-    preset: str = "seed"
+    preset: str = "reference"
     epochs: int = 2
     num_train_images: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)

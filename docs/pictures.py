@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import vitrine
-from vitrine.config import DataConfig
-from vitrine.data.shapes import load_shapes
-from vitrine.data.sources import load_splits
-from vitrine.explain.render import dim, normalise, place
+import vitrail
+from vitrail.config.settings import DataConfig
+from vitrail.data.datasets import load_splits
+from vitrail.data.shapes import load_shapes
+from vitrail.explain.render import dim, normalise, place
 
 COLUMNS = 7
 
@@ -37,7 +37,7 @@ def test_images(data_path: str | None) -> list[np.ndarray]:
 
 def main(model: str, out: str, data_path: str | None = None) -> None:
     """Draw them."""
-    classifier = vitrine.load(model, device="cpu")
+    classifier = vitrail.load(model, device="cpu")
     figure = Figure(figsize=(2 * COLUMNS, 4.4), layout="tight", facecolor="white")
     axes = figure.subplots(2, COLUMNS)
     for index, raw_HWC in enumerate(test_images(data_path)):

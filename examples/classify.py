@@ -4,12 +4,12 @@ import sys
 
 import torch
 
-import vitrine
+import vitrail
 
 
 def main(model: str, *pictures: str) -> None:
     """Print the best classes of each picture, and where the last block's class looked."""
-    classifier = vitrine.load(model)
+    classifier = vitrail.load(model)
     for picture, predictions in zip(pictures, classifier.predict(pictures), strict=True):
         print(picture, *(f"{p.name} {p.probability:.1%}" for p in predictions))
     images = classifier.prepare(pictures)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.config import Config, ModelConfig
-from vitrine.configfile import from_json
-from vitrine.data.shapes import load_shapes
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.data.shapes import load_shapes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -28,7 +28,7 @@ def one_thread() -> None:
 def drawn_once() -> Iterator[None]:
     """Draw the shapes once for all tests: they are the same bytes every time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrine.data.sources.load_shapes", functools.cache(load_shapes))
+        patch.setattr("vitrail.data.datasets.load_shapes", functools.cache(load_shapes))
         yield
 
 
@@ -66,11 +66,11 @@ def tiny_run() -> Config:
 
 
 @pytest.fixture(scope="session")
-def vitrine() -> Callable[..., subprocess.CompletedProcess[str]]:
+def vitrail() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a process of its own."""
 
     def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "vitrine", *map(str, words)]
+        command = [sys.executable, "-m", "vitrail", *map(str, words)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
     return run

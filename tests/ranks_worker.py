@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitrine.data.sources
-import vitrine.run_files
-from vitrine import ranks, rng, torchrun
-from vitrine.cli import main
-from vitrine.cli.display import TrainingDisplay
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet
-from vitrine.errors import DataError, OutputError, VitrineError
-from vitrine.evaluation.metrics import shared_logits
-from vitrine.model import VisionTransformer
-from vitrine.training.loop import Update, train
-from vitrine.training.state import TrainingState
+import vitrail.data.datasets
+import vitrail.training.run_files
+from vitrail.cli import main
+from vitrail.cli.display import TrainingDisplay
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.data.batches import Batches
+from vitrail.data.images import ImageSet
+from vitrail.errors import DataError, OutputError, VitrailError
+from vitrail.evaluation.metrics import shared_logits
+from vitrail.model import VisionTransformer
+from vitrail.runtime import distributed, rendezvous, rng
+from vitrail.training.loop import Update, train
+from vitrail.training.state import TrainingState
 
 BASE = from_json(
     {
@@ -122,7 +122,7 @@ def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dic
 def shares() -> list[tuple[Tensor, ...]]:
     """Return this rank's part of every batch of two epochs."""
     batches = make_batches(BASE, noise(10, (8, 12), 5))
-    return [tuple(ranks.share(tensor) for tensor in batches(step)) for step in range(8)]
+    return [tuple(distributed.share(tensor) for tensor in batches(step)) for step in range(8)]
 
 
 def scores(batch_size: int) -> Tensor:
@@ -140,7 +140,7 @@ def broken_on_one() -> dict[str, Any]:
     updates = train(state, make_batches(BASE, noise(10, (8, 12), 5)), BASE)
     next(updates)
     before = {name: t.clone() for name, t in state.model.state_dict().items()}
-    if not ranks.is_leader():
+    if not distributed.is_leader():
         with torch.no_grad():
             state.model.head.fc2.bias[0] = float("nan")
     error = words_of(next, updates)
@@ -152,21 +152,21 @@ def words_of(function: Any, *args: Any) -> str:
     """Return the type and the words of the error that a function raises."""
     try:
         function(*args)
-    except VitrineError as error:
+    except VitrailError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
 
-def fail(error: VitrineError, on: int) -> int:
+def fail(error: VitrailError, on: int) -> int:
     """Fail on one rank."""
-    if ranks.rank() == on:
+    if distributed.rank() == on:
         raise error
-    return ranks.rank()
+    return distributed.rank()
 
 
 def see_file(folder: Path) -> bool:
     """Make a file slowly on the first rank of the machine; tell whether it is there."""
-    if ranks.local_rank() == 0:
+    if distributed.local_rank() == 0:
         time.sleep(0.2)
         (folder / "downloaded").write_text("")
     return (folder / "downloaded").exists()
@@ -174,26 +174,26 @@ def see_file(folder: Path) -> bool:
 
 def remembered() -> list[str | None]:
     """Return what torchrun's store has before and after the leader tells it something."""
-    before = torchrun.recall("run folder")
-    ranks.gather(0)
-    if ranks.is_leader():
-        torchrun.remember("run folder", "output/mine")
-    ranks.gather(0)
-    return [before, torchrun.recall("run folder")]
+    before = rendezvous.recall("run folder")
+    distributed.gather(0)
+    if distributed.is_leader():
+        rendezvous.remember("run folder", "output/mine")
+    distributed.gather(0)
+    return [before, rendezvous.recall("run folder")]
 
 
 def copied() -> Tensor:
     """Return the leader's tensor, of odd strides."""
-    tensor = (torch.arange(6.0) + 100 * ranks.rank()).view(2, 3).t()
-    ranks.copy_from_leader([tensor])
+    tensor = (torch.arange(6.0) + 100 * distributed.rank()).view(2, 3).t()
+    distributed.copy_from_leader([tensor])
     return tensor
 
 
 def together(folder: Path) -> dict[str, Any]:
     """Do everything that needs no command line."""
-    with ranks.joined():  # inside the one of be_rank
+    with distributed.joined():  # inside the one of be_rank
         return {
-            "count": ranks.count(),
+            "count": distributed.count(),
             "shares": shares(),
             "learnt": learn(BASE),
             "plain": learn(changed("training", optimizer="adamw", accumulate=1, clip_norm=0.0)),
@@ -201,14 +201,16 @@ def together(folder: Path) -> dict[str, Any]:
             "norm": learn(changed("training", batch_size=10, accumulate=1), 1, batch_norm=True),
             "logits": [scores(3), scores(20)],
             "broken": broken_on_one(),
-            "each": words_of(ranks.each, fail, DataError("no such file"), 1),
-            "leader": words_of(ranks.on_leader, fail, OutputError("disk full"), 0),
-            "from leader": ranks.on_leader(fail, DataError("never"), 1),
-            "highest": ranks.highest(15 * ranks.rank()),
+            "each": words_of(distributed.each, fail, DataError("no such file"), 1),
+            "leader": words_of(distributed.on_leader, fail, OutputError("disk full"), 0),
+            "from leader": distributed.on_leader(fail, DataError("never"), 1),
+            "highest": distributed.highest(15 * distributed.rank()),
             "copied": copied(),
-            "seen": ranks.first_on_machine(see_file, folder),
-            "too small": words_of(ranks.require_work, 1),
-            "draws": [rng.derive_seed(1, "dropout", ranks.own_index(step)) for step in range(50)],
+            "seen": distributed.first_on_machine(see_file, folder),
+            "too small": words_of(distributed.require_work, 1),
+            "draws": [
+                rng.derive_seed(1, "dropout", distributed.own_index(step)) for step in range(50)
+            ],
             "memory": remembered(),
         }
 
@@ -220,7 +222,7 @@ def ask_one_to_stop() -> None:
     def show_and_ask(display: TrainingDisplay, event: Any) -> None:
         show(display, event)
         seen.append(event)
-        if len(seen) == 5 and ranks.rank() == 1:
+        if len(seen) == 5 and distributed.rank() == 1:
             signal.raise_signal(signal.SIGTERM)
 
     TrainingDisplay.show = show_and_ask  # type: ignore[method-assign]
@@ -228,8 +230,8 @@ def ask_one_to_stop() -> None:
 
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
-    vitrine.data.sources.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrine.run_files.plot_run = lambda *_: []  # pictures take a second
+    vitrail.data.datasets.load_shapes = few_shapes  # type: ignore[assignment]
+    vitrail.training.run_files.plot_run = lambda *_: []  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),
@@ -258,7 +260,7 @@ def be_rank(rank: int, folder: Path, port: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
-    with ranks.joined():
+    with distributed.joined():
         found = together(folder)
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # or each run would go on with the last one
         torch.save({**found, **command_lines()}, folder / f"{rank}.pt")

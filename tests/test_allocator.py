@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from vitrine.allocator import keep_freed_memory
+from vitrail.runtime.allocator import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 import torch

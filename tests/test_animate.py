@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from vitrine.errors import ConfigError, OutputError
-from vitrine.explain.animate import quantise, save_animation, seed_frames, seed_masks, strip
-from vitrine.explain.lettering import RED
-from vitrine.explain.render import Panel, compose, overlay, place, show
+from vitrail.errors import ConfigError, OutputError
+from vitrail.explain.gif import quantise, reference_frames, reference_masks, save_animation, strip
+from vitrail.explain.render import Panel, compose, overlay, place, show
+from vitrail.explain.text import RED
 
 RANDOM = np.random.default_rng(4)
 
@@ -186,19 +186,23 @@ def test_seed_masks_are_the_references(reference: Path) -> None:
             mixed_TT = attention_ATT.mean(axis=0) + np.eye(len(flow_TT))
             flow_TT = mixed_TT / mixed_TT.sum(axis=1, keepdims=True) @ flow_TT
             flows.append(flow_TT[0, 1:].reshape(rollout_BLGJ.shape[2:]))
-        assert np.abs(seed_masks(np.stack(flows)) - rollout_BLGJ[image]).max() < 1e-4
+        assert np.abs(reference_masks(np.stack(flows)) - rollout_BLGJ[image]).max() < 1e-4
 
 
 def test_seed_masks_divide_by_each_maximum_alone() -> None:
     rollout_LGJ = np.array([[[0.1, 0.2, 0.4]], [[0.02, 0.01, 0.005]], [[0.0, 0.0, 0.0]]])
-    assert seed_masks(rollout_LGJ).tolist() == [[[0.25, 0.5, 1]], [[1, 0.5, 0.25]], [[0, 0, 0]]]
+    assert reference_masks(rollout_LGJ).tolist() == [
+        [[0.25, 0.5, 1]],
+        [[1, 0.5, 0.25]],
+        [[0, 0, 0]],
+    ]
 
 
 def test_seed_frames_are_two_panels_of_equal_contrast() -> None:
     picture_HWC = np.full((20, 28, 3), 200, dtype=np.uint8)
     rising_GJ = np.arange(35.0).reshape(5, 7)
     rollout_LGJ = np.stack([rising_GJ, 60 + rising_GJ, 900 + rising_GJ[::-1, ::-1]])
-    frames = seed_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %")
+    frames = reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %")
     first_HWC, second_HWC, third_HWC = (np.asarray(frame).astype(int) for frame in frames)
     rows, columns = np.nonzero((first_HWC == 200).all(axis=2))
     top, left = rows[0], columns[0]
@@ -229,16 +233,16 @@ def test_seed_frames_tell_label_prediction_and_layer(monkeypatch: pytest.MonkeyP
         told.append([*(panel.title for panel in panels[0]), caption.splitlines()[0], ink])
         return Image.new("RGB", (3, 2))
 
-    monkeypatch.setattr("vitrine.explain.animate.compose", note)
+    monkeypatch.setattr("vitrail.explain.gif.compose", note)
     picture_HWC, rollout_LGJ = picture(8, 12), RANDOM.random((3, 2, 3))
-    seed_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %", ink=RED,
+    reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %", ink=RED,
                 layers=(2, 3, 6))  # fmt: skip
     assert told == [
         ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0 %", RED]
         for layer in (2, 3, 6)
     ]
     told.clear()
-    seed_frames(picture_HWC, rollout_LGJ)
+    reference_frames(picture_HWC, rollout_LGJ)
     assert [row[:2] for row in told] == [
         ["Original", f"Rollout through layer {layer}"] for layer in (1, 2, 3)
     ]

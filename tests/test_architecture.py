@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import vitrine
+import vitrail
 
-SOURCE = Path(vitrine.__file__).parent
+SOURCE = Path(vitrail.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "extras", "files", "rng", "fields", "model_config", "config", "configfile", "presets",
-    "allocator", "torchrun", "ranks", "devices", "environment", "data", "model", "training",
-    "sealed", "checkpoint", "evaluation", "explain", "predictions", "predict", "onnx_predict",
-    "export", "pickled", "foreign", "hub", "bundled", "pretrained", "publish",
-    "trackers", "run_folder", "recovery", "results", "run_files", "run", "sweep", "bench", "cli",
-    "__main__",
+    "errors", "optional", "runtime", "config", "data", "model", "evaluation", "explain",
+    "inference", "weights", "training", "export", "sweep", "bench", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 
@@ -34,10 +30,10 @@ def imported_rooms(tree: ast.AST) -> set[str]:
     names = {
         a.name
         for n in ast.walk(tree)
-        if isinstance(n, ast.ImportFrom) and n.module == "vitrine"
+        if isinstance(n, ast.ImportFrom) and n.module == "vitrail"
         for a in n.names
     }
-    return names | {m.split(".")[1] for m in modules if m.startswith("vitrine.")}
+    return names | {m.split(".")[1] for m in modules if m.startswith("vitrail.")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -61,21 +57,21 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 
 def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, vitrine, vitrine.cli, vitrine.cli.train; sys.exit('torch' in sys.modules)"
+    code = "import sys, vitrail, vitrail.cli, vitrail.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_loading_a_model_brings_no_downloader() -> None:
-    code = "import sys, vitrine.pretrained; sys.exit('requests' in sys.modules)"
+    code = "import sys, vitrail.weights.pretrained; sys.exit('requests' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_public_names_are_sorted_and_there() -> None:
-    assert vitrine.__all__ == sorted(vitrine.__all__) == dir(vitrine)
-    for name in vitrine.__all__:
-        assert getattr(vitrine, name).__doc__
+    assert vitrail.__all__ == sorted(vitrail.__all__) == dir(vitrail)
+    for name in vitrail.__all__:
+        assert getattr(vitrail, name).__doc__
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing_like_this"):
-        vitrine.nothing_like_this  # noqa: B018
+        vitrail.nothing_like_this  # noqa: B018

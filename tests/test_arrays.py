@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-import vitrine
-from vitrine.cli import explain as cli_explain
-from vitrine.cli.explain_options import ExplainOptions
-from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.data.images import ImageSet
-from vitrine.data.inputs import read_one, stack_pictures
-from vitrine.errors import ConfigError, PictureError, VitrineError
-from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
+import vitrail
+from vitrail.cli import explain as cli_explain
+from vitrail.cli.explain_options import ExplainOptions
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data.images import ImageSet
+from vitrail.data.inputs import read_one, stack_pictures
+from vitrail.errors import ConfigError, PictureError, VitrailError
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 GRAY = RGB[:, :, 0]
@@ -241,14 +241,14 @@ def test_explain_sees_what_predict_sees(classifier: Classifier, tmp_path: Path) 
         (lambda c: c.model(torch.zeros(2, 1, 8, 12)), r"\(2, 1, 8, 12\): give"),
         (lambda c: c.model(torch.zeros(2, 3, 32, 32)), r"\(2, 3, 32, 32\): give"),
         (lambda c: c.model.forward_with_attention(torch.zeros(1, 3, 12, 8)), "images have shape"),
-        (lambda c: vitrine.load(3), "a model is a name or path, not a int"),  # type: ignore[arg-type]
-        (lambda c: vitrine.load(None), "not a NoneType"),  # type: ignore[arg-type]
+        (lambda c: vitrail.load(3), "a model is a name or path, not a int"),  # type: ignore[arg-type]
+        (lambda c: vitrail.load(None), "not a NoneType"),  # type: ignore[arg-type]
     ],
 )
 def test_mistakes_are_said_in_our_own_words(
     call: Callable[[Classifier], object], message: str, classifier: Classifier
 ) -> None:
-    with pytest.raises(VitrineError, match=message):
+    with pytest.raises(VitrailError, match=message):
         call(classifier)
 
 
@@ -292,7 +292,7 @@ def test_an_image_of_four_pixels_is_no_ambiguous_array(monkeypatch: pytest.Monke
     """Its shape (4, 4, 3) could be RGBA, channels first; --index means what the data hold."""
     raw_BCHW = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     images = ImageSet(raw_BCHW, torch.tensor([1]), CLASSES)
-    monkeypatch.setattr("vitrine.run.load_split", lambda *_, **__: images)
+    monkeypatch.setattr("vitrail.training.run.load_split", lambda *_, **__: images)
     config = ModelConfig(image_size=4, n_classes=3, embed_dim=12, n_attention_heads=3, n_layers=1)
     tiny = Classifier(VisionTransformer(config).eval(), Config(config), CLASSES)
     subject = cli_explain.indexed(tiny, ExplainOptions(index=0))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrine import rng
-from vitrine.config import AugmentConfig
-from vitrine.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
-from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet, normalise
-from vitrine.errors import DataError
+from vitrail.config.settings import AugmentConfig
+from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
+from vitrail.data.batches import Batches
+from vitrail.data.images import ImageSet, normalise
+from vitrail.errors import DataError
+from vitrail.runtime import rng
 
 
 def numbered(count: int, height: int = 9, width: int = 13) -> Tensor:

@@ -13,19 +13,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from vitrine.bench import compare as compare_module
-from vitrine.bench import growth, ours, peers
-from vitrine.bench.compare import Bench, Comparison, compare, sizes
-from vitrine.bench.growth import Point, exponent, growth_json, measure_growth, plot_growth
-from vitrine.bench.jobs import PEERS, SERVED, TITLES, Amounts, Job, Recipe, jobs_of, plain, unfit
-from vitrine.bench.report import below, comparison_json, comparison_table
-from vitrine.bench.worker import peak_mib
-from vitrine.bench.workers import Worker, command, interleave, python_of, started
-from vitrine.cli import main
-from vitrine.config import AugmentConfig, ModelConfig, TrainingConfig
-from vitrine.errors import BenchError, ConfigError
-from vitrine.model.convert import convert
-from vitrine.presets import PRESETS, get_preset
+from vitrail.bench import compare as compare_module
+from vitrail.bench import growth, ours, peers
+from vitrail.bench.compare import Bench, Comparison, compare, sizes
+from vitrail.bench.growth import Point, exponent, growth_json, measure_growth, plot_growth
+from vitrail.bench.jobs import PEERS, SERVED, TITLES, Amounts, Job, Recipe, jobs_of, plain, unfit
+from vitrail.bench.report import below, comparison_json, comparison_table
+from vitrail.bench.worker import peak_mib
+from vitrail.bench.workers import Worker, command, interleave, python_of, started
+from vitrail.cli import main
+from vitrail.config.presets import PRESETS, get_preset
+from vitrail.config.settings import AugmentConfig, ModelConfig, TrainingConfig
+from vitrail.errors import BenchError, ConfigError
+from vitrail.weights.formats import convert
 
 TINY = Recipe(
     ModelConfig(
@@ -45,10 +45,10 @@ if system == "vit-pytorch":
 print("a library says hello", file=sys.stderr)
 operations = {"ours": [2e6, 6e6], "plain": [3e6, 9e6]}
 print(json.dumps({"rest_mib": 10, "operations": operations}), flush=True)
-rates = {"vitrine": 500, "reference": 200, "timm": 400, "transformers eager": 300}
+rates = {"vitrail": 500, "reference": 200, "timm": 400, "transformers eager": 300}
 rates["transformers sdpa"] = 1
 if spec["precision"] == "bfloat16":
-    rates |= {"vitrine": 900, "reference": 250, "timm": 100, "transformers eager": 700}
+    rates |= {"vitrail": 900, "reference": 250, "timm": 100, "transformers eager": 700}
 for number, line in enumerate(sys.stdin):
     request = json.loads(line)
     if system == "transformers sdpa" and number == 2:
@@ -122,7 +122,7 @@ def test_a_worker_killed_between_two_requests_is_told() -> None:
 def test_the_peak_is_of_this_process_alone() -> None:
     held = torch.ones(40 * 2**18)
     code = (
-        "import torch; from vitrine.bench.worker import peak_mib; before = peak_mib('cpu');"
+        "import torch; from vitrail.bench.worker import peak_mib; before = peak_mib('cpu');"
         "held = torch.ones(40 * 2**18); print(peak_mib('cpu') - before, before)"
     )
     told = subprocess.run(
@@ -140,10 +140,10 @@ def test_all_systems_are_compared(beside: Bench, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compare_module, "command", fake(3))
     found = compare(beside)
     rates = {row.job: row.rate for row in found.rows}
-    assert rates[Job("vitrine", "bfloat16", "step")] == 900
+    assert rates[Job("vitrail", "bfloat16", "step")] == 900
     assert rates[Job("timm", "float32", "step")] == 400
     assert {job.system for job in rates if job.workload == "step"} == {
-        "vitrine", "reference", "timm", "transformers eager",
+        "vitrail", "reference", "timm", "transformers eager",
     }  # fmt: skip
     assert all(len(row.rates) == 3 for row in found.rows)
     assert all(row.peak_mib == 77 + 3 and row.rest_mib == 10 for row in found.rows)
@@ -162,9 +162,9 @@ def test_shares_are_operations_over_the_speed_of_products(
     monkeypatch.setattr(compare_module, "command", fake(3))
     beside = replace(beside, workloads=("step", "inference"))
     rows = {row.job: row for row in compare(beside).rows}
-    assert rows[Job("vitrine", "float32", "step")].of_product == pytest.approx(500 * 6e6 / 5e9)
-    assert rows[Job("vitrine", "bfloat16", "step")].of_peak == pytest.approx(900 * 6e6 / 15e9)
-    assert rows[Job("vitrine", "float32", "inference")].of_peak == pytest.approx(500 * 2e6 / 5e9)
+    assert rows[Job("vitrail", "float32", "step")].of_product == pytest.approx(500 * 6e6 / 5e9)
+    assert rows[Job("vitrail", "bfloat16", "step")].of_peak == pytest.approx(900 * 6e6 / 15e9)
+    assert rows[Job("vitrail", "float32", "inference")].of_peak == pytest.approx(500 * 2e6 / 5e9)
     assert rows[Job("timm", "float32", "step")].of_product == pytest.approx(400 * 9e6 / 5e9)
 
 
@@ -183,7 +183,7 @@ def test_a_slow_bfloat16_is_left_out_with_a_word_unless_asked_for(
 
 
 def test_our_own_failure_ends_the_bench(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = FAKE.replace('"vit-pytorch"', '"vitrine"')
+    broken = FAKE.replace('"vit-pytorch"', '"vitrail"')
     monkeypatch.setattr(
         compare_module,
         "command",
@@ -209,7 +209,7 @@ def test_the_table_says_all(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[2] == ["TRAINING", "STEP"]
     first, last = lines[3], lines[-1]
     assert first[:2] == ["reference,", "float32"]
-    assert last == ["vitrine,", "bfloat16", "900", "±0%", "4.50", "36%", "36%", "80"]
+    assert last == ["vitrail,", "bfloat16", "900", "±0%", "4.50", "36%", "36%", "80"]
     text = "\n".join(below(found, sizes(found)))
     assert f"({8 * 65} x 128 x 384)" in text
     assert "Products in bfloat16, GFLOP/s, at most: 15 at 520 x 128 x 384, 3 at 2048" in text
@@ -235,7 +235,7 @@ def test_jobs_put_the_reference_before_us_and_take_its_whole_path_as_it_ships() 
     chosen = {"reference": None, "timm": "why not"}
     formats = ("float32", "bfloat16")
     jobs = [(job.system, job.precision) for job in jobs_of("test", formats, chosen)]
-    assert jobs == [("reference", "float32"), ("vitrine", "float32"), ("vitrine", "bfloat16")]
+    assert jobs == [("reference", "float32"), ("vitrail", "float32"), ("vitrail", "bfloat16")]
     assert len(jobs_of("step", formats, chosen)) == 4
 
 
@@ -251,13 +251,13 @@ def test_a_shape_that_the_reference_cannot_have_is_left_out() -> None:
 @pytest.mark.parametrize("workload", [*TITLES, "attention", "predict"])
 def test_our_work_is_done_and_counted(workload: str, tmp_path: Path) -> None:
     more = {"device": "cpu", "images": 11, "folder": tmp_path, "data_path": tmp_path}
-    measure, _ = ours.build(Job("vitrine", "float32", workload).spec(TINY, **more))
+    measure, _ = ours.build(Job("vitrail", "float32", workload).spec(TINY, **more))
     done = {"test": 2 * 11, "predict": 2}.get(workload, 2 * 4)
     assert measure(2) == done
 
 
 def test_training_goes_on_for_ever() -> None:
-    spec = Job("vitrine", "float32", "step").spec(TINY, device="cpu")
+    spec = Job("vitrail", "float32", "step").spec(TINY, device="cpu")
     ours.OneBatch.steps_per_epoch, kept = 3, ours.OneBatch.steps_per_epoch
     try:
         measure, _ = ours.build(spec)
@@ -296,7 +296,7 @@ def test_the_references_weights_are_tested_as_it_tests_them(
     images = ours.noise(TINY.config(), 9)
     monkeypatch.setattr(ours, "load_splits", lambda *_, **__: {"test": images})
     expected_BY = model.eval()(images.raw_BCHW / 127.5 - 1).detach()
-    spec = Job("vitrine", "float32", "test").spec(
+    spec = Job("vitrail", "float32", "test").spec(
         TINY, device="cpu", images=5, folder=tmp_path, data_path=tmp_path
     )
     for shift, lowest, highest in ((0.0, 0, 1e-6), (0.4, 1e-3, 1)):
@@ -356,7 +356,7 @@ def test_a_peers_work_is_done_and_counted(
 
 
 def test_the_peers_rollout_is_ours() -> None:
-    from vitrine.explain.maps import rollout
+    from vitrail.explain.maps import rollout
 
     attention_BLATT = torch.rand(2, 3, 5, 10, 10).softmax(dim=-1)
     flow_BLTT = rollout(attention_BLATT.mean(dim=2).unbind(1))
@@ -401,7 +401,7 @@ def test_growth_is_measured_along_every_axis(
         model = spec["config"]["model"]
         batch = spec["config"]["training"]["batch_size"]
         seen.append((spec["workload"], model["patch_size"], model["n_layers"], batch))
-        return fake(1)({**spec, "system": "vitrine"})
+        return fake(1)({**spec, "system": "vitrail"})
 
     monkeypatch.setattr(growth, "command", record)
     recipe = Recipe().changed(n_layers=5, batch_size=9)
@@ -471,12 +471,12 @@ def test_the_command_measures_in_real_processes(capfd: pytest.CaptureFixture[str
     assert "benchmarks/peers.sh" in captured.out
     result = json.loads(captured.out.splitlines()[-1])
     (row,) = result["rows"]
-    assert (row["system"], row["workload"], len(row["rates"])) == ("vitrine", "inference", 2)
+    assert (row["system"], row["workload"], len(row["rates"])) == ("vitrail", "inference", 2)
     assert row["peak_mib"] > row["rest_mib"] > 50
     assert 0 < row["of_peak"] <= row["of_product"]
     assert result["config"]["model"]["embed_dim"] == 8
 
 
 def test_a_worker_is_imported_where_there_is_no_resource_module() -> None:
-    code = "import sys; sys.modules['resource'] = None; import vitrine.bench.worker"
+    code = "import sys; sys.modules['resource'] = None; import vitrail.bench.worker"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

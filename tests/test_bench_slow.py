@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.bench.jobs import SERVED, TITLES
+from vitrail.bench.jobs import SERVED, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--device cpu --embed_dim 16 --n_layers 2 --batch_size 8 --rounds 1 --quick".split()  # noqa: SIM905
@@ -18,16 +18,16 @@ Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.slow
-def test_all_kinds_of_work_beside_the_peers(vitrine: Runner) -> None:
-    peers = os.environ.get("VITRINE_PEERS")
+def test_all_kinds_of_work_beside_the_peers(vitrail: Runner) -> None:
+    peers = os.environ.get("VITRAIL_PEERS")
     if not peers:
-        pytest.skip("VITRINE_PEERS names no environment of benchmarks/peers.sh")
-    done = vitrine("bench", *SMALL, "--precision", "float32", cwd=ROOT)
+        pytest.skip("VITRAIL_PEERS names no environment of benchmarks/peers.sh")
+    done = vitrail("bench", *SMALL, "--precision", "float32", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for workload in ("step", "inference", "explanation"):
         systems = {row["system"] for row in result["rows"] if row["workload"] == workload}
-        assert systems == {"vitrine", *SERVED[workload]}, result["remarks"]
+        assert systems == {"vitrail", *SERVED[workload]}, result["remarks"]
     for row in result["rows"]:
         if "largest_difference" in row["about"]:
             assert row["about"]["largest_difference"] < 1e-3
@@ -35,8 +35,8 @@ def test_all_kinds_of_work_beside_the_peers(vitrine: Runner) -> None:
 
 
 @pytest.mark.slow
-def test_growth_is_drawn(vitrine: Runner, tmp_path: Path) -> None:
-    done = vitrine("bench", *SMALL, "--growth", "--plot", tmp_path / "growth.png")
+def test_growth_is_drawn(vitrail: Runner, tmp_path: Path) -> None:
+    done = vitrail("bench", *SMALL, "--growth", "--plot", tmp_path / "growth.png")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     work = {(p["axis"], p["series"], p["value"]): p["work_mib"] for p in result["points"]}
@@ -53,8 +53,8 @@ def test_records_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     table = (tmp_path / "record/table.md").read_text()
-    for name in ("seed", "seed12", "base", "strongest", "to-94-in-240", "to-94-in-120"):
+    for name in ("reference", "reference12", "base", "strongest", "to-94-in-240", "to-94-in-120"):
         assert f"| {name} |" in table
-    for name in ("seed", "small", "base", "vit-s4"):
+    for name in ("reference", "small", "base", "vit-s4"):
         rows = json.loads((tmp_path / f"bench-{name}.json").read_text())["rows"]
         assert {"step", "epoch"} <= {row["workload"] for row in rows} <= set(TITLES)

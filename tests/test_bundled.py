@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import vitrine
-from vitrine import bundled
-from vitrine.cli import main
-from vitrine.data.images import normalise
+import vitrail
+from vitrail.cli import main
+from vitrail.data.images import normalise
+from vitrail.weights import bundled
 
 
 @pytest.mark.parametrize("name", bundled.names())
 def test_a_bundled_model_loads_by_name_and_is_what_its_card_says(name: str) -> None:
-    classifier, card = vitrine.load(name, device="cpu"), bundled.read_card(name)
+    classifier, card = vitrail.load(name, device="cpu"), bundled.read_card(name)
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
     assert parameters == card.parameters
     assert {p.dtype for p in classifier.model.parameters()} == {torch.float32}
@@ -44,7 +44,7 @@ def draw_rings(count: int) -> torch.Tensor:
 
 
 def test_the_bundled_model_answers_as_it_was_trained_to() -> None:
-    classifier = vitrine.load("cifar10", device="cpu")
+    classifier = vitrail.load("cifar10", device="cpu")
     images_BCHW = normalise(draw_rings(10), classifier.mean, classifier.std)
     with torch.inference_mode():
         logits_BY = classifier.model(images_BCHW)
@@ -68,10 +68,10 @@ def test_a_path_of_a_bundled_name_is_reached_as_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
-    assert vitrine.load("cifar10", device="cpu").source == "cifar10"
+    assert vitrail.load("cifar10", device="cpu").source == "cifar10"
     for path in ("./cifar10", Path("cifar10")):
-        with pytest.raises(vitrine.VitrineError, match=r"no model\.safetensors"):
-            vitrine.load(path, device="cpu")
+        with pytest.raises(vitrail.VitrailError, match=r"no model\.safetensors"):
+            vitrail.load(path, device="cpu")
 
 
 def test_a_path_that_is_not_there_is_never_the_bundled_model(
@@ -80,15 +80,15 @@ def test_a_path_that_is_not_there_is_never_the_bundled_model(
     """The same from Python and by every command that takes a model."""
     monkeypatch.chdir(tmp_path)
     for path in ("./cifar10", Path("cifar10")):
-        with pytest.raises(vitrine.VitrineError, match="no such model"):
-            vitrine.load(path, device="cpu")
+        with pytest.raises(vitrail.VitrailError, match="no such model"):
+            vitrail.load(path, device="cpu")
     for words in (
         "test --model_path ./cifar10", "test ./cifar10", "inspect ./cifar10", "info ./cifar10",
         "convert ./cifar10 a.safetensors", "export --format torch ./cifar10",
         "explain --index 0 --model_path ./cifar10", "train --init ./cifar10 --dataset shapes",
     ):  # fmt: skip
         assert main(words.split()) == 2, words
-        assert "vitrine: ./cifar10: no such model" in capsys.readouterr().err, words
+        assert "vitrail: ./cifar10: no such model" in capsys.readouterr().err, words
 
 
 def test_a_name_is_a_name_also_beside_a_folder_of_that_name(
@@ -104,11 +104,11 @@ def test_a_name_is_a_name_also_beside_a_folder_of_that_name(
 
 def test_hub_ids_stay_as_they_are_typed() -> None:
     """As a path, hf:OWNER/NAME would become hf:OWNER\\NAME on Windows."""
-    from vitrine.cli.convert import ConvertOptions
-    from vitrine.cli.info import InfoOptions
-    from vitrine.cli.models import ModelOptions, ModelWord
-    from vitrine.cli.parsing import parse
-    from vitrine.cli.push import PushOptions
+    from vitrail.cli.convert import ConvertOptions
+    from vitrail.cli.info import InfoOptions
+    from vitrail.cli.models import ModelOptions, ModelWord
+    from vitrail.cli.parsing import parse
+    from vitrail.cli.push import PushOptions
 
     for kind, words, name in (
         (ModelOptions, "--model_path hf:a/b", "model_path"), (ModelWord, "hf:a/b", "model"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrine.checkpoint import (
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.errors import CheckpointError, OutputError
+from vitrail.weights.checkpoint import (
     CheckpointInfo,
     load_info,
     load_training,
@@ -20,8 +22,6 @@ from vitrine.checkpoint import (
     save_weights_file,
     write_pointer,
 )
-from vitrine.config import Config, ModelConfig
-from vitrine.errors import CheckpointError, OutputError
 
 INFO = CheckpointInfo(
     Config(model=ModelConfig(n_classes=2)), ("cat", "dög"), {"step": 3, "seconds": 0.1}, {"a": 1.5}
@@ -109,7 +109,7 @@ def test_a_kill_while_writing_leaves_the_old_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitrine.checkpoint.write_flushed", full)
+    monkeypatch.setattr("vitrail.weights.checkpoint.write_flushed", full)
     with pytest.raises(OutputError, match="No space left"):
         save_checkpoint(checkpoint, INFO, weights={}, training={})
     assert same(load_weights(checkpoint), WEIGHTS)

@@ -16,9 +16,9 @@ import numpy as np
 import pooch
 import pytest
 
-from vitrine.data import cifar, download
-from vitrine.data.cifar import CIFAR10_CLASSES, load_cifar
-from vitrine.errors import DataError
+from vitrail.data import cifar, download
+from vitrail.data.cifar import CIFAR10_CLASSES, load_cifar
+from vitrail.errors import DataError
 
 N = {"data_batch_1": 7, "data_batch_2": 5, "data_batch_3": 3, "data_batch_4": 2, "data_batch_5": 1,
      "test_batch": 4, "train": 13, "test": 9}  # fmt: skip
@@ -194,7 +194,7 @@ def test_reads_files_pickled_again_and_says_so(
         file: pickle.dumps(pickle.loads(content, encoding="bytes"), protocol=protocol)
         for file, content in tiny[name].items()
     }
-    with caplog.at_level(logging.WARNING, "vitrine"):
+    with caplog.at_level(logging.WARNING, "vitrail"):
         images = load_cifar(name, "test", data_path=in_folder(tmp_path, archive.folder, again))
     raw_BCHW, labels = expected(name, archive.test)
     assert np.array_equal(images.raw_BCHW.numpy(), raw_BCHW)

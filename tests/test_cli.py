@@ -20,20 +20,20 @@ import torch
 from PIL import Image
 from rich.cells import cell_len
 
-from vitrine.checkpoint import CheckpointInfo, read_pointer, save_weights_file
-from vitrine.cli import COMMANDS, main
-from vitrine.cli.console import out
-from vitrine.cli.models import ModelOptions
-from vitrine.cli.parsing import parse
-from vitrine.cli.predict import describe_classes, print_table
-from vitrine.cli.train import read
-from vitrine.config import Config, ModelConfig
-from vitrine.configfile import from_json, read_json, read_toml
-from vitrine.errors import ConfigError
-from vitrine.model import VisionTransformer
-from vitrine.predictions import Prediction
-from vitrine.pretrained import load
-from vitrine.recovery import lock_of
+from vitrail.cli import COMMANDS, main
+from vitrail.cli.console import out
+from vitrail.cli.models import ModelOptions
+from vitrail.cli.parsing import parse
+from vitrail.cli.predict import describe_classes, print_table
+from vitrail.cli.train import read
+from vitrail.config.files import from_json, read_json, read_toml
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.errors import ConfigError
+from vitrail.inference.top_k import Prediction
+from vitrail.model import VisionTransformer
+from vitrail.training.recovery import lock_of
+from vitrail.weights.checkpoint import CheckpointInfo, read_pointer, save_weights_file
+from vitrail.weights.pretrained import load
 
 TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
@@ -92,10 +92,10 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -
     capsys.readouterr()
     assert main(words) == 2
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "MD5" not in line or "vitrine:" in line]
+    lines = [line for line in captured.err.splitlines() if "MD5" not in line or "vitrail:" in line]
     assert captured.out == ""
     assert len(lines) == 1, captured.err
-    assert lines[0].startswith("vitrine: ")
+    assert lines[0].startswith("vitrail: ")
     for part in parts:
         assert part in lines[0]
     return lines[0]
@@ -104,11 +104,11 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -
 # --- help and speed -------------------------------------------------------------------------------
 
 
-def test_help_lists_every_command_in_half_a_second(vitrine: Runner) -> None:
+def test_help_lists_every_command_in_half_a_second(vitrail: Runner) -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        shown = vitrine("--help")
+        shown = vitrail("--help")
         seconds.append(time.perf_counter() - began)
         assert shown.returncode == 0
     assert all(f"  {name} " in shown.stdout for name in COMMANDS)
@@ -122,21 +122,21 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--" in shown
-    assert f"vitrine {command}" in shown
+    assert f"vitrail {command}" in shown
 
 
 def test_no_words_show_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "usage: vitrine" in capsys.readouterr().out
+    assert "usage: vitrail" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("vitrine 0.")
+    assert capsys.readouterr().out.startswith("vitrail 0.")
 
 
 def test_a_reader_that_has_gone_is_no_traceback(here: Path) -> None:
-    shell = f"{sys.executable} -m vitrine info | head -c 1 >/dev/null"
+    shell = f"{sys.executable} -m vitrail info | head -c 1 >/dev/null"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
 
@@ -151,7 +151,7 @@ def test_training_tells_the_result_and_what_to_try_next(
     captured = capsys.readouterr()
     assert "validation" in captured.out
     assert "test" in captured.out
-    assert "vitrine predict --model_path output/quick" in captured.out
+    assert "vitrail predict --model_path output/quick" in captured.out
     assert "epoch   2/2" in captured.err
     config = json.loads((here / "output/quick/config.json").read_text())
     assert config["model"]["embed_dim"] == 16
@@ -189,7 +189,10 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
         (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be made"]),
         (["--config", "none.toml"], ["none.toml: No such file"]),
         (["--resume", "nowhere"], ["nowhere: not a run folder"]),
-        (["--preset", "seed", "--resume", "x"], ["--resume continues with the run's own settings"]),
+        (
+            ["--preset", "reference", "--resume", "x"],
+            ["--resume continues with the run's own settings"],
+        ),
         (["word"], ["unknown word word"]),
     ],
 )
@@ -332,15 +335,15 @@ def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
     def broken(*_: object) -> None:
         raise RuntimeError("no font\nsecond line")
 
-    monkeypatch.setattr("vitrine.evaluation.figures.plot_confusion", broken)
-    monkeypatch.setattr("vitrine.run_files.draw_attention", broken)
+    monkeypatch.setattr("vitrail.evaluation.plots.plot_confusion", broken)
+    monkeypatch.setattr("vitrail.training.run_files.draw_attention", broken)
     words = ["train", *TINY, "--epochs", "1", "--folder_name", "a", "--attention_epochs", "1"]
     assert main(words) == 1
     shown = capsys.readouterr()
     assert "Try next" in shown.out
-    (line,) = (line for line in shown.err.splitlines() if line.startswith("vitrine: "))
+    (line,) = (line for line in shown.err.splitlines() if line.startswith("vitrail: "))
     assert line == (
-        "vitrine: output/a/attention/epoch-0001.png could not be drawn: RuntimeError: no font; "
+        "vitrail: output/a/attention/epoch-0001.png could not be drawn: RuntimeError: no font; "
         "output/a/confusion_matrix.png could not be drawn: RuntimeError: no font; "
         "all else is in output/a/"
     )
@@ -355,11 +358,11 @@ def test_after_an_unexpected_error_the_line_says_how_to_resume(
         raise MemoryError
 
     monkeypatch.setattr("tempfile.tempdir", str(here))
-    monkeypatch.setattr("vitrine.run.Run.finish", broken)
+    monkeypatch.setattr("vitrail.training.run.Run.finish", broken)
     assert main(["train", *TINY, "--epochs", "1", "--folder_name", "a"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("vitrine: out of memory: ")
-    assert "; resume with: vitrine train --resume output/a (traceback: " in line
+    assert line.startswith("vitrail: out of memory: ")
+    assert "; resume with: vitrail train --resume output/a (traceback: " in line
 
 
 def test_a_place_for_weights_that_cannot_be_written_is_refused_before_training(
@@ -380,7 +383,7 @@ def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(
     assert main([*words, "--model_name", "w"]) == 1
     shown = capsys.readouterr().err
     assert "w-000.safetensors: cannot be written" in shown
-    assert "vitrine convert output/a FILE" in shown
+    assert "vitrail convert output/a FILE" in shown
     assert (here / "output/a/result.json").exists()
 
 
@@ -415,7 +418,7 @@ def test_settings_may_come_from_notepad_a_run_or_home(
     copy = here / "config.json"
     copy.write_bytes(b"\xef\xbb\xbf" + (run_folder / "config.json").read_bytes())
     assert from_json(read_json(copy)) == from_json(read_json(run_folder / "config.json"))
-    _, settings = read(["--data_path=~/pictures", "--init", ""], "vitrine train")[:2]
+    _, settings = read(["--data_path=~/pictures", "--init", ""], "vitrail train")[:2]
     assert settings.data.data_path == here / "home/pictures"
 
 
@@ -459,7 +462,7 @@ def test_a_damaged_run_does_not_hide_the_others(
     shown = capsys.readouterr()
     assert re.search(r"bad +│ damaged", shown.out)
     assert re.search(r"good +│ 2 +│ +[0-9]", shown.out)
-    assert "vitrine: output/bad/metrics.jsonl: damaged" in shown.err
+    assert "vitrail: output/bad/metrics.jsonl: damaged" in shown.err
 
 
 # --- test -----------------------------------------------------------------------------------------
@@ -494,7 +497,7 @@ def test_a_read_only_run_is_tested_and_its_use_logged_in_the_output(
     (copy / "test_uses.jsonl").mkdir()  # so that root cannot write it either
     assert main(["test", "--model_path", str(copy), "--output_path", "mine"]) == 0
     assert "this use of the test split is logged in mine/test_uses.jsonl" in capsys.readouterr().err
-    assert "vitrine test" in (here / "mine/test_uses.jsonl").read_text()
+    assert "vitrail test" in (here / "mine/test_uses.jsonl").read_text()
     assert (here / "mine/metrics.json").exists()
 
 
@@ -504,12 +507,12 @@ def test_a_test_prints_its_numbers_where_a_picture_cannot_be_drawn(
     def broken(*_: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("vitrine.evaluation.figures.plot_calibration", broken)
+    monkeypatch.setattr("vitrail.evaluation.plots.plot_calibration", broken)
     words = ["test", "--model_path", str(run_folder), "--json", "--split", "validation"]
     assert main([*words, "--output_path", "mine"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["images"] == 50
-    assert "vitrine: mine/calibration.png could not be drawn: RuntimeError: no font" in shown.err
+    assert "vitrail: mine/calibration.png could not be drawn: RuntimeError: no font" in shown.err
     assert Path("mine/confusion_matrix.png").exists()
 
 
@@ -567,7 +570,7 @@ def test_a_table_shows_whole_names_and_no_control_characters(
 def test_no_width_cuts_a_class_or_a_number(
     width: int, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.cli.predict.out.width", width)
+    monkeypatch.setattr("vitrail.cli.predict.out.width", width)
     assert out.width == width
     words = ["predict", str(pictures / "a.png"), "--model_path", "cifar10", "--top_k", "10"]
     assert main(words) == 0
@@ -587,7 +590,7 @@ def test_the_table_changes_where_its_columns_would_be_cut(
     top = [Prediction("a long class name", 0.5), Prediction("b", 0.25), Prediction("猫", 0.25)]
     wide = []
     for width in range(30, 90):
-        monkeypatch.setattr("vitrine.cli.predict.out.width", width)
+        monkeypatch.setattr("vitrail.cli.predict.out.width", width)
         print_table([("picture.png", top), ("n" * 30, top)])
         shown = capsys.readouterr().out
         assert "…" not in shown
@@ -600,7 +603,7 @@ def test_the_table_changes_where_its_columns_would_be_cut(
 
 def test_a_model_as_an_unknown_word_is_recognized(run_folder: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        parse(ModelOptions, [str(run_folder)], prog="vitrine x")
+        parse(ModelOptions, [str(run_folder)], prog="vitrail x")
     assert str(refused.value) == f"{run_folder} is a model: give --model_path {run_folder}"
 
 
@@ -614,7 +617,7 @@ def test_many_classes_are_not_all_listed() -> None:
 
 def test_a_picture_on_standard_input(weights: Path, pictures: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vitrine", "predict", "-", "--model_path", weights, "--json"],
+        [sys.executable, "-m", "vitrail", "predict", "-", "--model_path", weights, "--json"],
         input=(pictures / "a.png").read_bytes(), capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -665,7 +668,7 @@ def test_info_shows_presets_runs_and_models(
 ) -> None:
     assert main(["info", "--output_path", str(run_folder.parent)]) == 0
     shown = capsys.readouterr().out
-    assert "seed12" in shown
+    assert "reference12" in shown
     assert "torch" in shown
     assert f"{run_folder.name} " in shown
     assert main(["info", str(weights)]) == 0

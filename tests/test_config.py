@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitrine.config import AugmentConfig, Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
-from vitrine.configfile import from_json, read_toml, to_json
-from vitrine.errors import ConfigError
-from vitrine.presets import PRESETS, get_preset
+from vitrail.config.files import from_json, read_toml, to_json
+from vitrail.config.presets import PRESETS, get_preset
+from vitrail.config.settings import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from vitrail.errors import ConfigError
 
 
 def test_no_two_sections_share_a_name() -> None:
@@ -85,7 +92,7 @@ def test_impossible_training_is_refused(changes: dict[str, Any], words: str) -> 
 
 
 def test_seed_preset_is_the_references_recipe() -> None:
-    flat = get_preset("seed").flat()
+    flat = get_preset("reference").flat()
     expected = {
         "batch_size": 128, "learning_rate": 5e-4, "epochs": 200, "image_size": 32, "n_channels": 3,
         "patch_size": 4, "embed_dim": 128, "n_layers": 6, "n_attention_heads": 4, "forward_mul": 2,
@@ -96,8 +103,8 @@ def test_seed_preset_is_the_references_recipe() -> None:
         "stem": "patch", "position": "learned", "head": "mlp", "label_smoothing": 0, "mixup": 0,
     }  # fmt: skip
     assert {name: flat[name] for name in expected} == expected
-    assert get_preset("seed").training.warmup == 10
-    assert get_preset("seed12").model.n_layers == 12
+    assert get_preset("reference").training.warmup == 10
+    assert get_preset("reference12").model.n_layers == 12
 
 
 def test_an_unknown_preset_offers_the_nearest() -> None:

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import vitrine
+import vitrail
 from layouts import GRID, SIDE, D, L, N, make_state, plain_logits
-from vitrine.cli import main
-from vitrine.config import ModelConfig
-from vitrine.errors import CheckpointError, ConfigError
-from vitrine.foreign import read_state
-from vitrine.model import VisionTransformer
-from vitrine.model.adapt import resize_positions
-from vitrine.model.convert import convert, restate, timm
-from vitrine.model.convert.sizes import forward_mul
+from vitrail.cli import main
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.model import VisionTransformer
+from vitrail.model.finetune import resize_positions
+from vitrail.weights.formats import convert, restate, timm
+from vitrail.weights.formats.foreign import read_state
+from vitrail.weights.formats.sizes import forward_mul
 
 LAYOUTS = ("reference", "timm", "huggingface", "google")
 
@@ -135,7 +135,7 @@ def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
     told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     save_file(make_state("huggingface"), tmp_path / "model.safetensors")
-    classifier = vitrine.load(tmp_path, device="cpu")
+    classifier = vitrail.load(tmp_path, device="cpu")
     model, data = classifier.config.model, classifier.config.data
     assert (model.n_attention_heads, model.layer_norm_eps) == (6, 1e-3)
     assert (model.hidden_act, model.image_size) == ("gelu_tanh", (5, 45))
@@ -144,7 +144,7 @@ def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
     for wrong in ({"hidden_act": "relu"}, {"image_size": "big"}, {"layer_norm_eps": None}):
         (tmp_path / "config.json").write_text(json.dumps(about | wrong))
         with pytest.raises((CheckpointError, ConfigError)):
-            vitrine.load(tmp_path, device="cpu")
+            vitrail.load(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -153,7 +153,7 @@ def test_a_mean_of_words_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(make_state("timm"), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="could not convert string to float"):
-        vitrine.load(tmp_path, n_attention_heads=6, device="cpu")
+        vitrail.load(tmp_path, n_attention_heads=6, device="cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,7 +175,7 @@ def test_unknown_weights_name_their_first_keys() -> None:
         convert({"layer.weight": torch.ones(2, 3)})
 
 
-def test_what_vitrine_cannot_compute_is_refused_by_its_key() -> None:
+def test_what_vitrail_cannot_compute_is_refused_by_its_key() -> None:
     for key in ("reg_token", "norm_pre.weight", "blocks.0.attn.q_norm.weight"):
         with pytest.raises(CheckpointError, match=key):
             convert(make_state("timm") | {key: torch.ones(D)}, n_attention_heads=3)
@@ -238,7 +238,7 @@ def test_positions_are_resized_by_keys_cubic() -> None:
 
 
 def test_parity_with_the_references_own_code(reference: Path) -> None:
-    classifier = vitrine.load(reference / "seed-layer3-dim32.pt", device="cpu")
+    classifier = vitrail.load(reference / "seed-layer3-dim32.pt", device="cpu")
     expected = np.load(reference / "seed-layer3-dim32_expected.npz")
     with torch.no_grad():
         logits_BY, attentions = classifier.model.forward_with_attention(
@@ -257,7 +257,7 @@ def test_another_head_count_gives_another_model(reference: Path) -> None:
     images_BCHW = torch.from_numpy(np.load(path.with_name(f"{path.stem}_expected.npz"))["images"])
     with torch.no_grad():
         four, eight = (
-            vitrine.load(path, n_attention_heads=heads, device="cpu").model(images_BCHW)
+            vitrail.load(path, n_attention_heads=heads, device="cpu").model(images_BCHW)
             for heads in (None, 8)
         )
     assert not torch.allclose(four, eight, atol=1e-3)
@@ -280,13 +280,13 @@ def test_there_and_back_again_by_the_command(
     assert main(["convert", str(start), str(middle), "--n_attention_heads", "3"]) == 0
     told = capsys.readouterr().out
     assert f"({layout}, {len(state)} tensors)" in told
-    assert vitrine.load(middle, device="cpu").config.model.layer_norm_eps == {
+    assert vitrail.load(middle, device="cpu").config.model.layer_norm_eps == {
         "reference": 1e-5, "timm": 1e-6, "google": 1e-6, "huggingface": 1e-12,
     }[layout]  # fmt: skip
     assert main(["convert", str(middle), str(end), "--layout", layout]) == 0
     written, _ = read_state(end if end.suffix else end / "model.safetensors")
-    again = vitrine.load(end, n_attention_heads=3, device="cpu")
-    before = vitrine.load(middle, device="cpu").model.state_dict()
+    again = vitrail.load(end, n_attention_heads=3, device="cpu")
+    before = vitrail.load(middle, device="cpu").model.state_dict()
     assert written.keys() == state.keys()
     assert all(torch.equal(t, before[k]) for k, t in again.model.state_dict().items())
 
@@ -299,7 +299,7 @@ def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> Non
     told = capsys.readouterr().out
     assert "positions resized from 3 x 3 patches to 7 x 7" in told
     assert "a new head for 4 classes" in told
-    model = vitrine.load(tmp_path / "b.safetensors", device="cpu").model
+    model = vitrail.load(tmp_path / "b.safetensors", device="cpu").model
     before = convert(make_state("timm"), n_attention_heads=3).weights
     assert model(noise(35)).shape == (5, 4)
     expected = resize_positions(before["position_ND"], (GRID, GRID), (7, 7))
@@ -316,7 +316,7 @@ def test_weights_without_a_head_wait_for_one(tmp_path: Path) -> None:
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"without a head cannot classify.*--new_head"):
-        vitrine.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
+        vitrail.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
     found = convert(state, n_attention_heads=3)
     assert found.config.n_classes == 0
     assert found.weights["position_ND"].shape == (N, D)
@@ -325,7 +325,7 @@ def test_weights_without_a_head_wait_for_one(tmp_path: Path) -> None:
 def test_half_precision_is_read(tmp_path: Path) -> None:
     state = {key: tensor.bfloat16() for key, tensor in make_state("timm").items()}
     save_file(state, tmp_path / "a.safetensors")
-    model = vitrine.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu").model
+    model = vitrail.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu").model
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
@@ -333,7 +333,7 @@ def test_half_precision_is_read(tmp_path: Path) -> None:
 def test_broken_files_are_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of the kind" * 9)
     with pytest.raises(CheckpointError, match=name):
-        vitrine.load(tmp_path / name)
+        vitrail.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("layout", ["google", "reference"])
@@ -356,7 +356,7 @@ def test_files_of_weights_alone_come_with_a_line_of_what_they_do_not_say(
 def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: Any) -> None:
     save_file(make_state("timm"), tmp_path / "a.safetensors")
     for dest, layout, words in (
-        ("b.pt", "vitrine", "ends in .safetensors"),
+        ("b.pt", "vitrail", "ends in .safetensors"),
         ("b", "google", "ends in .npz"),
         ("b.pt", "timm", "is a folder"),
     ):

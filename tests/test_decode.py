@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.data import decode as decoding
-from vitrine.data import formats, pictures
-from vitrine.data.decode import Decoded, decode
-from vitrine.data.framing import Framing
-from vitrine.data.inputs import stack_pictures
-from vitrine.data.pictures import enough_side, fit_picture, read_picture
-from vitrine.data.wide import Extent, PixelRange, choose_range, join, measure, to_bytes
-from vitrine.errors import DataError
+from vitrail.data import decode as decoding
+from vitrail.data import formats, pictures
+from vitrail.data.decode import Decoded, decode
+from vitrail.data.framing import Framing
+from vitrail.data.inputs import stack_pictures
+from vitrail.data.pictures import enough_side, fit_picture, read_picture
+from vitrail.data.wide import Extent, PixelRange, choose_range, join, measure, to_bytes
+from vitrail.errors import DataError
 
 RAMP = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
 
@@ -100,7 +100,7 @@ def test_an_exception_stops_all_threads(
 MEMORY = """
 import sys
 from pathlib import Path
-from vitrine.data.decode import decode
+from vitrail.data.decode import decode
 paths = sorted(Path(sys.argv[1]).iterdir())
 def held(what):
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what)]
@@ -254,7 +254,7 @@ def test_one_range_holds_for_all_files(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_range_that_is_hardly_used_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "vitrine"):
+    with caplog.at_level(logging.WARNING, "vitrail"):
         run(save(tmp_path, np.array([[60_000, 60_100]], np.uint16)))
         run(save(tmp_path, RAMP / 9))
         run(save(tmp_path, RAMP / 7))

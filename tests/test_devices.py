@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitrine.devices import choose_precision, multiplies_bfloat16
+from vitrail.runtime.devices import choose_precision, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 

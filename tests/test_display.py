@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vitrine.cli import display
-from vitrine.cli.display import SpeedMeter, TrainingDisplay
-from vitrine.cli.signals import stop_requests
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.run import EpochEnd, Run
+from vitrail.cli import display
+from vitrail.cli.display import SpeedMeter, TrainingDisplay
+from vitrail.cli.signals import stop_requests
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.training.run import EpochEnd, Run
 
 
 def watch(config: Config, folder: Path, *, terminal: bool) -> tuple[str, TrainingDisplay]:
@@ -144,7 +144,7 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
     assert signal.getsignal(signal.SIGINT) is before
     program = (
         "import signal\n"
-        "from vitrine.cli.signals import stop_requests\n"
+        "from vitrail.cli.signals import stop_requests\n"
         "with stop_requests() as stop:\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    print('noted', stop.signal == signal.SIGINT, flush=True)\n"

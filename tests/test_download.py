@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.data import download
-from vitrine.data.download import fetch
-from vitrine.errors import DataError, OutputError
+from vitrail.data import download
+from vitrail.data.download import fetch
+from vitrail.errors import DataError, OutputError
 
 CONTENT = bytes(value * value % 251 for value in range(9973))
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vitrine.environment import HIDDEN, describe_environment, public_words
+from vitrail.runtime.environment import HIDDEN, describe_environment, public_words
 
 
 def test_paths_and_names_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,11 +16,11 @@ def test_paths_and_names_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None
         "--epochs", "3", "--resume", "alice", "--model_name", "alice", r"C:\Users\alice", "~alice",
         "--mean", "0.5", "0.5", "0.5", "--init=alice", "--wandb",
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["/home/alice/bin/vitrine", *words])
+    monkeypatch.setattr(sys, "argv", ["/home/alice/bin/vitrail", *words])
     about = describe_environment(torch.device("cpu"), "float32")
     assert "alice" not in json.dumps(about)
     command = about["command"]
-    assert command[:5] == ["vitrine", "train", "--preset", "quick", "--data_path"]
+    assert command[:5] == ["vitrail", "train", "--preset", "quick", "--data_path"]
     assert command.count(HIDDEN) == 8
     assert f"--output_path={HIDDEN}" in command
     assert command[command.index("--mean") + 1 :][:3] == ["0.5"] * 3

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitrine.configfile import from_json
-from vitrine.run import Run
+from vitrail.config.files import from_json
+from vitrail.training.run import Run
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

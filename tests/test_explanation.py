@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import vitrine
-from vitrine import checkpoint
-from vitrine.cli import main
-from vitrine.cli.explain_options import ExplainOptions, name_files
-from vitrine.cli.parsing import parse
-from vitrine.cli.picture_words import MODEL_ENDINGS, MODEL_FILES
-from vitrine.errors import ConfigError, DataError
-from vitrine.explain.drawing import caption, page_data
-from vitrine.explain.explanation import compare
-from vitrine.explain.explanation import explain as draw
-from vitrine.explain.lettering import GREEN, INK, RED
-from vitrine.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
-from vitrine.explain.page import describe
-from vitrine.foreign import FILES
-from vitrine.predict import Classifier
+import vitrail
+from vitrail.cli import main
+from vitrail.cli.explain_options import ExplainOptions, name_files
+from vitrail.cli.parsing import parse
+from vitrail.cli.picture_words import MODEL_ENDINGS, MODEL_FILES
+from vitrail.errors import ConfigError, DataError
+from vitrail.explain.explanation import compare
+from vitrail.explain.explanation import explain as draw
+from vitrail.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
+from vitrail.explain.page import describe
+from vitrail.explain.sheet import caption, page_data
+from vitrail.explain.text import GREEN, INK, RED
+from vitrail.inference.classifier import Classifier
+from vitrail.weights import checkpoint
+from vitrail.weights.formats.foreign import FILES
 
 TINY = shlex.split(
     "--patch_size 8 --embed_dim 16 --n_layers 3 --n_attention_heads 2 --batch_size 40 "
@@ -47,7 +47,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(run_folder: Path) -> Classifier:
-    return vitrine.load(run_folder, device="cpu")
+    return vitrail.load(run_folder, device="cpu")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def count_pixels(drawn: np.ndarray, color: str) -> int:
     return int((np.abs(drawn.astype(int) - wanted).max(axis=-1) < 24).sum())
 
 
-@pytest.mark.parametrize("style", ["vitrine", "seed"])
+@pytest.mark.parametrize("style", ["vitrail", "reference"])
 @pytest.mark.parametrize("ending", ["gif", "png"])
 def test_a_wrong_answer_looks_wrong(
     ending: str, style: str, classifier: Classifier, picture: str, tmp_path: Path
@@ -195,9 +195,9 @@ def test_other_endings_and_looks_are_refused(
         with pytest.raises(ConfigError):
             explained.save(tmp_path / "x.gif", **look)
     with pytest.raises(ConfigError, match="draws the rollout"):
-        classifier.explain(picture, method="gradcam").save(tmp_path / "x.gif", style="seed")
+        classifier.explain(picture, method="gradcam").save(tmp_path / "x.gif", style="reference")
     with pytest.raises(ConfigError, match="not a page"):
-        explained.save(tmp_path / "x.html", style="seed")
+        explained.save(tmp_path / "x.html", style="reference")
     assert not list(tmp_path.glob("x.*"))
 
 
@@ -224,7 +224,8 @@ def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> Non
     changes = (
         "--method relevance", "--method attention", "--method gradcam", "--frames heads",
         "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalise picture",
-        "--normalise none", "--colormap viridis", "--alpha 0.2", "--style seed", "--fit squash",
+        "--normalise none", "--colormap viridis", "--alpha 0.2", "--style reference",
+        "--fit squash",
         "--layers 1-2", "--method rollout,relevance",
     )  # fmt: skip
     seen = [last]
@@ -247,7 +248,7 @@ def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str)
 
 
 def test_the_still_panel_stands_still(run_folder: Path, picture: str) -> None:
-    for style in ("vitrine", "seed"):
+    for style in ("vitrail", "reference"):
         frames = np.stack(explain(run_folder, picture, "--style", style)).astype(int)
         left = frames[:, 60:300, 30:300]
         assert np.ptp(left, axis=0).max() <= 1
@@ -282,8 +283,8 @@ def test_every_use_of_the_test_split_is_logged_in_the_run(run_folder: Path, pict
     before = log.read_text()
     commands = {
         "image 3 explained": "explain --index 3 --format png",
-        "vitrine explain --score": "explain --score --images 10 --method attention",
-        "vitrine inspect": "inspect --images 10",
+        "vitrail explain --score": "explain --score --images 10 --method attention",
+        "vitrail inspect": "inspect --images 10",
     }
     for words in commands.values():
         assert main([*shlex.split(words), "--model_path", str(run_folder)]) == 0
@@ -308,10 +309,10 @@ def test_other_data_are_named_beside_the_trainings(
         calls.append((split, changes, classifier.config.data))
         raise DataError("enough")
 
-    monkeypatch.setattr("vitrine.run.load_split", ask)
+    monkeypatch.setattr("vitrail.training.run.load_split", ask)
     command = f"{words} --dataset folder --data_path other --split train --model_path {run_folder}"
     assert main(shlex.split(command)) == 2
-    trained = vitrine.load(run_folder, device="cpu").config.data
+    trained = vitrail.load(run_folder, device="cpu").config.data
     changes = {"dataset": "folder", "data_path": Path("other"), "num_test_images": None}
     assert calls == [("train", changes, trained)]
 
@@ -329,7 +330,7 @@ def test_a_model_among_the_pictures_is_refused(
     capsys.readouterr()
     assert main([command, str(words[what]), picture]) == 2
     line = f"{words[what]} is a model, not a picture: give --model_path {words[what]}"
-    assert capsys.readouterr().err == f"vitrine: {line}\n"
+    assert capsys.readouterr().err == f"vitrail: {line}\n"
 
 
 def test_endings_of_models_are_all_known() -> None:
@@ -367,7 +368,7 @@ def test_a_picture_on_standard_input_is_explained(
 
 def test_drawings_with_other_settings_have_other_names() -> None:
     flags = [
-        "", "--style seed", "--query 0,3", "--query 03", "--layers 1-2", "--layers 1,2",
+        "", "--style reference", "--query 0,3", "--query 03", "--layers 1-2", "--layers 1,2",
         "--method attention", "--method attention --frames heads", "--frames heads",
         "--method relevance --class ring", "--method rollout,relevance", "--fusion max",
         "--discard_ratio 0.5", "--fit squash", "--alpha 0.2", "--colormap viridis",
@@ -376,7 +377,7 @@ def test_drawings_with_other_settings_have_other_names() -> None:
     ]  # fmt: skip
     names = []
     for each in flags:
-        options = parse(ExplainOptions, ["cat.png", *shlex.split(each)], prog="vitrine explain")
+        options = parse(ExplainOptions, ["cat.png", *shlex.split(each)], prog="vitrail explain")
         names += [path.as_posix() for path in name_files(options, ["cat.png"])]
     assert names[0] == "output/explain/cat-rollout.gif"
     assert names[2] == "output/explain/cat-rollout-query-0-3.gif"
@@ -434,7 +435,7 @@ def test_scores_are_written_before_they_are_printed(
     def fail(_: object) -> None:
         raise UnicodeEncodeError("cp1252", "✓", 0, 1, "no such character")
 
-    monkeypatch.setattr("vitrine.cli.scoring.out.print", fail)
+    monkeypatch.setattr("vitrail.cli.scoring.out.print", fail)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     with contextlib.suppress(UnicodeEncodeError):
         main([*words, "--method", "attention", "--output_path", "s"])
@@ -446,7 +447,7 @@ def test_scoring_shows_its_progress_on_a_terminal(
 ) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("vitrine.cli.scoring.err", console)
+    monkeypatch.setattr("vitrail.cli.scoring.err", console)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     assert main([*words, "--method", "attention", "--output_path", "s"]) == 0
     assert "scoring" in screen.getvalue()
@@ -472,7 +473,7 @@ def test_without_data_filters_and_positions_are_inspected(
     def fail(*_: object, **__: object) -> None:
         raise DataError("CIFAR-10 could not be downloaded")
 
-    monkeypatch.setattr("vitrine.data.sources.load_cifar", fail)
+    monkeypatch.setattr("vitrail.data.datasets.load_cifar", fail)
     words = ["inspect", "--model_path", "cifar10", "--output_path", "i"]
     assert main([*words, "--json"]) == 1
     captured = capsys.readouterr()
@@ -490,7 +491,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
     images: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "nothing", "--images", str(images)]) == 2
-    assert capsys.readouterr().err == f"vitrine: --images is {images}: give at least 10\n"
+    assert capsys.readouterr().err == f"vitrail: --images is {images}: give at least 10\n"
 
 
 @pytest.mark.parametrize(
@@ -551,6 +552,6 @@ def test_impossible_explanations_are_one_line(
     capsys.readouterr()
     assert main(["explain", "--model_path", str(run_folder), *shlex.split(flags)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("vitrine: ")
+    assert line.startswith("vitrail: ")
     for part in parts:
         assert part in line

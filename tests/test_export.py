@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.cli import main
-from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.errors import ConfigError, ExportError
-from vitrine.export.graph import CHECKED_BATCHES, EXAMPLE_BATCH, ExportSettings, Graph, check
-from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
+from vitrail.cli import main
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.errors import ConfigError, ExportError
+from vitrail.export.graph import CHECKED_BATCHES, EXAMPLE_BATCH, ExportSettings, Graph, check
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
 
 VARIANTS = {
     "cls": {"pool": "cls", "position": "learned", "stem": "patch", "head": "mlp"},
@@ -109,7 +109,7 @@ def test_flags_at_odds_are_refused(
 
 
 def test_a_model_beyond_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitrine.export import onnx_file
+    from vitrail.export import onnx_file
 
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     with pytest.raises(ConfigError, match="an ONNX file holds less than 2 GiB"):
@@ -124,8 +124,8 @@ def test_onnx_gives_the_logits_and_attention_of_torch(
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from vitrine.export.onnx_file import to_onnx
-    from vitrine.onnx_predict import load_onnx
+    from vitrail.export.onnx_file import to_onnx
+    from vitrail.inference.onnx_classifier import load_onnx
 
     classifier = make_classifier(**VARIANTS[variant])
     proto, difference = to_onnx(classifier, ExportSettings(attention=True, raw=raw))
@@ -163,7 +163,7 @@ def exported_name(raw: bool) -> str:
 
 @pytest.mark.slow
 def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
-    from vitrine.export.program import METADATA, to_program
+    from vitrail.export.program import METADATA, to_program
 
     classifier = make_classifier()
     content, difference = to_program(classifier, ExportSettings(attention=True, raw=True))
@@ -176,7 +176,7 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
         "import sys, torch\n"
         "program = torch.export.load('m.pt2').module()\n"
         "torch.save(program(torch.load('in.pt'))[0].detach(), 'out.pt')\n"
-        "sys.exit('vitrine' in sys.modules)"
+        "sys.exit('vitrail' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     expected_BY = classifier.probabilities(classifier.prepare(list(raw_BHWC.numpy())))
@@ -188,19 +188,19 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_on_a_run(
-    tmp_path: Path, vitrine: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, vitrail: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """Export float32 and int8, predict with all three: the same table; the accuracies are told."""
     pytest.importorskip("onnxscript")
     small = ["--epochs", "3", "--num_train_images", "2000", "--validation_images", "500"]
-    assert vitrine("train", *small, "--folder_name", "quick", cwd=tmp_path).returncode == 0
+    assert vitrail("train", *small, "--folder_name", "quick", cwd=tmp_path).returncode == 0
     Image.effect_noise((40, 33), 90).convert("RGB").save(tmp_path / "p.png")
-    done = vitrine("export", "--model_path", "output/quick", "--attention", cwd=tmp_path)
+    done = vitrail("export", "--model_path", "output/quick", "--attention", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "quick.onnx" in done.stdout
     assert "batches of 1, 7, 64" in done.stdout
     tables = [
-        vitrine("predict", "--model_path", model, "p.png", "--csv", cwd=tmp_path).stdout
+        vitrail("predict", "--model_path", model, "p.png", "--csv", cwd=tmp_path).stdout
         for model in ("output/quick", "quick.onnx")
     ]
     assert tables[0].count("\n") == 4
@@ -208,24 +208,24 @@ def test_the_commands_on_a_run(
     for torch_row, onnx_row in zip(*rows, strict=True):
         assert torch_row[:3] == onnx_row[:3]
         assert float(torch_row[3]) == pytest.approx(float(onnx_row[3]), abs=1e-5)
-    done = vitrine("export", "--model_path", "output/quick", "--int8", cwd=tmp_path)
+    done = vitrail("export", "--model_path", "output/quick", "--int8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "on 500 images" in done.stdout
     result = json.loads((tmp_path / "output/quick/result.json").read_text())
     assert f"{result['validation']['accuracy']:.2%}" in done.stdout
     assert (tmp_path / "quick-int8.onnx").stat().st_size < (tmp_path / "quick.onnx").stat().st_size
-    done = vitrine("predict", "--model_path", "quick-int8.onnx", "p.png", cwd=tmp_path)
+    done = vitrail("predict", "--model_path", "quick-int8.onnx", "p.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     # A run without validation images names what else there is, and test uses are noted.
     config_file = tmp_path / "output/quick/test_uses.jsonl"
     before = len(config_file.read_text().splitlines())
     words = ["export", "--model_path", "output/quick", "--int8", "--split", "test"]
-    assert vitrine(*words, cwd=tmp_path).returncode == 0
+    assert vitrail(*words, cwd=tmp_path).returncode == 0
     assert len(config_file.read_text().splitlines()) == before + 1
 
 
 def test_int8_needs_images_to_measure_on() -> None:
-    from vitrine.cli.export import ExportOptions, measured_images
+    from vitrail.cli.export import ExportOptions, measured_images
 
     classifier = make_classifier(image_size=32)
     data = dataclasses.replace(classifier.config.data, validation_images=0)

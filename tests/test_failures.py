@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.cli import failures, guarded, main
-from vitrine.cli.failures import COULD_NOT, UNEXPECTED
-from vitrine.cli.signals import stop_requests
+from vitrail.cli import failures, guarded, main
+from vitrail.cli.failures import COULD_NOT, UNEXPECTED
+from vitrail.cli.signals import stop_requests
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +86,12 @@ def test_an_unexpected_error_is_one_line_that_commands_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     error = KeyError("a\x1b[31m\nb")
-    error.add_note("resume with: vitrine train --resume output/a")
+    error.add_note("resume with: vitrail train --resume output/a")
     assert end_with(error) == UNEXPECTED
     (line,) = capsys.readouterr().err.splitlines()
     assert "\x1b" not in line
     assert "unexpected KeyError: " in line
-    assert "; resume with: vitrine train --resume output/a (traceback: " in line
+    assert "; resume with: vitrail train --resume output/a (traceback: " in line
     assert end_with(ZeroDivisionError()) == UNEXPECTED
     assert "unexpected ZeroDivisionError: ZeroDivisionError" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
 
 def run(*words: str, out: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run the command line; its standard output goes to a file if given."""
-    command = [sys.executable, "-m", "vitrine", *words]
+    command = [sys.executable, "-m", "vitrail", *words]
     with Path(out or os.devnull).open("wb") as file:
         return subprocess.run(
             command, stdout=file if out else subprocess.PIPE, stderr=subprocess.PIPE, check=False,
@@ -165,7 +165,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(here: Path) -> None:
 
 
 def test_a_reader_that_has_gone_is_no_fault(here: Path) -> None:
-    command = [sys.executable, "-m", "vitrine", "info"]
+    command = [sys.executable, "-m", "vitrail", "info"]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as file:

@@ -11,7 +11,7 @@ import pytest
 
 from faults import damage, disk, kills, not_finite, stops
 from faults.tally import Tally
-from vitrine.config import Config
+from vitrail.config.settings import Config
 
 children = pytest.mark.xdist_group("children")
 """All in one worker: they share the warm process that they are forked from."""

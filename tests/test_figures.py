@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.errors import DataError, OutputError
-from vitrine.evaluation import figures
-from vitrine.evaluation.figures import plot_calibration, plot_confusion, plot_curve
-from vitrine.evaluation.metrics import Metrics, measure
+from vitrail.errors import DataError, OutputError
+from vitrail.evaluation import figures
+from vitrail.evaluation.metrics import Metrics, measure
+from vitrail.evaluation.plots import plot_calibration, plot_confusion, plot_curve
 
 
 def scored(classes: list[str], count: int = 97) -> Metrics:
@@ -131,6 +131,6 @@ def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_pyplot_is_never_loaded() -> None:
-    code = "import sys, vitrine.evaluation.figures; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, vitrail.evaluation.plots; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

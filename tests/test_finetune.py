@@ -9,23 +9,24 @@ import torch
 from safetensors.torch import save_file
 
 from layouts import make_state
-from vitrine import pretrained, ranks
-from vitrine.checkpoint import CheckpointInfo, save_weights_file
-from vitrine.cli import main
-from vitrine.cli.train import read
-from vitrine.config import Config, ModelConfig, TrainingConfig
-from vitrine.configfile import from_json, read_json
-from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet
-from vitrine.errors import CheckpointError, ConfigError
-from vitrine.model import VisionTransformer
-from vitrine.model.adapt import resize_positions
-from vitrine.model.convert import convert
-from vitrine.presets import get_preset
-from vitrine.run import Run
-from vitrine.training.loop import set_training_mode, train
-from vitrine.training.optim import make_optimizers
-from vitrine.training.state import TrainingState
+from vitrail.cli import main
+from vitrail.cli.train import read
+from vitrail.config.files import from_json, read_json
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import Config, ModelConfig, TrainingConfig
+from vitrail.data.batches import Batches
+from vitrail.data.images import ImageSet
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.model import VisionTransformer
+from vitrail.model.finetune import resize_positions
+from vitrail.runtime import distributed
+from vitrail.training.loop import set_training_mode, train
+from vitrail.training.optim import make_optimizers
+from vitrail.training.run import Run
+from vitrail.training.state import TrainingState
+from vitrail.weights import pretrained
+from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
+from vitrail.weights.formats import convert
 
 TINY = shlex.split(
     "--batch_size 40 --num_train_images 80 --num_test_images 30 --validation_images 50 "
@@ -137,13 +138,15 @@ def test_ranks_leave_a_frozen_backbones_statistics_alone(monkeypatch: pytest.Mon
         if "running" in name:
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(ranks, "count", lambda: 3)
-    monkeypatch.setattr(ranks, "add_up", lambda tensors: [tensor.mul_(3) for tensor in tensors])
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(
+        distributed, "add_up", lambda tensors: [tensor.mul_(3) for tensor in tensors]
+    )
     set_training_mode(model, frozen=True)
-    ranks.merge(model)
+    distributed.merge(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     set_training_mode(model, frozen=False)
-    ranks.merge(model)  # a third three times is not the whole to the bit
+    distributed.merge(model)  # a third three times is not the whole to the bit
     assert not all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
@@ -208,7 +211,7 @@ def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
         ('position = "rope"', ["--position", "sincos"], "sincos"),
     ):
         (here / "my.toml").write_text(f"n_layers = 2\n{text}\n")
-        _, settings = read([*words, *flags], "vitrine train")
+        _, settings = read([*words, *flags], "vitrail train")
         assert settings.model.position == position, text
         assert settings.model.embed_dim == tiny_model.embed_dim
 

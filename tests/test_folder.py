@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitrine.config import DataConfig
-from vitrine.data.folder import LoadedFolder, load_folder
-from vitrine.data.manifest import scan
-from vitrine.errors import DataError
+from vitrail.config.settings import DataConfig
+from vitrail.data.folder import LoadedFolder, load_folder
+from vitrail.data.manifest import scan
+from vitrail.errors import DataError
 
 CONFIG = DataConfig(fit="squash", num_workers=3)
 
@@ -72,7 +72,7 @@ def test_broken_pictures_are_named_and_left_out(
     files = scan(pictures).paths("train")
     files[3].write_text("no picture")
     files[11].write_bytes(files[11].read_bytes()[:50])
-    with caplog.at_level(logging.WARNING, "vitrine"):
+    with caplog.at_level(logging.WARNING, "vitrail"):
         loaded = load(pictures, "train")
     assert levels(loaded) == [v for i, v in enumerate(levels(before)) if i not in (3, 11)]
     assert loaded.broken == (files[3], files[11])

@@ -28,28 +28,28 @@ import hostile_settings
 import hostile_weights
 from hostile_engine import FaultError, Target, mutate, require_in_time, run_case
 
-from vitrine import pretrained
-from vitrine.checkpoint import (
+from vitrail.cli import guarded
+from vitrail.cli import predict as cli_predict
+from vitrail.config.files import from_json, read_json, read_toml
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data import unpickle
+from vitrail.data.cifar import CIFAR10, Part, read_batch, read_part
+from vitrail.data.cifar_pickle import load_arrays
+from vitrail.data.datasets import load_splits
+from vitrail.data.pictures import read_picture
+from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError, VitrailError
+from vitrail.explain.text import draw_caption
+from vitrail.inference.classifier import Prediction
+from vitrail.runtime.files import write_json
+from vitrail.training.run_folder import read_rows
+from vitrail.training.state import TrainingState
+from vitrail.weights import pretrained
+from vitrail.weights.checkpoint import (
     CheckpointInfo,
     load_weights_file,
     read_pointer,
     save_weights_file,
 )
-from vitrine.cli import guarded
-from vitrine.cli import predict as cli_predict
-from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.configfile import from_json, read_json, read_toml
-from vitrine.data import unpickle
-from vitrine.data.cifar import CIFAR10, Part, read_batch, read_part
-from vitrine.data.pictures import read_picture
-from vitrine.data.sources import load_splits
-from vitrine.data.unpickle import load_arrays
-from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError, VitrineError
-from vitrine.explain.lettering import draw_caption
-from vitrine.files import write_json
-from vitrine.predict import Prediction
-from vitrine.run_folder import read_rows
-from vitrine.training.state import TrainingState
 
 TARGETS = {
     "pictures": hostile_pictures.TARGET,
@@ -111,7 +111,7 @@ def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
         (folder / ".." / "ran").mkdir()
 
     def lines(_data: bytes, _folder: Path) -> None:
-        error = VitrineError("x")
+        error = VitrailError("x")
         error.args = ("two\nlines",)
         raise error
 
@@ -229,7 +229,7 @@ def test_an_error_is_one_line_that_commands_no_terminal(capsys: pytest.CaptureFi
         raise DataError("/tmp/\x1b[31mred\n.png: \u202egnp no picture")
 
     assert guarded(fail, []) == 2
-    assert capsys.readouterr().err == "vitrine: /tmp/�[31mred�.png: �gnp no picture\n"
+    assert capsys.readouterr().err == "vitrail: /tmp/�[31mred�.png: �gnp no picture\n"
 
 
 def test_csv_holds_no_formula_and_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:

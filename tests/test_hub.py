@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save
 
-import vitrine
+import vitrail
 from hub_stand_in import Hub, running
 from layouts import make_state
-from vitrine.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
-from vitrine.cli import main
-from vitrine.config import Config, ModelConfig
-from vitrine.errors import CheckpointError, ConfigError
-from vitrine.files import write_json
-from vitrine.model import VisionTransformer
+from vitrail.cli import main
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.model import VisionTransformer
+from vitrail.runtime.files import write_json
+from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
 
 constants = pytest.importorskip("huggingface_hub.constants")
 utils = pytest.importorskip("huggingface_hub.utils")
@@ -90,15 +90,15 @@ def test_what_goes_up_comes_down(
         assert str(run.parent).encode() not in content
     card = files["README.md"].decode()
     for words in (
-        "license: mit", "library_name: vitrine", "uoft-cs/cifar10", "value: 0.7", "70.00%",
+        "license: mit", "library_name: vitrail", "uoft-cs/cifar10", "value: 0.7", "70.00%",
         "66.00% to 74.00%", "ant, bee, cow", "starting from start.safetensors", "| seed | 77 |",
-        'vitrine.load("hf:me/tiny")', "## Limits", "| learning_rate | 0.0005 |",
+        'vitrail.load("hf:me/tiny")', "## Limits", "| learning_rate | 0.0005 |",
     ):  # fmt: skip
         assert words in card, words
 
     def same_as_the_run() -> bool:
-        theirs = vitrine.load("hf:me/tiny", device="cpu")
-        ours = vitrine.load(run, device="cpu")
+        theirs = vitrail.load("hf:me/tiny", device="cpu")
+        ours = vitrail.load(run, device="cpu")
         assert theirs.classes == ours.classes
         assert theirs.config.model == ours.config.model
         weights = ours.model.state_dict()
@@ -109,7 +109,7 @@ def test_what_goes_up_comes_down(
     turn_to("http://127.0.0.1:9", monkeypatch)
     assert same_as_the_run()  # from what was kept, the hub being away
     with pytest.raises(CheckpointError, match=r"^hf:me/other: .*not kept"):
-        vitrine.load("hf:me/other")
+        vitrail.load("hf:me/other")
 
 
 def test_other_peoples_models_come_down(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +124,7 @@ def test_other_peoples_models_come_down(hub: Hub, capsys: pytest.CaptureFixture[
         "model.safetensors": save(make_state("huggingface")),
         "pytorch_model.bin": b"not asked for",
     }
-    classifier = vitrine.load("hf:them/vit", device="cpu")
+    classifier = vitrail.load("hf:them/vit", device="cpu")
     assert classifier.config.model.n_attention_heads == 3
     assert not any("pytorch_model.bin" in request for request in hub.seen)
     assert main(["push", "hf:them/vit", "me/copy"]) == 2
@@ -136,7 +136,7 @@ def test_settings_and_weights_of_two_models_are_refused(hub: Hub, run: Path) -> 
     files = hub.repos["me/tiny"]
     files["config.json"] = files["config.json"].replace(b'"bee"', b'"wasp"')
     with pytest.raises(CheckpointError, match="of two different models"):
-        vitrine.load("hf:me/tiny")
+        vitrail.load("hf:me/tiny")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_settings_and_weights_of_two_models_are_refused(hub: Hub, run: Path) -> 
 )
 def test_what_is_not_there_is_one_line(hub: Hub, name: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as refusal:
-        vitrine.load(name)
+        vitrail.load(name)
     assert "\n" not in str(refusal.value)
 
 
@@ -165,4 +165,4 @@ def test_a_missing_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ConfigError, match=r'huggingface_hub is not installed: pip install -e "\.\[hub\]"'
     ):
-        vitrine.load("hf:me/tiny")
+        vitrail.load("hf:me/tiny")

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrine.config import ModelConfig
-from vitrine.errors import DataError, OutputError
-from vitrine.explain import insides_figure
-from vitrine.explain.insides import (
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import DataError, OutputError
+from vitrail.explain import insides_figure
+from vitrail.explain.inspection import (
     attention_distance,
     attention_entropy,
     head_statistics,
@@ -26,9 +26,9 @@ from vitrine.explain.insides import (
     patch_filters,
     position_similarity,
 )
-from vitrine.explain.insides_figure import draw_insides
-from vitrine.model import VisionTransformer
-from vitrine.pretrained import load
+from vitrail.explain.inspection_plot import draw_insides
+from vitrail.model import VisionTransformer
+from vitrail.weights.pretrained import load
 
 
 def build(config: ModelConfig) -> VisionTransformer:
@@ -255,7 +255,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
 @pytest.mark.slow
 def test_pyplot_is_never_loaded() -> None:
     code = (
-        "import sys, vitrine.explain.insides_figure, vitrine.explain.score_report; "
+        "import sys, vitrail.explain.inspection_plot, vitrail.explain.map_report; "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

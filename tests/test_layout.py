@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.data.layout import find_layout
-from vitrine.errors import DataError
+from vitrail.data.layout import find_layout
+from vitrail.errors import DataError
 
 
 def make(root: Path, *names: str) -> Path:

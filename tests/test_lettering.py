@@ -2,7 +2,7 @@
 
 from PIL import ImageFont
 
-from vitrine.explain.lettering import cut, drawable, line_height, load_font, wrap
+from vitrail.explain.text import cut, drawable, line_height, load_font, wrap
 
 
 def test_letters_that_cannot_be_drawn_become_the_replacement_sign() -> None:

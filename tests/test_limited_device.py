@@ -11,16 +11,17 @@ import torch
 from matplotlib.figure import Figure
 
 from limited_device import DEVICE, MOVED, DeviceTensor, limited_device
-from vitrine import devices, pretrained
-from vitrine.cli import main
-from vitrine.config import AugmentConfig, Config
-from vitrine.configfile import from_json
-from vitrine.data.augment import random_crop, random_erasing
-from vitrine.data.images import ImageSet, normalise
-from vitrine.explain.methods import METHODS
-from vitrine.model import VisionTransformer
-from vitrine.presets import get_preset
-from vitrine.run import Run
+from vitrail.cli import main
+from vitrail.config.files import from_json
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import AugmentConfig, Config
+from vitrail.data.augment import random_crop, random_erasing
+from vitrail.data.images import ImageSet, normalise
+from vitrail.explain.methods import METHODS
+from vitrail.model import VisionTransformer
+from vitrail.runtime import devices
+from vitrail.training.run import Run
+from vitrail.weights import pretrained
 
 FEW = {
     "data": {"num_train_images": 60, "validation_images": 20, "num_test_images": 12},

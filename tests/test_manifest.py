@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitrine.config import DataConfig
-from vitrine.data.manifest import (
+from vitrail.config.settings import DataConfig
+from vitrail.data.manifest import (
     SPLITS,
     Manifest,
     choose_manifest,
@@ -22,7 +22,7 @@ from vitrine.data.manifest import (
     summary,
     verify,
 )
-from vitrine.errors import CheckpointError, ConfigError, DataError
+from vitrail.errors import CheckpointError, ConfigError, DataError
 
 
 def draw(path: Path, level: int = 0) -> Path:
@@ -223,7 +223,7 @@ def test_another_folder_is_scored_whole(
     assert caplog.messages == []
     learned = sorted(known.paths("train"))[0]
     shutil.copy(learned, tmp_path / "other/bee/again.png")
-    with caplog.at_level(logging.WARNING, "vitrine"):
+    with caplog.at_level(logging.WARNING, "vitrail"):
         choose_manifest(other, trained_on(pictures), known, "test", known.classes)
     assert "the model was trained on 1 of these 10 pictures" in caplog.text
 

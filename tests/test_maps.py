@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrine.explain.maps import (
+from vitrail.explain.maps import (
     HeadFusion,
     discard_lowest,
     fuse_heads,

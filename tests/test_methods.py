@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import vitrine
-from vitrine.config import ModelConfig
-from vitrine.errors import ConfigError
-from vitrine.explain import maps
-from vitrine.explain.methods import (
+import vitrail
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import ConfigError
+from vitrail.explain import maps
+from vitrail.explain.methods import (
     METHODS,
     Maps,
     MapSettings,
@@ -25,7 +25,7 @@ from vitrine.explain.methods import (
     compute_maps,
     early_logits,
 )
-from vitrine.model import VisionTransformer
+from vitrail.model import VisionTransformer
 
 MakeModel = Callable[..., VisionTransformer]
 CLASSES = torch.tensor([6, 0, 3, 3, 1])
@@ -303,7 +303,7 @@ def test_no_images_give_no_maps(make_model: MakeModel, method: Method) -> None:
 
 
 def test_parity_with_the_references_own_maps(reference: Path) -> None:
-    model = vitrine.load(reference / "seed-layer3-dim32.pt", device="cpu").model
+    model = vitrail.load(reference / "seed-layer3-dim32.pt", device="cpu").model
     expected = np.load(reference / "seed-layer3-dim32_expected.npz")
     images_BCHW = torch.from_numpy(expected["images"])
     rolled = compute_maps(model, images_BCHW, MapSettings(method="rollout")).values_BLGJ.numpy()

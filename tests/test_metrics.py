@@ -11,9 +11,9 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from vitrine.data.images import ImageSet, normalise
-from vitrine.errors import CheckpointError, DataError
-from vitrine.evaluation.metrics import (
+from vitrail.data.images import ImageSet, normalise
+from vitrail.errors import CheckpointError, DataError
+from vitrail.evaluation.metrics import (
     evaluating,
     measure,
     predict_logits,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vitrine.config import ModelConfig
-from vitrine.errors import ConfigError
-from vitrine.model import VisionTransformer
-from vitrine.model.layers import (
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import ConfigError
+from vitrail.model import VisionTransformer
+from vitrail.model.layers import (
     Block,
     Dropout,
     DropPath,
@@ -20,7 +20,7 @@ from vitrine.model.layers import (
     rotation_tables,
     sincos_table,
 )
-from vitrine.model.vit import initialise
+from vitrail.model.vit import initialise
 
 CHOICES = {
     "pool": ("cls", "mean"),

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from vitrine import bundled
-from vitrine.cli import main
+from vitrail.cli import main
+from vitrail.weights import bundled
 
 DATA = "--dataset shapes --num_test_images 20"
 
 
 def loss(words: str, capsys: pytest.CaptureFixture[str]) -> float:
-    """The test loss that vitrine test prints as JSON."""
+    """The test loss that vitrail test prints as JSON."""
     assert main(["test", *words.split(), *DATA.split(), "--json"]) == 0
     return float(json.loads(capsys.readouterr().out)["loss"])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitrine.config import TrainingConfig
-from vitrine.training.muon import Muon, orthogonalise
-from vitrine.training.optim import make_optimizers
+from vitrail.config.settings import TrainingConfig
+from vitrail.training.muon import Muon, orthogonalise
+from vitrail.training.optim import make_optimizers
 
 
 def weights() -> list[nn.Parameter]:

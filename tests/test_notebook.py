@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.run import Run
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.training.run import Run
 
 NOTEBOOK = Path(__file__).parents[1] / "visualize_attention_map.ipynb"
 

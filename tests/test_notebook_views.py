@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-import vitrine
-from vitrine.config import Config, ModelConfig
-from vitrine.data.images import ImageSet
-from vitrine.model import VisionTransformer
-from vitrine.onnx_predict import OnnxClassifier
-from vitrine.predict import Classifier
-from vitrine.predictions import Prediction, rank
+import vitrail
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.data.images import ImageSet
+from vitrail.inference.classifier import Classifier
+from vitrail.inference.onnx_classifier import OnnxClassifier
+from vitrail.inference.top_k import Prediction, rank
+from vitrail.model import VisionTransformer
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 CLASSES = ("cat", "<b>cow</b>", "d\x1bog")
@@ -53,7 +53,7 @@ def test_every_object_is_one_line(classifier: Classifier) -> None:
 
 
 def test_the_bundled_model_counts_in_millions() -> None:
-    shown = repr(vitrine.load("cifar10", device="cpu"))
+    shown = repr(vitrail.load("cifar10", device="cpu"))
     assert re.fullmatch(
         r"Classifier\('cifar10', 10 classes, \d+\.\dM parameters, 32 x 32, cpu\)", shown
     )
@@ -108,4 +108,4 @@ def test_predictions_are_lists_and_bars_in_a_notebook(classifier: Classifier) ->
 
 
 def test_the_package_says_its_version() -> None:
-    assert re.fullmatch(r"\d+\.\d+\.\d+", vitrine.__version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", vitrail.__version__)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrine.cli import main
-from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.data.pictures import Fit, fit_picture, read_picture
-from vitrine.errors import CheckpointError, ConfigError
-from vitrine.extras import EXTRAS, need
-from vitrine.onnx_predict import load_onnx, read_metadata, write_metadata
-from vitrine.predictions import rank
+from vitrail.cli import main
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data.pictures import Fit, fit_picture, read_picture
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
+from vitrail.inference.top_k import rank
+from vitrail.optional import EXTRAS, need
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -104,7 +104,7 @@ def test_nothing_of_the_machine_is_in_the_metadata() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": None}, "not exported by vitrine: its metadata lack classes"),
+        ({"classes": None}, "not exported by vitrail: its metadata lack classes"),
         ({"classes": '["a", "b"]'}, "2 class names for 3 classes"),
         ({"classes": '{"a": 1}'}, "not a list of names"),
         ({"mean": "[0.1"}, "its metadata are damaged"),
@@ -158,7 +158,7 @@ def test_predict_runs_where_torch_cannot_be_imported(
     path = os.pathsep.join([str(tmp_path / "block"), os.environ.get("PYTHONPATH", "")])
     words = ["predict", "--model_path", images_file, "--json", "--fit", "crop", picture]
     done = subprocess.run(
-        [sys.executable, "-m", "vitrine", *map(str, words)],
+        [sys.executable, "-m", "vitrail", *map(str, words)],
         env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrine.errors import ConfigError
-from vitrine.explain.page import PageData, describe, encode_attention, make_page, write_page
+from vitrail.errors import ConfigError
+from vitrail.explain.page import PageData, describe, encode_attention, make_page, write_page
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&{{DATA}}\u202e\u2028"
 

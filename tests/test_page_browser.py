@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from test_page import HOSTILE, make_data
-from vitrine.explain.page import PageData, write_page
+from vitrail.explain.page import PageData, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import vitrine
-from vitrine.checkpoint import CheckpointInfo
-from vitrine.config import Config, ModelConfig
-from vitrine.foreign import write_foreign
-from vitrine.model import VisionTransformer
+import vitrail
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.model import VisionTransformer
+from vitrail.weights.checkpoint import CheckpointInfo
+from vitrail.weights.formats.foreign import write_foreign
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 """Those libraries warn, and take a while to import; neither is ours to mend."""
@@ -71,12 +71,12 @@ def test_hugging_face_in(tmp_path: Path, change: str) -> None:
     config = transformers.ViTConfig(**(settings | HF_CHANGES[change]))
     theirs = randomise(transformers.ViTForImageClassification(config))
     theirs.save_pretrained(tmp_path)
-    ours = vitrine.load(tmp_path, device="cpu")
+    ours = vitrail.load(tmp_path, device="cpu")
     assert_equal_logits(
         f"Hugging Face in, {change}", ours.model, theirs, ours.config.model.image_hw
     )
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")  # the modules' own names
-    again = vitrine.load(tmp_path, device="cpu").model.state_dict()
+    again = vitrail.load(tmp_path, device="cpu").model.state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in ours.model.state_dict().items())
 
 
@@ -104,7 +104,7 @@ def test_timm_in(tmp_path: Path, change: str) -> None:
     for path in (tmp_path / "model.safetensors", tmp_path / "model.pth"):
         save = save_file if path.suffix == ".safetensors" else torch.save
         save(theirs.state_dict(), path)
-        ours = vitrine.load(path, n_attention_heads=3, device="cpu")
+        ours = vitrail.load(path, n_attention_heads=3, device="cpu")
         assert_equal_logits(f"timm in, {change}", ours.model, theirs, (20, 20))
 
 
@@ -166,7 +166,7 @@ def test_google_in_as_timm_reads_it(tmp_path: Path) -> None:
         mlp_ratio=1.75, act_layer="gelu_tanh",
     )  # fmt: skip
     theirs.load_pretrained(tmp_path / "google.npz")
-    ours = vitrine.load(tmp_path / "google.npz", device="cpu")
+    ours = vitrail.load(tmp_path / "google.npz", device="cpu")
     assert_equal_logits("Google in, beside timm", ours.model, theirs.eval(), (20, 20))
 
 
@@ -178,5 +178,5 @@ def test_hugging_face_prepares_pictures_as_we_do(tmp_path: Path) -> None:
     processor = transformers.ViTImageProcessorPil(**told)
     picture_HWC = np.random.default_rng(3).integers(0, 256, (20, 28, 3), dtype=np.uint8)
     theirs_BCHW = processor(picture_HWC, return_tensors="pt")["pixel_values"]
-    ours_BCHW = vitrine.load(tmp_path / "hf", device="cpu").prepare(picture_HWC)
+    ours_BCHW = vitrail.load(tmp_path / "hf", device="cpu").prepare(picture_HWC)
     torch.testing.assert_close(theirs_BCHW, ours_BCHW, atol=1e-6, rtol=0)

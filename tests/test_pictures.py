@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitrine.data import formats, pictures
-from vitrine.data.pictures import (
+from vitrail.data import formats, pictures
+from vitrail.data.pictures import (
     SUFFIXES,
     find_pictures,
     fit_picture,
@@ -24,7 +24,7 @@ from vitrine.data.pictures import (
     left_out_reason,
     read_picture,
 )
-from vitrine.errors import PictureError
+from vitrail.errors import PictureError
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 GRAY = RGB[:, :, 0]

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import vitrine
+import vitrail
 from layouts import make_state
-from vitrine.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
-from vitrine.cli import main
-from vitrine.config import Config, DataConfig, ModelConfig
-from vitrine.data.framing import Framing
-from vitrine.data.pictures import fit_picture, seen_box
-from vitrine.errors import CheckpointError, ConfigError
-from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
+from vitrail.cli import main
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data.framing import Framing
+from vitrail.data.pictures import fit_picture, seen_box
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
+from vitrail.weights.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
 
 SIDE = 15
 """The image size of the weights in layouts.py."""
@@ -130,7 +130,7 @@ CROP = {"do_center_crop": True, "crop_size": SQUARE, "image_processor_type": "CL
 )
 def test_every_step_of_a_processor_is_done(tmp_path: Path, changes: dict[str, Any]) -> None:
     processor = BASE | changes
-    classifier = vitrine.load(huggingface(tmp_path / "hf", processor), device="cpu")
+    classifier = vitrail.load(huggingface(tmp_path / "hf", processor), device="cpu")
     assert not [note for note in classifier.notes if "assumed" in note]
     for hw in ((90, 90), (15, 15), (12, 12)):  # also what is of the model's size or smaller
         theirs = prepared_by_huggingface(processor, noise(*hw))
@@ -163,16 +163,16 @@ def test_what_is_not_understood_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words) as refusal:
-        vitrine.load(huggingface(tmp_path / "hf", BASE | changes), device="cpu")
+        vitrail.load(huggingface(tmp_path / "hf", BASE | changes), device="cpu")
     assert "\n" not in str(refusal.value)
 
 
 def test_one_value_stands_for_all_channels(tmp_path: Path) -> None:
     gray = BASE | {"image_mean": [0.3], "image_std": 0.6, "size": SQUARE}
-    classifier = vitrine.load(huggingface(tmp_path / "hf", gray), device="cpu")
+    classifier = vitrail.load(huggingface(tmp_path / "hf", gray), device="cpu")
     assert (classifier.mean, classifier.std) == ((0.3, 0.3, 0.3), (0.6, 0.6, 0.6))
     gray_timm = timm(tmp_path / "timm", {"mean": [0.3], "std": [0.6]})
-    assert vitrine.load(gray_timm, device="cpu").std == (0.6, 0.6, 0.6)
+    assert vitrail.load(gray_timm, device="cpu").std == (0.6, 0.6, 0.6)
 
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
@@ -182,7 +182,7 @@ def test_timms_steps_are_done(tmp_path: Path, mode: str, share: float) -> None:
         "input_size": [3, SIDE, SIDE], "mean": [0.48, 0.45, 0.4], "std": [0.23, 0.22, 0.2],
         "interpolation": "bicubic", "crop_mode": mode, "crop_pct": share,
     }  # fmt: skip
-    classifier = vitrine.load(timm(tmp_path / "timm", pretrained), device="cpu")
+    classifier = vitrail.load(timm(tmp_path / "timm", pretrained), device="cpu")
     assert not [note for note in classifier.notes if "assumed" in note]
     scaled = int(SIDE // share)
     assert classifier.config.data.crop_pct == SIDE / scaled
@@ -195,10 +195,10 @@ def test_timms_steps_are_done(tmp_path: Path, mode: str, share: float) -> None:
 def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Path) -> None:
     folder = timm(tmp_path / "timm", {"crop_mode": "border", "interpolation": "random"})
     with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*by --fit$"):
-        vitrine.load(folder, device="cpu")
+        vitrail.load(folder, device="cpu")
     with pytest.raises(CheckpointError, match=r"interpolation 'random'.*by --interpolation$"):
-        vitrine.load(folder, fit="pad", crop_pct=1.0, device="cpu")
-    chosen = vitrine.load(folder, fit="squash", interpolation="box", device="cpu").config.data
+        vitrail.load(folder, fit="pad", crop_pct=1.0, device="cpu")
+    chosen = vitrail.load(folder, fit="squash", interpolation="box", device="cpu").config.data
     assert (chosen.fit, chosen.interpolation) == ("squash", "box")
 
 
@@ -207,7 +207,7 @@ def test_what_is_assumed_is_said_unless_it_is_given(tmp_path: Path) -> None:
     bare, heads = tmp_path / "bare.safetensors", 3
 
     def note(**given: Any) -> str:
-        notes = vitrine.load(bare, n_attention_heads=heads, device="cpu", **given).notes
+        notes = vitrail.load(bare, n_attention_heads=heads, device="cpu", **given).notes
         return " ".join(note for note in notes if "assumed" in note)
 
     assert note() == (
@@ -220,19 +220,19 @@ def test_what_is_assumed_is_said_unless_it_is_given(tmp_path: Path) -> None:
     rest = {"fit": "pad", "interpolation": "box", "crop_pct": 1.0}
     assert note(**given, **rest) == ""
     folder = huggingface(tmp_path / "hf", None)
-    assert any("fit squash" in note for note in vitrine.load(folder, device="cpu").notes)
-    by_timm = vitrine.load(timm(tmp_path / "timm", {}), device="cpu")
+    assert any("fit squash" in note for note in vitrail.load(folder, device="cpu").notes)
+    by_timm = vitrail.load(timm(tmp_path / "timm", {}), device="cpu")
     assert by_timm.mean == (0.485, 0.456, 0.406)
     assert any("mean 0.485 0.456 0.406" in note for note in by_timm.notes)
 
 
 def test_wrong_settings_from_python_are_refused() -> None:
     with pytest.raises(TypeError, match="no argument 'dataset'"):
-        vitrine.load("cifar10", dataset="folder", device="cpu")  # type: ignore[call-arg]
+        vitrail.load("cifar10", dataset="folder", device="cpu")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="fit is 'stretch'"):
-        vitrine.load("cifar10", fit="stretch", device="cpu")  # type: ignore[arg-type]
+        vitrail.load("cifar10", fit="stretch", device="cpu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"crop_pct 0\.5 cuts off"):
-        vitrine.load("cifar10", fit="pad", crop_pct=0.5, device="cpu")
+        vitrail.load("cifar10", fit="pad", crop_pct=0.5, device="cpu")
 
 
 def model_file(path: Path, **data: Any) -> Path:
@@ -263,8 +263,8 @@ def test_what_is_written_prepares_pictures_as_the_model_wants_them(
     framing = {"fit": fit, "interpolation": interpolation, "crop_pct": crop_pct}
     source = model_file(tmp_path / "a.safetensors", **colors, **framing)
     assert main(["convert", str(source), str(tmp_path / "out"), "--layout", layout]) == 0
-    classifier = vitrine.load(source, device="cpu")
-    again = vitrine.load(tmp_path / "out", n_attention_heads=2, device="cpu").config.data
+    classifier = vitrail.load(source, device="cpu")
+    again = vitrail.load(tmp_path / "out", n_attention_heads=2, device="cpu").config.data
     assert {name: getattr(again, name) for name in framing} == pytest.approx(framing)
     assert again.mean == pytest.approx(colors["mean"])
     for hw in SHAPES:
@@ -301,7 +301,7 @@ def test_the_transformers_library_agrees(tmp_path: Path) -> None:
     main(["convert", str(source), str(tmp_path / "out"), "--layout", "huggingface"])
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     theirs = processor(Image.fromarray(noise(75, 75)), return_tensors="np")["pixel_values"][0]
-    ours = prepared_by_us(vitrine.load(source, device="cpu"), noise(75, 75))
+    ours = prepared_by_us(vitrail.load(source, device="cpu"), noise(75, 75))
     assert np.abs(theirs.transpose(1, 2, 0) - ours).max() < 0.02
 
 
@@ -324,8 +324,8 @@ def test_predict_explain_and_test_all_cut_the_margin(
     margin = bright.copy()
     margin[:10] = margin[30:] = 0
     margin[:, :10] = margin[:, 30:] = 0
-    cut = vitrine.load(source, device="cpu", crop_pct=0.4, interpolation="nearest")
-    whole = vitrine.load(source, device="cpu")
+    cut = vitrail.load(source, device="cpu", crop_pct=0.4, interpolation="nearest")
+    whole = vitrail.load(source, device="cpu")
     wanted = whole.predict(bright)
     assert cut.predict(margin) == wanted
     assert whole.predict(margin) != wanted
@@ -364,13 +364,13 @@ def test_the_flags_of_convert_are_written_into_the_file(tmp_path: Path) -> None:
 
 def test_images_of_a_data_set_are_framed_once(tmp_path: Path) -> None:
     """--index takes an image that was framed when it was loaded."""
-    from vitrine.data.sources import load_splits
-    from vitrine.pretrained import of_model_size
+    from vitrail.data.datasets import load_splits
+    from vitrail.weights.pretrained import of_model_size
 
     config = DataConfig(dataset="shapes", crop_pct=0.5, num_test_images=4)
     raw_BCHW = load_splits(config, ["test"])["test"].raw_BCHW
     plain = load_splits(DataConfig(num_test_images=4), ["test"])["test"].raw_BCHW
     assert not torch.equal(raw_BCHW, plain)
-    classifier = of_model_size(vitrine.load("cifar10", crop_pct=0.5, device="cpu"))
+    classifier = of_model_size(vitrail.load("cifar10", crop_pct=0.5, device="cpu"))
     raw_HWC = raw_BCHW[0].permute(1, 2, 0).numpy()
     assert np.array_equal(classifier.subject(raw_HWC).raw_HWC, raw_HWC)

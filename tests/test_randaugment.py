@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from vitrine.data import randaugment
-from vitrine.data.randaugment import BINS, OPERATIONS, rand_augment, strength
-from vitrine.data.shapes import draw_shapes
+from vitrail.data import randaugment
+from vitrail.data.randaugment import BINS, OPERATIONS, rand_augment, strength
+from vitrail.data.shapes import draw_shapes
 
 H, W = 29, 37
 

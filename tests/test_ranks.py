@@ -14,12 +14,12 @@ import torch
 from torch.distributed import TCPStore
 
 import ranks_worker as worker
-from vitrine import ranks
-from vitrine.checkpoint import load_weights, read_pointer
-from vitrine.cli import main
-from vitrine.configfile import from_json, read_json
-from vitrine.errors import ConfigError
-from vitrine.run import Run
+from vitrail.cli import main
+from vitrail.config.files import from_json, read_json
+from vitrail.errors import ConfigError
+from vitrail.runtime import distributed
+from vitrail.training.run import Run
+from vitrail.weights.checkpoint import load_weights, read_pointer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unused = str(free.getsockname()[1])
     # The test is torchrun's agent, after a restart: its store still has a dead leader's port.
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    agent.set("vitrine/leader", unused)
+    agent.set("vitrail/leader", unused)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, worker.__file__, str(folder), str(agent.port)]
     done = subprocess.run(command, env=environment, check=False, timeout=140)
@@ -53,8 +53,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the same command line in one process."""
     folder = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
-        patch.setattr("vitrine.run_files.plot_run", lambda *_: [])
+        patch.setattr("vitrail.data.datasets.load_shapes", worker.few_shapes)
+        patch.setattr("vitrail.training.run_files.plot_run", lambda *_: [])
         patch.chdir(folder)
         assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
     return folder / "output/whole"
@@ -73,11 +73,11 @@ def test_the_shares_are_the_batch_without_loss_or_repeat(both: list[dict[str, An
 
 def test_every_row_is_one_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for length, count, chunk in itertools.product([0, 1, 4, 23, 24], [1, 2, 3, 5, 8], [1, 3, 7]):
-        monkeypatch.setattr(ranks, "count", lambda count=count: count)
+        monkeypatch.setattr(distributed, "count", lambda count=count: count)
         taken, sizes = [], []
         for rank in range(count):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            mine = list(range(length))[ranks.rows(length, chunk=chunk)]
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            mine = list(range(length))[distributed.rows(length, chunk=chunk)]
             assert not mine or mine[0] % chunk == 0
             taken += mine
             sizes.append(-(-len(mine) // chunk))
@@ -193,10 +193,10 @@ def test_a_signal_to_one_stops_all_and_one_process_can_go_on(
     folder: Path, both: list[dict[str, Any]], single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [rank["stopped"] for rank in both] == [143, 143]
-    assert "vitrine train --resume output/stopped" in (folder / "0.txt").read_text()
+    assert "vitrail train --resume output/stopped" in (folder / "0.txt").read_text()
     run = folder / "output/stopped"
     assert read_pointer(run / "checkpoints", "LAST").name == "step-0000005"
-    monkeypatch.setattr("vitrine.data.sources.load_shapes", worker.few_shapes)
+    monkeypatch.setattr("vitrail.data.datasets.load_shapes", worker.few_shapes)
     resumed = Run.resume(run, from_json(read_json(run / "config.json")))
     for _ in resumed.train():
         pass
@@ -212,7 +212,7 @@ def test_other_commands_take_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["info"]) == 2
-    assert "vitrine info runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert "vitrail info runs in one process: start it without torchrun" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
         main(["info"])
@@ -220,9 +220,9 @@ def test_other_commands_take_one_process(
 
 
 def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitrine import devices
+    from vitrail.runtime import devices
 
-    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device, words in (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.cli import main
-from vitrine.cli.reference import run_test
+from vitrail.cli import main
+from vitrail.cli.reference import run_test
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ COMMANDS = [
     line.partition("#")[0].strip() for line in README.splitlines() if line.startswith("    ")
 ]
 """The indented lines; shell commands among them begin with a program."""
-VITRINE = [line for line in COMMANDS if re.match(r"(vitrine|python (train|test)\.py) ", line)]
+VITRAIL = [line for line in COMMANDS if re.match(r"(vitrail|python (train|test)\.py) ", line)]
 
 
 def test_it_is_short_and_begins_with_a_command() -> None:
@@ -39,7 +39,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_the_set_up_is_two_commands() -> None:
-    assert "pip install -r requirements.txt && vitrine train --preset quick" in COMMANDS
+    assert "pip install -r requirements.txt && vitrail train --preset quick" in COMMANDS
     assert "pip install -r requirements-dev.txt && pytest" in COMMANDS
 
 
@@ -50,7 +50,7 @@ def show_help(words: list[str]) -> None:
     main(["train" if words[0] == "python" else words[1], "--help"])
 
 
-@pytest.mark.parametrize("line", VITRINE)
+@pytest.mark.parametrize("line", VITRAIL)
 def test_flags_in_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
     with pytest.raises(SystemExit):
@@ -63,10 +63,10 @@ def test_flags_in_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_the_first_command_ends_in_three_minutes(
-    vitrine: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    vitrail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     began = time.perf_counter()
-    done = vitrine("train", "--preset", "quick", cwd=tmp_path)
+    done = vitrail("train", "--preset", "quick", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 180
     accuracy = re.search(r"test +│ +([\d.]+)%", done.stdout)
@@ -81,7 +81,7 @@ def test_the_python_in_it_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     words = shlex.split("train --preset quick --epochs 1 --num_train_images 200 --n_layers 1")
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    trained = [sys.executable, "-m", "vitrine", *words]
+    trained = [sys.executable, "-m", "vitrail", *words]
     subprocess.run(trained, cwd=tmp_path, check=True, capture_output=True)
     for name in ("cat.png", "dog.jpg"):
         Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / name)

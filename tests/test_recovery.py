@@ -14,8 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrine import cli
-from vitrine.checkpoint import (
+from vitrail import cli
+from vitrail.cli.signals import Stopped, stop_requests
+from vitrail.cli.train import follow
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.errors import CheckpointError, OutputError, TrainingError
+from vitrail.runtime.files import replace_file
+from vitrail.training.loop import Update
+from vitrail.training.recovery import hold, lock_of, release, tidy
+from vitrail.training.run import EpochEnd, Run
+from vitrail.training.run_folder import (
+    checkpoint_folders,
+    log_test_use,
+    log_test_use_of,
+    new_folder,
+)
+from vitrail.weights.checkpoint import (
     load_info,
     load_training,
     load_weights,
@@ -23,16 +38,6 @@ from vitrine.checkpoint import (
     save_checkpoint,
     write_pointer,
 )
-from vitrine.cli.signals import Stopped, stop_requests
-from vitrine.cli.train import follow
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.errors import CheckpointError, OutputError, TrainingError
-from vitrine.files import replace_file
-from vitrine.recovery import hold, lock_of, release, tidy
-from vitrine.run import EpochEnd, Run
-from vitrine.run_folder import checkpoint_folders, log_test_use, log_test_use_of, new_folder
-from vitrine.training.loop import Update
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +210,7 @@ def test_stopped_before_the_first_checkpoint_it_begins_again(
 def test_an_epoch_that_was_stopped_while_it_was_scored_is_scored_first(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.run.SCORED_AT_ONCE", 7)
+    monkeypatch.setattr("vitrail.training.run.SCORED_AT_ONCE", 7)
     asked = [0]
 
     def stopping() -> bool:
@@ -366,7 +371,7 @@ def interrupted(words: Sequence[str]) -> int:
 
 def test_ctrl_c_outside_of_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(interrupted, []) == 130
-    assert capsys.readouterr().err == "vitrine: stopped\n"
+    assert capsys.readouterr().err == "vitrail: stopped\n"
 
 
 def test_a_signal_is_noted_once_then_the_systems_own_and_raised_where_wanted() -> None:
@@ -387,7 +392,7 @@ def test_a_signal_during_the_last_test_is_followed_at_once(
     run = Run.resume(*copied)
     monkeypatch.setattr(run, "finish", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert follow(run) == 128 + signal.SIGTERM
-    assert f"vitrine train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
+    assert f"vitrail train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_speed_is_finite_where_a_clock_stands_still(

@@ -33,22 +33,30 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFile
 from torch import Tensor
 
-import vitrine
-from vitrine import rng
-from vitrine.checkpoint import CheckpointInfo, save_checkpoint, save_weights_file
-from vitrine.config import AugmentConfig, Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
-from vitrine.data.images import ImageSet
-from vitrine.data.pictures import read_picture
-from vitrine.errors import CheckpointError, ConfigError, DataError, PictureError
-from vitrine.evaluation import figures, metrics, report
-from vitrine.explain import explanation, insides, insides_figure, lettering, notebook, page, score
-from vitrine.explain.drawing import Look
-from vitrine.explain.methods import METHODS, MapSettings, compute_maps
-from vitrine.explain.score_report import plot_scores, score_table
-from vitrine.explain.watch import draw_attention
-from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
-from vitrine.pretrained import (
+import vitrail
+from vitrail.config.settings import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from vitrail.data.images import ImageSet
+from vitrail.data.pictures import read_picture
+from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError
+from vitrail.evaluation import figures, metrics, report
+from vitrail.explain import explanation, insides, insides_figure, lettering, notebook, page, score
+from vitrail.explain.attention_snapshots import draw_attention
+from vitrail.explain.map_report import plot_scores, score_table
+from vitrail.explain.methods import METHODS, MapSettings, compute_maps
+from vitrail.explain.sheet import Look
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
+from vitrail.runtime import rng
+from vitrail.training.run import Run
+from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, save_weights_file
+from vitrail.weights.pretrained import (
     default_model,
     load,
     read,
@@ -58,13 +66,12 @@ from vitrine.pretrained import (
     with_data,
     with_init,
 )
-from vitrine.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from hostile_weights import reference_state
 
-MODULES = ("vitrine.predict", "vitrine.pretrained", "vitrine.run")
-PACKAGES = ("vitrine.explain", "vitrine.evaluation")
+MODULES = ("vitrail.inference.classifier", "vitrail.weights.pretrained", "vitrail.training.run")
+PACKAGES = ("vitrail.explain", "vitrail.evaluation")
 MODEL = ModelConfig(
     image_size=(12, 20), n_classes=3, patch_size=4, embed_dim=8, n_layers=2, n_attention_heads=2,
     forward_mul=1.5,
@@ -131,8 +138,8 @@ def public_members() -> dict[str, tuple[Any, str, Any]]:
         for key, value in vars(module).items():
             if not key.startswith("_") and getattr(value, "__module__", "") == name:
                 found |= members_of(module, key, value)
-    for name in vitrine.__all__:
-        value = getattr(vitrine, name)
+    for name in vitrail.__all__:
+        value = getattr(vitrail, name)
         found |= members_of(importlib.import_module(value.__module__), name, value)
     return found
 
@@ -213,7 +220,7 @@ class Watch:
     def everywhere(self) -> Iterator[None]:
         """Put the watched functions into every place that names the public ones."""
         with pytest.MonkeyPatch.context() as patch:
-            modules = [m for n, m in sys.modules.items() if n.startswith("vitrine")]
+            modules = [m for n, m in sys.modules.items() if n.startswith("vitrail")]
             places = [vars(m) for m in [*modules, sys.modules[__name__]]]
             places += [v for place in places for v in place.values() if type(v) is dict]
             for name, (owner, key, value) in PUBLIC.items():
@@ -385,8 +392,8 @@ def drawing_an_animation(world: World) -> None:
 
 def drawing_the_reference_frames(world: World) -> None:
     found = world.explained(layers=(1,), method="rollout")
-    found.save(world.folder / "seed.png", style="seed")
-    found.save(world.folder / "seed.webp", style="seed")
+    found.save(world.folder / "reference.png", style="reference")
+    found.save(world.folder / "reference.webp", style="reference")
 
 
 def writing_a_page(world: World) -> None:
@@ -463,7 +470,7 @@ def running(world: World) -> None:
 
 
 def asking_for_settings(world: World) -> None:
-    vitrine.get_preset("quick").flat()
+    vitrail.get_preset("quick").flat()
     _ = MODEL.image_hw, MODEL.grid_GJ, MODEL.hidden_dim, MODEL.stem_widths
     world.model.forward(world.images_BCHW)
     world.model.forward_with_attention(world.images_BCHW)
@@ -595,7 +602,7 @@ def test_only_a_new_model_draws_and_only_from_torch() -> None:
         (DataError, lambda w: insides.inspect_model(w.model, w.images_BCHW[:3])),
         (CheckpointError, lambda w: metrics.quick_scores(torch.full((2, 3), torch.nan),
                                                          torch.zeros(2, dtype=torch.int64))),
-        (ConfigError, lambda w: vitrine.get_preset("none")),
+        (ConfigError, lambda w: vitrail.get_preset("none")),
     ],
 )  # fmt: skip
 def test_a_refusal_leaves_the_process_as_it_was(
@@ -659,7 +666,7 @@ def test_after_fork_everything_goes_on(world: World) -> None:
 
 FORKED = """
 import os, sys, torch, numpy as np
-from vitrine.pretrained import load
+from vitrail.weights.pretrained import load
 torch.set_num_threads(2)
 classifier = load(sys.argv[1], device="cpu")
 pictures = [np.full((30, 40, 3), value, np.uint8) for value in range(200)]

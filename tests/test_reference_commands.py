@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageShow
 
-import vitrine
-from vitrine.cli import guarded
-from vitrine.cli.reference import run_test, run_train
-from vitrine.configfile import from_json
-from vitrine.presets import get_preset
+import vitrail
+from vitrail.cli import guarded
+from vitrail.cli.reference import run_test, run_train
+from vitrail.config.files import from_json
+from vitrail.config.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split("--embed_dim 12 --n_layers 1 --n_attention_heads 3 --patch_size 8 --epochs 2")
@@ -75,7 +75,7 @@ def test_defaults_are_the_seed_preset_named_by_the_minute(here: Path, cifar_fold
     saved = from_json(json.loads((folder / "config.json").read_text())).flat()
     changed = {"embed_dim", "n_attention_heads", "patch_size", "epochs", "n_classes",
                "learning_rate", "model_path", "data_path"}  # fmt: skip
-    expected = get_preset("seed").flat()
+    expected = get_preset("reference").flat()
     assert {n for n in expected if saved[n] != expected[n]} == changed
     assert saved["learning_rate"] == 0.002
     assert [p.name for p in here.glob("model/2024-10-30-12-00/*")] == [
@@ -95,7 +95,7 @@ def test_test_works_on_what_train_left(
     if mode == "cifar":
         assert "Test acc: " in shown
         assert "Test loss: " in shown
-        assert all(name in shown for name in vitrine.load(weights).classes)
+        assert all(name in shown for name in vitrail.load(weights).classes)
         assert json.loads((here / "output/now/metrics.json").read_text())["images"] == 23
     else:
         assert "(output)" in shown
@@ -163,7 +163,7 @@ def test_counts_that_cannot_be_are_one_line(here: Path, capsys: pytest.CaptureFi
 def test_no_worker_is_taken_as_the_reference_takes_it(weights: Path, here: Path) -> None:
     words = ["--model_path", str(weights), "--no_image", "--num_workers", "0"]
     assert run_test([*words, "--num_test_images", "5"]) == 0
-    assert get_preset("seed").data.num_workers == 2
+    assert get_preset("reference").data.num_workers == 2
     assert from_json({"data": {"num_workers": 0}}).data.num_workers == 0
 
 
@@ -221,4 +221,4 @@ def test_a_model_of_many_classes_is_loaded_from_the_references_layout(
     state["classifier.fc2.weight"] = torch.randn(13, 32)
     state["classifier.fc2.bias"] = torch.randn(13)
     torch.save(state, here / "other.pt")
-    assert vitrine.load("other.pt", device="cpu").classes[12] == "class 12"
+    assert vitrail.load("other.pt", device="cpu").classes[12] == "class 12"

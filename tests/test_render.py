@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vitrine.data.pictures import Fit, fit_picture, seen_box
-from vitrine.errors import ConfigError
-from vitrine.explain import render
-from vitrine.explain.render import (
+from vitrail.data.pictures import Fit, fit_picture, seen_box
+from vitrail.errors import ConfigError
+from vitrail.explain import render
+from vitrail.explain.render import (
     Colormap,
     Panel,
     compose,

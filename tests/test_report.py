@@ -4,8 +4,8 @@ import pytest
 import torch
 from rich.console import Console, RenderableType
 
-from vitrine.evaluation.metrics import Metrics, measure
-from vitrine.evaluation.report import confusion_table, metrics_table, percent, printable
+from vitrail.evaluation.metrics import Metrics, measure
+from vitrail.evaluation.tables import confusion_table, metrics_table, percent, printable
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

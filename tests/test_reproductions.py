@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-import vitrine
-from vitrine.data.images import normalise
-from vitrine.data.pictures import read_picture
-from vitrine.data.shapes import load_shapes
-from vitrine.errors import PictureError
+import vitrail
+from vitrail.data.images import normalise
+from vitrail.data.pictures import read_picture
+from vitrail.data.shapes import load_shapes
+from vitrail.errors import PictureError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, pics: Path) -> Path:
 def call(*words: object, cwd: Path, env: dict[str, str] | None = None, **options: object) -> Result:
     """Run a command; there is never a traceback."""
     done = subprocess.run(  # type: ignore[call-overload]
-        [sys.executable, "-m", "vitrine", *map(str, words)],
+        [sys.executable, "-m", "vitrail", *map(str, words)],
         cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False,
         errors="backslashreplace", **options,
     )  # fmt: skip
@@ -77,7 +77,7 @@ def refused(done: Result, message: str, code: int = 2) -> None:
     """It ended with one line that contains the message."""
     assert message in done.stderr, done.stderr
     assert done.returncode == code
-    assert done.stderr.splitlines()[-1].startswith("vitrine: ")
+    assert done.stderr.splitlines()[-1].startswith("vitrail: ")
 
 
 def supports(run: Path) -> list[int]:
@@ -127,7 +127,7 @@ def test_r5_a_frozen_backbone_stays(pics: Path, tmp_path: Path) -> None:
     train(tmp_path, "r5", "--init", "cifar10", "--new_head", "--freeze_backbone",
           "--dataset", "folder", "--data_path", pics)  # fmt: skip
     before, after = (
-        vitrine.load(name, device="cpu").model for name in ("cifar10", tmp_path / "output/r5")
+        vitrail.load(name, device="cpu").model for name in ("cifar10", tmp_path / "output/r5")
     )
     kept = dict(after.named_buffers()) | dict(after.named_parameters())
     for name, tensor in (*before.named_buffers(), *before.named_parameters()):
@@ -145,7 +145,7 @@ def test_r6_wide_gray_values_keep_their_levels(tmp_path: Path) -> None:
 
 
 def test_r7_arrays_are_read_or_refused(pics: Path) -> None:
-    classifier = vitrine.load("cifar10", device="cpu")
+    classifier = vitrail.load("cifar10", device="cpu")
     array = np.asarray(Image.open(pics / "star/0001.png"))
     (top,) = classifier.predict(array, top_k=1)
     same = {
@@ -180,7 +180,7 @@ def r8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(path: Path, **options: object) -> torch.Tensor:
-    classifier = vitrine.load(path, device="cpu", **options)  # type: ignore[arg-type]
+    classifier = vitrail.load(path, device="cpu", **options)  # type: ignore[arg-type]
     raw_BCHW = load_shapes("test").raw_BCHW[:50]
     with torch.inference_mode():
         return classifier.model(normalise(raw_BCHW, classifier.mean, classifier.std))
@@ -193,7 +193,7 @@ def test_r8_assumed_preprocessing_is_said_and_can_be_set(r8: Path) -> None:
     done = call("convert", "bare.safetensors", "right.safetensors", "--n_attention_heads", 4,
                 "--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225, cwd=r8)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    right = vitrine.load(r8 / "right.safetensors")
+    right = vitrail.load(r8 / "right.safetensors")
     assert (right.mean, right.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     wanted = logits(r8 / "output/r8")
     for path in (r8 / "right.safetensors", r8 / "r8-timm"):  # timm's norms have another epsilon
@@ -205,9 +205,9 @@ def test_r9_the_processor_of_hugging_face_is_read_completely(r8: Path) -> None:
     path = r8 / "r8-huggingface/preprocessor_config.json"
     processor = json.loads(path.read_text())
     assert processor["resample"] == 2  # bilinear
-    assert vitrine.load(r8 / "r8-huggingface").mean == pytest.approx((0.485, 0.456, 0.406))
+    assert vitrail.load(r8 / "r8-huggingface").mean == pytest.approx((0.485, 0.456, 0.406))
     path.write_text(json.dumps(processor | {"do_normalize": False}))
-    raw = vitrine.load(r8 / "r8-huggingface")
+    raw = vitrail.load(r8 / "r8-huggingface")
     assert (raw.mean, raw.std) == ((0, 0, 0), (1, 1, 1))
 
 
@@ -288,7 +288,7 @@ def limited_to(size: int) -> Callable[[], None]:
 
 
 def test_r16_memory(pics: Path, tmp_path: Path) -> None:
-    done = call("train", "--preset", "seed", "--dataset", "shapes", "--image_size", 128,
+    done = call("train", "--preset", "reference", "--dataset", "shapes", "--image_size", 128,
                 "--embed_dim", 512, "--n_attention_heads", 8, "--batch_size", 2000,
                 "--num_train_images", 2000, "--epochs", 1, cwd=tmp_path,
                 preexec_fn=limited_to(6_000_000_000))  # fmt: skip
@@ -337,7 +337,7 @@ def test_r19_places_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
     if Path("/dev/full").exists():
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
-                [sys.executable, "-m", "vitrine", "predict", "--csv", picture, "--model_path", run],
+                [sys.executable, "-m", "vitrail", "predict", "--csv", picture, "--model_path", run],
                 stdout=full, stderr=subprocess.PIPE, text=True, check=False,
             )  # fmt: skip
         assert "Traceback" not in done.stderr

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import vitrine
-from vitrine import rng
+import vitrail
+from vitrail.runtime import rng
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_a_devices_own_generator_is_seeded_and_restored(
 
 def test_no_two_files_draw_from_one_stream() -> None:
     files: dict[str, set[str]] = {}
-    for path in Path(vitrine.__file__).parent.rglob("*.py"):
+    for path in Path(vitrail.__file__).parent.rglob("*.py"):
         call = r"rng\.(?:generator|derive_seed)\([^()]*?\"(\w+)\""
         for stream in re.findall(call, path.read_text(encoding="utf-8")):
             files.setdefault(stream, set()).add(path.name)

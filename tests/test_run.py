@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import vitrine
-from vitrine.checkpoint import load_training, load_weights, load_weights_file, read_pointer
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrine.run import EpochEnd, Run
-from vitrine.run_folder import is_best, new_folder, prune
-from vitrine.training.loop import Update
+import vitrail
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrail.training.loop import Update
+from vitrail.training.run import EpochEnd, Run
+from vitrail.training.run_folder import is_best, new_folder, prune
+from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 
 
 def run_whole(config: Config, folder: Path) -> Run:
@@ -49,7 +49,7 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     assert result["validation"]["accuracy"] == max(row["validation_accuracy"] for row in rows)
     uses = (tmp_path / "a/test_uses.jsonl").read_text().splitlines()
     assert len(uses) == 1
-    classifier = vitrine.load(tmp_path / "a", device="cpu")
+    classifier = vitrail.load(tmp_path / "a", device="cpu")
     assert len(classifier.classes) == 10
     kept = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
     assert {"BEST", "LAST", "step-0000009"} <= set(kept)
@@ -152,7 +152,7 @@ def only_first_is_best(row: dict[str, Any], _: list[dict[str, Any]]) -> bool:
 def test_the_weights_file_is_of_the_best_epoch_and_says_so(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.run.is_best", only_first_is_best)
+    monkeypatch.setattr("vitrail.training.run.is_best", only_first_is_best)
     sections = {"run": {"model_path": str(tmp_path / "model"), "model_name": "mine"}}
     run = run_whole(from_json(sections, tiny_run), tmp_path / "a")
     run.finish()
@@ -161,7 +161,7 @@ def test_the_weights_file_is_of_the_best_epoch_and_says_so(
     info, weights = load_weights_file(written)
     assert info.metrics == run.rows[0]
     assert info.numbers["step"] == 3
-    best = vitrine.load(tmp_path / "a", device="cpu").model.state_dict()
+    best = vitrail.load(tmp_path / "a", device="cpu").model.state_dict()
     assert all(torch.equal(weights[name], best[name]) for name in best)
     assert not torch.equal(best["head.fc2.bias"], run.state.weights()["head.fc2.bias"])
 
@@ -185,7 +185,7 @@ def test_checkpoints_are_saved_every_so_many_epochs_and_at_the_end(
     validation_images: int, every: int, saved: list[int],
 ) -> None:  # fmt: skip
     if validation_images:  # the best is saved as well
-        monkeypatch.setattr("vitrine.run.is_best", only_first_is_best)
+        monkeypatch.setattr("vitrail.training.run.is_best", only_first_is_best)
     sections = {
         "data": {"validation_images": validation_images},
         "run": {"checkpoint_epochs": every, "keep_checkpoints": 0},

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vitrine
-from vitrine.config import Config, DataConfig
-from vitrine.configfile import from_json, read_json
-from vitrine.data import memory
-from vitrine.data.manifest import load_manifest
-from vitrine.errors import ConfigError, DataError
-from vitrine.run import Run, load_split
+import vitrail
+from vitrail.config.files import from_json, read_json
+from vitrail.config.settings import Config, DataConfig
+from vitrail.data import memory
+from vitrail.data.manifest import load_manifest
+from vitrail.errors import ConfigError, DataError
+from vitrail.training.run import Run, load_split
 
 
 def draw(path: Path, level: int) -> Path:
@@ -95,7 +95,7 @@ def test_a_run_without_a_test_split_ends_well(config: Config, tmp_path: Path) ->
     assert json.loads((tmp_path / "run/result.json").read_text())["test"] is None
     assert not (tmp_path / "run/test_uses.jsonl").exists()
     assert result["train_images"] == 36
-    classifier = vitrine.load(tmp_path / "run")
+    classifier = vitrail.load(tmp_path / "run")
     with pytest.raises(DataError, match="there is no test split: give --split validation"):
         load_split(classifier, "test")
     assert len(load_split(classifier, "validation")) == 36
@@ -109,13 +109,13 @@ def test_testing_takes_the_split_of_the_run_or_another_folder_whole(
     config: Config, tmp_path: Path
 ) -> None:
     run_to_the_end(config, tmp_path / "run")
-    classifier = vitrine.load(tmp_path / "run")
+    classifier = vitrail.load(tmp_path / "run")
     before = load_split(classifier, "test").raw_BCHW
     for number in range(60):
         draw(config.data.data_path / "bee" / f"new-{number}.png", number)
     assert load_split(classifier, "test").raw_BCHW.equal(before)
     checkpoint = next((tmp_path / "run/checkpoints").glob("step-*"))
-    assert load_split(vitrine.load(checkpoint), "test").raw_BCHW.equal(before)
+    assert load_split(vitrail.load(checkpoint), "test").raw_BCHW.equal(before)
     for number in range(7):
         draw(tmp_path / "other/cat" / f"{number}.png", number)
     other = load_split(classifier, "test", data_path=tmp_path / "other")
@@ -132,10 +132,10 @@ def test_the_range_of_wide_pictures_is_the_trainings(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(level).save(path)
     data = dataclasses.replace(config.data, data_path=tmp_path / "wide")
-    with caplog.at_level(logging.INFO, "vitrine"):
+    with caplog.at_level(logging.INFO, "vitrail"):
         run_to_the_end(dataclasses.replace(config, data=data), tmp_path / "run")
     assert from_json(read_json(tmp_path / "run/config.json")).data.pixel_range == (0, 1023)
-    images = load_split(vitrine.load(tmp_path / "run"), "test")
+    images = load_split(vitrail.load(tmp_path / "run"), "test")
     top = int(images.raw_BCHW[images.labels_B == 2].max())
     assert abs(top - 605 * 255 / 1023) < 3
 

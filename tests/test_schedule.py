@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
-from vitrine.config import TrainingConfig
-from vitrine.presets import get_preset
-from vitrine.training.schedule import multiplier
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import TrainingConfig
+from vitrail.training.schedule import multiplier
 
 
 def reference_rates(epochs: int, warmup: int) -> list[float]:
@@ -27,7 +27,7 @@ def reference_rates(epochs: int, warmup: int) -> list[float]:
 
 
 def test_seed_preset_follows_the_references_schedulers() -> None:
-    config = get_preset("seed").training
+    config = get_preset("reference").training
     ours = [5e-4 * multiplier(epoch * 7, config, steps_per_epoch=7) for epoch in range(200)]
     assert ours == pytest.approx(reference_rates(200, 10), rel=1e-6)
     within = {multiplier(step, config, steps_per_epoch=7) for step in range(21, 28)}

@@ -12,11 +12,11 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from vitrine.config import ModelConfig
-from vitrine.errors import CheckpointError, ConfigError, DataError, OutputError
-from vitrine.explain import measures
-from vitrine.explain.intervals import estimate_mean, half_width, surely_above_zero, t_quantile
-from vitrine.explain.score import (
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
+from vitrail.explain import measures
+from vitrail.explain.map_report import plot_scores, score_table
+from vitrail.explain.score import (
     MEASURES,
     Outcome,
     Score,
@@ -29,8 +29,8 @@ from vitrine.explain.score import (
     score_methods,
     summarise,
 )
-from vitrine.explain.score_report import plot_scores, score_table
-from vitrine.model import VisionTransformer
+from vitrail.explain.statistics import estimate_mean, half_width, surely_above_zero, t_quantile
+from vitrail.model import VisionTransformer
 
 PLACE = (1, 3)
 """The one patch, by row and column, that ``OnePatch`` looks at; the grid has 3 x 5 patches."""

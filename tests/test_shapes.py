@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitrine.data.images import ImageSet
-from vitrine.data.shapes import draw_shapes, load_shapes
+from vitrail.data.images import ImageSet
+from vitrail.data.shapes import draw_shapes, load_shapes
 
 DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
 """SHA-256 of the bytes and masks of 70 images of seed 3, on every platform."""

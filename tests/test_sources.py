@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.config import DataConfig
-from vitrine.data import sources
-from vitrine.data.images import ImageSet
-from vitrine.data.sources import load_splits
-from vitrine.errors import ConfigError, DataError
+from vitrail.config.settings import DataConfig
+from vitrail.data import sources
+from vitrail.data.datasets import load_splits
+from vitrail.data.images import ImageSet
+from vitrail.errors import ConfigError, DataError
 
 
 def coloured(count: int, seed: int) -> ImageSet:

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from vitrine.data.split import split_indices
-from vitrine.errors import ConfigError
+from vitrail.data.split import split_indices
+from vitrail.errors import ConfigError
 
 
 def unequal_labels() -> torch.Tensor:

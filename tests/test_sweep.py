@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from vitrine.cli import main
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.data.pictures import read_picture
-from vitrine.errors import ConfigError, DataError
-from vitrine.run import EpochEnd, Run
-from vitrine.sweep.report import Outcome, flags, outcomes, trial_table
-from vitrine.sweep.space import apply, parse_dimension, parse_space
-from vitrine.sweep.study import Stopped, Sweep, SweepSettings
+from vitrail.cli import main
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.data.pictures import read_picture
+from vitrail.errors import ConfigError, DataError
+from vitrail.sweep.report import Outcome, flags, outcomes, trial_table
+from vitrail.sweep.space import apply, parse_dimension, parse_space
+from vitrail.sweep.study import Stopped, Sweep, SweepSettings
+from vitrail.training.run import EpochEnd, Run
 
 TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 --epochs 2 "
@@ -245,7 +245,7 @@ def test_one_process_draws_the_same_trials_again(study_folder: Path, tiny_run: C
 def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
     study_folder: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.sweep.study.POLL_SECONDS", 0.2)
+    monkeypatch.setattr("vitrail.sweep.study.POLL_SECONDS", 0.2)
     base = from_json({"training": {"epochs": 2}}, tiny_run)
     how = SweepSettings((SEARCH[0],), trials=1)
     sweep = Sweep(base, how, study_folder.with_name("killed"), events=scripted)
@@ -253,7 +253,7 @@ def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
         sweep.study.ask()
     events = sweep.run()
     assert next(events) is None, "at first it may be another process at work"
-    monkeypatch.setattr("vitrine.sweep.study.GRACE_SECONDS", 0)
+    monkeypatch.setattr("vitrail.sweep.study.GRACE_SECONDS", 0)
     told = list(events)
     assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
     assert [trial.number for trial in told] == [1]
@@ -284,7 +284,7 @@ def test_a_sweep_without_a_whole_trial_shows_the_reasons_and_is_no_success(
     assert "reason" in table
     assert "embed_dim" in table
     assert "n_attention_heads" in table
-    assert shown.err.splitlines()[-1].startswith("vitrine: no trial completed")
+    assert shown.err.splitlines()[-1].startswith("vitrail: no trial completed")
 
 
 def test_a_sweep_on_too_few_images_is_refused_at_the_start(
@@ -327,7 +327,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     words = ["sweep", "--search", *SEARCH, "--trials", "8", "--output_path", str(folder)]
     slower = ["--num_train_images", "500", "--epochs", "6"]
     return subprocess.Popen(
-        [sys.executable, "-m", "vitrine", *words, *TINY, *slower, "--study_name", "s"],
+        [sys.executable, "-m", "vitrail", *words, *TINY, *slower, "--study_name", "s"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONWARNINGS": "error"},
     )  # fmt: skip

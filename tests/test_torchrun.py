@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrine.checkpoint import load_training, load_weights, read_pointer
-from vitrine.configfile import read_json
+from vitrail.config.files import read_json
+from vitrail.weights.checkpoint import load_training, load_weights, read_pointer
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,10 +30,10 @@ EPOCHS, STEPS = 30, 5
 
 
 def start(folder: Path, *WORDS: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """Start ``vitrine train`` with so many processes; what they say goes into FOLDER/said.txt."""
+    """Start ``vitrail train`` with so many processes; what they say goes into FOLDER/said.txt."""
     torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts), "-m"]
-    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "vitrine", "train"]
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "vitrail", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "said.txt").open("ab") as said:
         return subprocess.Popen(
@@ -86,7 +86,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, 1), signal.SIGKILL)
     assert job.wait() == 1
-    assert "vitrine: process 0 lost another one" in said(tmp_path)
+    assert "vitrail: process 0 lost another one" in said(tmp_path)
     assert "go on with --resume" in said(tmp_path)
     assert "Signal 9 (SIGKILL)" in said(tmp_path)  # torchrun names the one that fell
     assert not (tmp_path / "output/quick/result.json").exists()
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_fo
     wait_for(checkpoints / "LAST", two)
     two.send_signal(signal.SIGTERM)
     assert two.wait() != 0
-    assert "go on with: vitrine train --resume output/quick" in said(tmp_path)
+    assert "go on with: vitrail train --resume output/quick" in said(tmp_path)
     stopped = int(read_pointer(checkpoints, "LAST").name.removeprefix("step-"))
     assert stopped < EPOCHS * STEPS
     one = start(tmp_path, "--resume", "output/quick", processes=1)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.config import Config
-from vitrine.configfile import from_json
-from vitrine.data.images import ImageSet, normalise
-from vitrine.data.pictures import read_picture
-from vitrine.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrine.explain.lettering import GREEN, RED
-from vitrine.explain.watch import WATCHED, choose_watched, draw_attention
-from vitrine.model import VisionTransformer
-from vitrine.run import Run
-from vitrine.trackers import Trackers
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config
+from vitrail.data.images import ImageSet, normalise
+from vitrail.data.pictures import read_picture
+from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrail.explain.attention_snapshots import WATCHED, choose_watched, draw_attention
+from vitrail.explain.text import GREEN, RED
+from vitrail.model import VisionTransformer
+from vitrail.training.run import Run
+from vitrail.training.trackers import Trackers
 
 ROW = {"epoch": 2, "step": 9, "train_loss": 1.5, "validation_accuracy": 0.25}
 
@@ -144,7 +144,7 @@ def test_wandb_gets_settings_numbers_and_pictures(wandb: FakeWandb, tmp_path: Pa
     with Trackers(asking(wandb=True), tmp_path / "name", problems) as trackers:
         trackers.write(ROW, picture_file(tmp_path))
     (how,) = wandb.inits
-    assert (how["project"], how["name"]) == ("vitrine", "name")
+    assert (how["project"], how["name"]) == ("vitrail", "name")
     assert how["config"]["learning_rate"] == 5e-4
     assert how["config"]["data_path"] == "data"
     numbers = {"train_loss": 1.5, "validation_accuracy": 0.25}
@@ -171,7 +171,7 @@ def test_mlflow_gets_settings_numbers_and_pictures(mlflow: FakeMlflow, tmp_path:
     for _ in range(2):
         with Trackers(asking(mlflow=True), tmp_path / "name", []) as trackers:
             trackers.write(ROW, picture_file(tmp_path))
-    assert mlflow.runs == [("id of vitrine", "name")]
+    assert mlflow.runs == [("id of vitrail", "name")]
     assert mlflow.parameters["learning_rate"] == 5e-4
     numbers = [("r1", "train_loss", 1.5, 9), ("r1", "validation_accuracy", 0.25, 9)]
     assert mlflow.metrics == numbers * 2
@@ -247,7 +247,7 @@ def test_a_damaged_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_p
 def test_a_run_whose_tracker_fails_has_its_result(
     mlflow: FakeMlflow, tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.run_files.plot_run", lambda *_: [])
+    monkeypatch.setattr("vitrail.training.run_files.plot_run", lambda *_: [])
     mlflow.fails = True
     run = Run.start(from_json({"run": {"mlflow": True}}, tiny_run), tmp_path / "a")
     for _ in run.train():

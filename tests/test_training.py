@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrine.config import AugmentConfig, Config, ModelConfig, TrainingConfig
-from vitrine.configfile import from_json
-from vitrine.data.batches import Batches
-from vitrine.data.images import ImageSet
-from vitrine.errors import DataError
-from vitrine.model import VisionTransformer
-from vitrine.model.layers import BatchNorm
-from vitrine.training.loop import train
-from vitrine.training.optim import make_optimizers
-from vitrine.training.state import TrainingState
+from vitrail.config.files import from_json
+from vitrail.config.settings import AugmentConfig, Config, ModelConfig, TrainingConfig
+from vitrail.data.batches import Batches
+from vitrail.data.images import ImageSet
+from vitrail.errors import DataError
+from vitrail.model import VisionTransformer
+from vitrail.model.layers import BatchNorm
+from vitrail.training.loop import train
+from vitrail.training.optim import make_optimizers
+from vitrail.training.state import TrainingState
 
 BASE = from_json(
     {

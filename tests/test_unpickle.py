@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitrine.data import unpickle
-from vitrine.data.unpickle import load_arrays
-from vitrine.errors import DataError
+from vitrail.data import unpickle
+from vitrail.data.cifar_pickle import load_arrays
+from vitrail.errors import DataError
 
 CONTENT = {"data": np.arange(35, dtype=np.uint8).reshape(5, 7), b"names": ["a", b"\xff"], 3: (1.5,)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.cli import waiting
-from vitrine.cli.waiting import ALONE, SHARED, Reading, choose_waiting, others, read_processor
+from vitrail.cli import waiting
+from vitrail.runtime.waiting import ALONE, SHARED, Reading, choose_waiting, others, read_processor
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
 
@@ -66,17 +66,17 @@ def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch, name: str) -
 @pytest.mark.parametrize(
     "call",
     [
-        "from vitrine.cli import main; main(['info'])",
+        "from vitrail.cli import main; main(['info'])",
         "import sys; sys.argv = ['train.py', '--epochs', 'x']\n"
-        "from vitrine.cli.reference import train_command; train_command()",
+        "from vitrail.cli.reference import train_command; train_command()",
         "import sys; sys.argv = ['test.py', '--mode', 'custom']\n"
-        "from vitrine.cli.reference import test_command; test_command()",
+        "from vitrail.cli.reference import test_command; test_command()",
     ],
 )
 def test_the_commands_choose_before_torch_is_loaded(call: str, tmp_path: Path) -> None:
     code = f"""
 import sys
-from vitrine.cli import waiting
+from vitrail.cli import waiting
 def choose(before, chosen=waiting.choose_waiting):
     chosen(before)
     print("loaded" if "torch" in sys.modules else "not loaded")
@@ -94,6 +94,6 @@ print(os.environ["GOMP_SPINCOUNT"])
 
 
 def test_importing_the_library_chooses_nothing() -> None:
-    code = "import os, vitrine, vitrine.run; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import os, vitrail, vitrail.training.run; print(os.environ.get('GOMP_SPINCOUNT'))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "None\n"

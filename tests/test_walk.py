@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitrine.data.walk import walk_files
-from vitrine.errors import DataError
+from vitrail.data.walk import walk_files
+from vitrail.errors import DataError
 
 
 def touch(*paths: Path) -> None:

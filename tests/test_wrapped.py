@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import vitrine
+import vitrail
 from layouts import make_state
-from vitrine.errors import CheckpointError
+from vitrail.errors import CheckpointError
 
 
 def timm() -> dict[str, Tensor]:
@@ -34,12 +34,12 @@ def other() -> dict[str, Tensor]:
     return {key: tensor + 1 for key, tensor in timm().items()}
 
 
-def loaded(path: Path) -> vitrine.Classifier:
+def loaded(path: Path) -> vitrail.Classifier:
     """The model of a file of layouts.py's timm weights."""
-    return vitrine.load(path, n_attention_heads=3, device="cpu")
+    return vitrail.load(path, n_attention_heads=3, device="cpu")
 
 
-def same_as_plain(classifier: vitrine.Classifier, tmp_path: Path) -> bool:
+def same_as_plain(classifier: vitrail.Classifier, tmp_path: Path) -> bool:
     """Whether these are the weights of ``timm()`` and no others."""
     save_file(timm(), tmp_path / "plain.safetensors")
     plain = loaded(tmp_path / "plain.safetensors").model.state_dict()

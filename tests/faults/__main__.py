@@ -19,7 +19,7 @@ from rich.table import Table
 
 from faults.long_form import all_faults, attempt
 from faults.tally import Tally
-from vitrine.environment import package_versions, processor_name
+from vitrail.runtime.environment import package_versions, processor_name
 
 WORKERS = 2
 """Faults tried at the same time, each in a process of its own."""

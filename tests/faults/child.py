@@ -109,7 +109,7 @@ def forkserver() -> Any:
 
 def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
     """Be the command line. Runs in the child."""
-    import vitrine.cli
+    import vitrail.cli
     from faults.warm import take_few_images  # loaded already, unless the server could not
 
     take_few_images()
@@ -121,12 +121,12 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
     log_losses(cwd / f"{name}.losses", plan)
     set_up(plan, cwd)
     mark_start(cwd / f"{name}.ready")
-    sys.exit(vitrine.cli.main(words))
+    sys.exit(vitrail.cli.main(words))
 
 
 def set_up(plan: Plan, cwd: Path) -> None:
     """Build the fault in."""
-    import vitrine.run_files
+    import vitrail.training.run_files
 
     if plan.user is not None:
         os.setgroups([])
@@ -147,7 +147,7 @@ def set_up(plan: Plan, cwd: Path) -> None:
     if plan.clock is not None:
         jump(plan.clock)
     if not plan.pictures:
-        vitrine.run_files.plot_run = lambda *_: []
+        vitrail.training.run_files.plot_run = lambda *_: []
     if plan.slow_save:
         slow_down(cwd)
 
@@ -166,22 +166,22 @@ def refuse_folders(error: int) -> None:
 
 def mark_start(path: Path) -> None:
     """Make a file when the command begins: from then on a signal is the command's affair."""
-    import vitrine.cli
+    import vitrail.cli
 
-    real = vitrine.cli.run
+    real = vitrail.cli.run
 
     def run(command: str, words: Any) -> int:
         path.touch()
         return real(command, words)
 
-    vitrine.cli.run = run
+    vitrail.cli.run = run
 
 
 def log_losses(path: Path, plan: Plan) -> None:
     """Log every update's number and loss, to the bit, before anything is saved of it."""
-    import vitrine.run
+    import vitrail.training.run
 
-    real = vitrine.run.train
+    real = vitrail.training.run.train
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def logged(*args: Any) -> Any:
@@ -190,7 +190,7 @@ def log_losses(path: Path, plan: Plan) -> None:
             yield update
             time.sleep(plan.pause if count >= plan.slow_after else 0)
 
-    vitrine.run.train = logged  # type: ignore[assignment]
+    vitrail.training.run.train = logged  # type: ignore[assignment]
 
 
 def jump(seed: int) -> None:
@@ -218,9 +218,9 @@ real_strftime = time.strftime
 
 def slow_down(cwd: Path) -> None:
     """Let saving take a minute once it is asked for."""
-    import vitrine.run_files
+    import vitrail.training.run_files
 
-    real = vitrine.run_files.save_checkpoint
+    real = vitrail.training.run_files.save_checkpoint
 
     def slow(*args: Any, **kwargs: Any) -> None:
         if (cwd / "slow").exists():
@@ -228,4 +228,4 @@ def slow_down(cwd: Path) -> None:
             time.sleep(60)
         real(*args, **kwargs)
 
-    vitrine.run_files.save_checkpoint = slow
+    vitrail.training.run_files.save_checkpoint = slow

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from faults.folder import folders, require_equal, tensors
 from faults.tally import Tally
-from vitrine import pretrained
-from vitrine.checkpoint import (
+from vitrail.config.settings import Config
+from vitrail.errors import CheckpointError
+from vitrail.training.recovery import recover
+from vitrail.training.run import Run
+from vitrail.weights import pretrained
+from vitrail.weights.checkpoint import (
     load_info,
     load_weights,
     load_weights_file,
     read_pointer,
     save_weights_file,
 )
-from vitrine.config import Config
-from vitrine.errors import CheckpointError
-from vitrine.recovery import recover
-from vitrine.run import Run
 
 States = dict[str, dict[str, Tensor]]
 Change = Callable[[bytes, random.Random], bytes]

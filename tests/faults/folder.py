@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from faults.child import WORDS, Child
-from vitrine.checkpoint import load_info, load_training, load_weights, read_pointer
-from vitrine.run_folder import checkpoint_folders
+from vitrail.training.run_folder import checkpoint_folders
+from vitrail.weights.checkpoint import load_info, load_training, load_weights, read_pointer
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def finish(cwd: Path, truth: Truth, *words: str, best: bool = True) -> None:
 def require_one_line(child: Child, *, codes: tuple[int, ...] = (1, 2)) -> None:
     """Demand that a command ended with one clear error."""
     code = child.wait()
-    told = [line for line in child.errors.splitlines() if line.startswith("vitrine: ")]
+    told = [line for line in child.errors.splitlines() if line.startswith("vitrail: ")]
     assert "Traceback" not in child.errors, child.errors[-2000:]
     assert code in codes, f"exit code {code}: {child.errors[-500:]}"
     assert len(told) == 1, f"{len(told)} errors: {child.errors[-500:]}"

@@ -40,7 +40,7 @@ STUCK = 60.0
 """Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
 LOST = 20
 """Processes of a target that may die before it is given up."""
-INSTRUMENTED = ["vitrine", "pickle", "tarfile", "tomllib", "zipfile", "json"]
+INSTRUMENTED = ["vitrail", "pickle", "tarfile", "tomllib", "zipfile", "json"]
 
 
 def main() -> int:

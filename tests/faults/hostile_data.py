@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from hostile_engine import Target, require
 
-from vitrine.data.cifar import (
+from vitrail.data.cifar import (
     CIFAR10,
     CIFAR100,
     Part,
@@ -20,8 +20,8 @@ from vitrine.data.cifar import (
     read_class_names,
     read_members,
 )
-from vitrine.data.download import file_md5
-from vitrine.data.unpickle import load_arrays
+from vitrail.data.cifar_pickle import load_arrays
+from vitrail.data.download import file_md5
 
 
 class Call:
@@ -42,7 +42,7 @@ def batch(count: int = 3, labels: object = None, key: str = "labels") -> dict[ob
 
 def attack_pickle(data: bytes, folder: Path) -> None:
     """Read a batch of either data set, its class names, or the bare pickle."""
-    logging.getLogger("vitrine").setLevel(logging.ERROR)  # it warns of every file not official
+    logging.getLogger("vitrail").setLevel(logging.ERROR)  # it warns of every file not official
     kind, part = data[:1], Part("a batch", data[1:], "0" * 32)
     if kind in (b"a", b"b"):
         archive = CIFAR10 if kind == b"a" else CIFAR100

@@ -1,6 +1,6 @@
 """What runs a target: cases by coverage or by seeded mutation, each watched, in a killable process.
 
-A case is a few bytes. A target turns them into files and hands these to Vitrine, which may take
+A case is a few bytes. A target turns them into files and hands these to Vitrail, which may take
 them or refuse them with an exception of its own in one printable line. Anything else is a fault:
 another exception, more than ``SECONDS`` of a processor, more than ``MEGABYTES`` of memory, a
 process begun, an address called, anything written outside the folder that was given.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrine.errors import VitrineError
+from vitrail.errors import VitrailError
 
 SECONDS = 5.0
 """Time of one processor that a case may take."""
@@ -43,12 +43,12 @@ Operation = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Target:
-    """One door to Vitrine: cases to begin with, the first one harmless, and how a case enters."""
+    """One door to Vitrail: cases to begin with, the first one harmless, and how a case enters."""
 
     name: str
     seeds: Callable[[], list[bytes]]
     attack: Callable[[bytes, Path], None]
-    """Hands one case to Vitrine, writing in the folder only; checks what comes out."""
+    """Hands one case to Vitrail, writing in the folder only; checks what comes out."""
     large: Callable[[], list[bytes]] = list
     """More cases to begin with, which take seconds to make: for the long form."""
 
@@ -86,15 +86,15 @@ def require_in_time(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def run_case(target: Target, data: bytes, root: Path) -> bool:
-    """Run one case in ``root/given``; return whether Vitrine took it.
+    """Run one case in ``root/given``; return whether Vitrail took it.
 
     Raises:
-        FaultError: or any other exception but Vitrine's own.
+        FaultError: or any other exception but Vitrail's own.
     """
     accepted = True
     try:
         target.attack(data, root / "given")
-    except VitrineError as error:
+    except VitrailError as error:
         message = str(error)
         require(message.isprintable() and message != "", f"an error of not one line: {message!r}")
         require(len(message) <= LONGEST_MESSAGE, f"an error of {len(message)} characters")
@@ -204,7 +204,7 @@ class Watch:
             require(not self.notes, f"did what no case may: {self.notes[:3]}")
         except HangError:
             self.fault(data, f"more than {SECONDS} s\n{traceback.format_exc()}")
-        except Exception:  # noqa: BLE001 (every exception but Vitrine's own is a fault)
+        except Exception:  # noqa: BLE001 (every exception but Vitrail's own is a fault)
             self.fault(data, traceback.format_exc())
         else:
             self.accepted += accepted

@@ -17,20 +17,20 @@ from hostile_engine import Target, require
 from PIL import Image
 from rich.console import Console
 
-from vitrine.cli import console, predict
-from vitrine.cli.explain_options import ExplainOptions, name_files
-from vitrine.cli.predict import PredictOptions, print_answers
-from vitrine.config import DataConfig
-from vitrine.data.pictures import find_pictures
-from vitrine.data.sources import load_splits
-from vitrine.errors import DataError
-from vitrine.evaluation.figures import plot_confusion
-from vitrine.evaluation.metrics import CalibrationBin, Metrics
-from vitrine.evaluation.report import confusion_table, metrics_table
-from vitrine.explain.lettering import draw_caption, drawable
-from vitrine.explain.page import PageData, make_page
-from vitrine.files import write_json
-from vitrine.predict import Prediction
+from vitrail.cli import console, predict
+from vitrail.cli.explain_options import ExplainOptions, name_files
+from vitrail.cli.predict import PredictOptions, print_answers
+from vitrail.config.settings import DataConfig
+from vitrail.data.datasets import load_splits
+from vitrail.data.pictures import find_pictures
+from vitrail.errors import DataError
+from vitrail.evaluation.metrics import CalibrationBin, Metrics
+from vitrail.evaluation.plots import plot_confusion
+from vitrail.evaluation.tables import confusion_table, metrics_table
+from vitrail.explain.page import PageData, make_page
+from vitrail.explain.text import draw_caption, drawable
+from vitrail.inference.classifier import Prediction
+from vitrail.runtime.files import write_json
 
 SEEN = re.compile(r"[^\n\t]")
 
@@ -211,7 +211,7 @@ def use_files(folder: Path, made: list[str]) -> None:
         console.err, before = Console(file=told, width=79, highlight=False), console.err
         try:
             for path in made:
-                console.say(f"vitrine: {path}: cannot be read")
+                console.say(f"vitrail: {path}: cannot be read")
         finally:
             console.err = before
     require_harmless(told.getvalue(), "what is said")

@@ -11,8 +11,8 @@ import numpy as np
 from hostile_engine import Target, require
 from PIL import Image
 
-from vitrine.data.formats import MAX_PIXELS
-from vitrine.data.pictures import Fit, fit_picture, read_picture
+from vitrail.data.formats import MAX_PIXELS
+from vitrail.data.pictures import Fit, fit_picture, read_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from hostile_engine import Target, require
 
-from vitrine.config import Config
-from vitrine.configfile import from_json, read_json, read_toml, to_json
-from vitrine.model import VisionTransformer
-from vitrine.presets import PRESETS
+from vitrail.config.files import from_json, read_json, read_toml, to_json
+from vitrail.config.presets import PRESETS
+from vitrail.config.settings import Config
+from vitrail.model import VisionTransformer
 
 VALUES: tuple[Any, ...] = (
     None,

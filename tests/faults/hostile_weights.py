@@ -20,7 +20,13 @@ from hostile_settings import set_values
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from vitrine.checkpoint import (
+from vitrail.config.settings import Config, ModelConfig
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
+from vitrail.training.recovery import newest_sound
+from vitrail.training.run_folder import read_rows
+from vitrail.training.state import TrainingState
+from vitrail.weights.checkpoint import (
     INFO,
     METADATA_KEY,
     MODEL,
@@ -28,15 +34,9 @@ from vitrine.checkpoint import (
     CheckpointInfo,
     save_checkpoint,
 )
-from vitrine.config import Config, ModelConfig
-from vitrine.foreign import write_foreign
-from vitrine.model import VisionTransformer
-from vitrine.predict import Classifier
-from vitrine.pretrained import load
-from vitrine.recovery import newest_sound
-from vitrine.run_folder import read_rows
-from vitrine.sealed import hash_tensors, seal
-from vitrine.training.state import TrainingState
+from vitrail.weights.formats.foreign import write_foreign
+from vitrail.weights.pretrained import load
+from vitrail.weights.sealed import hash_tensors, seal
 
 TINY = ModelConfig(
     image_size=8,

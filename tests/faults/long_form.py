@@ -9,7 +9,7 @@ import torch
 
 from faults import damage, disk, kills, not_finite, stops
 from faults.tally import Tally
-from vitrine.configfile import from_json
+from vitrail.config.files import from_json
 
 CONFIG = {
     "model": {

@@ -13,10 +13,10 @@ from torch import Tensor
 from faults.damage import begun
 from faults.folder import folders, require_equal, tensors
 from faults.tally import Tally
-from vitrine.config import Config
-from vitrine.errors import TrainingError
-from vitrine.run import Run
-from vitrine.training.loop import Update
+from vitrail.config.settings import Config
+from vitrail.errors import TrainingError
+from vitrail.training.loop import Update
+from vitrail.training.run import Run
 
 BAD = (math.nan, math.inf, -math.inf)
 Fault = Callable[[], AbstractContextManager[None]]

@@ -41,7 +41,7 @@ def asked(folder: Path, *, times: int, epochs: int | None = None, seed: int = 5)
             seconds = time.monotonic() - began
             assert code == 128 + wanted, f"exit code {code}: {child.errors}"
             assert seconds < STOPPING_SECONDS, f"{seconds:.1f} s to stop"
-            assert "vitrine train --resume output/run" in child.errors, child.errors
+            assert "vitrail train --resume output/run" in child.errors, child.errors
             assert "Traceback" not in child.errors, child.errors
             newest = require_sound(cwd / "output/run", truth)
             assert newest == max(losses(cwd)), "an update was not saved"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from vitrine.errors import VitrineError
+from vitrail.errors import VitrailError
 
 
 @dataclass
@@ -28,5 +28,5 @@ class Tally:
         self.tried += 1
         try:
             yield
-        except (AssertionError, VitrineError) as error:
+        except (AssertionError, VitrailError) as error:
             self.lost.append(f"{what}: {error}")

@@ -3,11 +3,11 @@
 import torch
 import torch._dynamo
 
-import vitrine.cli.display
-import vitrine.cli.train
-import vitrine.data.sources
-import vitrine.run
-from vitrine.data.shapes import SEEDS, draw_shapes
+import vitrail.cli.display
+import vitrail.cli.train
+import vitrail.data.datasets
+import vitrail.training.run
+from vitrail.data.shapes import SEEDS, draw_shapes
 
 torch.set_num_threads(1)
 DRAWN = {
@@ -19,4 +19,4 @@ DRAWN = {
 
 def take_few_images() -> None:
     """Let runs load these."""
-    vitrine.data.sources.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]
+    vitrail.data.datasets.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]

@@ -1,0 +1,7 @@
+"""``python -m vitrail``."""
+
+import sys
+
+from vitrail.cli import main
+
+sys.exit(main())

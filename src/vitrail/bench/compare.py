@@ -1,0 +1,275 @@
+"""Vitrail beside other systems: same shape, same batch, same machine, in turn."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vitrail.bench.jobs import (
+    OURS,
+    REFERENCE,
+    SERVED,
+    TITLES,
+    TRAINS,
+    Amounts,
+    Job,
+    Recipe,
+    Workload,
+    jobs_of,
+    unfit,
+)
+from vitrail.bench.workers import Worker, command, interleave, started
+from vitrail.errors import BenchError
+
+FORMATS = ("float32", "bfloat16")
+SQUARE = {"cpu": 2048, "mps": 4096, "cuda": 8192}
+"""Side of the square product whose speed stands for the machine's peak."""
+CIFAR = "cifar-10-batches-py"
+PROBABILITY_TOLERANCE = 1e-3
+"""Two systems with the same weights agree in every probability to this."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to compare, and where."""
+
+    recipe: Recipe
+    device: str = "cpu"
+    workloads: tuple[Workload, ...] = tuple(TITLES)
+    amounts: Amounts = field(default_factory=Amounts)
+    python: Path | None = None
+    """Interpreter of the peers' environment; None for ours alone."""
+    reference_path: Path | None = None
+    """A clone of the reference system."""
+    data_path: Path = Path("data")
+    """Where CIFAR-10 is, which the reference loads itself."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system at one kind of work in one number format."""
+
+    job: Job
+    rates: tuple[float, ...]
+    """Images a second, one for every round."""
+    peak_mib: float
+    """Most memory held: of the card, or of the whole process."""
+    rest_mib: float
+    """What it held before it built anything."""
+    of_product: float | None = None
+    """Share of the speed of the model's own widest product, same number format."""
+    of_peak: float | None = None
+    """Share of the fastest product measured, same number format."""
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Median of the rates."""
+        return median(self.rates)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, the job's first."""
+        values = {**dataclasses.asdict(self.job), "images_per_second": self.rate}
+        rest = dataclasses.asdict(self)
+        del rest["job"]
+        return values | rest
+
+
+@dataclass
+class Comparison:
+    """All rows, the speed of products, and what was left out and why."""
+
+    bench: Bench
+    rows: list[Row] = field(default_factory=list)
+    products: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Operations a second by number format and size, one for every round."""
+    operations: dict[str, list[float]] = field(default_factory=dict)
+    """Operations of an image, inference and training: of our model, and of the plain ViT."""
+    remarks: list[str] = field(default_factory=list)
+
+    def note(self, remark: str) -> None:
+        """Keep a remark, once."""
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+
+
+def compare(bench: Bench, say: Callable[[str], None] = lambda _: None) -> Comparison:
+    """Measure every workload: all contestants in turn, round by round.
+
+    Raises:
+        ConfigError: the settings cannot be measured.
+        BenchError: our own work could not be measured.
+    """
+    found = Comparison(bench)
+    job = Job("torch", "float32", "product")
+    words = command(job.spec(bench.recipe, device=bench.device))
+    with started({job: words}, give_up=fail) as products:
+        worker = products[job]
+        found.operations = worker.about["operations"]
+        precisions = choose_precisions(worker, found)
+        for workload in bench.workloads:
+            say(f"{workload}: {TITLES[workload]}")
+            measure_workload(workload, precisions, worker, found)
+    return found
+
+
+def choose_precisions(products: Worker, found: Comparison) -> tuple[str, ...]:
+    """Return the number formats worth measuring: the one asked for, or float32 and a faster one."""
+    asked = found.bench.recipe.training.precision
+    if asked != "auto":
+        return (asked,)
+    speed = {}
+    for name in FORMATS:
+        product = {"precision": name, "size": own_size(found)}
+        products.rate(product)  # the first one counts its preparation in
+        speed[name] = products.rate(product)
+    if speed["bfloat16"] > speed["float32"]:
+        return FORMATS
+    found.note(
+        f"bfloat16 is left out: its products run at {gigaflops(speed['bfloat16'])} GFLOP/s here, "
+        f"float32 at {gigaflops(speed['float32'])} (--precision bfloat16 measures it all the same)"
+    )
+    return ("float32",)
+
+
+def gigaflops(rate: float) -> str:
+    """Return operations a second in thousand millions, with two figures at least."""
+    return f"{rate / 1e9:,.0f}" if rate > 1e10 else f"{rate / 1e9:.2g}"
+
+
+def own_size(found: Comparison) -> tuple[int, int, int]:
+    """Return rows, inner side and columns of the widest product: tokens to q, k and v."""
+    config = found.bench.recipe.config()
+    rows, columns = config.model.grid_GJ
+    tokens = rows * columns + config.model.has_class_token
+    width = config.model.embed_dim
+    return config.training.batch_size * tokens, width, 3 * width
+
+
+def sizes(found: Comparison) -> dict[str, tuple[int, int, int]]:
+    """Return the products that are measured: the model's own widest, and a large square one."""
+    side = SQUARE[found.bench.device]
+    return {"own": own_size(found), "square": (side, side, side)}
+
+
+def choose_peers(workload: Workload, found: Comparison) -> dict[str, str | None]:
+    """Return the peers that do this kind of work, each with why it is left out, if it is."""
+    bench, chosen = found.bench, {}
+    if bench.python is None:
+        return {}
+    for system in SERVED[workload]:
+        why_not = unfit(system, workload, bench.recipe.model)
+        if system == REFERENCE and bench.reference_path is None:
+            why_not = "its code is not there: --reference_path names a clone of it"
+        elif workload in ("epoch", "test") and not (bench.data_path / CIFAR).is_dir():
+            why_not = f"it loads CIFAR-10 itself, which is not in {bench.data_path}: --data_path"
+        chosen[system] = why_not
+        if why_not is not None:
+            found.note(f"{system} is left out of {workload}: {why_not}")
+    return chosen
+
+
+def measure_workload(
+    workload: Workload, precisions: tuple[str, ...], products: Worker, found: Comparison
+) -> None:
+    """Start one process for every contestant, let them work in turn, keep the rows."""
+    bench = found.bench
+    jobs = jobs_of(workload, precisions, choose_peers(workload, found))
+
+    def give_up(job: Job, error: BenchError) -> None:
+        if job.system == OURS:
+            fail(job, error)
+        found.note(f"{job.system} ({job.precision}) is left out of {job.workload}: {error}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        more = {
+            "device": bench.device, "data_path": bench.data_path, "folder": folder,
+            "reference_path": bench.reference_path, "images": bench.amounts.test_images,
+        }  # fmt: skip
+        theirs = [job for job in jobs if job.system != OURS]
+        ours = [job for job in jobs if job.system == OURS]
+        with (  # peers first: ours repeats what the reference has left in the folder
+            started(commands(theirs, bench, more), give_up) as peers,
+            started(commands(ours, bench, more), give_up) as own,
+        ):
+            measure_rounds({**peers, **own}, products, found, give_up)
+
+
+def commands(jobs: Iterable[Job], bench: Bench, more: Mapping[str, Any]) -> dict[Job, list[str]]:
+    """Return the command line of every job."""
+    return {
+        job: command(job.spec(bench.recipe, **more), None if job.system == OURS else bench.python)
+        for job in jobs
+    }
+
+
+def measure_rounds(
+    workers: dict[Job, Worker],
+    products: Worker,
+    found: Comparison,
+    give_up: Callable[[Job, BenchError], None],
+) -> None:
+    """Let contestants and matrix products work in turn; keep their rates."""
+    workload = next(iter(workers)).workload
+    request = found.bench.amounts.request(workload)  # type: ignore[arg-type]
+
+    def contestant(job: Job, worker: Worker) -> Callable[[], float]:
+        def measure() -> float:
+            try:
+                return worker.rate(request)
+            except BenchError as error:
+                give_up(job, error)
+                return math.nan
+
+        return measure
+
+    def product(precision: str, name: str) -> Callable[[], float]:
+        asked = {"precision": precision, "size": sizes(found)[name]}
+        return lambda: products.rate(asked)
+
+    formats = dict.fromkeys(job.precision for job in workers)
+    keys = {(f, name): product(f, name) for f in formats for name in sizes(found)}
+    contestants: dict[Any, Callable[[], float]] = {
+        **{job: contestant(job, worker) for job, worker in workers.items()}, **keys
+    }  # fmt: skip
+    rates = interleave(contestants, rounds=found.bench.amounts.rounds)
+    for precision, name in keys:
+        table = found.products.setdefault(precision, {})
+        table.setdefault(name, []).extend(rates[precision, name])
+    for job, worker in workers.items():
+        if not math.isnan(sum(rates[job])):
+            speed = {name: median(rates[job.precision, name]) for name in sizes(found)}
+            found.rows.append(make_row(job, worker, rates[job], speed, found))
+
+
+def make_row(
+    job: Job, worker: Worker, rates: list[float], speed: dict[str, float], found: Comparison
+) -> Row:
+    """Return a job's row, and remark what its worker says that the table has no place for."""
+    own, peak = None, None
+    if job.workload != "explanation":
+        kind = (
+            "ours" if job.system == OURS and "largest_difference" not in worker.about else "plain"
+        )
+        operations = found.operations[kind][job.workload in TRAINS] * median(rates)
+        own, peak = operations / speed["own"], operations / max(speed.values())
+    about = dict(worker.about)
+    rest_mib = about.pop("rest_mib")
+    difference = about.get("largest_difference")
+    if difference is not None:
+        verdict = "equal" if difference <= PROBABILITY_TOLERANCE else "NOT EQUAL"
+        found.note(
+            f"test, {job.precision}: with the reference's weights the largest difference in "
+            f"probability is {difference:.1e} ({verdict} within {PROBABILITY_TOLERANCE:g}), the "
+            f"mean of the highest probability {about['mean_confidence']:.2f}"
+        )
+    return Row(job, tuple(rates), worker.peak_mib, rest_mib, own, peak, about)
+
+
+def fail(job: Job, error: BenchError) -> None:
+    """Raise what kept our own work from being measured."""
+    raise BenchError(f"{job.workload} ({job.precision}) cannot be measured: {error}") from error

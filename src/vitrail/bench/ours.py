@@ -1,0 +1,263 @@
+"""Vitrail's own work in a worker process: what the commands do, without reading or writing files.
+
+python -m vitrail.bench.ours SPEC        (see jobs.py)
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.bench.jobs import plain
+from vitrail.bench.worker import Measure, Spec, autocast, random_batch, serve
+from vitrail.config.files import from_json
+from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data.batches import Batch, Batches
+from vitrail.data.datasets import load_splits
+from vitrail.data.images import ImageSet
+from vitrail.evaluation.metrics import measure as score
+from vitrail.evaluation.metrics import predict_logits
+from vitrail.explain.methods import MapSettings, compute_maps
+from vitrail.model import VisionTransformer
+from vitrail.runtime import rng
+from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.training.loop import train
+from vitrail.training.state import TrainingState
+from vitrail.weights.pretrained import load
+
+EPOCH_IMAGES = 50_000
+"""As many as CIFAR-10's training split has; what the pixels show does not change the speed."""
+LARGEST_SET = 2**28
+"""Sets of noise have at most so many bytes."""
+LEAST_SECONDS = 0.1
+"""Products are repeated for at least so long."""
+
+
+class OneBatch:
+    """The same batch for every step, in place of ``Batches``."""
+
+    steps_per_epoch = 1_000
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.device = batch, batch.labels_B.device
+
+    def __call__(self, _step: int) -> Batch:
+        """Return the batch."""
+        return self.batch
+
+
+def settings(spec: Spec) -> tuple[Config, torch.device]:
+    """Return the spec's settings and device."""
+    return from_json(spec["config"]), torch.device(spec["device"])
+
+
+def fresh_model(config: Config, device: torch.device) -> VisionTransformer:
+    """Return a model before training."""
+    with rng.seeded(config.run.seed, "init", device=device):
+        return VisionTransformer(config.model).to(device)
+
+
+def noise(config: Config, count: int) -> ImageSet:
+    """Return random pixels with random labels."""
+    model = config.model
+    shape = (model.n_channels, *model.image_hw)
+    count = min(count, LARGEST_SET // (shape[0] * shape[1] * shape[2]))
+    generator = rng.generator(config.run.seed, "bench")
+    raw_BCHW = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
+    labels_B = torch.arange(count) % model.n_classes
+    return ImageSet(raw_BCHW, labels_B, tuple(f"class {y}" for y in range(model.n_classes)))
+
+
+def training_measure(config: Config, batches: Any) -> Measure:
+    """Return a function that makes updates as ``vitrail train`` does; images learnt from."""
+    state = TrainingState.start(fresh_model(config, batches.device), config.training)
+
+    def updates() -> Iterator[Any]:
+        while True:
+            state.step = 0
+            yield from train(state, batches, config)
+
+    endless = updates()
+    return lambda steps: float(sum(update.images for update in islice(endless, steps)))
+
+
+def step_measure(spec: Spec) -> Measure:
+    """Training on one batch that stays in memory."""
+    config, _ = settings(spec)
+    images_BCHW, labels_B = random_batch(spec)
+    targets_BY = F.one_hot(labels_B, config.model.n_classes).float()
+    return training_measure(config, OneBatch(Batch(images_BCHW, targets_BY, labels_B)))
+
+
+def epoch_measure(spec: Spec) -> Measure:
+    """Training with the data and their augmentation."""
+    config, device = settings(spec)
+    batches = Batches(
+        noise(config, EPOCH_IMAGES), config.augment, batch_size=config.training.batch_size,
+        seed=config.run.seed, device=device, mean=config.data.mean, std=config.data.std,
+    )  # fmt: skip
+    return training_measure(config, batches)
+
+
+def looking(spec: Spec, look: Callable[[VisionTransformer, Tensor], object]) -> Measure:
+    """Return a function that looks at one batch in memory so many times."""
+    config, device = settings(spec)
+    model = fresh_model(config, device).eval()
+    images_BCHW, _ = random_batch(spec)
+
+    def measure(batches: int) -> float:
+        with torch.inference_mode(), autocast(spec):
+            for _ in range(batches):
+                look(model, images_BCHW)
+        return float(batches * len(images_BCHW))
+
+    return measure
+
+
+def inference_measure(spec: Spec) -> Measure:
+    """Logits of one batch that is in memory."""
+    return looking(spec, lambda model, images_BCHW: model(images_BCHW))
+
+
+def attention_measure(spec: Spec) -> Measure:
+    """Logits and the attention of every layer."""
+    return looking(spec, lambda model, images_BCHW: model.forward_with_attention(images_BCHW))
+
+
+def explanation_measure(spec: Spec) -> Measure:
+    """Attention rollout through all layers."""
+    config, _ = settings(spec)
+    maps = MapSettings(method="rollout", layers=(config.model.n_layers,))
+    return looking(spec, lambda model, images_BCHW: compute_maps(model, images_BCHW, maps))
+
+
+def scoring(spec: Spec, model: VisionTransformer, images: ImageSet, data: DataConfig) -> Tensor:
+    """Run a model over images as ``vitrail test`` does; the logits."""
+    logits_BY = predict_logits(
+        model, images, mean=data.mean, std=data.std, device=torch.device(spec["device"]),
+        precision=spec["precision"],
+    )  # fmt: skip
+    score(logits_BY, images.labels_B, classes=images.classes)
+    return logits_BY
+
+
+def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
+    """Testing: of the reference's weights on CIFAR-10 where it left them, else of noise."""
+    config, device = settings(spec)
+    weights, about = Path(spec["folder"]) / "w.pt", {}
+    if weights.is_file():
+        heads = config.model.n_attention_heads
+        classifier = load(weights, n_attention_heads=heads, device=spec["device"])
+        model, data = classifier.model, DataConfig("cifar10", Path(spec["data_path"]))
+        images = load_splits(data, ["test"], image_hw=config.model.image_hw)["test"]
+        images = images.take(torch.arange(spec["images"]))  # the reference takes the first ones
+        theirs_BY = torch.load(weights.with_name("logits.pt"), weights_only=True).softmax(dim=1)
+        ours_BY = scoring(spec, model, images, data).softmax(dim=1)
+        about = {
+            "largest_difference": (ours_BY - theirs_BY).abs().max().item(),
+            "mean_confidence": theirs_BY.amax(dim=1).mean().item(),
+        }
+    else:
+        model, data = fresh_model(config, device), config.data
+        images = noise(config, spec["images"])
+
+    def measure(passes: int) -> float:
+        for _ in range(passes):
+            scoring(spec, model, images, data)
+        return float(passes * len(images))
+
+    return measure, about
+
+
+def predict_measure(spec: Spec) -> Measure:
+    """Logits of so many images, as many as the request says."""
+    config, device = settings(spec)
+    model, images = fresh_model(config, device), noise(config, spec["images"])
+
+    def measure(count: int) -> float:
+        some, data = images.sample(count), config.data
+        logits_BY = predict_logits(model, some, mean=data.mean, std=data.std, device=device)
+        return float(len(logits_BY))
+
+    return measure
+
+
+def count_operations(model: ModelConfig) -> tuple[float, float]:
+    """Return the floating-point operations of an image's products: inference, and training.
+
+    One multiplication with its addition counts as two.
+    """
+    images_BCHW = torch.randn(2, model.n_channels, *model.image_hw)
+    vit = VisionTransformer(model).train()
+    with FlopCounterMode(display=False) as counter:
+        logits_BY = vit(images_BCHW)
+        forward = counter.get_total_flops()
+        logits_BY.sum().backward()
+    return forward / 2, counter.get_total_flops() / 2
+
+
+def product_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
+    """Matrix products of the size and number format a request names; operations done."""
+    config, device = settings(spec)
+    factors: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def prepare(request: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+        rows, inner, columns = request["size"]
+        dtype = getattr(torch, request["precision"])
+        left = torch.randn(rows, inner, device=device).to(dtype)
+        right = torch.randn(inner, columns, device=device).to(dtype)
+        repeat(left, right, 1)  # the first one is slow
+        began = time.perf_counter()
+        repeat(left, right, 1)
+        seconds = time.perf_counter() - began
+        return left, right, max(1, round(LEAST_SECONDS / seconds))
+
+    def repeat(left: Tensor, right: Tensor, times: int) -> None:
+        for _ in range(times):
+            left @ right
+        getattr(torch, spec["device"]).synchronize()
+
+    def measure(request: dict[str, Any]) -> float:
+        key = json.dumps(request)
+        if key not in factors:
+            factors[key] = prepare(request)
+        left, right, times = factors[key]
+        repeat(left, right, times)
+        return 2.0 * left.numel() * right.shape[1] * times
+
+    operations = {
+        "ours": count_operations(config.model),
+        "plain": count_operations(plain(config.model)),
+    }
+    return measure, {"operations": operations}
+
+
+WORKLOADS: dict[str, Callable[[Spec], Measure | tuple[Measure, dict[str, Any]]]] = {
+    "step": step_measure,
+    "epoch": epoch_measure,
+    "inference": inference_measure,
+    "test": test_measure,
+    "explanation": explanation_measure,
+    "attention": attention_measure,
+    "predict": predict_measure,
+    "product": product_measure,
+}
+
+
+def build(spec: Spec) -> tuple[Measure, dict[str, Any]]:
+    """Return what the spec measures, and what is to be known of it."""
+    built = WORKLOADS[spec["workload"]](spec)
+    return built if isinstance(built, tuple) else (built, {})
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    serve(build, json.loads(sys.argv[1]))

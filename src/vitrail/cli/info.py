@@ -1,0 +1,174 @@
+"""``vitrail info``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from vitrail.cli.console import out, say, tell
+from vitrail.cli.parsing import parse
+from vitrail.config.presets import PRESETS
+from vitrail.errors import CheckpointError, printable
+from vitrail.weights import bundled
+
+if TYPE_CHECKING:
+    from vitrail.inference.classifier import Classifier
+
+PROG = "vitrail info"
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Show the presets, the runs and this machine; or, of one model, what it is."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A run folder, weights, a bundled name or hf:OWNER/NAME."""
+    n_attention_heads: int | None = None
+    """Number of attention heads, for weights whose files do not say it."""
+    output_path: Path = Path("output")
+    """Folder of the run folders."""
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrail info``."""
+    options = parse(InfoOptions, words, prog=prog)
+    if options.model is None:
+        show_machine()
+        show_presets()
+        show_bundled()
+        return show_runs(options.output_path)
+    from vitrail.weights.pretrained import load, read
+
+    heads = options.n_attention_heads
+    classifier = load(options.model, n_attention_heads=heads, device="cpu")
+    metrics = read(options.model, n_attention_heads=heads).info.metrics
+    show_model(classifier, read_facts(options.model, metrics))
+    return 0
+
+
+def show_machine() -> None:
+    """Print versions, device and precision."""
+    from vitrail.runtime.devices import choose_device, choose_precision
+    from vitrail.runtime.environment import describe_environment
+
+    device = choose_device("auto")
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    about = describe_environment(device, precision)
+    table = plain_table("This machine", "", "")
+    for name, value in about["versions"].items():
+        table.add_row(name, value)
+    for name in ("system", "processor", "threads", "device", "precision"):
+        table.add_row(name, str(about[name]))
+    out.print(table, "")
+
+
+def show_presets() -> None:
+    """Print the presets and what to expect of them."""
+    table = plain_table("Presets (vitrail train --preset NAME)", "name", "what", "expect")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.summary, preset.expect)
+    out.print(table, "")
+
+
+def show_bundled() -> None:
+    """Print the models that come with the package."""
+    columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
+    table = plain_table("Bundled models (vitrail predict --model_path NAME)", *columns)
+    for name in bundled.names():
+        card = bundled.read_card(name)
+        table.add_row(
+            name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
+            card.record,
+        )  # fmt: skip
+    out.print(table, "")
+
+
+def show_runs(output_path: Path) -> int:
+    """Print the runs in a folder with their scores; return 1 if one of them is damaged, else 0."""
+    from vitrail.training.run_folder import read_rows
+
+    folders = sorted(path.parent for path in output_path.glob("*/checkpoints"))
+    table = plain_table(
+        f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test curve"
+    )
+    damaged: list[str] = []
+    for folder in folders:
+        try:
+            row = (read_rows(folder) or [{}])[-1]
+        except CheckpointError as error:
+            damaged.append(str(error))
+            table.add_row(Text(printable(folder.name)), "damaged", "-", "-", "-")
+            continue
+        scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
+        cells = ["-" if score is None else f"{score:.2%}" for score in scores]
+        table.add_row(Text(printable(folder.name)), str(row.get("epoch", 0)), *cells)
+    if folders:
+        out.print(table)
+    else:
+        tell(f"No runs in {output_path}/ yet: vitrail train --preset quick")
+    for problem in damaged:
+        say(f"vitrail: {problem}")
+    return 1 if damaged else 0
+
+
+def read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return how good a model is and how long it was trained, as far as its files say."""
+    from vitrail.weights.formats.foreign import read_json_object
+
+    if model in bundled.names():
+        card = bundled.read_card(model)
+        return {
+            "test accuracy": f"{card.test_accuracy:.2%}",
+            "validation accuracy": f"{card.validation_accuracy:.2%}",
+            "recipe": card.recipe,
+        }
+    facts: dict[str, str] = {}
+    path = Path(model) / "result.json"
+    test = read_json_object(path).get("test") if path.is_file() else None
+    if isinstance(test, dict) and isinstance(test.get("accuracy"), float):
+        facts["test accuracy"] = f"{test['accuracy']:.2%} of {test.get('images')} images"
+    if isinstance(accuracy := metrics.get("validation_accuracy"), float):
+        facts["validation accuracy"] = f"{accuracy:.2%}"
+    if isinstance(epoch := metrics.get("epoch"), int):
+        facts["epochs"] = str(epoch)
+    return facts
+
+
+def show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
+    """Print what a model is: how good and on what data, then all settings."""
+    config = classifier.config
+    height, width = config.model.image_hw
+    parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
+    first = {
+        **facts,
+        "data": config.data.dataset,
+        "classes": f"{len(classifier.classes)}: {', '.join(classifier.classes)}",
+        "image size": f"{height} x {width} pixels",
+        "parameters": f"{parameters:,}",
+    }
+    table = plain_table(classifier.source, "", "")
+    for name, value in first.items():
+        table.add_row(name, Text(printable(value)))
+    for note in classifier.notes:
+        table.add_row("note", Text(printable(note)))
+    out.print(table, "")
+    table = plain_table("Settings", "", "")
+    for section in (config.model, config.data):
+        for name, value in vars(section).items():
+            table.add_row(name, Text(printable(str(value))))
+    out.print(table)
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """Return an empty table in the house's look."""
+    table = Table(
+        title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False,
+        show_header=any(columns),
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column)
+    return table

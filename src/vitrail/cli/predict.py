@@ -1,0 +1,213 @@
+"""``vitrail predict``."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vitrail.cli.console import out, say, tell
+from vitrail.cli.models import ModelOptions, is_onnx, load_model
+from vitrail.cli.parsing import parse
+from vitrail.cli.picture_words import STDIN, list_pictures
+from vitrail.errors import ConfigError, PictureError, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitrail.inference.classifier import Classifier
+    from vitrail.inference.onnx_classifier import OnnxClassifier
+    from vitrail.inference.top_k import Prediction
+
+PROG = "vitrail predict"
+NAME_WIDTH = 24
+"""Columns of a terminal that a long name gets at least; it continues in the next line."""
+SHOWN_CLASSES = 20
+CHUNK = 64
+"""Pictures read before they are classified together."""
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class PredictOptions(ModelOptions):
+    """Classify pictures of any kind and size, with a model or with an exported ONNX file.
+
+    ONNX Runtime runs .onnx files; torch is then neither loaded nor needed.
+    For example: vitrail predict cat.png 'photos/*.jpg' --csv
+    """
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders, globs, or - for a picture on standard input."""
+    top_k: int = 3
+    """How many classes to report, the most probable first."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green, blue behind transparent pictures."""
+    json: bool = False
+    """Print JSON on standard output."""
+    csv: bool = False
+    """Print CSV on standard output."""
+
+
+Answer = tuple[str, "list[Prediction]"]
+
+
+def command(words: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrail predict``."""
+    options = parse(PredictOptions, words, prog=prog)
+    check(options)
+    names = list_pictures(options.pictures)
+    classifier = load_classifier(options)
+    answers, broken = predict_all(classifier, names, options)
+    if broken and not answers:
+        raise PictureError(
+            broken[0] if len(broken) == 1 else f"{broken[0]} (and {len(broken) - 1} more)"
+        )
+    for message in broken:
+        say(f"vitrail: {message}")
+    if not (options.json or options.csv):
+        tell(describe_classes(classifier))
+    print_answers(answers, options)
+    return 1 if broken else 0
+
+
+def check(options: PredictOptions) -> None:
+    """Refuse flags that exclude each other."""
+    if options.json and options.csv:
+        raise ConfigError("--json and --csv are two formats: give one of them")
+    if not options.pictures:
+        raise ConfigError(f"no picture given: {PROG} PICTURE, a folder, a glob, or -")
+    if options.top_k < 1:
+        raise ConfigError(f"top_k is {options.top_k}: give at least 1")
+    if not all(0 <= value <= 255 for value in options.background):
+        raise ConfigError(f"background is {options.background}: give three numbers from 0 to 255")
+
+
+def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
+    """Load the model; torch is imported only if it is not an ONNX file."""
+    if not is_onnx(options.model_path):
+        return load_model(options)
+    from vitrail.inference.onnx_classifier import load_onnx
+
+    if options.n_attention_heads is not None:
+        raise ConfigError("--n_attention_heads is for reference .pt files: leave it out")
+    assert options.model_path is not None
+    exported = load_onnx(options.model_path, device=options.device)
+    return exported.prepared(**options.preparation.given())
+
+
+def predict_all(
+    classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
+) -> tuple[list[Answer], list[str]]:
+    """Classify the pictures that can be read; return the answers, and the errors of the rest."""
+    import numpy as np
+
+    answers: list[Answer] = []
+    broken: list[str] = []
+    for start in range(0, len(names), CHUNK):
+        read: list[str] = []
+        raws: list[np.ndarray] = []
+        for name in names[start : start + CHUNK]:
+            source = sys.stdin.buffer.read() if name == STDIN else name
+            try:
+                raws.append(classifier.read(source, background=options.background))
+                read.append(name)
+            except PictureError as error:
+                broken.append(str(error))
+        if raws:
+            predictions = classifier.predict_raw(np.concatenate(raws), options.top_k)
+            answers += zip(read, predictions, strict=True)
+    return answers, broken
+
+
+def print_answers(answers: list[Answer], options: PredictOptions) -> None:
+    """Print predictions as a table, JSON or CSV."""
+    if options.json:
+        print(
+            json.dumps(
+                [
+                    {"picture": name, "predictions": [as_json(p) for p in top]}
+                    for name, top in answers
+                ]
+            )
+        )
+    elif options.csv:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["picture", "rank", "class", "probability"])
+        for name, top in answers:
+            rows.writerows(
+                [cell(name), rank, cell(p.name), p.probability] for rank, p in enumerate(top, 1)
+            )
+        print(text.getvalue(), end="")
+    else:
+        print_table(answers)
+
+
+def cell(name: str) -> str:
+    """Return a name as a CSV cell, without control characters and without formulas.
+
+    --json has the unchanged names.
+    """
+    formula = len(name) > 1 and name[0] in "=+-@"
+    return f"'{printable(name)}" if formula else printable(name)
+
+
+def as_json(prediction: "Prediction") -> dict[str, object]:
+    """Return one prediction as plain JSON values."""
+    return {"class": prediction.name, "probability": prediction.probability}
+
+
+def print_table(answers: list[Answer]) -> None:
+    """Print a row per picture, or a row per class where the columns would be cut."""
+    from rich.cells import cell_len
+
+    cells = [[f"{printable(p.name)} {p.probability:.1%}" for p in top] for _, top in answers]
+    columns = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    names = max((cell_len(printable(name)) for name, _ in answers), default=0)
+    if min(names, NAME_WIDTH) + sum(width + 3 for width in columns) <= out.width:
+        out.print(wide_table(answers, cells))
+    else:
+        out.print(long_table(answers))
+
+
+def wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
+    """Return a table with a row per picture and a column per rank."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("picture", overflow="fold")
+    for rank in range(1, max(map(len, cells), default=1) + 1):
+        table.add_column(f"{rank}.", no_wrap=True)
+    for (name, _), row in zip(answers, cells, strict=True):
+        table.add_row(Text(printable(name)), *map(Text, row))
+    return table
+
+
+def long_table(answers: list[Answer]) -> "Table":
+    """Return a table with a row per class, the most probable first, picture after picture."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("picture", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    for name, top in answers:
+        for rank, p in enumerate(top):
+            shown = Text(printable(name) if rank == 0 else "")
+            table.add_row(shown, Text(printable(p.name)), f"{p.probability:.1%}")
+        table.add_section()
+    return table
+
+
+def describe_classes(classifier: "Classifier | OnnxClassifier") -> str:
+    """Return what the model can answer at all: a picture of anything else gets one of these."""
+    classes = classifier.classes
+    shown = ", ".join(classes[:SHOWN_CLASSES])
+    more = f", … ({len(classes):,} classes)" if len(classes) > SHOWN_CLASSES else ""
+    return f"{classifier.source or 'the model'} knows: {shown}{more}"

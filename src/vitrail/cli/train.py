@@ -1,0 +1,295 @@
+"""``vitrail train``."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitrail.cli import STARTED
+from vitrail.cli.console import err, out, say, tell
+from vitrail.cli.parsing import parse, parse_known
+from vitrail.cli.processes import one_run
+from vitrail.config.files import MOVABLE, from_json, read_json, toml_sections
+from vitrail.config.presets import get_preset
+from vitrail.config.settings import Config
+from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+
+if TYPE_CHECKING:
+    from vitrail.data.manifest import Manifest
+
+PROG = "vitrail train"
+DEFAULT_PRESET = "quick"
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Where the settings come from; every other flag goes over them."""
+
+    preset: str = ""
+    """A whole configuration by name (vitrail info lists them). Default: quick."""
+    config: Path | None = None
+    """A TOML file of settings, over the preset's."""
+    resume: Path | None = None
+    """Resume the run in this folder, with the settings it has."""
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """What must be known of a run's first weights before the other flags make sense."""
+
+    init: str = ""
+    n_attention_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions(Config, StartOptions):
+    """Train a Vision Transformer.
+
+    Any flag below goes over the preset's value; --batch_size and --batch-size are the same flag.
+    """
+
+
+def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
+    """Run ``vitrail train``; ``name`` is the run folder's if none is asked for."""
+    with one_run() as on_leader:
+        start, settings = on_leader(read, words, prog)
+        if start.resume is not None:
+            return resume(start.resume, settings)
+        manifest = on_leader(list_data, settings)
+        return begin(settings, name or start.preset, manifest)
+
+
+def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
+    """Return where the settings come from, and the settings."""
+    start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
+    if start.resume is None:
+        start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
+        given = {} if start.config is None else toml_sections(start.config)
+        base = from_json(given, get_preset(start.preset))
+        base = start_from_weights(base, given, words, prog)
+    else:
+        base = read_settings(start)
+    defaults = TrainOptions(**vars(start), **vars(base))
+    options = parse(TrainOptions, words, prog=prog, default=defaults)
+    settings = Config(**{name: getattr(options, name) for name in vars(base)})
+    if start.resume is not None:
+        refuse_changes(base, settings, start.resume)
+    return start, settings
+
+
+def read_settings(start: StartOptions) -> Config:
+    """Return the settings of the run to resume."""
+    assert start.resume is not None
+    if start.config is not None or start.preset:
+        raise ConfigError(
+            "--resume continues with the run's own settings: leave out --preset and --config"
+        )
+    if not (start.resume / "config.json").is_file():
+        raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
+    return from_json(read_json(start.resume / "config.json"))
+
+
+def start_from_weights(
+    base: Config, given: dict[str, dict[str, Any]], words: Sequence[str], prog: str
+) -> Config:
+    """Return the settings with the model of --init, where there is one.
+
+    Weights know their model better than a preset does; what the TOML file gives has precedence.
+    """
+    asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
+    init = asked.init or base.training.init
+    if not init:
+        return base
+    from vitrail.weights.pretrained import with_init
+
+    theirs = with_init(base, init, asked.n_attention_heads)
+    return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
+
+
+def refuse_changes(old: Config, new: Config, folder: Path) -> None:
+    """Refuse flags beside --resume that would make it another run."""
+    before, after = old.flat(), new.flat()
+    changed = [f"--{name}" for name in before if before[name] != after[name]]
+    refused = [flag for flag in changed if flag.removeprefix("--") not in MOVABLE]
+    if refused:
+        allowed = ", ".join(f"--{name}" for name in MOVABLE)
+        raise ConfigError(
+            f"--resume keeps the run's settings: leave out {', '.join(refused)} (only {allowed} "
+            f"may change), or start another run from its weights with --init {folder}"
+        )
+
+
+def list_data(settings: Config) -> "Manifest | None":
+    """List the pictures of a folder and show what was found, before anything slow is loaded."""
+    if settings.data.dataset != "folder":
+        return None
+    from vitrail.cli.data_table import show_manifest
+    from vitrail.data.manifest import scan
+
+    manifest = scan(settings.data.data_path, settings.data.validation_images)
+    show_manifest(manifest.limited(settings.data))
+    return manifest
+
+
+def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
+    """Start a run in a new folder, or go on with it where torchrun has restarted us."""
+    from vitrail.runtime import distributed
+    from vitrail.runtime.devices import choose_rank_device
+    from vitrail.training.recovery import release
+    from vitrail.training.run import Run, lock
+
+    choose_rank_device(settings.run.device)
+    folder, begun = distributed.on_leader(choose_folder, settings, name)
+    if begun:
+        return resume(folder, settings)
+    held = lock(folder)  # until the run holds it itself
+    try:
+        run = Run.start(settings, folder, manifest)
+    except BaseException:
+        if distributed.is_leader():
+            release(folder)  # Windows removes no file that is open
+            remove_if_unused(folder)
+        raise
+    del held
+    for notice in run.notices:
+        say(notice)
+    return follow(run)
+
+
+def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
+    """Return the run's folder, and whether there is a checkpoint in it to go on from."""
+    from vitrail.runtime import rendezvous
+    from vitrail.training.run_folder import new_folder
+
+    known = rendezvous.recall("run folder")
+    if known is not None and Path(known).is_dir():
+        return Path(known), any(Path(known, "checkpoints").glob("step-*"))
+    folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
+    rendezvous.remember("run folder", str(folder))
+    return folder, False
+
+
+def resume(folder: Path, settings: Config) -> int:
+    """Resume a run; one that is finished is only reported."""
+    from vitrail.runtime import distributed
+    from vitrail.training.run import Run
+
+    if distributed.on_leader((folder / "result.json").is_file):
+        say(
+            f"{folder}: this run is finished, its result is in {folder / 'result.json'}; to train "
+            f"longer, start another run from its weights: vitrail train --init {folder}"
+        )
+        return 0
+    run = Run.resume(folder, settings)
+    for notice in run.notices:
+        say(notice)
+    say(f"resuming after update {run.state.step} of {run.total_steps}")
+    return follow(run)
+
+
+def follow(run: Any) -> int:
+    """Show a run to its end, or save it when a signal asks to stop."""
+    from vitrail.cli.display import TrainingDisplay
+    from vitrail.cli.signals import Stopped, stop_requests
+    from vitrail.runtime import distributed
+
+    describe(run)
+    startup = time.perf_counter() - STARTED
+    try:
+        with stop_requests() as stop:
+            stopped = 0
+            with TrainingDisplay(run, err) as display:
+                for event in run.train(stopping=lambda: bool(stop.signal)):
+                    display.show(event)
+                    if stopped := distributed.highest(stop.signal):
+                        break
+            if stopped:
+                run.save()
+                raise Stopped(stopped)
+            with stop.at_once():  # all is saved: only the test and the pictures are missing
+                result = run.finish()
+    except Stopped as reason:
+        say(f"stopped and saved; go on with: vitrail train --resume {run.folder}")
+        return 128 + reason.signal
+    except OutputError as error:
+        raise TrainingError(f"{error}; go on with: vitrail train --resume {run.folder}") from error
+    except Exception as error:
+        if run.saved is not None:
+            error.add_note(f"resume with: vitrail train --resume {run.folder}")
+        raise
+    conclude(run, result, startup)
+    if problems := distributed.on_leader(lambda: run.problems):
+        raise TrainingError(f"{'; '.join(problems)}; all else is in {run.folder}/")
+    return 0
+
+
+def describe(run: Any) -> None:
+    """Say what is about to be trained."""
+    from vitrail.runtime import distributed
+
+    parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
+    splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
+    data = run.config.data
+    name = data.data_path if data.dataset == "folder" else data.dataset
+    processes = f"{distributed.count()} processes on " if distributed.count() > 1 else ""
+    say(
+        f"{run.folder}: {parameters:,} parameters on {name}, "
+        f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
+        f"{processes}{run.device.type}, {run.precision}, "
+        f"{'compiled' if run.compiled else 'not compiled'}"
+    )
+
+
+def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+    """Print the result, the seconds it took and what to try next."""
+    from rich.table import Table
+
+    goal = run.config.run.stop_at_accuracy
+    if goal is not None:
+        reached = run.is_enough()
+        out.print(
+            f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
+            f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
+        )
+
+    tell(f"\n{run.folder}", style="bold")
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", "accuracy", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    for split in ("validation", "test"):
+        if result[split]:
+            table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
+    if table.row_count:
+        out.print(table)
+    if not result["test"]:
+        out.print("There is no test split, so there is no test score.")
+    out.print(
+        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
+        f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
+        f"evaluation), {result['images_per_second']:,.0f} images/s; "
+        f"best epoch {result['best_epoch']}; "
+        f"curves, confusion matrix and checkpoints in {run.folder}/",
+        markup=False,
+        soft_wrap=True,
+    )
+    out.print(
+        "\nTry next:\n"
+        f"  vitrail test --model_path {run.folder}\n"
+        f"  vitrail predict --model_path {run.folder} PICTURE\n"
+        f"  vitrail explain --model_path {run.folder} PICTURE\n"
+        f"  vitrail info {run.folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Remove the folder of a run that never began."""
+    import shutil
+
+    from vitrail.training.run_folder import is_unused
+
+    if is_unused(folder):
+        shutil.rmtree(folder)

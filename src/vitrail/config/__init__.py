@@ -1,0 +1,1 @@
+"""Every setting, recipes by name, and their files."""

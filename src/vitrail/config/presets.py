@@ -1,0 +1,154 @@
+"""Whole configurations by name.
+
+Each says what it is for, how long it takes, what accuracy to expect, and where that was measured.
+"""
+
+from dataclasses import dataclass, replace
+
+from vitrail.config.settings import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from vitrail.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration and what to expect of it."""
+
+    config: Config
+    summary: str
+    expect: str
+
+
+def reference_recipe(n_layers: int) -> Config:
+    """Return the reference system's recipe: model, data, augmentation and optimizer as it has them.
+
+    Source: https://github.com/nick8592/ViT-Classification-CIFAR10, train.py.
+    """
+    return Config(
+        model=ModelConfig(n_layers=n_layers),
+        data=DataConfig(dataset="cifar10", validation_images=0),
+        augment=AugmentConfig(randaugment_ops=2, randaugment_magnitude=9),
+        training=TrainingConfig(schedule_by="epoch", decay="all"),
+        run=RunConfig(monitor="test"),
+    )
+
+
+def quick_recipe() -> Config:
+    """Return a small model for the drawn shapes, good after two minutes on two CPU cores."""
+    return Config(
+        model=ModelConfig(
+            embed_dim=64, n_layers=4, n_attention_heads=4, dropout=0.0, pool="mean", stem="conv",
+            position="rope", head="linear",
+        ),
+        data=DataConfig(dataset="shapes"),
+        augment=AugmentConfig(crop_padding=2),
+        training=TrainingConfig(
+            epochs=5, batch_size=100, learning_rate=2e-3, warmup_epochs=0.5, schedule="linear",
+            optimizer="muon", muon_learning_rate=0.01, weight_decay=0.01, label_smoothing=0.1,
+        ),
+    )  # fmt: skip
+
+
+def cifar10_recipe(
+    stem_channels: tuple[int, ...], embed_dim: int, n_layers: int, epochs: int, *, batch_size: int
+) -> Config:
+    """Return a stem of white patches and convolutions, rotary positions, mean pooling, Muon.
+
+    What learns fastest on CIFAR-10 (docs/log.md): patches of 8 pixels, as wide tokens are worth
+    more than many; no dropout, crop and flip only.
+    """
+    return Config(
+        model=ModelConfig(
+            patch_size=8, embed_dim=embed_dim, n_layers=n_layers, n_attention_heads=embed_dim // 32,
+            dropout=0.0, pool="mean", stem="conv", stem_channels=stem_channels, position="rope",
+            head="linear",
+        ),
+        data=DataConfig(dataset="cifar10"),
+        augment=AugmentConfig(crop_padding=2),
+        training=TrainingConfig(
+            epochs=epochs, batch_size=batch_size, learning_rate=2e-3, warmup_epochs=0.1,
+            schedule="linear", optimizer="muon", muon_learning_rate=0.01, weight_decay=0.01,
+            label_smoothing=0.1,
+        ),
+    )  # fmt: skip
+
+
+def small_recipe() -> Config:
+    """Return a wider stem for dozens of epochs, with augmentation against learning by heart."""
+    recipe = cifar10_recipe((128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
+    return replace(
+        recipe,
+        augment=AugmentConfig(
+            crop_padding=4, randaugment_ops=1, randaugment_magnitude=9, random_erasing=0.25
+        ),
+    )
+
+
+def base_recipe() -> Config:
+    """Return a larger model, with the augmentation that hundreds of epochs on a GPU need."""
+    recipe = cifar10_recipe((128, 256), embed_dim=256, n_layers=8, epochs=300, batch_size=512)
+    return replace(
+        recipe,
+        model=replace(recipe.model, patch_size=4, drop_path=0.1),
+        augment=AugmentConfig(
+            crop_padding=4, randaugment_ops=2, randaugment_magnitude=9, random_erasing=0.25,
+            cutmix=1.0,
+        ),
+        training=replace(
+            recipe.training, warmup_epochs=10.0, schedule="cosine",
+            weight_decay=0.05, ema_decay=0.999,
+        ),
+    )  # fmt: skip
+
+
+PRESETS = {
+    "quick": Preset(
+        quick_recipe(),
+        "drawn shapes, a small model: see everything work",
+        "2 to 4 minutes on a laptop, 99.1 % on shapes (records/quick)",
+    ),
+    "fast": Preset(
+        cifar10_recipe((64, 128, 192), embed_dim=192, n_layers=2, epochs=3, batch_size=256),
+        "CIFAR-10, the shortest way past the reference's 78.31 %",
+        "100 seconds on two AVX-512 cores, 4.5 minutes without: 81.7 % (records/fast)",
+    ),
+    "small": Preset(
+        small_recipe(),
+        "CIFAR-10, the most accuracy within 90 minutes of 2 CPU cores",
+        "72 minutes on two AVX-512 cores: 90.3 % (records/small)",
+    ),
+    "base": Preset(
+        base_recipe(),
+        "CIFAR-10, for ten minutes of a large GPU",
+        "not measured: no GPU was at hand",
+    ),
+    "reference": Preset(
+        reference_recipe(n_layers=6),
+        "the reference system's recipe, 6 layers, CIFAR-10",
+        "200 epochs: published 78.31 %; --epochs 10: 62.0 % (records/reference-10-epochs)",
+    ),
+    "reference12": Preset(
+        reference_recipe(n_layers=12),
+        "the reference system's recipe, 12 layers, CIFAR-10",
+        "200 epochs: published 82.04 %",
+    ),
+}
+
+
+def get_preset(name: str) -> Config:
+    """Return the configuration of this name.
+
+    Raises:
+        ConfigError: there is none of this name; the nearest is offered.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)}: one of {', '.join(PRESETS)}"
+        )
+    return PRESETS[name].config

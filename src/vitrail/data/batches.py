@@ -1,0 +1,106 @@
+"""Step -> batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.config.settings import AugmentConfig
+from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
+from vitrail.data.images import ImageSet, normalise
+from vitrail.data.randaugment import rand_augment
+from vitrail.errors import DataError
+from vitrail.runtime import rng
+
+
+class Batch(NamedTuple):
+    """What one update learns from.
+
+    Shapes:
+        images_BCHW: normalised; targets_BY: class probabilities; labels_B: int64, the class of
+        each image before any mixing.
+    """
+
+    images_BCHW: Tensor
+    targets_BY: Tensor
+    labels_B: Tensor
+
+
+class Batches:
+    """The batches of a run as a function of the step: ``batches(step)``.
+
+    The whole set lies on the training device as bytes. An epoch visits every image once; its last
+    batch may be smaller. What step s gives depends on s and the seed only, not on what was asked
+    before.
+
+    Raises:
+        DataError: there are no images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: AugmentConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        if len(images) == 0:
+            raise DataError("there are no images to train on: raise num_train_images")
+        self.raw_BCHW = images.raw_BCHW.to(device)
+        self.labels_B = images.labels_B.to(device)
+        self.n_classes = len(images.classes)
+        self.config, self.batch_size, self.seed = config, batch_size, seed
+        self.device, self.mean, self.std = device, mean, std
+        self.steps_per_epoch = -(-len(images) // batch_size)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of update ``step``, counted from 0 over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        indices_B = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        generator = rng.generator(self.seed, "augment", step)
+        raw_BCHW = self.augment(self.raw_BCHW[indices_B], generator)
+        labels_B = self.labels_B[indices_B]
+        images_BCHW = normalise(raw_BCHW, self.mean, self.std)
+        targets_BY = F.one_hot(labels_B, self.n_classes).float()
+        return Batch(*self.mix(images_BCHW, targets_BY, generator), labels_B)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the order of an epoch; the latest is remembered."""
+        if self._order[0] != epoch:
+            generator = rng.generator(self.seed, "order", epoch)
+            order_B = torch.randperm(len(self.labels_B), generator=generator)
+            self._order = (epoch, order_B.to(self.device))
+        return self._order[1]
+
+    def augment(self, raw_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """Change the bytes of the images."""
+        config = self.config
+        if config.crop_padding:
+            raw_BCHW = random_crop(raw_BCHW, generator, config.crop_padding)
+        if config.flip:
+            raw_BCHW = random_flip(raw_BCHW, generator)
+        if config.randaugment_ops:
+            magnitude = config.randaugment_magnitude
+            raw_BCHW = rand_augment(raw_BCHW, generator, config.randaugment_ops, magnitude)
+        if config.random_erasing:
+            raw_BCHW = random_erasing(raw_BCHW, generator, config.random_erasing)
+        return raw_BCHW
+
+    def mix(
+        self, images_BCHW: Tensor, targets_BY: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mix the images of the batch with one another; with both kinds on, take one at random."""
+        kinds = [(mixup, self.config.mixup), (cutmix, self.config.cutmix)]
+        wanted = [(mix, alpha) for mix, alpha in kinds if alpha]
+        if not wanted:
+            return images_BCHW, targets_BY
+        pick = int(torch.randint(len(wanted), (), generator=generator))
+        mix, alpha = wanted[pick]
+        return mix(images_BCHW, targets_BY, generator, alpha)

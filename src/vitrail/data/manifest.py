@@ -1,0 +1,422 @@
+"""What a run's data are: the classes, every picture file with its split, and what is left out.
+
+A manifest is made once, before a run begins, and stored with it as manifest.json. Resuming and
+testing go by it, so that no picture changes its split when files are added, and a file that was
+replaced or removed is noticed.
+"""
+
+import hashlib
+import json
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vitrail.config.settings import DataConfig, Split
+from vitrail.data.layout import Layout, find_layout
+from vitrail.data.pictures import is_picture, left_out_reason
+from vitrail.data.stratify import shares
+from vitrail.data.walk import walk_files
+from vitrail.errors import CheckpointError, ConfigError, DataError
+from vitrail.runtime.files import replace_file
+
+log = logging.getLogger("vitrail")
+
+FILE = "manifest.json"
+HELD_OUT = 10
+"""One picture in this many is cut off for the test split, and again for validation."""
+HASHED = 65_536
+"""Bytes at either end of a file that its fingerprint covers."""
+SHOWN = 3
+"""Files named in a message."""
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Files = dict[Split, tuple["File", ...]]
+
+
+class File(NamedTuple):
+    """One picture: its path below the manifest's root, its label, its fingerprint if taken."""
+
+    path: str
+    label: int
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The pictures of a data set, by split."""
+
+    root: Path
+    classes: tuple[str, ...]
+    files: Files
+    left_out: dict[str, tuple[str, ...]]
+    """Names of the files that are not used, by the reason."""
+
+    def paths(self, split: Split) -> list[Path]:
+        """Return the files of a split."""
+        return [self.root / file.path for file in self.files.get(split, ())]
+
+    def labels(self, split: Split) -> list[int]:
+        """Return the labels of a split."""
+        return [file.label for file in self.files.get(split, ())]
+
+    def without(self, reason: str, paths: Iterable[Path]) -> "Manifest":
+        """Return the manifest with files left out, e.g. because they cannot be decoded."""
+        names = {path.relative_to(self.root).as_posix() for path in paths}
+        files = {
+            split: tuple(file for file in files if file.path not in names)
+            for split, files in self.files.items()
+        }
+        earlier = self.left_out.get(reason, ())
+        reasons = {**self.left_out, reason: (*earlier, *sorted(names))} if names else self.left_out
+        return replace(self, files=files, left_out=reasons)
+
+    def limited(self, config: DataConfig) -> "Manifest":
+        """Return the manifest with the stratified subsets that the settings ask for.
+
+        Which pictures are taken depends on their names alone.
+        """
+        wanted = dict(zip(SPLITS, (config.num_train_images, config.validation_images,
+                                   config.num_test_images), strict=True))  # fmt: skip
+        files = {s: subset(f, wanted[s], len(self.classes), s) for s, f in self.files.items()}
+        limited = replace(self, files=files)
+        kept = {path for split in files for path in limited.paths(split)}
+        dropped = [path for split in self.files for path in self.paths(split) if path not in kept]
+        reasons = limited.without("not in the subset asked for", dropped).left_out
+        return replace(limited, left_out=reasons)
+
+    def with_fingerprints(self, num_workers: int) -> "Manifest":
+        """Return the manifest with the fingerprint of every file."""
+        prints = {s: fingerprints(self.paths(s), num_workers) for s in self.files}
+        files = {
+            split: tuple(
+                file._replace(fingerprint=p) for file, p in zip(files, prints[split], strict=True)
+            )
+            for split, files in self.files.items()
+        }
+        return replace(self, files=files)
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into a run folder."""
+        content = {
+            "root": str(self.root.absolute()),
+            "classes": self.classes,
+            "files": self.files,
+            "left_out": self.left_out,
+        }
+        replace_file(folder / FILE, (json.dumps(content, indent=0) + "\n").encode())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged: restore it, or start a new run ({error})"
+        ) from error
+
+
+def from_json(content: Any) -> Manifest:
+    """Return the manifest that ``Manifest.save`` wrote."""
+    classes = tuple(map(text, content["classes"]))
+    files: Files = {}
+    for split, entries in content["files"].items():
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r:.40}")
+        files[split] = tuple(File(text(p), int(y), text(f)) for p, y, f in entries)
+        if not all(0 <= file.label < len(classes) for file in files[split]):
+            raise ValueError("a label without a class")
+        if any(Path(file.path).is_absolute() or ".." in file.path for file in files[split]):
+            raise ValueError("a file outside of the data's folder")
+    left_out = {text(r): tuple(map(text, names)) for r, names in content["left_out"].items()}
+    return Manifest(Path(text(content["root"])), classes, files, left_out)
+
+
+def text(value: object) -> str:
+    """Return a value that has to be a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is not a string")
+    return value
+
+
+def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
+    """List the pictures of a folder and assign each to a split.
+
+    A single tree of classes is cut: of each class a fixed tenth (at least one picture, if it has
+    two) is the test split, then a tenth of the rest, or ``validation_images`` in all, validation.
+    The pictures whose relative names have the lowest hashes are taken, whatever the machine and
+    the order of its directories.
+
+    Raises:
+        DataError: there is nothing to train on, or a split has a class that training lacks.
+        ConfigError: more validation images are asked for than there are.
+    """
+    layout = find_layout(data_path)
+    if "train" not in layout.trees:
+        there = ", ".join(f"{folder.name}/" for folder in layout.trees.values())
+        raise DataError(f"{data_path}: {there} is there, but no train/ beside it: add it")
+    trees, left_out = list_trees(layout, data_path)
+    names = tuple(sorted(trees["train"]))
+    if len(names) < 2:
+        raise DataError(
+            f"{layout.trees['train']}: {len(names)} folders with pictures in them, but a "
+            "classifier needs one for each of at least 2 classes"
+        )
+    check_classes(trees, layout, names)
+    by_class = {split: [tree.get(name, []) for name in names] for split, tree in trees.items()}
+    if layout.one_tree:
+        by_class["train"], by_class["test"] = cut_tenth(by_class["train"], "test")
+    if "validation" not in by_class:
+        cut = cut_validation(by_class["train"], validation_images)
+        by_class["train"], by_class["validation"] = cut
+    by_class.setdefault("test", [])
+    files: Files = {split: labeled(by_class[split]) for split in SPLITS}
+    return Manifest(data_path, names, files, left_out)
+
+
+def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
+    """List all pictures of a folder that nothing was trained on: all of it is the test split.
+
+    A folder of split folders keeps its splits.
+
+    Raises:
+        DataError: there is no picture, or a class that ``classes`` lacks.
+    """
+    layout = find_layout(data_path)
+    trees, left_out = list_trees(layout, data_path)
+    check_classes(trees, layout, classes)
+    if layout.one_tree:
+        trees = {"test": trees["train"]}
+    files = {s: labeled([tree.get(name, []) for name in classes]) for s, tree in trees.items()}
+    if not any(files.values()):
+        raise DataError(f"{data_path}: no class folder with pictures in it")
+    return Manifest(data_path, tuple(classes), files, left_out)
+
+
+def list_trees(
+    layout: Layout, data_path: Path
+) -> tuple[dict[Split, dict[str, list[str]]], dict[str, tuple[str, ...]]]:
+    """Return the relative names of the pictures by split and class, and of the files left out."""
+    trees: dict[Split, dict[str, list[str]]] = {}
+    left_out: dict[str, list[str]] = {}
+    for split, tree in layout.trees.items():
+        trees[split] = {}
+        for path in walk_files(tree):
+            name, parts = path.relative_to(data_path).as_posix(), path.relative_to(tree).parts
+            if not is_picture(path):
+                left_out.setdefault(left_out_reason(path), []).append(name)
+            elif len(parts) == 1:
+                left_out.setdefault("not in a class folder", []).append(name)
+            else:
+                trees[split].setdefault(parts[0], []).append(name)
+    for folder in layout.unused:
+        names = [path.relative_to(data_path).as_posix() for path in walk_files(folder)]
+        left_out.setdefault(f"in {folder.name}/, which is no split", []).extend(names)
+    return trees, {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())}
+
+
+def check_classes(
+    trees: dict[Split, dict[str, list[str]]], layout: Layout, classes: Sequence[str]
+) -> None:
+    """Refuse a split with a class that is not known."""
+    for split, tree in trees.items():
+        strange = sorted(set(tree) - set(classes))
+        if strange:
+            known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            raise DataError(f"{layout.trees[split]}: class {strange[0]!r} is not among the "
+                            f"training classes ({known})")  # fmt: skip
+
+
+def cut_tenth(by_class: list[list[str]], purpose: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Cut a tenth off each class: at least one picture, but not a class's only one."""
+    counts = [
+        min(len(names) - 1, max(1, round(len(names) / HELD_OUT))) if names else 0
+        for names in by_class
+    ]
+    return cut(by_class, counts, purpose)
+
+
+def cut_validation(
+    by_class: list[list[str]], wanted: int | None
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Cut validation off the training pictures; a tenth of them by default."""
+    total = sum(map(len, by_class))
+    wanted = total // HELD_OUT if wanted is None else wanted
+    if wanted >= total:
+        raise ConfigError(
+            f"validation_images is {wanted}, but there are {total} training images: give fewer"
+        )
+    return cut(by_class, shares(list(map(len, by_class)), wanted), "validation")
+
+
+def subset(
+    files: tuple[File, ...], wanted: int | None, n_classes: int, purpose: str
+) -> tuple[File, ...]:
+    """Return a stratified subset of ``wanted`` files, or all of them."""
+    if wanted is None or wanted >= len(files):
+        return files
+    by_class: list[list[str]] = [[] for _ in range(n_classes)]
+    for file in files:
+        by_class[file.label].append(file.path)
+    counts = shares(list(map(len, by_class)), wanted)
+    _, chosen = cut(by_class, counts, f"{purpose} subset")
+    kept = {name for names in chosen for name in names}
+    return tuple(file for file in files if file.path in kept)
+
+
+def cut(
+    by_class: list[list[str]], counts: list[int], purpose: str
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return of each class the rest and the ``counts`` pictures with the lowest hashes, sorted."""
+    rest, chosen = [], []
+    for names, count in zip(by_class, counts, strict=True):
+        ranked = sorted(names, key=lambda name: name_hash(name, purpose))
+        rest.append(sorted(ranked[count:]))
+        chosen.append(sorted(ranked[:count]))
+    return rest, chosen
+
+
+def labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
+    """Return the files of all classes with their labels."""
+    return tuple(File(name, label) for label, names in enumerate(by_class) for name in names)
+
+
+def name_hash(name: str, purpose: str) -> bytes:
+    """Return a hash of a relative name, the same on every system (some decompose accents)."""
+    text = f"{purpose}/{unicodedata.normalize('NFC', name)}"
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # it may not be UTF-8
+
+
+def fingerprint(path: Path) -> str:
+    """Return a short text that changes with a file's content: its size, and a hash of its ends.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            content = file.read(HASHED)
+            if size > HASHED:
+                file.seek(max(HASHED, size - HASHED))
+                content += file.read(HASHED)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return f"{size}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+
+def fingerprints(paths: Sequence[Path], num_workers: int) -> list[str]:
+    """Return the fingerprint of every file; none of one that cannot be read."""
+
+    def one(path: Path) -> str:
+        try:
+            return fingerprint(path)
+        except DataError:
+            return ""
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        return list(pool.map(one, paths))
+
+
+def verify(manifest: Manifest, splits: Iterable[Split], num_workers: int) -> None:
+    """Refuse data whose files changed since the manifest was made.
+
+    Raises:
+        DataError: files are missing or were replaced; some are named.
+    """
+    missing: list[str] = []
+    replaced: list[str] = []
+    for split in splits:
+        now = fingerprints(manifest.paths(split), num_workers)
+        for file, found in zip(manifest.files.get(split, ()), now, strict=True):
+            if found != file.fingerprint:
+                (replaced if found else missing).append(file.path)
+    changes = [
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in (("missing", missing), ("replaced", replaced))
+        if names
+    ]
+    if changes:
+        raise DataError(
+            f"{manifest.root}: the data changed since the run began: {', '.join(changes)}: restore "
+            "these files, give --data_path their new place, or start a new run"
+        )
+
+
+def choose_manifest(
+    data: DataConfig, trained: DataConfig, known: Manifest | None, split: Split,
+    classes: Sequence[str],
+) -> Manifest:  # fmt: skip
+    """Return which pictures a trained model is to be scored on.
+
+    The folder that it was trained on, or a copy of it, goes by the run's manifest; without one
+    (a file of weights), it is cut again. Any other folder is taken whole.
+
+    Args:
+        data: the settings with the folder to score.
+        trained: the settings of the model's training.
+        known: the manifest of the model's run.
+        split: the split to score.
+        classes: the model's classes.
+
+    Raises:
+        DataError: the folder of the run has changed, or does not have the model's classes.
+    """
+    if known is None:
+        if trained.dataset == "folder" and is_same(data.data_path, trained.data_path):
+            return scan(data.data_path, data.validation_images)
+        return scan_whole(data.data_path, classes)
+    here = replace(known, root=data.data_path)
+    complete = all(path.is_file() for s in SPLITS for path in here.paths(s))
+    if is_same(data.data_path, known.root) or complete:
+        verify(here, [split], data.num_workers)
+        return here
+    whole = scan_whole(data.data_path, classes)
+    learned = {file.fingerprint for file in known.files.get("train", ())}
+    found = fingerprints(whole.paths(split), data.num_workers)
+    overlap = sum(bool(text) and text in learned for text in found)
+    if overlap:
+        log.warning("%s: the model was trained on %d of these %d pictures (equal content)",
+                    data.data_path, overlap, len(found))  # fmt: skip
+    return whole
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Return whether two paths are the same folder."""
+    return path.resolve() == other.resolve()
+
+
+def count_added(manifest: Manifest) -> int:
+    """Return how many pictures are in the folder that the manifest does not know."""
+    known = {file.path for files in manifest.files.values() for file in files}
+    known.update(name for names in manifest.left_out.values() for name in names)
+    found = (path.relative_to(manifest.root).as_posix() for path in walk_files(manifest.root)
+             if is_picture(path))  # fmt: skip
+    return sum(name not in known for name in found)
+
+
+def summary(manifest: Manifest) -> str:
+    """Return what is left out, counted by reason, in one line; nothing if nothing is."""
+    counted = [f"{len(names)} {reason}" for reason, names in manifest.left_out.items()]
+    return f"left out: {', '.join(counted)}" if counted else ""
+
+
+def class_counts(manifest: Manifest) -> list[tuple[str, list[int]]]:
+    """Return for each class how many training, validation and test pictures it has."""
+    counts = [Counter(manifest.labels(split)) for split in SPLITS]
+    return [(name, [c[label] for c in counts]) for label, name in enumerate(manifest.classes)]

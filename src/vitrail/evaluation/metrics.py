@@ -1,0 +1,254 @@
+"""How good a model is, in numbers: logits of a whole split, and what follows from them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrail.data.images import ImageSet, normalise
+from vitrail.errors import CheckpointError, DataError
+from vitrail.runtime import distributed
+
+TOP5_CLASSES = 10
+"""Five guesses out of fewer classes than this say nothing."""
+CALIBRATION_BINS = 15
+"""As Guo et al. 2017 and everyone since."""
+NORMAL_95 = 1.959963984540054
+"""The normal distribution has 95 % of its mass within so many standard deviations."""
+CPU_BATCH = 64
+"""So many images at a time at most: a CPU's caches then hold what passes between layers."""
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """The images whose highest probability lies between two bounds, the lower one included."""
+
+    low: float
+    high: float
+    share: float
+    """Share of all images."""
+    confidence: float | None
+    """Mean of the highest probability; None in an empty bin."""
+    accuracy: float | None
+    """Share of these images classified rightly; None in an empty bin."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How good a model is on one split. Shares run from 0 to 1."""
+
+    classes: tuple[str, ...]
+    images: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    """95 % confidence interval (Wilson 1927)."""
+    loss: float
+    """Mean cross-entropy in nats."""
+    top5_accuracy: float | None
+    """None with fewer than TOP5_CLASSES classes."""
+    expected_calibration_error: float
+    """Mean distance of confidence from accuracy over the bins (Guo et al. 2017, equation 3)."""
+    macro_precision: float
+    """Mean over the classes that have images; a class never predicted counts 0."""
+    macro_recall: float
+    """Mean over the classes that have images."""
+    precision_Y: tuple[float | None, ...]
+    """None for a class never predicted."""
+    recall_Y: tuple[float | None, ...]
+    """None for a class without images."""
+    support_Y: tuple[int, ...]
+    """Images of each class."""
+    confusion_YY: tuple[tuple[int, ...], ...]
+    """Counts: the row is the true class, the column the predicted one."""
+    calibration: tuple[CalibrationBin, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, the classes' own figures under ``per_class``."""
+        values = dataclasses.asdict(self)
+        columns = (values.pop(f"{name}_Y") for name in ("precision", "recall", "support"))
+        values["per_class"] = [
+            {"class": name, "precision": precision, "recall": recall, "support": support}
+            for name, precision, recall, support in zip(
+                values.pop("classes"), *columns, strict=True
+            )
+        ]
+        values["accuracy_interval"] = list(self.accuracy_interval)
+        values["confusion"] = [list(row) for row in values.pop("confusion_YY")]
+        values["calibration"] = list(values.pop("calibration"))
+        return values
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode inside the block, and every module back after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def predict_logits(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    batch_size: int = 500,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Tensor:
+    """Run the model, which is on ``device`` already, over all images once, in their order.
+
+    Shapes:
+        returns logits_BY, float32, on the CPU
+
+    Raises:
+        DataError: there are no images.
+    """
+    if len(images) == 0:
+        raise DataError("there are no images to test on: give at least one")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    chunks = []
+    with evaluating(model), torch.inference_mode(), half:
+        together = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
+        for raw_BCHW in torch.split(images.raw_BCHW, together):
+            chunks.append(model(normalise(raw_BCHW.to(device), mean, std)))
+    # Outside of inference mode, so that the result is a tensor like any other.
+    return torch.cat(chunks).float().cpu()
+
+
+def shared_logits(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    batch_size: int = 500,
+) -> Tensor:
+    """Do as predict_logits, with the images shared by the processes of a run (distributed.py).
+
+    Each takes whole batches, so that the logits are those of one process to the bit, and gets the
+    logits of all.
+    """
+    mine = distributed.rows(len(images), chunk=batch_size)
+    part = dataclasses.replace(
+        images, raw_BCHW=images.raw_BCHW[mine], labels_B=images.labels_B[mine]
+    )
+    if len(images) and not len(part):  # more processes than batches
+        return distributed.join_rows(None)
+    logits_BY = predict_logits(
+        model, part, mean=mean, std=std, device=device, batch_size=batch_size
+    )
+    return distributed.join_rows(logits_BY)
+
+
+def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
+    """Return accuracy and mean cross-entropy (nats): all that is asked after each epoch.
+
+    Raises:
+        DataError: there are no images.
+        CheckpointError: a logit is not finite.
+    """
+    if len(labels_B) == 0:
+        raise DataError("there are no images to score: give at least one")
+    broken = int((~logits_BY.isfinite()).any(1).sum())
+    if broken:
+        raise CheckpointError(
+            f"the model's output is not finite (nan, inf) for {broken} of {len(labels_B)} images: "
+            "its weights are damaged, take an earlier checkpoint"
+        )
+    right = int((logits_BY.argmax(1) == labels_B).sum())
+    loss = F.cross_entropy(logits_BY.double(), labels_B)
+    return right / len(labels_B), loss.item()
+
+
+def measure(logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str]) -> Metrics:
+    """Work out every figure from a split's logits and true labels.
+
+    Raises:
+        DataError: there are no images, or not as many classes as logits.
+        CheckpointError: a logit is not finite.
+    """
+    n_classes = logits_BY.shape[1]
+    if n_classes != len(classes):
+        raise DataError(
+            f"the model tells {n_classes} classes apart and the data have {len(classes)}: "
+            "test it on the data set it was trained on"
+        )
+    accuracy, loss = quick_scores(logits_BY, labels_B)
+    bins = _calibration(logits_BY, labels_B)
+    pairs_B = labels_B * n_classes + logits_BY.argmax(1)
+    confusion_YY = torch.bincount(pairs_B, minlength=n_classes**2).view(n_classes, n_classes)
+    right = confusion_YY.diagonal().tolist()
+    support, predicted = confusion_YY.sum(1).tolist(), confusion_YY.sum(0).tolist()
+    precision = [hits / n if n else None for hits, n in zip(right, predicted, strict=True)]
+    recall = [hits / n if n else None for hits, n in zip(right, support, strict=True)]
+    present = [y for y in range(n_classes) if support[y]]
+    return Metrics(
+        classes=tuple(classes),
+        images=len(labels_B),
+        accuracy=accuracy,
+        accuracy_interval=wilson_interval(sum(right), len(labels_B)),
+        loss=loss,
+        top5_accuracy=_top5(logits_BY, labels_B) if n_classes >= TOP5_CLASSES else None,
+        expected_calibration_error=sum(
+            bin.share * abs(bin.confidence - bin.accuracy)
+            for bin in bins
+            if bin.confidence is not None and bin.accuracy is not None
+        ),
+        macro_precision=sum(precision[y] or 0.0 for y in present) / len(present),
+        macro_recall=sum(recall[y] or 0.0 for y in present) / len(present),
+        precision_Y=tuple(precision),
+        recall_Y=tuple(recall),
+        support_Y=tuple(support),
+        confusion_YY=tuple(map(tuple, confusion_YY.tolist())),
+        calibration=bins,
+    )
+
+
+def wilson_interval(right: int, images: int, z: float = NORMAL_95) -> tuple[float, float]:
+    """Return the interval in which the true accuracy lies with 95 % confidence.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    share, spread = right / images, z * z / images
+    centre = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / images + spread / (4 * images))
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, low), min(1.0, high)
+
+
+def _top5(logits_BY: Tensor, labels_B: Tensor) -> float:
+    guesses_B5 = logits_BY.topk(5).indices
+    return int((guesses_B5 == labels_B[:, None]).sum()) / len(labels_B)
+
+
+def _calibration(logits_BY: Tensor, labels_B: Tensor) -> tuple[CalibrationBin, ...]:
+    """Sort the images into bins of equal width by confidence; one of exactly 1 is in the last."""
+    confidence_B, guess_B = logits_BY.double().softmax(1).max(1)
+    right_B = (guess_B == labels_B).double()
+    bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    zeros = torch.zeros(CALIBRATION_BINS, dtype=torch.double)
+    counts = zeros.index_add(0, bin_B, torch.ones_like(right_B)).tolist()
+    confidence = zeros.index_add(0, bin_B, confidence_B).tolist()
+    right = zeros.index_add(0, bin_B, right_B).tolist()
+    return tuple(
+        CalibrationBin(
+            low=i / CALIBRATION_BINS,
+            high=(i + 1) / CALIBRATION_BINS,
+            share=counts[i] / len(labels_B),
+            confidence=confidence[i] / counts[i] if counts[i] else None,
+            accuracy=right[i] / counts[i] if counts[i] else None,
+        )
+        for i in range(CALIBRATION_BINS)
+    )

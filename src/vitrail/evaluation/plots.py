@@ -1,0 +1,265 @@
+"""The numbers of training and testing as pictures.
+
+Drawn on matplotlib's figures directly, never through pyplot: no window, no global state.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from vitrail.errors import DataError, OutputError, VitrailError
+from vitrail.evaluation.metrics import Metrics
+from vitrail.evaluation.tables import percent, printable
+
+Row = Mapping[str, float | int | None]
+
+# Okabe and Ito's palette, told apart by every kind of colour vision.
+BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
+DARK, LIGHT = "#333333", "#E5E5E5"
+SPLITS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
+MARKED_EPOCHS = 30
+"""Up to so many epochs each has its dot."""
+COUNTED_CLASSES = 120
+"""With more classes the cells of the confusion matrix are too small for counts and every name."""
+SMALLEST_SPAN = 0.1
+"""A vertical axis covers at least so much: near equal values shall look near equal."""
+NAME_LENGTH = 20
+"""Longer class names are cut."""
+
+
+def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
+    """Draw the loss or the accuracy over the epochs, from the rows of ``metrics.jsonl``.
+
+    A row has ``epoch`` (from 1) and, for each of the splits train, validation and test that was
+    scored, ``SPLIT_loss`` and ``SPLIT_accuracy``. Validation's best epoch is marked; of test,
+    which picks no best one, the last.
+
+    Raises:
+        DataError: there are no rows.
+        OutputError: the folder cannot be written.
+    """
+    if not rows:
+        raise DataError("there is no epoch to draw: train for at least one")
+    save_figure(_curves(rows, quantity), path)
+
+
+def plot_confusion(metrics: Metrics, path: Path) -> None:
+    """Draw the confusion matrix: counts, coloured by their share of the true class.
+
+    A name that matplotlib's own font cannot write is shown as its class number, from 0.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    n_classes = len(metrics.classes)
+    cell = min(0.5, max(0.2, 10 / n_classes), 24 / n_classes)
+    side = max(4.5, 2.6 + cell * n_classes)
+    figure, axes = _figure(side + 1, side)
+    shares_YY = [[n / max(1, sum(counts)) for n in counts] for counts in metrics.confusion_YY]
+    # The square root lets a confusion of one in a hundred be seen beside the diagonal.
+    image = axes.imshow(shares_YY, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    if n_classes <= COUNTED_CLASSES:
+        _write_counts(axes, metrics, shares_YY, size=min(10.0, cell * 26))
+    _name_classes(axes, metrics.classes, size=max(6.5, min(10.0, cell * 32)))
+    axes.set(xlabel="taken for", ylabel="true class")
+    write_title(axes, f"{percent(metrics.accuracy, 2)} of {metrics.images:,} images right")
+    shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
+    bar.ax.yaxis.set_major_formatter(_percent_axis())
+    bar.set_label("share of the true class")
+    save_figure(figure, path)
+
+
+def plot_calibration(metrics: Metrics, path: Path) -> None:
+    """Draw the reliability diagram, and below it how often each confidence occurs.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(6, 7), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    _draw_reliability(upper, metrics)
+    write_title(
+        upper, f"Expected calibration error {percent(metrics.expected_calibration_error, 2)}"
+    )
+    lefts = [bin.low for bin in metrics.calibration]
+    shares = [bin.share for bin in metrics.calibration]
+    lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
+    lower.set(xlabel="confidence: the highest probability", ylabel="share of images", xlim=(0, 1))
+    for axes in (upper, lower):
+        tidy(axes)
+        axes.xaxis.set_major_formatter(_percent_axis())
+        axes.yaxis.set_major_formatter(_percent_axis())
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def _curves(rows: Sequence[Row], quantity: str) -> Figure:
+    figure, axes = _figure(7, 4.5)
+    for split in SPLITS:
+        points = [
+            (row["epoch"], row[f"{split}_{quantity}"])
+            for row in rows
+            if row.get(f"{split}_{quantity}") is not None
+        ]
+        if points:
+            _draw_curve(axes, points, split, quantity)
+    tidy(axes)
+    axes.set(xlabel="epoch", ylabel="cross-entropy in nats" if quantity == "loss" else "")
+    write_title(axes, quantity.capitalize())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
+    if quantity == "accuracy":
+        axes.yaxis.set_major_formatter(_percent_axis())
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _limits(low: float, high: float, *, largest: float) -> tuple[float, float]:
+    """Widen a narrow axis, and cut it at 0 and the largest value, leaving room for a dot there."""
+    spare = max(0.0, SMALLEST_SPAN - (high - low)) / 2
+    room = 0.04 * (high - low + 2 * spare)
+    return max(low - spare, -room), min(high + spare, largest + room)
+
+
+def _draw_curve(axes: Axes, points: Sequence[tuple[Any, Any]], split: str, quantity: str) -> None:
+    """Draw one line, and a ring about the epoch that the legend names."""
+    colour, label = SPLITS[split], split
+    if split != "train":
+        pick = min if quantity == "loss" else max
+        epoch, value = pick(points, key=itemgetter(1)) if split == "validation" else points[-1]
+        word = "last" if split == "test" else "lowest" if quantity == "loss" else "best"
+        number = f"{value:.3f}" if quantity == "loss" else percent(value)
+        label = f"{split}: {word} {number}, epoch {epoch}"
+        axes.plot(epoch, value, "o", markersize=11, fillstyle="none", color=colour)
+    marker = "o" if len(points) <= MARKED_EPOCHS else ""
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+
+
+def _draw_reliability(axes: Axes, metrics: Metrics) -> None:
+    filled = [bin for bin in metrics.calibration if bin.share]
+    lefts, width = [bin.low for bin in filled], 1 / len(metrics.calibration)
+    accuracies = [bin.accuracy or 0.0 for bin in filled]
+    gaps = [(bin.confidence or 0.0) - (bin.accuracy or 0.0) for bin in filled]
+    bars: dict[str, Any] = {"align": "edge", "width": width}
+    axes.bar(lefts, accuracies, color=SKY, edgecolor="white", label="accuracy", **bars)
+    bars |= {"facecolor": "none", "edgecolor": ORANGE, "hatch": "///"}
+    axes.bar(lefts, gaps, bottom=accuracies, label="gap to the confidence", **bars)
+    axes.plot((0, 1), (0, 1), "--", color=DARK, linewidth=1, label="perfect calibration")
+    axes.set(ylabel="accuracy", ylim=(0, 1))
+
+
+def _write_counts(axes: Axes, metrics: Metrics, shares_YY: Any, *, size: float) -> None:
+    n_classes = len(shares_YY)
+    edges = [y - 0.5 for y in range(n_classes + 1)]
+    for lines in (axes.hlines, axes.vlines):
+        lines(edges, -0.5, n_classes - 0.5, color=LIGHT, linewidth=0.5)
+    for true, counts in enumerate(metrics.confusion_YY):
+        for guess, count in enumerate(counts):
+            if count:
+                colour = "white" if shares_YY[true][guess] > 0.3 else "black"
+                axes.text(
+                    guess, true, str(count), ha="center", va="center", size=size, color=colour
+                )
+
+
+def _name_classes(axes: Axes, classes: Sequence[str], *, size: float) -> None:
+    shown = range(0, len(classes), math.ceil(len(classes) / COUNTED_CLASSES))
+    names = [_drawable(classes[y], y) for y in shown]
+    # Without parse_math a dollar sign in a name would start a formula.
+    axes.set_xticks(shown, names, rotation=90, size=size, parse_math=False)
+    axes.set_yticks(shown, names, size=size, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _drawable(name: str, number: int) -> str:
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    name = printable(name)
+    if not all(font.get_char_index(ord(character)) for character in name):
+        return f"class {number}"
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _percent_axis() -> PercentFormatter:
+    return PercentFormatter(1, symbol=" %")
+
+
+def write_title(axes: Axes, title: str) -> None:
+    """Write a title over the left edge."""
+    axes.set_title(title, loc="left", size=12, weight="bold", pad=10)
+
+
+def tidy(axes: Axes) -> None:
+    """Leave two of the frame's sides, and light lines behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path} ({error.strerror}): choose another folder"
+        ) from error
+
+
+def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list[str]:
+    """Draw the curves and, if there was a test, what ``plot_metrics`` draws.
+
+    Returns:
+        what could not be drawn, one line each: a picture is never a reason to lose the numbers.
+    """
+    draw: dict[str, Callable[[Path], object]] = {
+        "graph_loss.png": lambda path: plot_curve(rows, "loss", path),
+        "graph_accuracy.png": lambda path: plot_curve(rows, "accuracy", path),
+    }
+    problems = draw_each(draw, folder)
+    return problems if metrics is None else problems + plot_metrics(metrics, folder)
+
+
+def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
+    """Draw the confusion matrix and the reliability diagram.
+
+    Returns:
+        what could not be drawn, one line each.
+    """
+    draw: dict[str, Callable[[Path], object]] = {
+        "confusion_matrix.png": lambda path: plot_confusion(metrics, path),
+        "calibration.png": lambda path: plot_calibration(metrics, path),
+    }
+    return draw_each(draw, folder)
+
+
+def draw_each(draw: Mapping[str, Callable[[Path], object]], folder: Path) -> list[str]:
+    """Draw each picture into the folder; return what could not be drawn, one line each."""
+    problems = []
+    for name, function in draw.items():
+        try:
+            function(folder / name)
+        except VitrailError as error:
+            problems.append(str(error))
+        except Exception as error:  # noqa: BLE001 (fonts, memory, whatever ends matplotlib)
+            reason = (str(error).splitlines() or [""])[0]
+            problems.append(f"{folder / name} could not be drawn: {type(error).__name__}: {reason}")
+    return problems

@@ -1,0 +1,300 @@
+"""One picture before one model -> frames of maps -> a picture, an animation or a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.config.settings import require
+from vitrail.data.pictures import Fit
+from vitrail.errors import ConfigError, nearest, printable
+from vitrail.explain.methods import (
+    METHODS,
+    Maps,
+    MapSettings,
+    Method,
+    attention_by_head,
+    attention_by_query,
+    compute_maps,
+)
+from vitrail.explain.run_blocks import pick
+from vitrail.model import VisionTransformer
+
+Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]
+"""What varies between frames; ``methods`` and ``single`` follow from the method."""
+ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
+
+RIGHT, WRONG = "✓", "✗"
+
+Checkpoints = Sequence[tuple[str, VisionTransformer]]
+"""The models of a run, each with its title, e.g. ("epoch 3", model)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One picture before one model.
+
+    Shapes:
+        image_1CHW, normalised; raw_HWC, bytes, what the model sees of the picture; picture_HWC,
+        bytes, the picture in its own size.
+    """
+
+    model: VisionTransformer
+    image_1CHW: Tensor
+    raw_HWC: np.ndarray
+    picture_HWC: np.ndarray
+    fit: Fit
+    classes: tuple[str, ...]
+    name: str = "picture"
+    label: str = ""
+    """The true class, where it is known."""
+
+    def __repr__(self) -> str:
+        height, width = self.picture_HWC.shape[:2]
+        return f"Subject({self.name!r}, {width} x {height} pixels)"
+
+    def find_class(self, name: str) -> int:
+        """Return a class's index.
+
+        Raises:
+            ConfigError: the model has no such class; the nearest is offered.
+        """
+        hint = nearest(name, self.classes) if isinstance(name, str) else ""
+        require(
+            name in self.classes,
+            f"the model has no class {name!r:.100}{hint}: one of {', '.join(self.classes[:20])}",
+        )
+        return self.classes.index(name)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One map, what it shows, and what its model says of the picture."""
+
+    map_GJ: np.ndarray
+    title: str
+    says: str
+    """The predicted class and its probability; ✓, or ✗ and the label, where the label is known."""
+    query: tuple[int, int] | None = None
+    right: bool | None = None
+    """Whether the predicted class is the label; None where the label is not known."""
+
+    def __repr__(self) -> str:
+        return f"Frame({self.title!r}, {self.says!r})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model looked at in one picture, frame by frame; ``.save("x.gif")`` draws it."""
+
+    subject: Subject
+    settings: MapSettings
+    kind: Kind
+    frames: tuple[Frame, ...]
+    class_index: int
+    """The class explained: the one asked for or predicted."""
+    columns: int | None = None
+    """Columns of the whole as one picture, where the frames are a grid (heads, queries)."""
+    row_titles: tuple[str, ...] = ()
+
+    @property
+    def maps_FGJ(self) -> np.ndarray:
+        """The maps, one a frame, a value a patch, not normalised."""
+        return np.stack([frame.map_GJ for frame in self.frames])
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What each map is."""
+        return tuple(frame.title for frame in self.frames)
+
+    def __repr__(self) -> str:
+        method = "all methods" if self.kind == "methods" else self.settings.method
+        said = printable(self.frames[-1].says)
+        number = f"{len(self.frames)} map{'s' if len(self.frames) > 1 else ''}"
+        return f"Explanation({self.subject.name!r}, {method}, {number}, {said})"
+
+    def _repr_html_(self) -> str:
+        from vitrail.explain.notebook import to_html
+
+        return to_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from vitrail.explain.notebook import to_png
+
+        return to_png(self)
+
+    def save(self, path: str | Path, **look: Any) -> Path:
+        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
+        # Here, since matplotlib takes a second and computing maps does not need it.
+        from vitrail.explain.sheet import Look, save
+
+        return save(self, Path(path), Look(**look))
+
+
+def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
+    """Return method and kind where one of them follows from the other, or both are left out.
+
+    Raises:
+        ConfigError: the two do not go together.
+    """
+    if kind is None:
+        by_method: dict[Method, Kind] = dict.fromkeys(ACCUMULATING, "rollout")
+        by_method["attention"] = "layers"
+        method = method or "rollout"
+        return method, by_method.get(method, "single")
+    able: dict[str, tuple[Method, ...]] = {
+        "rollout": ACCUMULATING,
+        "layers": ("attention",),
+        "heads": ("attention",),
+        "queries": ("attention", "rollout"),
+        "training": ("rollout", *(m for m in METHODS if m != "rollout")),
+    }
+    require(kind in able, f"frames {kind!r}{nearest(kind, able)}: one of {', '.join(able)}")
+    if method is not None and method not in able[kind]:
+        raise ConfigError(
+            f"frames {kind} cannot show method {method}: leave out one of them, or use method "
+            f"{' or '.join(able[kind])}"
+        )
+    return method or able[kind][0], cast(Kind, kind)
+
+
+def explain(
+    subject: Subject,
+    settings: MapSettings,
+    *,
+    kind: str | None = None,
+    class_name: str | None = None,
+    checkpoints: Checkpoints = (),
+) -> Explanation:
+    """Compute the maps of one picture.
+
+    Args:
+        subject: the picture and the model.
+        settings: which map.
+        kind: what varies between frames. Default: what fits the method.
+        class_name: the class to explain. Default: the predicted one.
+        checkpoints: the models for kind ``training``.
+
+    Raises:
+        ConfigError: a class, layer, head or query that is missing, or settings that conflict.
+    """
+    _, chosen = choose(settings.method, kind)
+    index = None if class_name is None else subject.find_class(class_name)
+    if chosen == "heads":
+        return by_head(subject, settings, index)
+    if chosen == "queries":
+        return by_query(subject, settings, index)
+    if chosen == "training":
+        return by_checkpoint(subject, settings, index, checkpoints)
+    maps = maps_of(subject, subject.model, settings, index)
+    words = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
+    (says, right), query = prediction(subject, maps), settings.query
+    frames = tuple(
+        Frame(map_GJ.numpy(), words[chosen].format(layer), says, query, right)
+        for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
+    )
+    return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
+
+
+def compare(
+    subject: Subject, settings: Sequence[MapSettings], *, class_name: str | None = None
+) -> Explanation:
+    """Compute the last map of several methods, a frame each."""
+    index = None if class_name is None else subject.find_class(class_name)
+    all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
+    frames = tuple(
+        Frame(maps.values_BLGJ[0, -1].numpy(), each.method, says, each.query, right)
+        for each, maps in zip(settings, all_maps, strict=True)
+        for says, right in [prediction(subject, maps)]
+    )
+    return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
+
+
+def maps_of(
+    subject: Subject, model: VisionTransformer, settings: MapSettings, index: int | None
+) -> Maps:
+    """Compute the maps of the subject's picture with a model."""
+    classes_B = None if index is None else torch.tensor([index])
+    return compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B)
+
+
+def by_head(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
+    """One frame a head, layer by layer."""
+    require(settings.fusion == "mean", "frames heads shows every head alone: leave out fusion")
+    config = subject.model.config
+    layers = pick("layer", settings.layers, config.n_layers)
+    heads = pick("head", settings.heads, config.n_attention_heads)
+    maps = maps_of(subject, subject.model, replace(settings, heads=None), index)
+    maps_LAGJ = attention_by_head(subject.model, subject.image_1CHW, query=settings.query)[0]
+    says, right = prediction(subject, maps)
+    frames = tuple(
+        Frame(maps_LAGJ[layer - 1, head - 1].numpy(), f"layer {layer}, head {head}", says,
+              settings.query, right)
+        for layer in layers
+        for head in heads
+    )  # fmt: skip
+    rows = tuple(f"layer {layer}" for layer in layers)
+    return Explanation(subject, settings, "heads", frames, int(maps.classes_B[0]), len(heads), rows)
+
+
+def by_query(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
+    """One frame a patch, as the query: of one layer's attention, or of the whole rollout."""
+    require(settings.query is None, "frames queries goes through all patches: leave out query")
+    require(settings.heads is None, "frames queries fuses all heads: leave out heads")
+    require(settings.discard_ratio == 0, "frames queries discards nothing: leave out discard_ratio")
+    layer = None
+    if settings.method == "attention":
+        layer = pick("layer", settings.layers, subject.model.config.n_layers)[-1]
+    else:
+        require(settings.layers is None, "a rollout runs through all layers: leave out layers")
+    maps_NGJ = attention_by_query(
+        subject.model, subject.image_1CHW, layer=layer, fusion=settings.fusion
+    )[0]
+    maps = maps_of(subject, subject.model, settings, index)
+    (says, right), columns = prediction(subject, maps), subject.model.config.grid_GJ[1]
+    of = "rollout" if layer is None else f"layer {layer}"
+    queries = [divmod(number, columns) for number in range(len(maps_NGJ))]
+    frames = tuple(
+        Frame(map_GJ.numpy(), f"{of}, from patch {row}, {column}", says, (row, column), right)
+        for map_GJ, (row, column) in zip(maps_NGJ, queries, strict=True)
+    )
+    return Explanation(subject, settings, "queries", frames, int(maps.classes_B[0]), columns)
+
+
+def by_checkpoint(
+    subject: Subject, settings: MapSettings, index: int | None, checkpoints: Checkpoints
+) -> Explanation:
+    """One frame a checkpoint of the run, each with what the model said then."""
+    require(
+        len(checkpoints) > 1,
+        f"frames training needs a run folder with several checkpoints, not {len(checkpoints)}: "
+        "train with --keep_checkpoints 0 to keep all",
+    )
+    frames, chosen = [], index
+    for title, model in checkpoints:
+        maps = maps_of(subject, model, settings, index)
+        (says, right), map_GJ = prediction(subject, maps), maps.values_BLGJ[0, -1].numpy()
+        frames.append(Frame(map_GJ, title, says, settings.query, right))
+        chosen = int(maps.classes_B[0])
+    assert chosen is not None
+    return Explanation(subject, settings, "training", tuple(frames), chosen)
+
+
+def prediction(subject: Subject, maps: Maps) -> tuple[str, bool | None]:
+    """Return what the model says of the picture, and whether that is its label, if it has one.
+
+    The text also names the class that is explained, where it is not the predicted one.
+    """
+    probabilities_Y = maps.logits_BY[0].softmax(0)
+    top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
+    said = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
+    right = subject.classes[top] == subject.label if subject.label else None
+    if right is not None:
+        said += f" {RIGHT}" if right else f" {WRONG} {subject.label}"
+    if explained != top:
+        said += f"   (explained: {subject.classes[explained]} {probabilities_Y[explained]:.1%})"
+    return said, right

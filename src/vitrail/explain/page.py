@@ -1,0 +1,208 @@
+"""One picture and all that a model attended to in it, as one page that needs no server.
+
+``page.html`` beside this file is the whole page: structure, style and script. Here the numbers are
+made small and filled in. The page asks any patch itself, with the attention of every layer and
+head; what needs gradients or more passes comes as ready maps.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitrail.errors import ConfigError
+from vitrail.evaluation.tables import printable
+from vitrail.runtime.files import replace_file
+
+SHOWN_CLASSES = 5
+"""Classes with a bar each."""
+LARGEST_PNG = 400_000
+"""A larger picture, in bytes, is written anew as JPEG."""
+LARGEST_JPEG = 1_000_000
+JPEG_QUALITIES = (90, 75, 60, 40, 20)
+"""The first that makes the picture small enough is taken, or the last."""
+
+
+@dataclass(frozen=True)
+class PageData:
+    """What the page shows: one picture, and what one model computed of it.
+
+    The maps are those of the whole picture, as the head reads it, heads averaged: for attention and
+    rollout, which the page knows of every patch and head from the attention, they are welcome but
+    not needed. ``box`` is what the model saw, (left, top, right, bottom) in the picture's pixels;
+    with padding it is larger than the picture. ``explained`` is the class whose maps these are, or
+    None for the predicted one.
+
+    Shapes:
+        attention_LATT, rows are queries and sum to 1; each of maps (L, G, J), or (1, G, J) where
+        the method has no layers.
+
+    Raises:
+        ConfigError: sizes that do not agree.
+    """
+
+    picture_png: bytes
+    box: tuple[float, float, float, float]
+    grid_GJ: tuple[int, int]
+    class_token: bool
+    classes: tuple[str, ...]
+    logits_Y: np.ndarray
+    early_logits_LY: np.ndarray
+    attention_LATT: np.ndarray
+    maps: Mapping[str, np.ndarray]
+    title: str
+    explained: int | None = None
+    label: str = ""
+    """The true class, where it is known."""
+    mean_pool: bool = False
+    """Whether the answer is read from the mean of the patches although there is a class token."""
+
+    def __post_init__(self) -> None:
+        n_layers, n_classes = len(self.attention_LATT), len(self.classes)
+        n_tokens = self.grid_GJ[0] * self.grid_GJ[1] + self.class_token
+        check("logits_Y", self.logits_Y, (n_classes,))
+        check("early_logits_LY", self.early_logits_LY, (n_layers, n_classes))
+        check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
+        for name, map_LGJ in self.maps.items():
+            layers = 1 if len(map_LGJ) == 1 else n_layers
+            check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ))
+
+
+def check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape, or with values that are not finite."""
+    if array.shape != shape:
+        raise ConfigError(f"{name} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ConfigError(
+            f"{name} holds values that are not finite: the model's weights contain NaN or inf"
+        )
+
+
+def write_page(path: Path, data: PageData) -> int:
+    """Write the page, whole or not at all; return its size in bytes.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = make_page(data)
+    replace_file(path, content)
+    return len(content)
+
+
+def make_page(data: PageData) -> bytes:
+    """Return the page as UTF-8."""
+    template = (resources.files("vitrail.explain") / "page.html").read_text("utf-8")
+    picture, (width, height) = encode_picture(data.picture_png)
+    filled = {
+        "POLICY": content_policy(template),
+        "TITLE": html.escape(printable(data.title)),
+        "PICTURE": picture,
+        "DATA": embeddable(describe(data) | {"size": [width, height]}),
+    }
+    # One pass: a title that looks like a mark of the template stays a title.
+    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: filled[mark[1]], template)
+    return page.encode()
+
+
+def content_policy(template: str) -> str:
+    """Return the policy under which only the page's own style and script run, and nothing loads."""
+    allowed = {"style": "", "script": ""}
+    for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", template, flags=re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        allowed[kind] += f" 'sha256-{digest}'"
+    return (
+        f"default-src 'none'; img-src data:; style-src{allowed['style']}; "
+        f"script-src{allowed['script']}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def describe(data: PageData) -> dict[str, Any]:
+    """Return all that the script needs, ready for JSON."""
+    n_layers, n_heads = data.attention_LATT.shape[:2]
+    predicted = int(data.logits_Y.argmax())
+    explained = predicted if data.explained is None else data.explained
+    logits_SY = np.concatenate([data.early_logits_LY, data.logits_Y[None]])
+    return {
+        "grid": list(data.grid_GJ),
+        "box": list(data.box),
+        "classToken": data.class_token,
+        "meanPool": data.mean_pool or not data.class_token,
+        "layers": n_layers,
+        "heads": n_heads,
+        "attention": encode_attention(data.attention_LATT),
+        "maps": {
+            name: {"layers": len(map_LGJ), "values": encode_bytes(map_LGJ.astype("<f4"))}
+            for name, map_LGJ in data.maps.items()
+        },
+        "explained": printable(data.classes[explained]),
+        "label": printable(data.label),
+        "right": data.classes[predicted] == data.label,
+        "predictions": [top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
+    }
+
+
+def top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the most probable classes, the most probable first."""
+    powers_Y = np.exp(logits_Y.astype(np.float64) - logits_Y.max())
+    probabilities_Y = powers_Y / powers_Y.sum()
+    best = np.argsort(-probabilities_Y, kind="stable")[:SHOWN_CLASSES]
+    return [
+        {"index": int(i), "name": printable(classes[i]), "probability": float(probabilities_Y[i])}
+        for i in best
+    ]
+
+
+def encode_attention(attention_LATT: np.ndarray) -> str:
+    """Return the attention in a byte an entry: the root of its share of the row's largest.
+
+    The root keeps small entries apart. Row sums need not be kept: they are 1, so that a row is its
+    squared bytes divided by their sum.
+    """
+    largest_LAT1 = attention_LATT.max(axis=-1, keepdims=True)
+    roots_LATT = np.sqrt(attention_LATT / largest_LAT1)
+    return encode_bytes(np.rint(255 * roots_LATT).astype(np.uint8))
+
+
+def encode_bytes(array: np.ndarray) -> str:
+    """Return an array's bytes in base 64."""
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def encode_picture(picture_png: bytes) -> tuple[str, tuple[int, int]]:
+    """Return the picture as a data URL, and its width and height."""
+    with Image.open(io.BytesIO(picture_png)) as image:
+        if len(picture_png) <= LARGEST_PNG:
+            kind, content = "png", picture_png
+        else:
+            kind, content = "jpeg", as_jpeg(image.convert("RGB"))
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", image.size
+
+
+def as_jpeg(image: Image.Image) -> bytes:
+    """Return the picture as a JPEG that is small enough."""
+    content = b""
+    for quality in JPEG_QUALITIES:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        content = file.getvalue()
+        if len(content) <= LARGEST_JPEG:
+            break
+    return content
+
+
+def embeddable(value: Any) -> str:
+    """Return JSON that no text inside can turn into markup."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

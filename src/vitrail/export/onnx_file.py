@@ -1,0 +1,94 @@
+"""A classifier -> the bytes of an ONNX file, checked in ONNX Runtime before anything is kept."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from vitrail.errors import ConfigError, ExportError
+from vitrail.export.graph import EXAMPLE_BATCH, ExportSettings, Graph, check
+from vitrail.inference.classifier import Classifier
+from vitrail.inference.onnx_classifier import FACES, write_metadata
+from vitrail.optional import need
+
+LARGEST = 2**31
+"""A protobuf message, which an ONNX file is, holds less than 2 GiB."""
+
+
+def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, float]:
+    """Return the ONNX model (a ModelProto) and its largest difference from torch.
+
+    Raises:
+        ConfigError: the extra is not installed, or the model is too large for one file.
+        ExportError: what was exported does not compute what the model does.
+    """
+    graph = Graph(classifier, settings)
+    size = sum(t.numel() * t.element_size() for t in graph.model.state_dict().values())
+    if size >= LARGEST:
+        raise ConfigError(f"the weights have {size:,} bytes: an ONNX file holds less than 2 GiB")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module)
+    names = [FACES[settings.face]]
+    if settings.attention:
+        names += [f"attention_{layer + 1}" for layer in range(len(graph.model.blocks))]
+    with quiet():
+        program = torch.onnx.export(
+            graph,
+            (graph.batch(EXAMPLE_BATCH),),
+            input_names=[settings.face],
+            output_names=names,
+            dynamic_shapes=({0: Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    label(proto, write_metadata(classifier.config, classifier.classes, settings.face))
+    return proto, check(graph, runner(proto.SerializeToString()))
+
+
+def label(proto: Any, metadata: dict[str, str]) -> None:
+    """Write what the file says of itself, and who made it, into an ONNX model."""
+    need("onnx.helper").set_model_props(proto, metadata)
+    proto.producer_name, proto.producer_version = "vitrail", version("vitrail")
+    for node in proto.graph.node:
+        # Stack traces of the export: lines of code and paths of this machine.
+        del node.metadata_props[:]
+
+
+def runner(content: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Return a function that runs the content of an ONNX file in ONNX Runtime on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file.
+    """
+    runtime = need("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no other base
+        raise ExportError(f"ONNX Runtime refuses what was exported: {error}") from error
+    (name,) = [given.name for given in session.get_inputs()]
+    return lambda batch: [torch.from_numpy(out) for out in session.run(None, {name: batch.numpy()})]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to itself what torch's exporter says of its own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,250 @@
+"""Pictures -> predictions by an exported ONNX file. No torch here, so that it starts in a blink.
+
+A file says of itself, in its metadata, all that reading pictures needs:
+
+    model           the model's settings as JSON: image_size, n_channels, n_classes, ...
+    classes         their names, a JSON list in the order of the logits
+    mean, std       per channel, pixels counted 0 to 1: three numbers each, JSON lists
+    fit             how a picture of another shape is made to fit: crop, pad or squash
+    interpolation   the filter that resizes pictures, by Pillow's name: bilinear, bicubic, ...
+    crop_pct        share of each side that is kept around the center, a JSON number
+    pixel_range     the values of black and white in 16-bit pictures, a JSON list, or null
+    preprocessing   the same in words
+
+It has one of two faces. Input ``images`` (B, C, H, W), float32, normalised, gives ``logits``
+(B, Y); input ``raw`` (B, H, W, C), uint8, gives ``probabilities`` (B, Y). Further outputs
+``attention_1`` ... ``attention_L`` (B, A, T, T) are the blocks' attention.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vitrail.config.files import from_json, to_json
+from vitrail.config.settings import PREPARATION, Config
+from vitrail.data.formats import WHITE, Color
+from vitrail.data.framing import framing
+from vitrail.data.inputs import Pictures, stack_pictures
+from vitrail.data.pictures import channel_scale
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.inference.top_k import Prediction, rank
+from vitrail.optional import need
+
+FACES = {"images": "logits", "raw": "probabilities"}
+"""Name of the input -> name of the first output."""
+PREPROCESSING = {
+    "images": "RGB pictures, fitted to image_size, (value / 255 - mean) / std, float32, "
+    "batch x channels x height x width; the output is logits",
+    "raw": "RGB pictures, fitted to image_size, uint8, batch x height x width x channels; "
+    "normalising is part of the graph; the output is probabilities",
+}
+
+
+def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[str, str]:
+    """Return what a file says of itself; nothing in it tells of the machine that wrote it."""
+    sections = to_json(config)
+    names = ("mean", "std", "crop_pct", "pixel_range")
+    data = {name: json.dumps(sections["data"][name]) for name in names}
+    return {
+        "model": json.dumps(sections["model"]),
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        **data,
+        "fit": config.data.fit,
+        "interpolation": config.data.interpolation,
+        "preprocessing": PREPROCESSING[face],
+    }
+
+
+def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tuple[str, ...]]:
+    """Return the settings and the classes that ``write_metadata`` gave, checking them.
+
+    Raises:
+        CheckpointError: something is missing or cannot be.
+    """
+    missing = {"model", "classes", *PREPARATION} - set(metadata)
+    if missing:
+        raise CheckpointError(
+            f"{where}: not exported by vitrail: its metadata lack {', '.join(sorted(missing))}"
+        )
+    try:
+        classes = json.loads(metadata["classes"])
+        words = ("fit", "interpolation")
+        data = {n: metadata[n] if n in words else json.loads(metadata[n]) for n in PREPARATION}
+        config = from_json({"model": json.loads(metadata["model"]), "data": data})
+    except (json.JSONDecodeError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{where}: its metadata are damaged: {error}") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{where}: its classes are not a list of names")
+    if len(classes) != config.model.n_classes:
+        raise CheckpointError(
+            f"{where}: {len(classes)} class names for {config.model.n_classes} classes"
+        )
+    return config, tuple(classes)
+
+
+@dataclass(frozen=True)
+class OnnxClassifier:
+    """An exported model with all it needs to read pictures. Made by ``load_onnx``."""
+
+    session: Any
+    config: Config
+    classes: tuple[str, ...]
+    source: str = ""
+
+    def __repr__(self) -> str:
+        height, width = self.config.model.image_hw
+        return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
+
+    def prepared(self, **changes: Any) -> "OnnxClassifier":
+        """Return the classifier with other preparation of its pictures, e.g. ``fit``.
+
+        Raises:
+            ConfigError: a setting that cannot be, or normalization that is part of the graph.
+        """
+        fixed = [name for name in ("mean", "std") if name in changes]
+        if fixed and self.session.get_inputs()[0].name == "raw":
+            raise ConfigError(
+                f"{self.source}: {fixed[0]} is part of this file (--raw): export it again instead"
+            )
+        data = dataclasses.replace(self.config.data, **changes)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
+
+    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
+        """Return for each picture its ``top_k`` most probable classes, the most probable first.
+
+        Raises:
+            PictureError: a picture cannot be read.
+            ConfigError: top_k is below 1.
+        """
+        return self.predict_raw(self.read(pictures), top_k)
+
+    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
+        """Return what ``predict`` returns, of pictures that ``read`` has read."""
+        return rank(self.probabilities(raw_BHWC), self.classes, top_k)
+
+    def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
+        """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
+
+        Raises:
+            PictureError: a picture cannot be read.
+        """
+        model, data = self.config.model, self.config.data
+        return stack_pictures(
+            pictures,
+            model.image_hw,
+            model.n_channels,
+            framing(data),
+            pixel_range=data.pixel_range,
+            background=background,
+        )
+
+    def probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
+        """Return class probabilities (B, Y) of pictures at the model's size.
+
+        Shapes:
+            raw_BHWC, uint8 -> probabilities_BY, float32
+        """
+        chunks = range(0, len(raw_BHWC), batch_size)
+        parts = [self.run(raw_BHWC[start : start + batch_size]) for start in chunks]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
+
+    def run(self, raw_BHWC: np.ndarray) -> np.ndarray:
+        """Return the probabilities (B, Y) of one batch.
+
+        Raises:
+            CheckpointError: the file does not compute what it says it does.
+        """
+        face = self.session.get_inputs()[0].name
+        batch = raw_BHWC if face == "raw" else self.normalise(raw_BHWC)
+        try:
+            (scores_BY,) = self.session.run([FACES[face]], {face: batch})
+        except runtime_errors() as error:
+            raise CheckpointError(f"{self.source}: cannot be run: {first_line(error)}") from error
+        if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
+            raise CheckpointError(
+                f"{self.source}: gave {scores_BY.shape} for {len(raw_BHWC)} pictures and "
+                f"{len(self.classes)} classes"
+            )
+        return scores_BY if face == "raw" else softmax(scores_BY)
+
+    def normalise(self, raw_BHWC: np.ndarray) -> np.ndarray:
+        """Turn bytes into what the model reads (B, C, H, W), float32."""
+        data = self.config.data
+        scale_C, shift_C = channel_scale(data.mean, data.std, raw_BHWC.shape[3])
+        images_BHWC: np.ndarray = raw_BHWC * scale_C + shift_C
+        return np.ascontiguousarray(images_BHWC.transpose(0, 3, 1, 2))
+
+
+def load_onnx(
+    path: str | Path,
+    *,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    threads: int | None = None,
+) -> OnnxClassifier:
+    """Return the classifier that an ONNX file of ``vitrail export`` holds.
+
+    Args:
+        path: the file.
+        device: cuda needs onnxruntime-gpu; auto takes it where it is there.
+        threads: how many compute; as many as there are cores unless given.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or foreign.
+        ConfigError: onnxruntime is not installed, or has no such device.
+    """
+    runtime, path = need("onnxruntime"), Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised anyway; no warnings
+    options.intra_op_num_threads = threads or 0
+    providers = choose_providers(device, runtime.get_available_providers())
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=providers)
+    except runtime_errors() as error:
+        raise CheckpointError(f"{path}: not a sound ONNX file: {first_line(error)}") from error
+    config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    face = session.get_inputs()[0].name
+    if FACES.get(face) != session.get_outputs()[0].name:
+        raise CheckpointError(f"{path}: not exported by vitrail: its first input is {face!r}")
+    return OnnxClassifier(session, config, classes, str(path))
+
+
+def choose_providers(device: str, available: Sequence[str]) -> list[str]:
+    """Return onnxruntime's names of what computes, the preferred one first.
+
+    Raises:
+        ConfigError: this onnxruntime has no such device.
+    """
+    names = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+    there = {name: provider for name, provider in names.items() if provider in available}
+    if device == "auto":
+        return list(there.values())
+    if device not in there:
+        raise ConfigError(
+            f"device {device} is not available to onnxruntime, only {', '.join(there)}"
+        )
+    return [there[device]]
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Return what onnxruntime raises; its exceptions have no base of their own."""
+    state = need("onnxruntime.capi.onnxruntime_pybind11_state")
+    kinds = vars(state).values()
+    return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, without onnxruntime's own prefix."""
+    return str(error).splitlines()[0].rpartition("[ONNXRuntimeError] : ")[2][:150]
+
+
+def softmax(logits_BY: np.ndarray) -> np.ndarray:
+    """Return probabilities (B, Y)."""
+    powers_BY = np.exp(logits_BY - logits_BY.max(axis=1, keepdims=True))
+    return powers_BY / powers_BY.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""What the program runs on: devices, processes, random streams, files."""

@@ -1,0 +1,137 @@
+"""The training loop: one function for one update, one generator for them all."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.config.settings import Config
+from vitrail.data.batches import Batch, Batches
+from vitrail.errors import TrainingError
+from vitrail.model import VisionTransformer
+from vitrail.runtime import distributed, rng
+from vitrail.runtime.devices import choose_compile, choose_precision
+from vitrail.training.optim import set_learning_rate
+from vitrail.training.schedule import multiplier
+from vitrail.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. ``step`` counts the updates done, this one included."""
+
+    step: int
+    epoch: int
+    loss: float
+    correct: int
+    images: int
+    learning_rate: float
+
+    ends_epoch: bool
+
+
+def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Update]:
+    """Train from ``state.step`` to the end, yielding after every update.
+
+    Between two updates the state is whole: it may be saved, tested, or left for good. Everything
+    random is a function of the step, so going on from a saved state gives the same weights to the
+    bit as never having stopped (same device, same number of threads).
+
+    Raises:
+        TrainingError: the loss, the gradient or a weight is not finite; the state is that of the
+            last update.
+    """
+    device = batches.device
+    updates = config.training.epochs * batches.steps_per_epoch
+    compiled = choose_compile(config.training.compile, device, updates)
+    forward = torch.compile(state.model) if compiled else state.model
+    for step in range(state.step, updates):
+        began = time.perf_counter()
+        share = multiplier(step, config.training, steps_per_epoch=batches.steps_per_epoch)
+        set_learning_rate(state.optimizers, share)
+        batch = batches(step)
+        with rng.seeded(config.run.seed, "dropout", distributed.own_index(step), device=device):
+            loss, correct = train_step(state, forward, batch, config)
+        if step % batches.steps_per_epoch == 0:
+            state.tally = type(state.tally)()
+        state.tally.add(loss=loss, correct=correct, images=len(batch.labels_B))
+        state.step = step + 1
+        state.seconds += time.perf_counter() - began
+        yield Update(
+            step=state.step,
+            epoch=step // batches.steps_per_epoch + 1,
+            loss=loss,
+            correct=correct,
+            images=len(batch.labels_B),
+            learning_rate=config.training.learning_rate * share,
+            ends_epoch=state.step % batches.steps_per_epoch == 0,
+        )
+
+
+def train_step(
+    state: TrainingState, forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
+) -> tuple[float, int]:
+    """Make one update; return the mean loss and the number of images classified right."""
+    set_training_mode(state.model, frozen=config.training.freeze_backbone)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+    loss_sum, correct_sum = backward(forward, batch, config)
+    distributed.merge(state.model, loss_sum, correct_sum)
+    loss, correct = loss_sum.item(), int(correct_sum.item())
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # The weights too: behind a tanh an infinite one leaves both the loss and the gradient finite.
+    size = torch.nn.utils.get_total_norm(parameters)
+    if not (math.isfinite(loss) and math.isfinite(norm + size)):
+        raise TrainingError(
+            f"loss {loss}, gradient norm {float(norm)}, weight norm {float(size)} at update "
+            f"{state.step + 1}: stopped before it. Lower learning_rate, raise warmup_epochs, or "
+            "set clip_norm 1.0"
+        )
+    if config.training.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.training.clip_norm, norm)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    return loss, correct
+
+
+def set_training_mode(model: VisionTransformer, *, frozen: bool) -> None:
+    """Put the model into training mode, or with a frozen backbone its head alone.
+
+    In evaluation mode the backbone's batch norm keeps its statistics, and nothing is dropped.
+    """
+    model.train(not frozen)
+    model.head.train()
+
+
+def backward(
+    forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradient of the batch's mean loss, part by part; return loss and right answers.
+
+    Of several processes, each adds up its share of the batch's; ``distributed.merge`` sums up.
+    """
+    device, total = batch.labels_B.device, len(batch.labels_B)
+    dtype = choose_precision(config.training.precision, device)
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device, dtype=torch.int64)
+    parts = [distributed.share(tensor).chunk(config.training.accumulate) for tensor in batch]
+    for images_BCHW, targets_BY, labels_B in zip(*parts, strict=True):
+        if len(labels_B) == 0:  # the last batch has fewer images than there are processes
+            continue
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits_BY = forward(images_BCHW)
+        loss = F.cross_entropy(
+            logits_BY.float(), targets_BY, label_smoothing=config.training.label_smoothing
+        )
+        loss = loss * (len(labels_B) / total)
+        loss.backward()
+        loss_sum += loss.detach()
+        correct += (logits_BY.argmax(dim=1) == labels_B).sum()
+    return loss_sum, correct

@@ -1,0 +1,110 @@
+"""Parameter groups and optimizers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from vitrail.config.settings import TrainingConfig
+from vitrail.runtime.devices import choose_precision
+from vitrail.training.muon import Muon
+
+KERNEL_RATE = 5
+"""Muon's rate for the stem's kernels, as a multiple of the blocks' (docs/log.md)."""
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+    """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
+
+    Every group keeps its highest learning rate under ``peak``; set_learning_rate scales it.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 2024 (Muon).
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizers: list[Optimizer] = []
+    if config.optimizer == "muon":
+        names = [name for name, p in parameters.items() if is_hidden_matrix(name, p)]
+        matrices = {name: parameters.pop(name) for name in names}
+        rate = config.muon_learning_rate
+        groups = [
+            {"params": [p for n, p in matrices.items() if is_in_block(n) == inside], "peak": peak}
+            for inside, peak in ((True, rate), (False, rate * KERNEL_RATE))
+        ]
+        groups = by_layer([g for g in groups if g["params"]], model, config.layer_decay)
+        if matrices:
+            dtype = choose_precision(config.precision, next(model.parameters()).device)
+            optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay, dtype=dtype))
+    decayed = {n: p for n, p in parameters.items() if config.decay == "all" or is_matrix(n, p)}
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+        {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "peak": config.learning_rate} for group in groups if group["params"]]
+    groups = by_layer(groups, model, config.layer_decay)
+    optimizers.append(AdamW(groups, lr=config.learning_rate, fused=True))
+    return optimizers
+
+
+def by_layer(
+    groups: list[dict[str, Any]], model: nn.Module, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Split every group by layer and scale its learning rate by ``layer_decay`` for each step down.
+
+    The head and the last norm keep the rate, the last block has ``layer_decay`` times as much, and
+    so on down to the stem, the positions and the class token.
+
+    Source: Clark et al. 2020, arXiv:2003.10555; for ViTs Bao et al. 2022, arXiv:2106.08254.
+    """
+    if layer_decay == 1:
+        return groups
+    blocks = 1 + max(int(n.split(".")[1]) for n, _ in model.named_parameters() if is_in_block(n))
+    depth_of = {p: steps_down(n, blocks) for n, p in model.named_parameters()}
+    return [
+        {
+            **group,
+            "params": [p for p in group["params"] if depth_of[p] == depth],
+            "peak": group["peak"] * layer_decay**depth,
+        }
+        for group in groups
+        for depth in sorted({depth_of[p] for p in group["params"]})
+    ]
+
+
+def steps_down(name: str, blocks: int) -> int:
+    """Return how many layers below the head a parameter is."""
+    if name.startswith(("head.", "norm.")):
+        return 0
+    return blocks - int(name.split(".")[1]) if is_in_block(name) else blocks + 1
+
+
+def is_in_block(name: str) -> bool:
+    """Tell the parameters of the blocks from all others."""
+    return name.startswith("blocks.")
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Let only the head learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell weights of linear and convolution layers from biases, norms, positions and tokens."""
+    return parameter.ndim >= 2 and name != "position_ND"
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell the matrices that map tokens to tokens, which Muon is made for.
+
+    These are the blocks' matrices and the stem's kernels but for the first, which reads pixels.
+    """
+    if parameter.ndim < 2:
+        return False
+    return is_in_block(name) or (name.startswith("stem.") and parameter.shape[1] > 3)
+
+
+def set_learning_rate(optimizers: list[Optimizer], multiplier: float) -> None:
+    """Set every group's learning rate to this share of its highest."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * multiplier

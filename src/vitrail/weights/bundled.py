@@ -1,0 +1,42 @@
+"""The models of the package: bundled_files/NAME.safetensors and its card, NAME.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "bundled_files"
+DEFAULT = "cifar10"
+"""The model that is taken where none is named and none was trained."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a bundled model is, and how good."""
+
+    data: str
+    """What it was trained on."""
+    recipe: str
+    """The preset, and what was changed of it."""
+    test_accuracy: float
+    """Share of the test split it gets right, without test-time augmentation."""
+    validation_accuracy: float
+    """Share of the validation split, by which it was chosen."""
+    parameters: int
+    """How many numbers were learnt."""
+    record: str
+    """The folder of the repository that tells of the run."""
+
+
+def names() -> list[str]:
+    """Return the names of the bundled models."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def weights_path(name: str) -> Path:
+    """Return the file of a bundled model."""
+    return FOLDER / f"{name}.safetensors"
+
+
+def read_card(name: str) -> Card:
+    """Return the card of a bundled model."""
+    return Card(**json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,0 +1,251 @@
+"""timm's VisionTransformer: one layer for queries, keys and values, as here.
+
+Source: Wightman, https://github.com/huggingface/pytorch-image-models,
+timm/models/vision_transformer.py. Read besides the plain form: a class token without a position
+(``no_embed_class``), layers without qkv biases, and layer scale, which goes into the layer before.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.config.settings import DataConfig, ModelConfig
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.weights.formats.processor import FILTERS
+from vitrail.weights.formats.rules import Rule, State, positions, same, tokens
+from vitrail.weights.formats.sizes import (
+    Found,
+    Layout,
+    choose_heads,
+    count_layers,
+    forward_mul,
+    shape,
+    square_image,
+    square_patch,
+    three,
+)
+
+STEM, POSITIONS, CLASS = "patch_embed.proj.weight", "pos_embed", "cls_token"
+MODES = {"center": "crop", "squash": "squash"}
+"""timm's crop_mode as our fit; its third, border, pads with the mean color, not black."""
+USUAL = {
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
+    "interpolation": "bicubic", "crop_pct": 0.875,
+}  # fmt: skip
+"""What timm assumes where config.json does not say it (timm/data/config.py)."""
+ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+
+
+def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
+    """Read the model's settings off its shapes, and off timm's config.json where there is one."""
+    about = files.get("config.json", {})
+    args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg") or about
+    notes: list[str] = []
+    embed_dim, n_channels, height, width = shape(state, STEM, 4)
+    patch_size = square_patch(height, width, STEM)
+    size = told_size(args, pretrained)
+    plain = plain_form(dict(state), size and size[0] // height * (size[1] // width), notes)
+    n_patches = shape(plain, POSITIONS, 3)[1] - (CLASS in plain)
+    hidden_dim = shape(plain, "blocks.0.mlp.fc1.weight", 2)[0]
+    if args.get("act_layer", "gelu") not in ACTS:
+        raise CheckpointError(f"act_layer is {args['act_layer']!r}: only {', '.join(ACTS)}")
+    config = ModelConfig(
+        image_size=image_size(size, n_patches, patch_size),
+        n_channels=n_channels,
+        n_classes=len(plain["head.weight"]) if "head.weight" in plain else 0,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        n_layers=count_layers(plain, r"blocks\.(\d+)\."),
+        n_attention_heads=choose_heads(embed_dim, n_attention_heads, args.get("num_heads"), notes),
+        forward_mul=forward_mul(hidden_dim, embed_dim),
+        head="linear",
+        hidden_act=ACTS[args.get("act_layer", "gelu")],  # type: ignore[arg-type]
+        layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
+        **pooling(plain, args),
+    )
+    data, refused = preparation(pretrained, config.image_hw)
+    names = about.get("label_names", pretrained.get("label_names"))
+    classes = tuple(map(str, names)) if isinstance(names, list) else ()
+    return Found(config, plain, notes, classes, data, USUAL if about else {}, refused)
+
+
+def preparation(
+    pretrained: dict[str, Any], image_hw: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields of DataConfig that config.json says, and those that Vitrail has not.
+
+    timm resizes to whole pixels first, ``floor(side / crop_pct)``, and cuts the middle out.
+    """
+    data: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name in ("mean", "std"):
+        if pretrained.get(name):
+            data[name] = three(pretrained[name], name)
+    for ours, theirs, known in (
+        ("fit", "crop_mode", MODES),
+        ("interpolation", "interpolation", {name: name for name in FILTERS}),
+    ):
+        if value := pretrained.get(theirs):
+            if value in known:
+                data[ours] = known[value]
+            else:
+                refused[ours] = f"{theirs} {value!r:.40}"
+    if share := pretrained.get("crop_pct"):
+        data["crop_pct"] = image_hw[0] / math.floor(image_hw[0] / share)
+    return data, refused
+
+
+def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
+    """Bring variants to timm's plain form, saying so: the function computed stays the same.
+
+    ``n_patches`` is what config.json tells; without it the picture is taken to be square.
+    """
+    for key in [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
+        block, layer = key.removesuffix(".gamma").rsplit(".", 1)
+        before = f"{block}.{'attn.proj' if layer == 'ls1' else 'mlp.fc2'}"
+        gamma_D = state.pop(key)
+        for part in ("weight", "bias"):
+            if f"{before}.{part}" in state:
+                tensor = state[f"{before}.{part}"]
+                state[f"{before}.{part}"] = tensor * gamma_D.view(-1, *[1] * (tensor.ndim - 1))
+        notes.append(f"{key}: multiplied into {before}")
+    for key in [key for key in state if key.endswith(".attn.qkv.weight")]:
+        bias = f"{key.removesuffix('weight')}bias"
+        if bias not in state:
+            state[bias] = state[key].new_zeros(len(state[key]))
+            notes.append(f"{bias}: not there, so zeros")
+    if CLASS in state and POSITIONS in state:
+        table_1TD = state[POSITIONS]
+        rows = table_1TD.shape[1] if table_1TD.ndim == 3 else 0
+        has_no_class_row = rows == (n_patches or math.isqrt(rows) ** 2)
+        if has_no_class_row:
+            state[POSITIONS] = torch.cat([torch.zeros_like(table_1TD[:, :1]), table_1TD], dim=1)
+        else:
+            notes.append("the class token's position is added to the class token")
+    return state
+
+
+def told_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the image size that config.json tells, if it does."""
+    told = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
+    hw = (told, told) if isinstance(told, int) else tuple(told)
+    return (hw[0], hw[1]) if len(hw) == 2 else None
+
+
+def image_size(
+    told: tuple[int, int] | None, n_patches: int, patch_size: int
+) -> int | tuple[int, int]:
+    """Return the image size that was told, if it has so many patches; else that of a square."""
+    if told and (told[0] // patch_size) * (told[1] // patch_size) == n_patches:
+        return told[0] if told[0] == told[1] else told
+    return square_image(n_patches, patch_size, POSITIONS)
+
+
+def pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
+    """Return pool, class_token and fc_norm.
+
+    Where no config.json tells, timm's defaults do: the mean is normed by ``fc_norm``, a class
+    token by ``norm``.
+    """
+    has_class = CLASS in state
+    fc_norm = "fc_norm.weight" in state
+    pool = args.get("global_pool", "avg" if fc_norm or not has_class else "token")
+    if pool not in ("avg", "token"):
+        raise CheckpointError(f"global_pool is {pool!r}: only token and avg")
+    if pool == "token":
+        return {"pool": "cls"}
+    return {"pool": "mean", "class_token": has_class, "fc_norm": fc_norm}
+
+
+def ratio(part: int, whole: int) -> float:
+    """Return part / whole so that timm, which rounds ``ratio * whole`` down, gets the part."""
+    exact = part / whole
+    return exact if int(exact * whole) == part else math.nextafter(exact, math.inf)
+
+
+def share(part: int, whole: int) -> float:
+    """Return part / whole so that timm, which rounds ``part / share`` down, gets the whole."""
+    exact = part / whole
+    return exact if int(part / exact) == whole else math.nextafter(exact, 0)
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """Return its table of names."""
+    table = same("stem", "patch_embed.proj")
+    table.append(tokens(CLASS, POSITIONS) if config.has_class_token else positions(POSITIONS))
+    table += same("norm", "fc_norm" if config.fc_norm else "norm")
+    for index in range(config.n_layers):
+        for ours, theirs in (
+            ("norm1", "norm1"),
+            ("attention.qkv", "attn.qkv"),
+            ("attention.out_projection", "attn.proj"),
+            ("norm2", "norm2"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+        ):
+            table += same(f"blocks.{index}.{ours}", f"blocks.{index}.{theirs}")
+    return [*table, *(same("head", "head") if config.n_classes else [])]
+
+
+def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json from which ``timm.create_model("local-dir:FOLDER")`` builds it.
+
+    timm can only be told a LayerNorm's epsilon by the name of an architecture that has it.
+    """
+    args = {
+        "img_size": list(config.image_hw),
+        "patch_size": config.patch_size,
+        "in_chans": config.n_channels,
+        "embed_dim": config.embed_dim,
+        "depth": config.n_layers,
+        "num_heads": config.n_attention_heads,
+        "mlp_ratio": ratio(config.hidden_dim, config.embed_dim),
+        "class_token": config.has_class_token,
+        "global_pool": "token" if config.pool == "cls" else "avg",
+        "fc_norm": config.fc_norm,
+        "pre_norm": False,
+        "act_layer": config.hidden_act,
+    }
+    data: DataConfig = about["data"]
+    if data.fit not in MODES.values():
+        raise ConfigError(
+            f"timm has no fit {data.fit} as Vitrail has it: choose what comes nearest, --fit "
+            "squash for example"
+        )
+    eps = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
+    return {
+        "architecture": eps[config.layer_norm_eps],
+        "num_classes": config.n_classes,
+        "num_features": config.embed_dim,
+        "label_names": list(about["classes"]),
+        "model_args": args,
+        "pretrained_cfg": {
+            "num_classes": config.n_classes,
+            "input_size": [config.n_channels, *config.image_hw],
+            "mean": list(about["mean"]),
+            "std": list(about["std"]),
+            "interpolation": data.interpolation,
+            "crop_mode": {fit: mode for mode, fit in MODES.items()}[data.fit],
+            "crop_pct": share(config.image_hw[0], round(config.image_hw[0] / data.crop_pct)),
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+TIMM = Layout(
+    "timm",
+    re.compile(r"patch_embed\.|blocks\.\d+\.(attn|ls\d)\."),
+    find,
+    rules,
+    {
+        "stem": ("patch",),
+        "position": ("learned",),
+        "head": ("linear",),
+        "layer_norm_eps": (1e-5, 1e-6),
+    },
+)

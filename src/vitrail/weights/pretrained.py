@@ -1,0 +1,316 @@
+"""A name, file, folder or hub id -> a model ready to use."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from vitrail.config.files import replace_fields
+from vitrail.config.settings import (
+    PREPARATION,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Preparation,
+    RunConfig,
+    TrainingConfig,
+)
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.inference.classifier import Classifier
+from vitrail.model import VisionTransformer
+from vitrail.model.finetune import adapt, build
+from vitrail.runtime import rng
+from vitrail.runtime.devices import choose_device
+from vitrail.weights import bundled, hub
+from vitrail.weights.checkpoint import (
+    INFO,
+    MODEL,
+    TRAINING,
+    CheckpointInfo,
+    describes_itself,
+    load_info,
+    load_weights,
+    load_weights_file,
+    read_pointer,
+    save_weights_file,
+)
+from vitrail.weights.formats import Converted
+from vitrail.weights.formats.foreign import (
+    CONFIG,
+    FILES,
+    read_foreign,
+    read_json_object,
+    write_foreign,
+)
+
+OWN = "vitrail"
+"""The layout of what Vitrail itself wrote."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights and what is known of them. n_classes is 0 where they have no head."""
+
+    info: CheckpointInfo
+    weights: dict[str, Tensor]
+    layout: str = OWN
+    notes: tuple[str, ...] = ()
+    """What was assumed, changed or left out to read another system's weights."""
+    tensors: int = 0
+    """How many of the other system's tensors were read."""
+    classes_known: bool = True
+    """Whether the classes' names are their own, not numbers."""
+
+
+def load(
+    source: str | Path,
+    *,
+    n_attention_heads: int | None = None,
+    device: str = "auto",
+    **preparation: Unpack[Preparation],
+) -> Classifier:
+    """Return the classifier that a file, folder or hub id holds.
+
+    Args:
+        source: the name of a bundled model (``"cifar10"``; ``"./cifar10"`` and every ``Path`` are
+            paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
+            of Vitrail; weights of the reference system (``.pt``), timm (``.safetensors``, ``.pth``,
+            or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
+            ``hf:OWNER/NAME``.
+        n_attention_heads: the head count, where the files do not say it. Default: 4 for the
+            reference's ``.pt``, the usual one of their width for timm's files.
+        device: auto, cpu, cuda or mps.
+        preparation: how pictures are prepared: ``mean``, ``std``, ``fit``, ``interpolation``,
+            ``crop_pct``, ``pixel_range``, as in ``DataConfig``. Default: as the weights say; what
+            they do not say is assumed, and the classifier's ``notes`` say so.
+
+    Raises:
+        CheckpointError: there is nothing to load, or it is damaged, foreign, or has no head.
+        ConfigError: the device is not available, or a setting cannot be.
+    """
+    if unknown := set(preparation) - set(PREPARATION):
+        raise TypeError(f"load() has no argument {unknown.pop()!r}")
+    given = {name: value for name, value in preparation.items() if value is not None}
+    chosen = choose_device(device)
+    found = read(source, n_attention_heads=n_attention_heads, preparation=given)
+    if not found.info.config.model.n_classes:
+        raise CheckpointError(
+            f"{source}: weights without a head cannot classify: train one with "
+            f"vitrail train --init {source} --new_head"
+        )
+    try:
+        model = build(found.info.config.model, found.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return Classifier(
+        model.eval().to(chosen), found.info.config, found.info.classes, str(source), found.notes
+    )
+
+
+def read(
+    source: str | Path,
+    *,
+    n_attention_heads: int | None = None,
+    preparation: Mapping[str, Any] | None = None,
+) -> Source:
+    """Return the weights that ``load`` would put into a model, and what is known of them.
+
+    Args:
+        source: as for ``load``.
+        n_attention_heads: as for ``load``.
+        preparation: fields of PREPARATION that go over what the files say.
+
+    Raises:
+        CheckpointError: as ``load``, but weights without a head are welcome.
+    """
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise CheckpointError(f"a model is a name or path, not a {kind}: for example cifar10")
+    path, given = Path(source), preparation or {}
+    if hub.is_hub_id(source):
+        path = hub.download(str(source))
+    elif isinstance(source, str) and source in bundled.names():
+        path = bundled.weights_path(source)
+    if not path.exists():
+        raise CheckpointError(
+            f"{source}: no such model; give a run or checkpoint folder, a file or folder of "
+            f"weights (vitrail convert --help lists the kinds), or {hub.PREFIX}OWNER/NAME"
+        )
+    if path.is_file() and not path.name.endswith(FILES):
+        raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
+    own = read_own(path)
+    if own is None:
+        return read_other(path, n_attention_heads, given)
+    heads = own.info.config.model.n_attention_heads
+    if n_attention_heads not in (None, heads):
+        raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
+    return dataclasses.replace(own, info=prepared(own.info, given))
+
+
+def prepared(info: CheckpointInfo, changes: Mapping[str, Any]) -> CheckpointInfo:
+    """Return what is known of a model, with other settings of its data."""
+    data = change_data(info.config.data, changes)
+    return dataclasses.replace(info, config=dataclasses.replace(info.config, data=data))
+
+
+def change_data(data: DataConfig, changes: Mapping[str, Any]) -> DataConfig:
+    """Return the settings with changes, each checked against its field's type."""
+    return replace_fields(data, changes)  # type: ignore[no-any-return]
+
+
+def read_own(path: Path) -> Source | None:
+    """Return what Vitrail wrote: a file, a run or checkpoint folder, or what it pushed to the hub.
+
+    None if the path is of another system.
+    """
+    if path.is_dir():
+        run = (path / "checkpoints").is_dir()
+        folder = read_pointer(path / "checkpoints", "BEST") if run else path
+        if run or (folder / INFO).exists() or (folder / TRAINING).exists():
+            return Source(load_info(folder), load_weights(folder))
+        if not describes_itself(folder / MODEL):
+            return None
+        source = Source(*load_weights_file(folder / MODEL))
+        if (folder / CONFIG).exists():  # as on the hub, for people to read
+            told = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
+            if (told.config, told.classes) != (source.info.config, source.info.classes):
+                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
+        return source
+    return Source(*load_weights_file(path)) if describes_itself(path) else None
+
+
+def read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, Any]) -> Source:
+    """Return weights of another system, in our terms."""
+    found = read_foreign(path, n_attention_heads)
+    for name, what in found.refused.items():
+        if name not in given:
+            raise CheckpointError(
+                f"{path}: its pictures are prepared by {what}, which Vitrail has not: choose what "
+                f"comes nearest by --{name}"
+            )
+    dataset = "cifar10" if found.layout == "reference" else "folder"
+    data = change_data(DataConfig(), {"dataset": dataset, **found.data, **given})
+    classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
+    info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
+    notes, known = (*found.notes, *assumed(found, given)), bool(found.classes)
+    return Source(info, found.weights, found.layout, notes, found.tensors, known)
+
+
+def assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
+    """Return a note of how pictures are prepared, where neither files nor user say it."""
+    names = [name for name in found.assumed if name not in given]
+    if not names:
+        return []
+    values = ", ".join(f"{name} {spaced(found.data[name])}" for name in names)
+    flags = ", ".join(f"--{name}" for name in names)
+    return [f"not in the files, so assumed: {values} ({flags} set them)"]
+
+
+def spaced(value: Any) -> str:
+    """Return a value as it is given on the command line."""
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+
+
+def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
+    """Return the settings of a run that starts from weights: their model and their pictures.
+
+    Dropout and stochastic depth stay as they are, and the number of classes is left to the data.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
+    theirs = read(init, n_attention_heads=n_attention_heads).info.config
+    # The range of 16-bit pictures is one of the data, not of the weights.
+    names = (name for name in PREPARATION if name != "pixel_range")
+    preparation = {name: getattr(theirs.data, name) for name in names}
+    free = {name: getattr(config.model, name) for name in ("dropout", "drop_path")}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(theirs.model, n_classes=0, **free),
+        data=change_data(config.data, preparation),
+        training=dataclasses.replace(config.training, init=init),
+    )
+
+
+def start_from(
+    model: VisionTransformer, training: TrainingConfig, classes: tuple[str, ...]
+) -> list[str]:
+    """Put ``training.init``'s weights into the model of a new run; return what was changed.
+
+    Raises:
+        CheckpointError: they are of another model, or have a head for other classes.
+    """
+    # The model's head count was settled with its weights: files that do not tell it cannot object.
+    found = read(training.init, n_attention_heads=model.config.n_attention_heads)
+    names = found.info.classes
+    if not training.new_head and found.classes_known and names != classes:
+        raise CheckpointError(
+            f"{training.init}: its head is for {', '.join(names[:3])}…, the data have "
+            f"{', '.join(classes[:3])}…: give --new_head"
+        )
+    try:
+        notes = adapt(model, found.info.config.model, found.weights, new_head=training.new_head)
+    except CheckpointError as error:
+        raise CheckpointError(f"{training.init}: {error}") from error
+    return [f"{training.init}: {note}" for note in (*found.notes, *notes)]
+
+
+def remodel(
+    source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
+) -> Source:
+    """Return the weights for a model of another image size or, with ``new_head``, other classes.
+
+    Raises:
+        CheckpointError: the models differ in more.
+    """
+    with rng.seeded(seed, "init", device=torch.device("cpu")):
+        built = VisionTransformer(model)
+    notes = adapt(built, source.info.config.model, source.weights, new_head=new_head)
+    config = dataclasses.replace(source.info.config, model=model)
+    same = model.n_classes == len(source.info.classes) and not new_head
+    names = source.info.classes if same else tuple(f"class {i}" for i in range(model.n_classes))
+    return dataclasses.replace(
+        source,
+        info=dataclasses.replace(source.info, config=config, classes=names),
+        weights=dict(built.state_dict()),
+        notes=(*source.notes, *notes),
+    )
+
+
+def save(source: Source, path: Path, layout: str = OWN) -> None:
+    """Write weights as one file of ours (``.safetensors``), or as another system lays them out.
+
+    Raises:
+        ConfigError: the layout has no place for such a model, or the name is not one of its files.
+        OutputError: it cannot be written.
+    """
+    if layout != OWN:
+        write_foreign(path, layout, source.info, source.weights)
+    elif path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: give a name that ends in .safetensors, or another --layout")
+    else:
+        save_weights_file(path, source.info, source.weights)
+
+
+def default_model(output_path: Path) -> Path | str:
+    """Return the run folder whose best checkpoint is the newest, or the bundled model's name."""
+    pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
+    return pointers[-1].parent.parent if pointers else bundled.DEFAULT
+
+
+def with_data(classifier: Classifier, **changes: object) -> Classifier:
+    """Return the classifier with other settings of its data, e.g. ``fit``."""
+    data = dataclasses.replace(classifier.config.data, **changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(classifier.config, data=data)
+    return dataclasses.replace(classifier, config=config)
+
+
+def of_model_size(classifier: Classifier) -> Classifier:
+    """Return the classifier for images of its data set, which have been fitted to its size."""
+    return with_data(classifier, fit="squash", crop_pct=1.0)

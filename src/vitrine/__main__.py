@@ -1,7 +1,0 @@
-"""``python -m vitrine``."""
-
-import sys
-
-from vitrine.cli import main
-
-sys.exit(main())
