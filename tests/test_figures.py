@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vitrail.errors import DataError, OutputError
-from vitrail.evaluation import figures
+from vitrail.evaluation import plots
 from vitrail.evaluation.metrics import Metrics, measure
 from vitrail.evaluation.plots import plot_calibration, plot_confusion, plot_curve
 
@@ -42,7 +42,7 @@ def plot_curves(rows: list[Any], folder: Path) -> None:
         plot_curve(rows, quantity, folder / f"graph_{quantity}.png")
 
 
-def legend(figure: figures.Figure) -> list[str]:
+def legend(figure: plots.Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
@@ -55,12 +55,12 @@ def test_curves_are_written(tmp_path: Path, count: int) -> None:
 
 
 def test_best_of_validation_and_last_of_test_are_named() -> None:
-    assert legend(figures._curves(epochs(8), "loss")) == [
+    assert legend(plots._curves(epochs(8), "loss")) == [
         "train",
         "validation: lowest 1.000, epoch 3",
         "test: last 1.500, epoch 8",
     ]
-    assert legend(figures._curves(epochs(8), "accuracy"))[1:] == [
+    assert legend(plots._curves(epochs(8), "accuracy"))[1:] == [
         "validation: best 80.0 %, epoch 5",
         "test: last 33.0 %, epoch 8",
     ]
@@ -68,25 +68,25 @@ def test_best_of_validation_and_last_of_test_are_named() -> None:
 
 def test_only_the_splits_that_were_scored_are_drawn() -> None:
     rows = [{"epoch": 1, "train_loss": 0.5, "validation_loss": None}]
-    assert legend(figures._curves(rows, "loss")) == ["train"]
+    assert legend(plots._curves(rows, "loss")) == ["train"]
 
 
 def test_axis_of_near_equal_values_is_neither_blown_up_nor_beyond_what_can_be() -> None:
-    assert figures._limits(0.0, 0.01, largest=1.0) == pytest.approx((-0.004, 0.055))
-    assert figures._limits(0.2, 3.2, largest=math.inf) == (0.2, 3.2)
+    assert plots._limits(0.0, 0.01, largest=1.0) == pytest.approx((-0.004, 0.055))
+    assert plots._limits(0.2, 3.2, largest=math.inf) == (0.2, 3.2)
     rows = [{"epoch": epoch, "train_loss": 0.5, "train_accuracy": 1.0} for epoch in (1, 2)]
-    low, high = figures._curves(rows, "loss").axes[0].get_ylim()
+    low, high = plots._curves(rows, "loss").axes[0].get_ylim()
     assert high - low == pytest.approx(0.1)
-    assert 1 < figures._curves(rows, "accuracy").axes[0].get_ylim()[1] < 1.01
+    assert 1 < plots._curves(rows, "accuracy").axes[0].get_ylim()[1] < 1.01
 
 
 def test_names_are_drawn_literally_or_by_number() -> None:
-    assert figures._drawable("$a$", 3) == "$a$"
-    assert figures._drawable("a\x1b", 3) == "a�"
-    assert figures._drawable("猫", 3) == "class 3"
-    assert figures._drawable("x" * 21, 3) == "x" * 19 + "…"
-    figure, axes = figures._figure(3, 2)
-    figures._name_classes(axes, ["$a$", "$"], size=8)
+    assert plots._drawable("$a$", 3) == "$a$"
+    assert plots._drawable("a\x1b", 3) == "a�"
+    assert plots._drawable("猫", 3) == "class 3"
+    assert plots._drawable("x" * 21, 3) == "x" * 19 + "…"
+    figure, axes = plots._figure(3, 2)
+    plots._name_classes(axes, ["$a$", "$"], size=8)
     figure.draw_without_rendering()
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         assert not label.get_parse_math()

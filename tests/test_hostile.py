@@ -32,7 +32,7 @@ from vitrail.cli import guarded
 from vitrail.cli import predict as cli_predict
 from vitrail.config.files import from_json, read_json, read_toml
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data import unpickle
+from vitrail.data import cifar_pickle
 from vitrail.data.cifar import CIFAR10, Part, read_batch, read_part
 from vitrail.data.cifar_pickle import load_arrays
 from vitrail.data.datasets import load_splits
@@ -148,13 +148,13 @@ def test_a_pickle_cannot_hash_for_ever(key: bytes) -> None:
     ],
 )
 def test_a_pickle_gets_no_memory_and_changes_nothing(content: bytes) -> None:
-    before = unpickle.encode_latin1.__doc__
+    before = cifar_pickle.encode_latin1.__doc__
     if content.endswith(b"r\xff\xff\xff\x7f."):
         assert load_arrays(content, "a file") == []
     else:
         with pytest.raises(DataError):
             load_arrays(content, "a file")
-    assert unpickle.encode_latin1.__doc__ == before
+    assert cifar_pickle.encode_latin1.__doc__ == before
 
 
 def test_pixels_are_backed_by_bytes() -> None:

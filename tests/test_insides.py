@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import DataError, OutputError
-from vitrail.explain import insides_figure
+from vitrail.explain import inspection_plot
 from vitrail.explain.inspection import (
     attention_distance,
     attention_entropy,
@@ -233,10 +233,10 @@ def test_without_images_filters_and_positions_are_still_drawn(
 
 
 def test_large_grids_show_some_patches_evenly() -> None:
-    assert insides_figure._spread(5) == [0, 1, 2, 3, 4]
-    shown = insides_figure._spread(40)
+    assert inspection_plot._spread(5) == [0, 1, 2, 3, 4]
+    shown = inspection_plot._spread(40)
     assert (len(shown), shown[0], shown[-1]) == (14, 0, 39)
-    assert insides_figure._spread(1) == [0]
+    assert inspection_plot._spread(1) == [0]
 
 
 def test_what_cannot_be_inspected_or_written_is_refused(

@@ -45,8 +45,8 @@ from vitrail.config.settings import (
 from vitrail.data.images import ImageSet
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError
-from vitrail.evaluation import figures, metrics, report
-from vitrail.explain import explanation, insides, insides_figure, lettering, notebook, page, score
+from vitrail.evaluation import metrics, plots, tables
+from vitrail.explain import explanation, inspection, inspection_plot, notebook, page, score, text
 from vitrail.explain.attention_snapshots import draw_attention
 from vitrail.explain.map_report import plot_scores, score_table
 from vitrail.explain.methods import METHODS, MapSettings, compute_maps
@@ -380,7 +380,7 @@ def explaining_in_other_ways(world: World) -> None:
 
 
 def drawing_a_sheet(world: World) -> None:
-    lettering.known_characters()
+    text.known_characters()
     world.explained(frames="heads", query=(0, 1)).save(world.folder / "sheet.png")
 
 
@@ -418,14 +418,14 @@ def plotting_scores(world: World) -> None:
 
 
 def inspecting(world: World) -> None:
-    insides.inspect_model(world.model, world.images_BCHW).to_json()
-    insides.attention_distance(world.model, world.images_BCHW)
-    insides.attention_entropy(world.model, world.images_BCHW)
+    inspection.inspect_model(world.model, world.images_BCHW).to_json()
+    inspection.attention_distance(world.model, world.images_BCHW)
+    inspection.attention_entropy(world.model, world.images_BCHW)
 
 
 def drawing_insides(world: World) -> None:
-    found = insides.inspect_model(world.model, world.images_BCHW)
-    insides_figure.draw_insides(found, world.folder / "insides.png")
+    found = inspection.inspect_model(world.model, world.images_BCHW)
+    inspection_plot.draw_insides(found, world.folder / "insides.png")
 
 
 def measured(world: World) -> metrics.Metrics:
@@ -442,14 +442,14 @@ def measured(world: World) -> metrics.Metrics:
 def measuring(world: World) -> None:
     found = measured(world)
     found.to_json()
-    report.metrics_table(found), report.confusion_table(found)
+    tables.metrics_table(found), tables.confusion_table(found)
 
 
 def plotting_figures(world: World) -> None:
     found = measured(world)
-    figures.plot_calibration(found, world.folder / "calibration.png")
-    figures.plot_confusion(found, world.folder / "confusion.png")
-    figures.plot_run([{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}], None, world.folder)
+    plots.plot_calibration(found, world.folder / "calibration.png")
+    plots.plot_confusion(found, world.folder / "confusion.png")
+    plots.plot_run([{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}], None, world.folder)
 
 
 def running(world: World) -> None:
@@ -599,7 +599,7 @@ def test_only_a_new_model_draws_and_only_from_torch() -> None:
         (ConfigError, lambda w: w.explained().save("x.bmp")),
         (ConfigError, lambda w: Look(colormap="jet")),
         (DataError, lambda w: score.score_methods(w.model, w.images_BCHW[:3], None)),
-        (DataError, lambda w: insides.inspect_model(w.model, w.images_BCHW[:3])),
+        (DataError, lambda w: inspection.inspect_model(w.model, w.images_BCHW[:3])),
         (CheckpointError, lambda w: metrics.quick_scores(torch.full((2, 3), torch.nan),
                                                          torch.zeros(2, dtype=torch.int64))),
         (ConfigError, lambda w: vitrail.get_preset("none")),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
-from vitrail.explain import measures
+from vitrail.explain import map_metrics
 from vitrail.explain.map_report import plot_scores, score_table
 from vitrail.explain.score import (
     MEASURES,
@@ -185,30 +185,30 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
 
 def test_equal_patches_follow_in_a_shuffled_order() -> None:
     """Row by row would favour the top left corner."""
-    ranks_BN = measures.rank_patches(torch.zeros(2, 3, 5))
+    ranks_BN = map_metrics.rank_patches(torch.zeros(2, 3, 5))
     assert ranks_BN[0].tolist() == ranks_BN[1].tolist() != list(range(15))
     assert sorted(ranks_BN[0].tolist()) == list(range(15))
-    ranked_N = measures.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
+    ranked_N = map_metrics.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
     assert ranked_N.tolist() == list(reversed(range(15)))
 
 
 def test_baselines_are_the_mean_colour_and_a_blur() -> None:
     images_BCHW = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    mean_BCHW = measures.draw_baseline(images_BCHW, "mean")
+    mean_BCHW = map_metrics.draw_baseline(images_BCHW, "mean")
     assert mean_BCHW[1, 2].unique().tolist() == [pytest.approx(images_BCHW[1, 2].mean().item())]
     point_1CHW = torch.zeros(1, 1, 31, 33)
     point_1CHW[0, 0, 15, 16] = 1
-    blurred_HW = measures.blur(point_1CHW, 2.0)[0, 0]
+    blurred_HW = map_metrics.blur(point_1CHW, 2.0)[0, 0]
     expected = NormalDist(0, 2).pdf(3) * NormalDist(0, 2).pdf(1)
     assert blurred_HW[18, 17].item() == pytest.approx(expected, rel=0.01)
     assert blurred_HW.sum().item() == pytest.approx(1, rel=1e-4)
     flat_1CHW = torch.full((1, 3, 5, 4), 0.7)
-    torch.testing.assert_close(measures.blur(flat_1CHW, 3.0), flat_1CHW)
+    torch.testing.assert_close(map_metrics.blur(flat_1CHW, 3.0), flat_1CHW)
 
 
 def test_maps_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
-        measures.rank_patches(torch.full((1, 3, 5), math.nan))
+        map_metrics.rank_patches(torch.full((1, 3, 5), math.nan))
 
 
 # Floors

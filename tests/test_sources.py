@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vitrail.config.settings import DataConfig
-from vitrail.data import sources
+from vitrail.data import datasets
 from vitrail.data.datasets import load_splits
 from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ def coloured(count: int, seed: int) -> ImageSet:
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ImageSet]:
     """The files' two parts of ``shapes``, and a list of those that were opened."""
     files = {"train": coloured(97, 1), "test": coloured(41, 2)}
-    monkeypatch.setattr(sources, "load_shapes", lambda part: files[part])
+    monkeypatch.setattr(datasets, "load_shapes", lambda part: files[part])
     return files
 
 
@@ -67,7 +67,9 @@ def test_validation_does_not_change_with_the_training_images() -> None:
 
 def test_opens_the_test_part_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(sources, "load_shapes", lambda part: opened.append(part) or coloured(41, 3))
+    monkeypatch.setattr(
+        datasets, "load_shapes", lambda part: opened.append(part) or coloured(41, 3)
+    )
     assert set(load_splits(DataConfig(), ["train"])) == {"train"}
     assert set(load_splits(DataConfig(), ["validation"])) == {"validation"}
     assert opened == ["train", "train"]
@@ -107,7 +109,7 @@ def test_goes_to_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((*words, data_path))
         return coloured(41, 5)
 
-    monkeypatch.setattr(sources, "load_cifar", load_cifar)
+    monkeypatch.setattr(datasets, "load_cifar", load_cifar)
     config = DataConfig(dataset=dataset, data_path=Path("there"))  # type: ignore[arg-type]
     assert len(load_splits(config, ["train", "test"])["test"]) == 41
     assert asked == [(dataset, "train", Path("there")), (dataset, "test", Path("there"))]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitrail.data import unpickle
+from vitrail.data import cifar_pickle
 from vitrail.data.cifar_pickle import load_arrays
 from vitrail.errors import DataError
 
@@ -85,7 +85,7 @@ def test_without_pythons_own_unpickler_files_are_refused_and_all_else_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(pickle, "_Unpickler")
-    spec = importlib.util.spec_from_file_location("unpickle_elsewhere", unpickle.__file__)
+    spec = importlib.util.spec_from_file_location("unpickle_elsewhere", cifar_pickle.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -8,6 +8,7 @@ there was a fault. Guided by coverage where atheris is installed, by a seed othe
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shutil
@@ -159,6 +160,7 @@ def serve(options: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("vitrail").setLevel(logging.ERROR)  # it warns of every file not official
     if options.engine == "atheris":
         import atheris
 
