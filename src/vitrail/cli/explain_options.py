@@ -28,7 +28,7 @@ class DrawingOptions:
     """How the maps are drawn."""
 
     style: Literal["vitrail", "reference"] = "vitrail"
-    """seed draws frames as the reference system does: the picture dimmed by its rollout."""
+    """reference: as the reference implementation draws: the picture dimmed by its rollout."""
     normalise: Literal["frame", "picture", "none"] = "frame"
     """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
     colormap: str = "magma"

@@ -50,7 +50,7 @@ def run_train(words: Sequence[str]) -> int:
     words = [spell_out(word) for word in words]
     words, stamp = take_value(words, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
     if not any(named(word, "--resume") for word in words):
-        chosen = {"--preset": "seed", "--model_path": "model"}
+        chosen = {"--preset": "reference", "--model_path": "model"}
         for flag, value in chosen.items():
             if not any(named(word, flag) for word in words):
                 words = [*words, flag, value]
