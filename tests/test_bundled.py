@@ -106,7 +106,7 @@ def test_hub_ids_stay_as_they_are_typed() -> None:
     """As a path, hf:OWNER/NAME would become hf:OWNER\\NAME on Windows."""
     from vitrail.cli.convert import ConvertOptions
     from vitrail.cli.info import InfoOptions
-    from vitrail.cli.models import ModelOptions, ModelWord
+    from vitrail.cli.options import ModelOptions, ModelWord
     from vitrail.cli.parsing import parse
     from vitrail.cli.push import PushOptions
 

@@ -22,7 +22,7 @@ from rich.cells import cell_len
 
 from vitrail.cli import COMMANDS, main
 from vitrail.cli.console import out
-from vitrail.cli.models import ModelOptions
+from vitrail.cli.options import ModelOptions
 from vitrail.cli.parsing import parse
 from vitrail.cli.predict import describe_classes, print_table
 from vitrail.cli.train import read
@@ -320,10 +320,10 @@ def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
     run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", str(pictures / "a.png")]) == 0
-    assert "taking the bundled model, cifar10" in capsys.readouterr().err
+    assert "using the bundled model, cifar10" in capsys.readouterr().err
     (here / "output").symlink_to(run_folder.parent)
     assert main(["predict", str(pictures / "a.png")]) == 0
-    assert "taking the newest run, output/a" in capsys.readouterr().err
+    assert "using the newest run, output/a" in capsys.readouterr().err
 
 
 # --- train ----------------------------------------------------------------------------------------

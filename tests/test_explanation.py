@@ -16,8 +16,8 @@ from rich.console import Console
 import vitrail
 from vitrail.cli import main
 from vitrail.cli.explain_options import ExplainOptions, name_files
+from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
-from vitrail.cli.picture_words import MODEL_ENDINGS, MODEL_FILES
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw

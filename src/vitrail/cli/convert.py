@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vitrail.cli.console import out
-from vitrail.cli.models import Preparation
+from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 

@@ -17,9 +17,8 @@ from vitrail.cli.explain_options import (
     read_numbers,
     read_query,
 )
-from vitrail.cli.models import load_model
+from vitrail.cli.options import STDIN, list_pictures, load_model
 from vitrail.cli.parsing import parse
-from vitrail.cli.picture_words import STDIN, list_pictures
 from vitrail.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:

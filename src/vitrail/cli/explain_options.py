@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vitrail.cli.models import ModelOptions
+from vitrail.cli.options import ModelOptions
 from vitrail.errors import ConfigError, nearest
 
 PROG = "vitrail explain"

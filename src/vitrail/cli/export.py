@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.models import ModelWord, load_model, with_word
+from vitrail.cli.options import ModelWord, load_model, with_word
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 

@@ -9,7 +9,7 @@ import tyro
 
 from vitrail.cli.console import out, say
 from vitrail.cli.explain_options import check_images
-from vitrail.cli.models import ModelWord, load_model, with_word
+from vitrail.cli.options import ModelWord, load_model, with_word
 from vitrail.cli.parsing import parse
 from vitrail.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from vitrail.cli.picture_words import is_model
+from vitrail.cli.options import is_model
 from vitrail.config.fields import expand_home
 from vitrail.errors import ConfigError, nearest
 

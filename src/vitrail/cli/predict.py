@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vitrail.cli.console import out, say, tell
-from vitrail.cli.models import ModelOptions, is_onnx, load_model
+from vitrail.cli.options import STDIN, ModelOptions, is_onnx, list_pictures, load_model
 from vitrail.cli.parsing import parse
-from vitrail.cli.picture_words import STDIN, list_pictures
 from vitrail.errors import ConfigError, PictureError, printable
 
 if TYPE_CHECKING:

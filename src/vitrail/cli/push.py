@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.models import Preparation
+from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
 from vitrail.errors import CheckpointError, ConfigError
 

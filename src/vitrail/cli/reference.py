@@ -16,7 +16,7 @@ import tyro
 
 from vitrail.cli import LOAD, guarded, train
 from vitrail.cli.console import out, say
-from vitrail.cli.models import ModelOptions, load_model
+from vitrail.cli.options import ModelOptions, load_model
 from vitrail.cli.parsing import parse
 from vitrail.cli.test import TestOptions, score, show
 from vitrail.config.model import require_range

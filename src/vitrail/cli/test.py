@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.models import ModelWord, load_model, with_word
+from vitrail.cli.options import ModelWord, load_model, with_word
 from vitrail.cli.parsing import parse
 from vitrail.config.model import require_range
 

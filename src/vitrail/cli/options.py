@@ -1,0 +1,219 @@
+"""Groups of flags that several commands share: the model, its data, its pictures."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from vitrail.cli.console import say
+from vitrail.errors import ConfigError, PictureError
+from vitrail.weights import bundled
+
+if TYPE_CHECKING:
+    from vitrail.inference.classifier import Classifier
+
+STDIN = "-"
+MODEL_ENDINGS = (
+    ".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz", ".onnx", ".pt2",
+)  # fmt: skip
+MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
+"""A folder that holds one of these is a checkpoint, or the weights of another system."""
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures are prepared for a model, where its files do not say it or say it wrongly."""
+
+    mean: tuple[float, float, float] | None = None
+    """Per-channel mean to subtract, with pixels scaled to 0..1. Default: as the weights say."""
+    std: tuple[float, float, float] | None = None
+    """Per-channel standard deviation to divide by. Default: as the weights say."""
+    fit: Literal["crop", "pad", "squash"] | None = None
+    """Fit pictures of another shape by cropping, padding or stretching. Default: as the weights
+    say."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] | None = (
+        None
+    )
+    """Filter for resizing pictures. Default: as the weights say."""
+    crop_pct: float | None = None
+    """Fraction of each side to keep around the center. Default: as the weights say."""
+    pixel_range: tuple[float, float] | None = None
+    """Values of black and white in 16-bit and floating-point pictures. Default: as the weights say,
+    else from the pictures."""
+
+    def given(self) -> dict[str, Any]:
+        """Return what was given, by the names of DataConfig's fields."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, its device, and how its pictures are prepared."""
+
+    model_path: str | None = None
+    """Run folder, weights, bundled name or hf:OWNER/NAME. Default: the newest run, else the
+    bundled model. A path that could be a name starts with ./"""
+    n_attention_heads: int | None = None
+    """Number of attention heads, for weights whose files do not say it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto tries cuda, then mps, then cpu."""
+    preparation: Preparation = field(default_factory=Preparation)
+
+
+@dataclass(frozen=True)
+class ModelWord(ModelOptions):
+    """The same for commands whose only positional argument is the model."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Same as --model_path."""
+
+
+Options = TypeVar("Options", bound=ModelWord)
+
+
+def with_word(options: Options) -> Options:
+    """Return the options with the positional model as --model_path.
+
+    Raises:
+        ConfigError: both name a model.
+    """
+    if options.model is None:
+        return options
+    if options.model_path not in (None, options.model):
+        raise ConfigError(
+            f"two models are named, {options.model} and --model_path {options.model_path}: give one"
+        )
+    return dataclasses.replace(options, model_path=options.model)
+
+
+def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
+    """Load the model that was named, or the newest run, and say which.
+
+    Raises:
+        ConfigError: the model is an ONNX file, which only ``vitrail predict`` runs.
+    """
+    if is_onnx(options.model_path):
+        raise ConfigError(
+            f"{options.model_path}: an ONNX file can only predict (vitrail predict): give the run "
+            "folder or weights that it was exported from"
+        )
+    from vitrail.weights.pretrained import default_model, load
+
+    path: Path | str | None = options.model_path
+    if path is None:
+        path = default_model(runs)
+        what = "newest run" if isinstance(path, Path) else "bundled model"
+        say(f"no --model_path given: using the {what}, {path}")
+    given = options.preparation.given()
+    model = load(path, n_attention_heads=options.n_attention_heads, device=options.device, **given)
+    for note in model.notes:
+        say(f"{path}: {note}")
+    return model
+
+
+def is_onnx(path: str | None) -> bool:
+    """Return whether a model is an ONNX file, which runs without torch."""
+    return path is not None and path.lower().endswith(".onnx")
+
+
+def is_model(word: str) -> bool:
+    """Return whether an argument can only be meant as a model."""
+    path = Path(word)
+    try:
+        if path.is_dir():
+            run = (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+            return run or any((path / name).is_file() for name in MODEL_FILES)
+        if path.is_file():
+            return path.name.lower().endswith(MODEL_ENDINGS)
+    except OSError:  # for example, a name that is too long: the search reports it
+        return False
+    return word in bundled.names() or word.startswith("hf:")
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images to use, where they come from a data set."""
+
+    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
+    """Data set. Default: the one that the model was trained on."""
+    data_path: Path | None = None
+    """Folder of the data. Default: the one used in training."""
+    split: Literal["validation", "test", "train"] = "validation"
+    """Split of the data set."""
+
+    def changes(self) -> dict[str, Any]:
+        """Return the settings of the data that were given, by the names of DataConfig's fields."""
+        given = {"dataset": self.dataset, "data_path": self.data_path}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def to_load(self) -> dict[str, Any]:
+        """Return the arguments of ``load_split``: all test images, also if training used fewer."""
+        return {"split": self.split, "num_test_images": None, **self.changes()}
+
+
+def log_test_use(
+    classifier: "Classifier", split: str, folder: Path, purpose: str, images: int
+) -> None:
+    """Log a use of the test split in the model's run folder, or else in the folder given."""
+    from vitrail.training.run_folder import log_test_use_of
+
+    if split == "test":
+        note = log_test_use_of(classifier.source, folder, purpose, images)
+        if note:
+            say(note)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def list_pictures(words: Sequence[str]) -> list[str]:
+    """Return the names of all pictures that the arguments stand for; ``-`` is standard input.
+
+    The plots in run folders are no pictures to classify: a search of a folder above them leaves
+    them out, and reports it.
+
+    Raises:
+        ConfigError: an argument is a model.
+        PictureError: an argument stands for no picture.
+    """
+    for word in words:
+        if not word:
+            raise PictureError("'' is an empty name: give a picture, a folder or a glob")
+        if is_model(word):
+            raise ConfigError(f"{word} is a model, not a picture: give --model_path {word}")
+    return [name for word in words for name in ([word] if word == STDIN else _search(word))]
+
+
+def _search(word: str) -> list[str]:
+    """Return the names of the pictures that one argument stands for."""
+    from vitrail.data.pictures import find_pictures  # here, since --help need not load Pillow
+
+    found, root = find_pictures([word]), Path(word)
+    runs = {path: _run_above(path, root) for path in found}
+    plots = [path for path in found if runs[path]]
+    if plots:
+        folders = ", ".join(sorted({str(runs[path]) for path in plots}))
+        if len(plots) == len(found):
+            raise PictureError(f"{word}: its only pictures are the plots of runs: {folders}")
+        say(f"{word}: skipped {len(plots)} plots of runs: {folders}")
+    return [str(path) for path in found if not runs[path]]
+
+
+def _run_above(path: Path, root: Path) -> Path | None:
+    """Return the run folder, below the folder that is searched, that a picture is in."""
+    for folder in path.parents:
+        if folder == root or root not in folder.parents:
+            return None
+        if (folder / "checkpoints").is_dir():
+            return folder
+    return None
