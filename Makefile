@@ -3,7 +3,7 @@
 check:  ## what must be clean before a commit
 	ruff check .
 	ruff format --check .
-	mypy --strict src
+	mypy
 
 format:  ## mend what can be mended by machine
 	ruff check --fix .
@@ -21,4 +21,4 @@ fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is ins
 	python tests/faults/hostile.py --cases 20000 --keep output/hostile
 
 bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
-	vitrail bench --quick $(if $(PEERS),--peers $(PEERS))
+	python benchmarks/bench.py --quick $(if $(PEERS),--peers $(PEERS))

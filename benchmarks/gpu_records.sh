@@ -54,7 +54,7 @@ complete() { # has this interpreter all that Vitrail needs?
 preset() { # the preset's name; a rehearsal takes another one for a preset that is not there yet
     if "$python" -c "import sys; from vitrail.config.presets import PRESETS; sys.exit('$1' not in PRESETS)"
     then echo "$1"
-    elif [ $dry = yes ]; then echo seed
+    elif [ $dry = yes ]; then echo reference
     else echo "gpu_records.sh: there is no preset $1" >&2 && return 1
     fi
 }
@@ -73,7 +73,7 @@ PYTHON
 
 measure() { # NAME PRESET [FLAGS]: the table to look at, the JSON line to keep
     local name=$1 && shift
-    vitrail bench --preset "$@" --device $device "${peers[@]}" "${bench[@]}" |
+    "$python" benchmarks/bench.py --preset "$@" --device $device "${peers[@]}" "${bench[@]}" |
         tee "$output/bench-$name.txt"
     tail -n 1 "$output/bench-$name.txt" >"$output/bench-$name.json"
 }
@@ -143,10 +143,10 @@ for stage in $stages; do
     check) "$python" benchmarks/check_device.py --device $device --preset reference "${check[@]}" |
         tee "$output/check.txt" ;;
     measure)
-        measure seed seed
+        measure reference reference
         measure small "$(preset small)" --workloads step epoch
         measure base "$(preset base)" --workloads step epoch
-        measure vit-s4 seed --workloads step epoch inference --embed_dim 384 --n_layers 12 \
+        measure vit-s4 reference --workloads step epoch inference --embed_dim 384 --n_layers 12 \
             --n_attention_heads 6 --forward_mul 4
         ;;
     train) train ;;

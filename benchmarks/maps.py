@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vitrail.bench.worker import peak_mib
-from vitrail.bench.workers import interleave
+from speed.worker import peak_mib
+from speed.workers import interleave
 from vitrail.config.presets import get_preset
 from vitrail.explain.methods import Maps, MapSettings, compute_maps
 from vitrail.explain.run_blocks import read

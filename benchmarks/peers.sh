@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment with the systems that `vitrail bench --peers FOLDER` measures beside Vitrail.
+# An environment with the systems that `benchmarks/bench.py --peers FOLDER` measures beside Vitrail.
 #
 #     bash benchmarks/peers.sh FOLDER [REFERENCE]
 #
@@ -31,23 +31,19 @@ pip install --quiet --no-deps \
 pip install --quiet transformers==5.24.0 tqdm==4.70.1 scikit-learn==1.9.1
 
 # The package index's torchvision is built for CUDA. Beside a CPU torch it lacks two operators that
-# no system here calls, and without them it does not import: TV_SHIM=1, which the bench sets,
-# declares them.
+# no system here calls, and without them it does not import: they are declared at start.
 import_all='import torchvision, timm, vit_pytorch, transformers, sklearn.metrics'
 if ! "$folder/bin/python" -c 'import torchvision' 2>/dev/null; then
     cat >"$site/sitecustomize.py" <<'PYTHON'
-import os
+import torch
 
-if os.environ.get("TV_SHIM"):
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor x) -> Tensor")
-    torch.torchvision_shim = library  # kept alive
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor x) -> Tensor")
+torch.torchvision_shim = library  # kept alive
 PYTHON
 fi
-TV_SHIM=1 "$folder/bin/python" -W ignore -c "$import_all"
+"$folder/bin/python" -W ignore -c "$import_all"
 
 if [ -n "$given" ]; then
     mkdir -p "$folder/reference"
@@ -59,4 +55,4 @@ fi
 [ -f "$folder/reference/model.py" ] ||
     { echo "peers.sh: $folder/reference has no model.py: not the reference system" >&2; exit 2; }
 
-echo "ready: vitrail bench --peers $folder"
+echo "ready: python benchmarks/bench.py --peers $folder"

@@ -13,7 +13,7 @@ SOURCE = Path(vitrail.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "optional", "runtime", "config", "data", "model", "evaluation", "explain",
-    "inference", "weights", "training", "export", "sweep", "bench", "cli", "__main__",
+    "inference", "weights", "training", "export", "sweep", "cli", "__main__",
 ]  # fmt: skip
 """Each room may import from those before it, and from itself."""
 

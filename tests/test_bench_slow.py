@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.bench.jobs import SERVED, TITLES
+from speed.jobs import SERVED, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--device cpu --embed_dim 16 --n_layers 2 --batch_size 8 --rounds 1 --quick".split()  # noqa: SIM905
@@ -17,12 +17,27 @@ SMALL = "--device cpu --embed_dim 16 --n_layers 2 --batch_size 8 --rounds 1 --qu
 Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def bench() -> Runner:
+    """Run benchmarks/bench.py in a process of its own."""
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "benchmarks/bench.py", *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    return run
+
+
 @pytest.mark.slow
-def test_all_kinds_of_work_beside_the_peers(vitrail: Runner) -> None:
+def test_all_kinds_of_work_beside_the_peers(bench: Runner) -> None:
     peers = os.environ.get("VITRAIL_PEERS")
     if not peers:
         pytest.skip("VITRAIL_PEERS names no environment of benchmarks/peers.sh")
-    done = vitrail("bench", *SMALL, "--precision", "float32", cwd=ROOT)
+    done = bench(
+        *SMALL,
+        "--precision",
+        "float32",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for workload in ("step", "inference", "explanation"):
@@ -35,8 +50,8 @@ def test_all_kinds_of_work_beside_the_peers(vitrail: Runner) -> None:
 
 
 @pytest.mark.slow
-def test_growth_is_drawn(vitrail: Runner, tmp_path: Path) -> None:
-    done = vitrail("bench", *SMALL, "--growth", "--plot", tmp_path / "growth.png")
+def test_growth_is_drawn(bench: Runner, tmp_path: Path) -> None:
+    done = bench(*SMALL, "--growth", "--plot", tmp_path / "growth.png")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     work = {(p["axis"], p["series"], p["value"]): p["work_mib"] for p in result["points"]}

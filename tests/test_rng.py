@@ -65,5 +65,5 @@ def test_no_two_files_draw_from_one_stream() -> None:
         call = r"rng\.(?:generator|derive_seed)\([^()]*?\"(\w+)\""
         for stream in re.findall(call, path.read_text(encoding="utf-8")):
             files.setdefault(stream, set()).add(path.name)
-    assert {"explain", "ties", "shapes", "bench", "augment"} <= set(files)
+    assert {"explain", "ties", "shapes", "augment"} <= set(files)
     assert [stream for stream, where in files.items() if len(where) > 1] == []

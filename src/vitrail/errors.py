@@ -7,8 +7,7 @@
     ├── CheckpointError          weights missing, truncated, altered or foreign
     ├── OutputError              a folder that cannot be written
     ├── ExportError              an exported file that does not compute what the model does
-    ├── TrainingError            training cannot go on (a loss that is not finite)
-    └── BenchError               a measurement that could not be made
+    └── TrainingError            training cannot go on (a loss that is not finite)
 
 The library raises these; only the command line turns them into words and exit codes.
 """
@@ -54,10 +53,6 @@ class ExportError(VitrailError):
 
 class TrainingError(VitrailError):
     """Training that cannot go on."""
-
-
-class BenchError(VitrailError):
-    """A measurement that could not be made."""
 
 
 def printable(text: str) -> str:

@@ -34,7 +34,6 @@ COMMANDS = {
     "push": "put a model on the Hugging Face hub",
     "export": "write a model as ONNX or as a torch program",
     "sweep": "search for good settings",
-    "bench": "measure speed and memory, alone or beside other systems",
     "info": "show presets, runs, this machine, or one model",
 }
 

@@ -12,7 +12,6 @@ import torch
 
 STREAMS = (
     "init", "order", "augment", "dropout", "split", "shapes", "explain", "ties", "export", "sweep",
-    "bench",
 )  # fmt: skip
 """One for each place that draws, so that no two places draw the same numbers."""
 

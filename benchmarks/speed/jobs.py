@@ -1,4 +1,4 @@
-"""What is measured, of whom, and how much of it."""
+"""Workloads, systems and amounts of a benchmark, and the job that a worker process gets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ SERVED: dict[Workload, tuple[str, ...]] = {
     "test": (REFERENCE,),
     "explanation": tuple(name for name in PEERS if name != "transformers sdpa"),
 }
-"""Who does what beside us: only the reference loads data; a fused attention shows none."""
+"""Who does what: only the reference loads data; fused attention returns no maps."""
 TRAINS = ("step", "epoch")
 CLASSES = 10
-"""Classes where the settings leave them to the data: there are no data here."""
+"""Number of classes where the settings leave it to the data set, as none is loaded here."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that a speed depends on."""
+    """The settings that affect speed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -45,18 +45,20 @@ class Recipe:
 
     @classmethod
     def of(cls, config: Config) -> "Recipe":
-        """Return a run's own."""
+        """Return those of a run."""
         return cls(config.model, config.augment, config.training)
 
     def config(self, precision: str | None = None) -> Config:
-        """Return the settings of a run, with classes to tell apart.
+        """Return the settings of a run with a fixed number of classes.
 
         Raises:
             ConfigError: the images are not square.
         """
         height, width = self.model.image_hw
         if height != width:
-            raise ConfigError(f"image_size is {height} x {width}: the bench takes square images")
+            raise ConfigError(
+                f"image_size is {height} x {width}: the benchmark needs square images"
+            )
         classes = self.model.n_classes or CLASSES
         model = dataclasses.replace(self.model, image_size=height, n_classes=classes)
         training = self.training
@@ -65,7 +67,7 @@ class Recipe:
         return Config(model=model, augment=self.augment, training=training)
 
     def changed(self, **values: Any) -> "Recipe":
-        """Return the recipe with other values of some fields, of whichever section."""
+        """Return the recipe with some fields of any section replaced."""
         sections = {}
         for name, section in vars(self).items():
             own = {key: value for key, value in values.items() if hasattr(section, key)}
@@ -74,7 +76,7 @@ class Recipe:
 
 
 def plain(model: ModelConfig) -> ModelConfig:
-    """Return the plain ViT of the same shape, which is what the others are."""
+    """Return the plain ViT of the same shape, as the other systems implement it."""
     shape = (
         "image_size", "n_channels", "n_classes", "patch_size", "embed_dim", "n_layers",
         "n_attention_heads", "forward_mul", "dropout",
@@ -84,7 +86,7 @@ def plain(model: ModelConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is done in a round: steps, batches, or images of the test split."""
+    """Work per round: steps, batches, or images of the test split."""
 
     step: int = 3
     epoch: int = 10
@@ -94,7 +96,7 @@ class Amounts:
     rounds: int = 5
 
     def request(self, workload: Workload) -> int:
-        """Return what is asked of a worker in a round; testing is always done once."""
+        """Return the amount that a worker is asked for in a round; testing always runs once."""
         return 1 if workload == "test" else int(getattr(self, workload))
 
 
@@ -103,19 +105,19 @@ QUICK = Amounts(step=1, epoch=2, inference=1, explanation=1, test_images=500, ro
 
 @dataclass(frozen=True)
 class Job:
-    """One system doing one kind of work in one number format."""
+    """One system with one workload in one precision."""
 
     system: str
     precision: str
     workload: str
 
     def spec(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
-        """Return what its worker process is told.
+        """Return the specification for its worker process.
 
-        The fields: the job's own; ``config``, all settings; ``model``, the plain ViT's, for other
-        systems; ``batch_size``; ``device``; and, for workloads that read data, ``data_path``,
-        ``reference_path``, ``images`` (test images) and ``folder`` (where the reference leaves
-        weights and logits for us to repeat).
+        The fields: those of the job; ``config``, all settings; ``model``, those of the plain ViT,
+        for other systems; ``batch_size``; ``device``; and, for workloads that read data,
+        ``data_path``, ``reference_path``, ``images`` (test images) and ``folder`` (where the
+        reference saves weights and logits, which ours are compared with).
         """
         config = recipe.config(self.precision)
         return {
@@ -128,9 +130,9 @@ class Job:
 
 
 def unfit(system: str, workload: Workload, model: ModelConfig) -> str | None:
-    """Tell why a peer cannot have this shape, or None."""
+    """Return why a peer does not support this shape, or None."""
     if system == REFERENCE and model.forward_mul != int(model.forward_mul):
-        return f"takes a whole forward_mul only, not {model.forward_mul:g}"
+        return f"needs an integer forward_mul, not {model.forward_mul:g}"
     reads_cifar = workload in ("epoch", "test")
     if reads_cifar and (model.n_channels, model.n_classes or CLASSES) != (3, CLASSES):
         return "loads CIFAR-10 only: 3 channels, 10 classes"
@@ -140,9 +142,9 @@ def unfit(system: str, workload: Workload, model: ModelConfig) -> str | None:
 def jobs_of(
     workload: Workload, precisions: tuple[str, ...], peers: Mapping[str, str | None]
 ) -> list[Job]:
-    """Return the jobs of a workload, peers first: the reference leaves files that ours reads.
+    """Return the jobs of a workload, peers first: ours reads files that the reference saves.
 
-    The reference's own training and testing is taken as it ships, in float32.
+    The reference's own training and testing loops run unmodified, in float32.
     """
     jobs = []
     for system in (name for name, why_not in peers.items() if why_not is None):

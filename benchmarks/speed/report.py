@@ -6,23 +6,23 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.bench.compare import Comparison, Row, gigaflops
-from vitrail.bench.jobs import OURS, REFERENCE, TITLES
+from speed.compare import Comparison, Row, gigaflops
+from speed.jobs import OURS, REFERENCE, TITLES
 from vitrail.config.files import to_json
 
 COLUMNS = ("", "images/s", "spread", "ratio", "product", "peak", "MiB")
 NO_PEERS = (
-    "Vitrail alone. Beside others: bash benchmarks/peers.sh peers, then vitrail bench --peers peers"
+    "Only Vitrail was measured. To compare: bash benchmarks/peers.sh peers, then --peers peers"
 )
 EXPLAINED = (
-    "images/s: median of the rounds; spread: half the range; ratio: to the first row of its kind; "
-    "product: share of the speed of the model's widest matrix product ({own}); peak: of the "
-    "fastest product measured, in the same number format; MiB: the most {memory} held."
+    "images/s: median of the rounds; spread: half the range; ratio: to the section's first row; "
+    "product: fraction of the speed of the model's widest matrix product ({own}); peak: of the "
+    "fastest matrix product, in the same precision; MiB: peak memory of the {memory}."
 )
 
 
 def comparison_table(found: Comparison, title: str) -> Table:
-    """Return the table: a section for each kind of work, the reference or ourselves first."""
+    """Return the table: a section per workload, with the reference, if measured, first."""
     table = Table(title=Text(title), title_justify="left", box=HORIZONTALS, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -39,27 +39,27 @@ def comparison_table(found: Comparison, title: str) -> Table:
 
 
 def cells(row: Row, first: float) -> list[str]:
-    """Return a row's figures as text."""
+    """Return the numbers of a row as text."""
     shares = ["-" if share is None else f"{share:.0%}" for share in (row.of_product, row.of_peak)]
     spread = f"±{(max(row.rates) - min(row.rates)) / 2 / row.rate:.0%}"
     return [f"{row.rate:,.0f}", spread, f"{row.rate / first:.2f}", *shares, f"{row.peak_mib:,.0f}"]
 
 
 def below(found: Comparison, sizes: dict[str, tuple[int, int, int]]) -> list[str]:
-    """Return the lines below the table: what the columns are, products, and what was left out."""
+    """Return the lines below the table: the columns, matrix products, and what was skipped."""
     names = {name: " x ".join(map(str, size)) for name, size in sizes.items()}
-    memory = "of the card that was" if found.bench.device == "cuda" else "that the process"
+    memory = "GPU" if found.bench.device == "cuda" else "process"
     lines = [EXPLAINED.format(own=names["own"], memory=memory)]
     for precision, table in found.products.items():
         speeds = (f"{gigaflops(max(table[name]))} at {names[name]}" for name in names)
-        lines.append(f"Products in {precision}, GFLOP/s, at most: {', '.join(speeds)}.")
+        lines.append(f"Matrix products in {precision}, GFLOP/s (best round): {', '.join(speeds)}.")
     if found.bench.python is None:
         lines.append(NO_PEERS)
     return lines + found.remarks
 
 
 def best_ratios(found: Comparison) -> dict[str, dict[str, float]]:
-    """Return our best rate over each other system's best, by kind of work."""
+    """Return the ratio of our best rate to the best of each other system, per workload."""
     ratios: dict[str, dict[str, float]] = {}
     for workload in found.bench.workloads:
         best: dict[str, float] = {}
@@ -73,9 +73,9 @@ def best_ratios(found: Comparison) -> dict[str, dict[str, float]]:
 
 
 def comparison_json(found: Comparison, **about: Any) -> dict[str, Any]:
-    """Return everything as plain JSON values."""
+    """Return all results as JSON values."""
     return {
-        "title": "vitrail bench",
+        "title": "benchmarks/bench.py",
         **about,
         "device": found.bench.device,
         "config": {

@@ -1,91 +1,112 @@
-"""``vitrail bench``."""
+"""Measure speed and memory of training, testing and explaining; alone or beside other systems.
+
+    python benchmarks/bench.py --quick
+    python benchmarks/bench.py --peers peers        (made by benchmarks/peers.sh)
+    python benchmarks/bench.py --growth
+
+docs/how-to/measure-speed.md explains the table.
+"""
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-from vitrail.bench.jobs import QUICK, REFERENCE, TITLES, Amounts, Recipe, Workload
+from speed.compare import Bench, compare, sizes
+from speed.growth import growth_json, growth_table, measure_growth, plot_growth
+from speed.jobs import QUICK, REFERENCE, TITLES, Amounts, Recipe, Workload
+from speed.report import below, comparison_json, comparison_table
+from speed.workers import python_of
+from vitrail.cli import guarded
 from vitrail.cli.console import out, say
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import require, require_range
+from vitrail.runtime import waiting
+from vitrail.runtime.devices import choose_device
+from vitrail.runtime.environment import describe_environment
 
-PROG = "vitrail bench"
+PROG = "python benchmarks/bench.py"
 PEERS_VARIABLE = "VITRAIL_PEERS"
 PLOT = Path("growth.png")
 GROWTH_ROUNDS = 3
+STARTED = waiting.read_processor()
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
 class PresetOption:
-    """Whose settings are measured."""
+    """The preset to measure."""
 
     preset: str = "reference"
-    """A whole configuration by name; the flags of model, augmentation and training go over it."""
+    """Base configuration; the model, augmentation and training flags override it."""
 
 
 @dataclass(frozen=True)
 class MeasureOptions(PresetOption):
-    """What is measured, and beside whom."""
+    """What is measured, and which other systems."""
 
     quick: Flag = False
-    """Fewer steps and rounds, for a first look."""
+    """Fewer steps and rounds, for a first impression."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes cuda, then mps, then cpu."""
+    """auto selects cuda, then mps, then cpu."""
     workloads: tuple[Workload, ...] = tuple(TITLES)
-    """Kinds of work, each a section of the table."""
+    """Workloads, each a section of the table."""
     rounds: int | None = None
-    """Rounds that count, after one that does not: 5 unless given, with --quick or --growth 3."""
+    """Measured rounds, after a warm-up round. Default: 5; 3 with --quick or --growth."""
     peers: Path | None = None
-    """Virtual environment of the other systems (benchmarks/peers.sh), or its interpreter; the
-    environment variable VITRAIL_PEERS unless given."""
+    """Virtual environment of the other systems (benchmarks/peers.sh), or its interpreter. Default:
+    the environment variable VITRAIL_PEERS."""
     reference_path: Path | None = None
-    """A clone of the reference system; PEERS/reference unless given."""
+    """A clone of the reference implementation. Default: PEERS/reference."""
     data_path: Path = Path("data")
-    """Where CIFAR-10 is, which the reference loads itself."""
+    """Folder of CIFAR-10, which the reference loads itself."""
     growth: Flag = False
-    """Instead, how cost grows with images, tokens, layers and batch: a plot."""
+    """Instead, plot how time and memory grow with images, tokens, layers and batch size."""
     plot: Path | None = None
-    """With --growth, where the plot goes: growth.png unless given."""
+    """With --growth: file of the plot. Default: growth.png."""
 
     def __post_init__(self) -> None:
         require_range(self, "rounds", 1)
-        require(bool(self.workloads), "workloads is empty: give at least one")
+        require(bool(self.workloads), "workloads is empty: name at least one")
         if not self.growth:
-            require(self.plot is None, "plot goes with growth: give --growth too, or leave it out")
+            require(self.plot is None, "plot requires growth: add --growth or remove --plot")
             return
         for name in ("workloads", "peers", "reference_path", "data_path"):
             unchanged = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            require(unchanged, f"{name} does not go with growth, which measures Vitrail alone")
+            require(
+                unchanged, f"{name} cannot be combined with growth, which measures only Vitrail"
+            )
 
 
 @dataclass(frozen=True)
 class BenchOptions(Recipe, MeasureOptions):
-    """Measure speed and memory: training, testing, explaining; alone or beside other systems.
+    """Measure speed and memory of training, testing and explaining; alone or beside other systems.
 
-    One table, and one line of JSON at the end. The other systems are plain ViTs of the same width,
-    depth, heads, patches and batch, each in a process of its own environment.
+    Prints a table, then one line of JSON. The other systems are plain ViTs of the same width,
+    depth, heads, patches and batch size, each in a process of their own environment.
     """
 
     @property
     def recipe(self) -> Recipe:
-        """The settings that are measured."""
+        """The measured settings."""
         return Recipe(self.model, self.augment, self.training)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
-    """Run ``vitrail bench``."""
-    start, _ = parse_known(PresetOption, words, prog=prog, add_help=False)
+def command(words: Sequence[str]) -> int:
+    """Run the benchmark; return the exit code."""
+    waiting.choose_waiting(STARTED)
+    start, _ = parse_known(PresetOption, words, prog=PROG, add_help=False)
     recipe = Recipe.of(get_preset(start.preset))
     defaults = BenchOptions(preset=start.preset, **vars(recipe))
-    options = parse(BenchOptions, words, prog=prog, default=defaults)
+    options = parse(BenchOptions, words, prog=PROG, default=defaults)
     try:
         grow(options) if options.growth else measure(options)
     except KeyboardInterrupt:
@@ -95,12 +116,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
 
 
 def measure(options: BenchOptions) -> None:
-    """Compare, print the table and the JSON line."""
-    from vitrail.bench.compare import Bench, compare, sizes
-    from vitrail.bench.report import below, comparison_json, comparison_table
-    from vitrail.bench.workers import python_of
-    from vitrail.runtime.devices import choose_device
-
+    """Compare systems; print the table and the JSON line."""
     device = choose_device(options.device).type
     amounts = QUICK if options.quick else Amounts()
     environment = options.peers or os.environ.get(PEERS_VARIABLE)
@@ -125,10 +141,7 @@ def measure(options: BenchOptions) -> None:
 
 
 def grow(options: BenchOptions) -> None:
-    """Measure growth, draw it, print the table and the JSON line."""
-    from vitrail.bench.growth import growth_json, growth_table, measure_growth, plot_growth
-    from vitrail.runtime.devices import choose_device
-
+    """Measure growth; save the plot, print the table and the JSON line."""
     device, plot = choose_device(options.device).type, options.plot or PLOT
     rounds = options.rounds or GROWTH_ROUNDS
     points = measure_growth(
@@ -137,23 +150,19 @@ def grow(options: BenchOptions) -> None:
     plot_growth(points, plot)
     machine = describe(device)
     out.print(growth_table(points, title(options, device, machine)))
-    say(f"drawn in {plot}")
+    say(f"plot saved to {plot}")
     about = {"preset": options.preset, "device": device, "machine": machine}
     print(json.dumps(growth_json(points, **about)))
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on: versions and machine."""
-    import torch
-
-    from vitrail.runtime.environment import describe_environment
-
+    """Return versions and machine, which the numbers depend on."""
     about = describe_environment(torch.device(device), "")
     return {name: about[name] for name in ("versions", "system", "processor", "threads", "device")}
 
 
 def title(options: BenchOptions, device: str, machine: dict[str, Any]) -> str:
-    """Return what was measured, in a line."""
+    """Return a line about what was measured."""
     model, batch = options.model, options.training.batch_size
     where = machine["device"] if device == "cuda" else f"{device}, {machine['threads']} threads"
     return (
@@ -161,3 +170,7 @@ def title(options: BenchOptions, device: str, machine: dict[str, Any]) -> str:
         f"{model.n_attention_heads} heads, patch {model.patch_size} of {model.image_hw[0]} px, "
         f"batch {batch}; {where}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(command, sys.argv[1:]))

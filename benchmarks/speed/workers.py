@@ -1,7 +1,6 @@
-"""Worker processes and rounds: every contestant alive, one at work, in turn."""
+"""Worker processes, all alive at once, that are measured in turn, round by round."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -10,12 +9,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vitrail.errors import BenchError
+from vitrail.errors import VitrailError
 
 Name = TypeVar("Name")
 
-SHIM = {"TV_SHIM": "1"}
-"""Lets an environment of benchmarks/peers.sh define torchvision's missing operators."""
+FOLDER = Path(__file__).parent
+
+
+class BenchError(VitrailError):
+    """A measurement that failed."""
 
 
 class Worker:
@@ -25,31 +27,31 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            text=True, env={**os.environ, **SHIM},
+            text=True,
         )  # fmt: skip
         self.about: dict[str, Any] = {}
         self.peak_mib = 0.0
 
     def wait_ready(self) -> None:
-        """Wait until it has built what it measures; ``about`` holds what it says of itself.
+        """Wait until it has built what it measures, and keep what it reports in ``about``.
 
         Raises:
-            BenchError: it could not; the last line of its standard error says why.
+            BenchError: it failed; the message is the last line of its standard error.
         """
         self.about = self._answer()
 
     def rate(self, request: Any) -> float:
-        """Let it work once; return images (or operations) a second.
+        """Run one round; return images (or operations) per second.
 
         Raises:
-            BenchError: it came to an end.
+            BenchError: the process ended.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # what became of it is told below
+            pass  # _answer reports why it ended
         answer = self._answer()
         self.peak_mib = answer["peak_mib"]
         return float(answer["done"] / answer["seconds"])
@@ -65,7 +67,7 @@ class Worker:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -81,16 +83,15 @@ def command(spec: Mapping[str, Any], python: Path | None = None) -> list[str]:
     """Return the command line of a worker: ours, or a peer's in its own interpreter."""
     words = json.dumps(spec, default=str)
     if python is None:
-        return [sys.executable, "-m", "vitrail.bench.ours", words]
-    # Isolated, so that no PYTHONPATH of ours puts our packages before theirs.
-    return [str(python), "-I", str(Path(__file__).with_name("peers.py")), words]
+        return [sys.executable, "-P", str(FOLDER / "ours.py"), words]
+    return [str(python), "-I", str(FOLDER / "peers.py"), words]  # without our PYTHONPATH
 
 
 @contextmanager
 def started(
     commands: Mapping[Name, Sequence[str]], give_up: Callable[[Name, BenchError], None]
 ) -> Iterator[dict[Name, Worker]]:
-    """Start processes side by side and yield those that got ready; ``give_up`` hears the others."""
+    """Start all processes and yield those that became ready; call ``give_up`` for the others."""
     with ExitStack() as stack:
         begun = {name: stack.enter_context(Worker(words)) for name, words in commands.items()}
         ready = {}
@@ -106,10 +107,9 @@ def started(
 def interleave(
     contestants: Mapping[Name, Callable[[], float]], *, rounds: int
 ) -> dict[Name, list[float]]:
-    """Call each contestant once a round, A B A B, after one round that is not counted.
+    """Call each contestant once per round (A B A B), after one warm-up round.
 
-    A contestant measures itself and returns its rate, so that a machine that grows slower or
-    faster meanwhile treats all alike.
+    A machine that becomes slower or faster meanwhile affects all contestants equally.
     """
     rates: dict[Name, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
@@ -121,14 +121,15 @@ def interleave(
 
 
 def python_of(environment: Path) -> Path:
-    """Return the interpreter of a virtual environment, or the interpreter that is named itself.
+    """Return the interpreter of a virtual environment, or the path itself if it is an interpreter.
 
     Raises:
-        BenchError: there is none.
+        BenchError: no interpreter was found.
     """
-    for path in (environment / "bin/python", environment / "Scripts/python.exe", environment):
+    for path in (environment / "bin/python", environment):
         if path.is_file():
-            return path.absolute()  # not resolved: a link's place is what makes the environment
+            return path.absolute()  # not resolved: the link's location defines the environment
     raise BenchError(
-        f"{environment}: no virtual environment; make one: bash benchmarks/peers.sh {environment}"
+        f"{environment}: not a virtual environment; create one with: "
+        f"bash benchmarks/peers.sh {environment}"
     )

@@ -1,6 +1,6 @@
 """Vitrail's own work in a worker process: what the commands do, without reading or writing files.
 
-python -m vitrail.bench.ours SPEC        (see jobs.py)
+python ours.py SPEC        (see jobs.py)
 """
 
 import json
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.bench.jobs import plain
-from vitrail.bench.worker import Measure, Spec, autocast, random_batch, serve
+sys.path.append(str(Path(__file__).parents[1]))
+from speed.jobs import plain
+from speed.worker import Measure, Spec, autocast, random_batch, serve
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.batches import Batch, Batches
@@ -34,11 +35,11 @@ from vitrail.training.state import TrainingState
 from vitrail.weights.pretrained import load
 
 EPOCH_IMAGES = 50_000
-"""As many as CIFAR-10's training split has; what the pixels show does not change the speed."""
+"""The size of CIFAR-10's training split; the content of the images does not affect the speed."""
 LARGEST_SET = 2**28
-"""Sets of noise have at most so many bytes."""
+"""Maximum size of a set of random images, in bytes."""
 LEAST_SECONDS = 0.1
-"""Products are repeated for at least so long."""
+"""Matrix products are repeated for at least this long."""
 
 
 class OneBatch:
@@ -66,18 +67,18 @@ def fresh_model(config: Config, device: torch.device) -> VisionTransformer:
 
 
 def noise(config: Config, count: int) -> ImageSet:
-    """Return random pixels with random labels."""
+    """Return random images."""
     model = config.model
     shape = (model.n_channels, *model.image_hw)
     count = min(count, LARGEST_SET // (shape[0] * shape[1] * shape[2]))
-    generator = rng.generator(config.run.seed, "bench")
+    generator = torch.Generator().manual_seed(config.run.seed)
     raw_BCHW = torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
     labels_B = torch.arange(count) % model.n_classes
     return ImageSet(raw_BCHW, labels_B, tuple(f"class {y}" for y in range(model.n_classes)))
 
 
 def training_measure(config: Config, batches: Any) -> Measure:
-    """Return a function that makes updates as ``vitrail train`` does; images learnt from."""
+    """Return a function that trains for N steps as ``vitrail train`` does and counts the images."""
     state = TrainingState.start(fresh_model(config, batches.device), config.training)
 
     def updates() -> Iterator[Any]:
@@ -90,7 +91,7 @@ def training_measure(config: Config, batches: Any) -> Measure:
 
 
 def step_measure(spec: Spec) -> Measure:
-    """Training on one batch that stays in memory."""
+    """Training steps on one batch in memory."""
     config, _ = settings(spec)
     images_BCHW, labels_B = random_batch(spec)
     targets_BY = F.one_hot(labels_B, config.model.n_classes).float()
@@ -98,7 +99,7 @@ def step_measure(spec: Spec) -> Measure:
 
 
 def epoch_measure(spec: Spec) -> Measure:
-    """Training with the data and their augmentation."""
+    """Training with data and augmentation."""
     config, device = settings(spec)
     batches = Batches(
         noise(config, EPOCH_IMAGES), config.augment, batch_size=config.training.batch_size,
@@ -107,8 +108,8 @@ def epoch_measure(spec: Spec) -> Measure:
     return training_measure(config, batches)
 
 
-def looking(spec: Spec, look: Callable[[VisionTransformer, Tensor], object]) -> Measure:
-    """Return a function that looks at one batch in memory so many times."""
+def batch_measure(spec: Spec, apply: Callable[[VisionTransformer, Tensor], object]) -> Measure:
+    """Return a function that applies something to the model and one batch in memory N times."""
     config, device = settings(spec)
     model = fresh_model(config, device).eval()
     images_BCHW, _ = random_batch(spec)
@@ -116,31 +117,31 @@ def looking(spec: Spec, look: Callable[[VisionTransformer, Tensor], object]) -> 
     def measure(batches: int) -> float:
         with torch.inference_mode(), autocast(spec):
             for _ in range(batches):
-                look(model, images_BCHW)
+                apply(model, images_BCHW)
         return float(batches * len(images_BCHW))
 
     return measure
 
 
 def inference_measure(spec: Spec) -> Measure:
-    """Logits of one batch that is in memory."""
-    return looking(spec, lambda model, images_BCHW: model(images_BCHW))
+    """Logits of one batch in memory."""
+    return batch_measure(spec, lambda model, images_BCHW: model(images_BCHW))
 
 
 def attention_measure(spec: Spec) -> Measure:
     """Logits and the attention of every layer."""
-    return looking(spec, lambda model, images_BCHW: model.forward_with_attention(images_BCHW))
+    return batch_measure(spec, lambda model, images_BCHW: model.forward_with_attention(images_BCHW))
 
 
 def explanation_measure(spec: Spec) -> Measure:
     """Attention rollout through all layers."""
     config, _ = settings(spec)
     maps = MapSettings(method="rollout", layers=(config.model.n_layers,))
-    return looking(spec, lambda model, images_BCHW: compute_maps(model, images_BCHW, maps))
+    return batch_measure(spec, lambda model, images_BCHW: compute_maps(model, images_BCHW, maps))
 
 
 def scoring(spec: Spec, model: VisionTransformer, images: ImageSet, data: DataConfig) -> Tensor:
-    """Run a model over images as ``vitrail test`` does; the logits."""
+    """Evaluate a model as ``vitrail test`` does; return the logits."""
     logits_BY = predict_logits(
         model, images, mean=data.mean, std=data.std, device=torch.device(spec["device"]),
         precision=spec["precision"],
@@ -150,7 +151,7 @@ def scoring(spec: Spec, model: VisionTransformer, images: ImageSet, data: DataCo
 
 
 def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
-    """Testing: of the reference's weights on CIFAR-10 where it left them, else of noise."""
+    """Testing: the reference's weights on CIFAR-10 if it saved them, else random images."""
     config, device = settings(spec)
     weights, about = Path(spec["folder"]) / "w.pt", {}
     if weights.is_file():
@@ -158,7 +159,7 @@ def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         classifier = load(weights, n_attention_heads=heads, device=spec["device"])
         model, data = classifier.model, DataConfig("cifar10", Path(spec["data_path"]))
         images = load_splits(data, ["test"], image_hw=config.model.image_hw)["test"]
-        images = images.take(torch.arange(spec["images"]))  # the reference takes the first ones
+        images = images.take(torch.arange(spec["images"]))  # as the reference does
         theirs_BY = torch.load(weights.with_name("logits.pt"), weights_only=True).softmax(dim=1)
         ours_BY = scoring(spec, model, images, data).softmax(dim=1)
         about = {
@@ -178,7 +179,7 @@ def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
 
 
 def predict_measure(spec: Spec) -> Measure:
-    """Logits of so many images, as many as the request says."""
+    """Logits of N images; the request is N."""
     config, device = settings(spec)
     model, images = fresh_model(config, device), noise(config, spec["images"])
 
@@ -191,9 +192,9 @@ def predict_measure(spec: Spec) -> Measure:
 
 
 def count_operations(model: ModelConfig) -> tuple[float, float]:
-    """Return the floating-point operations of an image's products: inference, and training.
+    """Return the floating-point operations per image: inference, and training.
 
-    One multiplication with its addition counts as two.
+    A multiply-add counts as two.
     """
     images_BCHW = torch.randn(2, model.n_channels, *model.image_hw)
     vit = VisionTransformer(model).train()
@@ -205,7 +206,7 @@ def count_operations(model: ModelConfig) -> tuple[float, float]:
 
 
 def product_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
-    """Matrix products of the size and number format a request names; operations done."""
+    """Matrix products of the size and precision in a request; counts operations."""
     config, device = settings(spec)
     factors: dict[str, tuple[Tensor, Tensor, int]] = {}
 
@@ -253,7 +254,7 @@ WORKLOADS: dict[str, Callable[[Spec], Measure | tuple[Measure, dict[str, Any]]]]
 
 
 def build(spec: Spec) -> tuple[Measure, dict[str, Any]]:
-    """Return what the spec measures, and what is to be known of it."""
+    """Return what the spec measures, and facts about it."""
     built = WORKLOADS[spec["workload"]](spec)
     return built if isinstance(built, tuple) else (built, {})
 

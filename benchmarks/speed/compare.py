@@ -1,4 +1,4 @@
-"""Vitrail beside other systems: same shape, same batch, same machine, in turn."""
+"""Vitrail compared with other systems: same shape, batch and machine, measured in turn."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vitrail.bench.jobs import (
+from speed.jobs import (
     OURS,
     REFERENCE,
     SERVED,
@@ -22,15 +22,14 @@ from vitrail.bench.jobs import (
     jobs_of,
     unfit,
 )
-from vitrail.bench.workers import Worker, command, interleave, started
-from vitrail.errors import BenchError
+from speed.workers import BenchError, Worker, command, interleave, started
 
 FORMATS = ("float32", "bfloat16")
 SQUARE = {"cpu": 2048, "mps": 4096, "cuda": 8192}
-"""Side of the square product whose speed stands for the machine's peak."""
+"""Size of the square matrix product whose speed counts as the machine's peak."""
 CIFAR = "cifar-10-batches-py"
 PROBABILITY_TOLERANCE = 1e-3
-"""Two systems with the same weights agree in every probability to this."""
+"""Largest difference in any probability between two systems with the same weights."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,28 @@ class Bench:
     workloads: tuple[Workload, ...] = tuple(TITLES)
     amounts: Amounts = field(default_factory=Amounts)
     python: Path | None = None
-    """Interpreter of the peers' environment; None for ours alone."""
+    """Interpreter of the peers' environment; None to measure only Vitrail."""
     reference_path: Path | None = None
-    """A clone of the reference system."""
+    """A clone of the reference implementation."""
     data_path: Path = Path("data")
-    """Where CIFAR-10 is, which the reference loads itself."""
+    """Folder of CIFAR-10, which the reference loads itself."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system at one kind of work in one number format."""
+    """The result of one job."""
 
     job: Job
     rates: tuple[float, ...]
-    """Images a second, one for every round."""
+    """Images per second, one per round."""
     peak_mib: float
-    """Most memory held: of the card, or of the whole process."""
+    """Peak memory: of the GPU on CUDA, else of the whole process."""
     rest_mib: float
-    """What it held before it built anything."""
+    """Memory before anything was built."""
     of_product: float | None = None
-    """Share of the speed of the model's own widest product, same number format."""
+    """Fraction of the speed of the model's widest matrix product in the same precision."""
     of_peak: float | None = None
-    """Share of the fastest product measured, same number format."""
+    """Fraction of the fastest matrix product in the same precision."""
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,7 +71,7 @@ class Row:
         return median(self.rates)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, the job's first."""
+        """Return JSON values, those of the job first."""
         values = {**dataclasses.asdict(self.job), "images_per_second": self.rate}
         rest = dataclasses.asdict(self)
         del rest["job"]
@@ -81,28 +80,28 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All rows, the speed of products, and what was left out and why."""
+    """All rows, the speed of matrix products, and what was skipped and why."""
 
     bench: Bench
     rows: list[Row] = field(default_factory=list)
     products: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Operations a second by number format and size, one for every round."""
+    """Operations per second by precision and size, one per round."""
     operations: dict[str, list[float]] = field(default_factory=dict)
-    """Operations of an image, inference and training: of our model, and of the plain ViT."""
+    """Operations per image, inference and training: of our model and of the plain ViT."""
     remarks: list[str] = field(default_factory=list)
 
     def note(self, remark: str) -> None:
-        """Keep a remark, once."""
+        """Add a remark unless it is there."""
         if remark not in self.remarks:
             self.remarks.append(remark)
 
 
 def compare(bench: Bench, say: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Measure every workload: all contestants in turn, round by round.
+    """Measure every workload, all systems in turn, round by round.
 
     Raises:
         ConfigError: the settings cannot be measured.
-        BenchError: our own work could not be measured.
+        BenchError: Vitrail's own work could not be measured.
     """
     found = Comparison(bench)
     job = Job("torch", "float32", "product")
@@ -118,31 +117,31 @@ def compare(bench: Bench, say: Callable[[str], None] = lambda _: None) -> Compar
 
 
 def choose_precisions(products: Worker, found: Comparison) -> tuple[str, ...]:
-    """Return the number formats worth measuring: the one asked for, or float32 and a faster one."""
+    """Return the precisions to measure: the requested one, or float32 and bfloat16 if faster."""
     asked = found.bench.recipe.training.precision
     if asked != "auto":
         return (asked,)
     speed = {}
     for name in FORMATS:
         product = {"precision": name, "size": own_size(found)}
-        products.rate(product)  # the first one counts its preparation in
+        products.rate(product)  # the first one includes preparation
         speed[name] = products.rate(product)
     if speed["bfloat16"] > speed["float32"]:
         return FORMATS
     found.note(
-        f"bfloat16 is left out: its products run at {gigaflops(speed['bfloat16'])} GFLOP/s here, "
-        f"float32 at {gigaflops(speed['float32'])} (--precision bfloat16 measures it all the same)"
+        f"bfloat16 was skipped: its matrix products run at {gigaflops(speed['bfloat16'])} GFLOP/s "
+        f"here, float32 at {gigaflops(speed['float32'])} (--precision bfloat16 measures it anyway)"
     )
     return ("float32",)
 
 
 def gigaflops(rate: float) -> str:
-    """Return operations a second in thousand millions, with two figures at least."""
+    """Return GFLOP/s with at least two digits."""
     return f"{rate / 1e9:,.0f}" if rate > 1e10 else f"{rate / 1e9:.2g}"
 
 
 def own_size(found: Comparison) -> tuple[int, int, int]:
-    """Return rows, inner side and columns of the widest product: tokens to q, k and v."""
+    """Return the sizes of the model's widest matrix product: tokens to q, k and v."""
     config = found.bench.recipe.config()
     rows, columns = config.model.grid_GJ
     tokens = rows * columns + config.model.has_class_token
@@ -151,39 +150,41 @@ def own_size(found: Comparison) -> tuple[int, int, int]:
 
 
 def sizes(found: Comparison) -> dict[str, tuple[int, int, int]]:
-    """Return the products that are measured: the model's own widest, and a large square one."""
+    """Return the matrix products to measure: the model's widest and a large square one."""
     side = SQUARE[found.bench.device]
     return {"own": own_size(found), "square": (side, side, side)}
 
 
 def choose_peers(workload: Workload, found: Comparison) -> dict[str, str | None]:
-    """Return the peers that do this kind of work, each with why it is left out, if it is."""
+    """Return the peers for a workload, each with the reason to skip it, or None."""
     bench, chosen = found.bench, {}
     if bench.python is None:
         return {}
     for system in SERVED[workload]:
         why_not = unfit(system, workload, bench.recipe.model)
         if system == REFERENCE and bench.reference_path is None:
-            why_not = "its code is not there: --reference_path names a clone of it"
+            why_not = "its code was not found: give a clone as --reference_path"
         elif workload in ("epoch", "test") and not (bench.data_path / CIFAR).is_dir():
-            why_not = f"it loads CIFAR-10 itself, which is not in {bench.data_path}: --data_path"
+            why_not = (
+                f"CIFAR-10, which it loads itself, is not in {bench.data_path}: give --data_path"
+            )
         chosen[system] = why_not
         if why_not is not None:
-            found.note(f"{system} is left out of {workload}: {why_not}")
+            found.note(f"{system} was skipped in {workload}: {why_not}")
     return chosen
 
 
 def measure_workload(
     workload: Workload, precisions: tuple[str, ...], products: Worker, found: Comparison
 ) -> None:
-    """Start one process for every contestant, let them work in turn, keep the rows."""
+    """Start one process per job, measure them in turn, and add the rows."""
     bench = found.bench
     jobs = jobs_of(workload, precisions, choose_peers(workload, found))
 
     def give_up(job: Job, error: BenchError) -> None:
         if job.system == OURS:
             fail(job, error)
-        found.note(f"{job.system} ({job.precision}) is left out of {job.workload}: {error}")
+        found.note(f"{job.system} ({job.precision}) was skipped in {job.workload}: {error}")
 
     with tempfile.TemporaryDirectory() as folder:
         more = {
@@ -192,7 +193,7 @@ def measure_workload(
         }  # fmt: skip
         theirs = [job for job in jobs if job.system != OURS]
         ours = [job for job in jobs if job.system == OURS]
-        with (  # peers first: ours repeats what the reference has left in the folder
+        with (  # peers first: ours reads what the reference saves
             started(commands(theirs, bench, more), give_up) as peers,
             started(commands(ours, bench, more), give_up) as own,
         ):
@@ -200,7 +201,7 @@ def measure_workload(
 
 
 def commands(jobs: Iterable[Job], bench: Bench, more: Mapping[str, Any]) -> dict[Job, list[str]]:
-    """Return the command line of every job."""
+    """Return the command line of each job."""
     return {
         job: command(job.spec(bench.recipe, **more), None if job.system == OURS else bench.python)
         for job in jobs
@@ -213,7 +214,7 @@ def measure_rounds(
     found: Comparison,
     give_up: Callable[[Job, BenchError], None],
 ) -> None:
-    """Let contestants and matrix products work in turn; keep their rates."""
+    """Measure the jobs and the matrix products in turn and add the rows."""
     workload = next(iter(workers)).workload
     request = found.bench.amounts.request(workload)  # type: ignore[arg-type]
 
@@ -249,7 +250,7 @@ def measure_rounds(
 def make_row(
     job: Job, worker: Worker, rates: list[float], speed: dict[str, float], found: Comparison
 ) -> Row:
-    """Return a job's row, and remark what its worker says that the table has no place for."""
+    """Return the row of a job; remark on its difference from the reference's probabilities."""
     own, peak = None, None
     if job.workload != "explanation":
         kind = (
@@ -271,5 +272,5 @@ def make_row(
 
 
 def fail(job: Job, error: BenchError) -> None:
-    """Raise what kept our own work from being measured."""
+    """Raise the error that prevented our own measurement."""
     raise BenchError(f"{job.workload} ({job.precision}) cannot be measured: {error}") from error

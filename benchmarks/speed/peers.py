@@ -2,11 +2,11 @@
 
     PEERS/bin/python -I peers.py SPEC
 
-The file is run by its path: Vitrail need not be installed there, and ``worker.py``, the one file
-of ours that it imports, needs torch only. SPEC is a JSON object (see ``jobs.py``).
+SPEC is a JSON object (see ``jobs.py``). Vitrail need not be installed there: of our files, only
+``worker.py`` is imported, which needs only torch.
 
-Peers get the fused AdamW and the dropout of the model measured; the reference trains as its
-train.py does.
+Peers use the fused AdamW and the dropout of the measured model; the reference implementation
+trains as its train.py does.
 """
 
 import json
@@ -22,18 +22,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-from vitrail.bench.worker import Measure, Spec, autocast, random_batch, serve
+sys.path.append(str(Path(__file__).parents[1]))
+from speed.worker import Measure, Spec, autocast, random_batch, serve
 
-if __name__ == "__main__":
-    del sys.path[0]  # what lies beside Vitrail shall not hide the peers' own packages
-
-# The systems: a model of the spec's shape, and how its logits and its attentions are got.
+# The systems: a model of the spec's shape, its logits and its attention.
 
 
 def reference_model(spec: Spec) -> Any:
-    """Return the reference system's model, of its own code."""
+    """Return the reference implementation's model, from its own code."""
     folder = str(Path(spec["reference_path"]).resolve())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -60,7 +56,7 @@ def timm_model(spec: Spec) -> Any:
 
 
 def vit_pytorch_model(spec: Spec) -> Any:
-    """Return lucidrains' ViT; its dropout also falls on the attention."""
+    """Return lucidrains' ViT; its dropout also applies to the attention."""
     from vit_pytorch import ViT
 
     m = spec["model"]
@@ -74,7 +70,7 @@ def vit_pytorch_model(spec: Spec) -> Any:
 
 
 def transformers_model(spec: Spec) -> Any:
-    """Return transformers' ViT, with the attention the system's name ends in."""
+    """Return transformers' ViT with the attention kernel that ends the system's name."""
     from transformers import ViTConfig, ViTForImageClassification
 
     m = spec["model"]
@@ -117,7 +113,7 @@ def attention_getter(spec: Spec, model: Any) -> Callable[[torch.Tensor], Any]:
         recorder = Recorder(model)
         return lambda images: recorder(images)[1].unbind(1)
     caught: list[torch.Tensor] = []
-    for block in model.blocks:  # timm: the fused kernel keeps no attention
+    for block in model.blocks:  # timm: the fused kernel does not return attention
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda _m, _i, out: caught.append(out))
 
@@ -133,7 +129,7 @@ def attention_getter(spec: Spec, model: Any) -> Callable[[torch.Tensor], Any]:
 
 
 def step_measure(spec: Spec) -> Measure:
-    """Training steps on one batch that stays in memory."""
+    """Training steps on one batch in memory."""
     model = MODELS[spec["system"]](spec).to(spec["device"]).train()
     images, labels = random_batch(spec)
     reference = spec["system"] == "reference"
@@ -166,7 +162,7 @@ def update(
 
 
 def inference_measure(spec: Spec) -> Measure:
-    """Logits of one batch that is in memory."""
+    """Logits of one batch in memory."""
     model = MODELS[spec["system"]](spec).to(spec["device"]).eval()
     images, _ = random_batch(spec)
 
@@ -195,7 +191,7 @@ def explanation_measure(spec: Spec) -> Measure:
 
 
 def rollout(attentions: Any) -> torch.Tensor:
-    """Return how much of each patch has flowed into the class token (B, N)."""
+    """Return the contribution of each patch to the class token (B, N)."""
     flow = skip = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
         flow = (attention.float().mean(dim=1) + skip) / 2 @ flow
@@ -203,7 +199,7 @@ def rollout(attentions: Any) -> torch.Tensor:
 
 
 def reference_options(spec: Spec) -> Any:
-    """Return what the reference's own functions read of its command line."""
+    """Return the command-line options that the reference's functions read."""
     return SimpleNamespace(
         **spec["model"], batch_size=spec["batch_size"], num_workers=2, device=spec["device"],
         data_path=spec["data_path"], num_train_images=None, num_test_images=spec["images"],
@@ -231,10 +227,10 @@ def epoch_measure(spec: Spec) -> Measure:
 
 
 def test_measure(spec: Spec) -> Measure:
-    """The reference's test.py over the first test images; its weights and logits go to files.
+    """The reference's test.py on the first test images; its weights and logits are saved.
 
-    Its matrices get the deviation 2 / sqrt(inputs), so that a fresh model is as decided as a
-    trained one and a difference between two systems shows in the probabilities.
+    The matrices are drawn with standard deviation 2 / sqrt(inputs), so that the untrained model is
+    as confident as a trained one and a difference between systems is visible in the probabilities.
     """
     torch.manual_seed(1)
     model = reference_model(spec).to(spec["device"]).eval()
@@ -267,9 +263,9 @@ WORKLOADS: dict[str, Callable[[Spec], Measure]] = {
 
 
 def build(spec: Spec) -> tuple[Measure, dict[str, Any]]:
-    """Return what the spec measures, and what is to be known of it."""
+    """Return what the spec measures, and facts about it."""
     system = spec["system"]
-    warnings.simplefilter("ignore")  # so that the last word on stderr is why a system fails
+    warnings.simplefilter("ignore")  # so that the last line of stderr is the error
     version = "its own code" if system == "reference" else installed(system.split()[0])
     return WORKLOADS[spec["workload"]](spec), {"version": version}
 

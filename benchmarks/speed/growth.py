@@ -1,4 +1,4 @@
-"""How cost grows: with images, tokens, layers and batch; memory with and without attention."""
+"""How time and memory grow with images, tokens, layers and batch size."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.bench.compare import fail
-from vitrail.bench.jobs import OURS, Job, Recipe
-from vitrail.bench.workers import command, interleave, started
+from speed.compare import fail
+from speed.jobs import OURS, Job, Recipe
+from speed.workers import command, interleave, started
 
 PATCHES = (8, 4, 2)
 LAYERS = (3, 6, 12)
@@ -21,32 +21,32 @@ IMAGES = (500, 1_000, 2_000, 4_000)
 SERIES = {
     "step": "training step",
     "inference": "inference",
-    "attention": "inference, attention asked for",
+    "attention": "inference with attention",
 }
-IMAGES_SERIES = {"predict": "logits of a whole set"}
+IMAGES_SERIES = {"predict": "logits of a data set"}
 AXES = {
     "images": "images",
-    "tokens": "patches of an image",
+    "tokens": "patches per image",
     "layers": "layers",
-    "batch": "images in a batch",
+    "batch": "batch size",
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: so long and so much memory for one call at one value of an axis."""
+    """One measurement: time and memory of one call at one value of an axis."""
 
     axis: str
     value: int
     series: str
     seconds: float
-    """Median of the rounds, for a batch, or for all the images of a set."""
+    """Median of the rounds, per batch or per data set."""
     work_mib: float
-    """Most memory held, less what the process held before it built anything."""
+    """Peak memory minus the memory before anything was built."""
 
 
 def axis_points(recipe: Recipe, axis: str, *, quick: bool) -> list[tuple[int, Recipe, int]]:
-    """Return an axis's values, each with its recipe and the number of images in memory."""
+    """Return the values of an axis, each with its recipe and the number of images."""
     model, batch = recipe.config().model, recipe.training.batch_size
     most = 3 if quick else None
     if axis == "images":
@@ -71,7 +71,7 @@ def measure_growth(
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Point]:
-    """Measure every axis: the values of one series in turn, each in a process of its own.
+    """Measure every axis: the values of a series in turn, each in its own process.
 
     Raises:
         ConfigError: the settings cannot be measured.
@@ -120,7 +120,7 @@ def measure_series(
 
 
 def exponent(points: list[Point], quantity: str) -> float:
-    """Return p of the power law value^p that best fits a series: 1 is linear.
+    """Return the exponent of the power law that best fits a series (1 is linear).
 
     Least squares on logarithms.
     """
@@ -132,7 +132,7 @@ def exponent(points: list[Point], quantity: str) -> float:
 
 
 def by_series(points: list[Point]) -> dict[tuple[str, str], list[Point]]:
-    """Return the points of every axis and series."""
+    """Group the points by axis and series."""
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.axis, point.series), []).append(point)
@@ -140,7 +140,7 @@ def by_series(points: list[Point]) -> dict[tuple[str, str], list[Point]]:
 
 
 def growth_table(points: list[Point], title: str) -> Table:
-    """Return a row for each axis and series: time and memory at its values, and the power law."""
+    """Return a row per axis and series: time and memory at its values, and the power law."""
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for column in ("with", "", "seconds", "grows as", "MiB"):
         table.add_column(column)
@@ -155,9 +155,9 @@ def growth_table(points: list[Point], title: str) -> Table:
 
 
 def growth_json(points: list[Point], **about: Any) -> dict[str, Any]:
-    """Return everything as plain JSON values."""
+    """Return all results as JSON values."""
     return {
-        "title": "vitrail bench --growth",
+        "title": "benchmarks/bench.py --growth",
         **about,
         "exponents": {
             f"{axis}, {series}": exponent(some, "seconds")
@@ -169,7 +169,7 @@ def growth_json(points: list[Point], **about: Any) -> dict[str, Any]:
 
 
 def plot_growth(points: list[Point], path: Path) -> None:
-    """Draw time above and memory below, a column for each axis, both scales logarithmic.
+    """Plot time (top) and memory (bottom), a column per axis, on logarithmic scales.
 
     Raises:
         OutputError: the file cannot be written.
@@ -179,7 +179,7 @@ def plot_growth(points: list[Point], path: Path) -> None:
 
     from vitrail.evaluation.plots import BLUE, GREEN, ORANGE, save_figure, tidy, write_title
 
-    colours = {"step": BLUE, "inference": GREEN, "attention": ORANGE, "predict": GREEN}
+    colors = {"step": BLUE, "inference": GREEN, "attention": ORANGE, "predict": GREEN}
     titles = SERIES | IMAGES_SERIES
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharex="col")
@@ -189,20 +189,20 @@ def plot_growth(points: list[Point], path: Path) -> None:
         rows = (("seconds", titles[series]), ("work_mib", None))
         for axes, (quantity, label) in zip(grid[:, column], rows, strict=True):
             heights = [getattr(point, quantity) for point in some]
-            axes.plot(values, heights, "o-", color=colours[series], label=label)
+            axes.plot(values, heights, "o-", color=colors[series], label=label)
             axes.set(xscale="log", yscale="log")
             axes.set_xticks(values, [f"{value:,}" for value in values])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
-    for axes in grid.flat:  # a near level line shall look level, and have a number beside it
+    for axes in grid.flat:  # a nearly flat line should look flat and have a tick label
         low, high = axes.get_ylim()
         axes.set_ylim(low / 2, high * 2)
     for column, (axis, title) in enumerate(AXES.items()):
         upper, lower = grid[:, column]
         write_title(upper, f"With {axis}")
-        upper.set_ylabel("seconds for a set" if axis == "images" else "seconds for a batch")
-        lower.set(xlabel=title, ylabel="memory of the work, MiB")
+        upper.set_ylabel("seconds per data set" if axis == "images" else "seconds per batch")
+        lower.set(xlabel=title, ylabel="memory, MiB")
         for axes in (upper, lower):
             tidy(axes)
         upper.legend(frameon=False, fontsize=8)

@@ -1,1 +1,0 @@
-"""How fast, with how much memory, beside which others: what ``vitrail bench`` measures."""
