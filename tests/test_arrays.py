@@ -12,7 +12,7 @@ from PIL import Image
 
 import vitrail
 from vitrail.cli import explain as cli_explain
-from vitrail.cli.explain_options import ExplainOptions
+from vitrail.cli.explain import ExplainOptions
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.images import ImageSet
 from vitrail.data.inputs import read_one, stack_pictures

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import vitrail
 from vitrail.cli import main
-from vitrail.cli.explain_options import ExplainOptions, name_files
+from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, DataError
@@ -435,7 +435,7 @@ def test_scores_are_written_before_they_are_printed(
     def fail(_: object) -> None:
         raise UnicodeEncodeError("cp1252", "✓", 0, 1, "no such character")
 
-    monkeypatch.setattr("vitrail.cli.scoring.out.print", fail)
+    monkeypatch.setattr("vitrail.cli.explain.out.print", fail)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     with contextlib.suppress(UnicodeEncodeError):
         main([*words, "--method", "attention", "--output_path", "s"])
@@ -447,7 +447,7 @@ def test_scoring_shows_its_progress_on_a_terminal(
 ) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("vitrail.cli.scoring.err", console)
+    monkeypatch.setattr("vitrail.cli.explain.err", console)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     assert main([*words, "--method", "attention", "--output_path", "s"]) == 0
     assert "scoring" in screen.getvalue()

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from vitrail.cli import console, predict
-from vitrail.cli.explain_options import ExplainOptions, name_files
+from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.predict import PredictOptions, print_answers
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_splits

@@ -1,25 +1,27 @@
 """``vitrail explain``."""
 
+import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from vitrail.cli.console import say, tell
-from vitrail.cli.explain_options import (
-    ALL,
-    PROG,
-    ExplainOptions,
-    check,
-    check_drawing,
-    list_methods,
-    name_files,
-    read_numbers,
-    read_query,
+import tyro
+
+from vitrail.cli.console import err, out, say, tell
+from vitrail.cli.options import (
+    STDIN,
+    DataOptions,
+    ModelOptions,
+    check_images,
+    list_pictures,
+    load_model,
+    log_test_use,
 )
-from vitrail.cli.options import STDIN, list_pictures, load_model
 from vitrail.cli.parsing import parse
-from vitrail.errors import ConfigError, PictureError
+from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
@@ -27,49 +29,138 @@ if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
     from vitrail.model import VisionTransformer
 
+PROG = "vitrail explain"
+ALL = "all"
+PAGES = (".html", ".htm")
+UNSUPPORTED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json", ".csv")
+"""Extensions that people give to files, but that no explanation is written as."""
+CLASSLESS = {"attention", "rollout"}
+"""Methods whose maps are the same for every class."""
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How the maps are drawn."""
+
+    style: Literal["vitrail", "reference"] = "vitrail"
+    """reference: as the reference implementation draws: the picture dimmed by its rollout."""
+    normalise: Literal["frame", "picture", "none"] = "frame"
+    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
+    colormap: str = "magma"
+    """magma, inferno, plasma, viridis or cividis."""
+    alpha: float = 0.6
+    """Opacity of the map over the picture, 0 to 1."""
+    duration: int = 500
+    """Milliseconds per frame of an animation."""
+    loop: int = 0
+    """How often an animation repeats; 0 means forever."""
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class ExplainOptions(ModelOptions):
+    """Show what a model looked at in a picture.
+
+    For example: vitrail explain cat.png --method relevance --class dog --output_path cat.gif
+    """
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders, globs, or - for a picture on standard input."""
+    index: int | None = None
+    """Explain image N of the model's data (see --split) instead of a file."""
+    score: bool = False
+    """Measure how far the maps can be trusted, on a data set: a table and a plot."""
+    images: int = 200
+    """Number of images for --score."""
+    method: str | None = None
+    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; several: a,b; or all."""
+    frames: str | None = None
+    """What varies between frames: rollout, layers, heads, queries or training."""
+    format: Literal["gif", "webp", "png", "html"] | None = None
+    """Output format. Default: from the extension of --output_path, else gif."""
+    output_path: Path | None = None
+    """File, or folder for several pictures. Default: output/explain."""
+    layers: str | None = None
+    """Layers, counted from 1; for example, 2,4-6. Default: all."""
+    heads: str | None = None
+    """Heads, counted from 1; for example, 1,3. Default: all."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """The class to explain. Default: the predicted one."""
+    query: str | None = None
+    """ROW,COLUMN, from 0, of a patch: show what it attends to. Default: what the head reads."""
+    fusion: Literal["mean", "max", "min"] = "mean"
+    """How the heads are combined."""
+    discard_ratio: float = 0.0
+    """Fraction of each layer's lowest attention entries that a rollout drops."""
+    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the output files."""
+        asked = self.output_path
+        if asked is None:
+            return Path("output") / "explain"
+        return asked.parent if _is_file_name(asked) else asked
+
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail explain``."""
     options = parse(ExplainOptions, words, prog=prog)
-    check(options)
+    _check(options)
     names = list_pictures(options.pictures)
     classifier = load_model(options)
-    if options.scoring.score:
-        from vitrail.cli.scoring import score
-
-        return score(classifier, options)
-    return draw_all(classifier, names, options)
+    if options.score:
+        return _score(classifier, options)
+    return _draw_all(classifier, names, options)
 
 
-def draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOptions) -> int:
+def _check(options: ExplainOptions) -> None:
+    """Refuse flags that exclude each other."""
+    given = bool(options.pictures) + (options.index is not None) + options.score
+    if given == 0:
+        raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
+    if given > 1:
+        raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
+    if options.score:
+        check_images(options.images)
+        if options.output_path is not None and _is_file_name(options.output_path):
+            raise ConfigError(
+                f"--score writes scores.json and scores.png: {options.output_path} is a file, "
+                "give a folder"
+            )
+
+
+def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOptions) -> int:
     """Explain the pictures that can be read; report what was drawn, and where."""
-    subjects, broken = read_subjects(classifier, names, options)
+    subjects, broken = _read_subjects(classifier, names, options)
     if broken and not subjects:
         raise PictureError(broken[0])
     for message in broken:
         say(f"vitrail: {message}")
     paths = name_files(options, [subject.name for subject in subjects])
-    check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
+    _check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
     for subject, path in zip(subjects, paths, strict=True):
-        draw(classifier, subject, path, options)
+        _draw(classifier, subject, path, options)
     return 1 if broken else 0
 
 
-def draw(classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions) -> None:
+def _draw(
+    classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions
+) -> None:
     """Explain one picture and report what was drawn."""
-    from vitrail.evaluation.tables import printable
     from vitrail.explain.sheet import Look, save
 
-    explanation = explain_one(classifier, subject, options)
+    explanation = _explain_one(classifier, subject, options)
     save(explanation, path, Look(**vars(options.drawing)))
     last = explanation.frames[-1]
     style = {True: "green", False: "bold red", None: ""}[last.right]
     tell(f"{printable(subject.name)}: {printable(last.says)}", style=style)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
-    tell(f"{printable(str(path))}: {describe(explanation, path)}, {size}")
+    tell(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
 
 
-def describe(explanation: "Explanation", path: Path) -> str:
+def _describe(explanation: "Explanation", path: Path) -> str:
     """Return what a file holds."""
     if path.suffix.lower() == ".html":
         return "a page with every method, layer and head"
@@ -79,22 +170,22 @@ def describe(explanation: "Explanation", path: Path) -> str:
     return f"{len(titles)} {what}s, {titles[0]} to {titles[-1]}"
 
 
-def explain_one(
+def _explain_one(
     classifier: "Classifier", subject: "Subject", options: ExplainOptions
 ) -> "Explanation":
     """Compute the maps that the flags ask for."""
     from vitrail.explain.explanation import choose, compare, explain
 
-    methods = list_methods(options.method)
+    methods = _list_methods(options.method)
     if len(methods) > 1:
         if options.frames is not None:
             raise ConfigError("with several methods each is one frame: leave out --frames")
-        settings = [make_settings(options, method) for method in methods]
+        settings = [_make_settings(options, method) for method in methods]
         return compare(subject, settings, class_name=options.class_name)
     asked = methods[0] if methods else None
     method, kind = choose(asked, options.frames)  # type: ignore[arg-type]
-    settings_one = make_settings(options, method)
-    checkpoints = list_checkpoints(classifier, kind == "training", options.device)
+    settings_one = _make_settings(options, method)
+    checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
     return explain(
         subject,
         settings_one,
@@ -104,7 +195,7 @@ def explain_one(
     )
 
 
-def make_settings(options: ExplainOptions, method: str) -> "MapSettings":
+def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
     """Return the settings of one method; of several, each gets those that it supports."""
     from vitrail.explain.methods import MapSettings
     from vitrail.explain.settings import SERVED
@@ -112,16 +203,16 @@ def make_settings(options: ExplainOptions, method: str) -> "MapSettings":
     asked = {
         "fusion": options.fusion,
         "discard_ratio": options.discard_ratio,
-        "query": read_query(options.query),
-        "layers": read_numbers("layers", options.layers),
-        "heads": read_numbers("heads", options.heads),
+        "query": _read_query(options.query),
+        "layers": _read_numbers("layers", options.layers),
+        "heads": _read_numbers("heads", options.heads),
     }
     if "," in (options.method or "") or options.method == ALL:
         asked = {name: value for name, value in asked.items() if name in SERVED[method]}  # type: ignore[index]
     return MapSettings(method=method, **asked)  # type: ignore[arg-type]
 
 
-def list_checkpoints(
+def _list_checkpoints(
     classifier: "Classifier", wanted: bool, device: str
 ) -> "list[tuple[str, VisionTransformer]]":
     """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
@@ -143,7 +234,7 @@ def list_checkpoints(
     return loaded
 
 
-def read_subjects(
+def _read_subjects(
     classifier: "Classifier", names: Sequence[str], options: ExplainOptions
 ) -> "tuple[list[Subject], list[str]]":
     """Read the pictures; return them, and the errors of those that cannot be read."""
@@ -166,21 +257,175 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     from PIL import Image
 
     from vitrail.training.run import load_split
-    from vitrail.training.run_folder import log_test_use_of
     from vitrail.weights.pretrained import of_model_size
 
-    split, index = options.scoring.split, options.index
+    split, index = options.data.split, options.index
     assert index is not None
-    images = load_split(classifier, split, **options.scoring.data)
+    images = load_split(classifier, **options.data.to_load())
     if not 0 <= index < len(images):
         raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({split} images)")
-    if split == "test":
-        purpose = f"image {index} explained"
-        note = log_test_use_of(classifier.source, options.folder, purpose, 1)
-        if note:
-            say(note)
+    log_test_use(classifier, split, options.folder, f"image {index} explained", 1)
     raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[index])]
     # As a picture, since the axes of a small array may be ambiguous.
     picture, name = Image.fromarray(raw_HWC), f"{split}-{index}"
     return of_model_size(classifier).subject(picture, name=name, label=label)
+
+
+# --- --score --------------------------------------------------------------------------------------
+
+
+def _score(classifier: "Classifier", options: ExplainOptions) -> int:
+    """Score methods on images of the model's data; write the numbers and a plot, print a table."""
+    from rich.progress import Progress
+
+    from vitrail.data.images import normalise
+    from vitrail.explain.map_report import plot_scores, score_table
+    from vitrail.explain.methods import METHODS
+    from vitrail.explain.score import FLOORS, STEPS, score_methods
+    from vitrail.runtime.files import write_json
+    from vitrail.training.run import load_split
+
+    split, folder = options.data.split, options.folder
+    methods = _list_methods(options.method) or METHODS
+    images = load_split(classifier, **options.data.to_load()).sample(options.images)
+    log_test_use(classifier, split, folder, "vitrail explain --score", len(images))
+    say(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
+    raw_BCHW = images.raw_BCHW.to(classifier.device)
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("scoring", total=STEPS * (len(methods) + len(FLOORS)))
+        scores = score_methods(
+            classifier.model,
+            normalise(raw_BCHW, classifier.mean, classifier.std),
+            images.masks_BHW,
+            methods,  # type: ignore[arg-type]
+            advance=lambda: progress.advance(task),
+        )
+    about = {"model": classifier.source, "split": split, "images": len(images)}
+    write_json(folder / "scores.json", {**about, "scores": [each.to_json() for each in scores]})
+    out.print(score_table(scores))
+    plot_scores(folder / "scores.png", scores)
+    say(f"scores.png and scores.json in {folder}/")
+    return 0
+
+
+# --- reading flags, naming files ------------------------------------------------------------------
+
+
+def _is_file_name(path: Path) -> bool:
+    """Return whether an output path names a file: it ends as pictures and pages do.
+
+    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
+    """
+    from vitrail.data.pictures import SUFFIXES
+
+    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *UNSUPPORTED)
+    return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
+
+
+def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
+    """Refuse flags that would have no effect on the drawing."""
+    if page:
+        default = ExplainOptions()
+        chosen = ("method", "frames", "layers", "heads", "query", "fusion", "discard_ratio")
+        idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
+        drawing = vars(options.drawing)
+        idle += [name for name in drawing if drawing[name] != vars(default.drawing)[name]]
+        if idle:
+            raise ConfigError(
+                "a page contains every method, layer and head to choose from: "
+                f"leave out {', '.join(f'--{name}' for name in idle)}"
+            )
+    elif options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
+        raise ConfigError(
+            "attention and rollout are the same for every class: leave out --class, or use "
+            "--method relevance, gradient_rollout, gradcam or occlusion"
+        )
+
+
+def _list_methods(text: str | None) -> list[str]:
+    """Return the methods that --method names; none without it."""
+    from vitrail.explain.methods import METHODS
+
+    if text is None:
+        return []
+    if text == ALL:
+        return list(METHODS)
+    names = [name.strip().replace("-", "_") for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            known = f"{', '.join(METHODS)}, or {ALL}"
+            raise ConfigError(f"no method {name!r}{nearest(name, METHODS)}: one of {known}")
+    return names
+
+
+def _read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Read 2,4-6 as 2, 4, 5, 6."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
+            raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2, 1,3 or 2-4")
+        stop = int(last) if dash else int(first)
+        if not 0 <= stop - int(first) <= 1000:
+            raise ConfigError(f"--{name} is {text!r:.60}: a range goes upwards, by at most 1000")
+        numbers += range(int(first), stop + 1)
+    return tuple(numbers)
+
+
+def _read_query(text: str | None) -> tuple[int, int] | None:
+    """Read ROW,COLUMN."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
+        raise ConfigError(f"--query is {text!r:.60}: give ROW,COLUMN of a patch, from 0")
+    return int(parts[0]), int(parts[1])
+
+
+def name_files(options: ExplainOptions, names: Sequence[str]) -> list[Path]:
+    """Return a file for each picture; repeated names are numbered."""
+    asked = options.output_path
+    if asked is not None and _is_file_name(asked):
+        ending = asked.suffix.lower().removeprefix(".")
+        if options.format not in (None, ending):
+            raise ConfigError(
+                f"--format {options.format} contradicts {asked}: leave one of them out"
+            )
+        if len(names) > 1:
+            raise ConfigError(
+                f"{len(names)} pictures do not fit into one file, {asked}: give a folder"
+            )
+        return [asked]
+    ending = options.format or "gif"
+    rest = "".join(f"-{part}" for part in _describe_settings(options, page=ending == "html"))
+    paths: list[Path] = []
+    for name in names:
+        base = Path(name).stem + rest
+        path, number = options.folder / f"{base}.{ending}", 2
+        while path in paths:
+            path, number = options.folder / f"{base}-{number}.{ending}", number + 1
+        paths.append(path)
+    return paths
+
+
+def _describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
+    """Return what makes this drawing of a picture another one, as parts of a file's name.
+
+    The method (a page has all of them), then every setting that is not the default: so drawings
+    with different settings never overwrite each other.
+    """
+    first = [part for part in (options.method, options.frames) if part] or ["rollout"]
+    parts = [] if page else first
+    default = ExplainOptions()
+    for name in ("class_name", "query", "layers", "heads", "fusion", "discard_ratio"):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
+    parts += [f"{name}-{value}" for name, value in options.preparation.given().items()]
+    for name, value in vars(options.drawing).items():
+        if value != getattr(default.drawing, name):
+            parts.append(f"{name}-{value}")
+    return [re.sub(r"[^\w.]+", "-", part)[:60].strip("-") for part in parts]

@@ -1,14 +1,14 @@
 """``vitrail export``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.options import ModelWord, load_model, with_word
+from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 
@@ -37,12 +37,9 @@ class ExportOptions(ModelWord):
     """Take bytes (B, H, W, C) and give probabilities: normalising and softmax in the graph."""
     int8: bool = False
     """Weights as 8-bit integers (dynamic quantisation); the accuracy before and after is told."""
-    split: Literal["validation", "train", "test"] = "validation"
-    """With --int8: the split that the accuracies are measured on."""
-    data_path: Path | None = None
-    """With --int8: where the data are; the training's place unless given."""
     output_path: Path | None = None
-    """The file; here, named after the model, unless given."""
+    """The file. Default: named after the model, in the current folder."""
+    data: DataOptions = field(default_factory=DataOptions)
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
@@ -63,8 +60,10 @@ def check(options: ExportOptions) -> Path | None:
     ending = ".onnx" if options.format == "onnx" else ".pt2"
     if options.format == "torch" and options.int8:
         raise ConfigError("--int8 is for --format onnx: leave out one of the two")
-    if not options.int8 and (options.split != "validation" or options.data_path is not None):
-        raise ConfigError("--split and --data_path are for --int8: give it, or leave them out")
+    if not options.int8 and options.data != DataOptions():
+        raise ConfigError(
+            "--split, --dataset and --data_path are for --int8: give it, or leave them out"
+        )
     if options.output_path is not None and options.output_path.suffix != ending:
         raise ConfigError(
             f"output_path is {options.output_path}: give a file that ends in {ending}"
@@ -120,22 +119,18 @@ def write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything takes time."""
     from vitrail.training.run import load_split
-    from vitrail.training.run_folder import log_test_use_of
 
-    changes = {} if options.data_path is None else {"data_path": options.data_path}
-    images = load_split(classifier, options.split, **changes)
+    split = options.data.split
+    images = load_split(classifier, **options.data.to_load())
     if len(images) == 0:
         raise ConfigError(
             "this model was trained without validation images: give --split test or --split train "
             "to measure the accuracy on"
         )
     if images.classes != classifier.classes:
-        raise ConfigError(f"{options.split} has other classes than the model: give its --data_path")
-    if options.split == "test":
-        beside = (options.output_path or Path()).parent
-        note = log_test_use_of(classifier.source, beside, "vitrail export --int8", len(images))
-        if note:
-            say(note)
+        raise ConfigError(f"{split} has other classes than the model: give its --data_path")
+    beside = (options.output_path or Path()).parent
+    log_test_use(classifier, split, beside, "vitrail export --int8", len(images))
     return images
 
 
@@ -156,7 +151,7 @@ def quantise_and_measure(
         raw=options.raw,
     )
     replace_file(path, small)
-    show(agreement, {"float32": len(large), "int8": len(small)}, options.split)
+    show(agreement, {"float32": len(large), "int8": len(small)}, options.data.split)
     say(f"int8 model in {path}")
 
 

@@ -1,15 +1,21 @@
 """``vitrail inspect``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.explain_options import check_images
-from vitrail.cli.options import ModelWord, load_model, with_word
+from vitrail.cli.options import (
+    DataOptions,
+    ModelWord,
+    check_images,
+    load_model,
+    log_test_use,
+    with_word,
+)
 from vitrail.cli.parsing import parse
 from vitrail.errors import DataError
 
@@ -30,18 +36,13 @@ class InspectOptions(ModelWord):
     For example: vitrail inspect output/quick
     """
 
-    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
-    """Data set to measure the heads on. Default: the one that the model was trained on."""
-    data_path: Path | None = None
-    """Folder of the data. Default: where they were for the training."""
-    split: Literal["validation", "test", "train"] = "validation"
-    """The split to take the images from."""
     images: int = 200
     """Number of images that distance and entropy are averaged over."""
     output_path: Path = Path("output") / "inspect"
     """Folder for insides.png and insides.json."""
     json: bool = False
     """Print the numbers as JSON on standard output."""
+    data: DataOptions = field(default_factory=DataOptions)
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
@@ -80,23 +81,15 @@ def load_images(
     """
     from vitrail.data.images import normalise
     from vitrail.training.run import load_split
-    from vitrail.training.run_folder import log_test_use_of
 
-    changes = {"dataset": options.dataset, "data_path": options.data_path}
-    changes = {name: value for name, value in changes.items() if value is not None}
     try:
-        # All test images, even if the training run used only some of them.
-        every: Any = changes | {"num_test_images": None}
-        images = load_split(classifier, options.split, **every).sample(options.images)
+        images = load_split(classifier, **options.data.to_load()).sample(options.images)
     except DataError as error:
-        if changes:
+        if options.data.changes():
             raise
         return None, error
-    if options.split == "test":
-        folder = options.output_path
-        note = log_test_use_of(classifier.source, folder, "vitrail inspect", len(images))
-        if note:
-            say(note)
+    purpose = "vitrail inspect"
+    log_test_use(classifier, options.data.split, options.output_path, purpose, len(images))
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     return normalise(raw_BCHW, classifier.mean, classifier.std), None
 

@@ -21,6 +21,8 @@ MODEL_ENDINGS = (
 )  # fmt: skip
 MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
 """A folder that holds one of these is a checkpoint, or the weights of another system."""
+FEWEST_IMAGES = 10
+"""Images that a confidence interval needs; the same as ``explain.statistics.FEWEST``."""
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -159,6 +161,12 @@ class DataOptions:
     def to_load(self) -> dict[str, Any]:
         """Return the arguments of ``load_split``: all test images, also if training used fewer."""
         return {"split": self.split, "num_test_images": None, **self.changes()}
+
+
+def check_images(count: int) -> None:
+    """Refuse fewer images than statistics over images need."""
+    if count < FEWEST_IMAGES:
+        raise ConfigError(f"--images is {count}: give at least {FEWEST_IMAGES}")
 
 
 def log_test_use(

@@ -16,7 +16,7 @@ import tyro
 
 from vitrail.cli import LOAD, guarded, train
 from vitrail.cli.console import out, say
-from vitrail.cli.options import ModelOptions, load_model
+from vitrail.cli.options import DataOptions, ModelOptions, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.cli.test import TestOptions, score, show
 from vitrail.config.model import require_range
@@ -182,9 +182,10 @@ def is_reference_file(classifier: "Classifier") -> bool:
 
 def test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> int:
     """``--mode cifar``: the test set, as tables and pictures; return the exit code."""
-    given = ("data_path", "num_test_images", "num_workers", "batch_size")
+    given = ("num_test_images", "num_workers", "batch_size")
     chosen = {name: getattr(options, name) for name in given}
-    scored = score(classifier, TestOptions(output_path=folder, **chosen))
+    data = DataOptions(data_path=options.data_path, split="test")
+    scored = score(classifier, TestOptions(output_path=folder, data=data, **chosen))
     metrics = scored.metrics
     show(metrics)
     out.print(f"Test acc: {metrics.accuracy:.2%}\tTest loss: {metrics.loss:.4f}")
@@ -201,15 +202,13 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
 
     from vitrail.runtime.files import replace_file
     from vitrail.training.run import load_split
-    from vitrail.training.run_folder import log_test_use_of
     from vitrail.weights.pretrained import of_model_size
 
-    images = load_split(classifier, "test", data_path=options.data_path, num_test_images=None)
+    data = DataOptions(data_path=options.data_path, split="test")
+    images = load_split(classifier, **data.to_load())
     if not 0 <= options.index < len(images):
         raise ConfigError(f"--index is {options.index}: give 0 to {len(images) - 1}")
-    note = log_test_use_of(classifier.source, folder, f"image {options.index} alone", 1)
-    if note:
-        say(note)
+    log_test_use(classifier, "test", folder, f"image {options.index} alone", 1)
     raw_CHW = images.raw_BCHW[options.index]
     picture_HWC = raw_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy()
     label = images.classes[int(images.labels_B[options.index])]

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
 from vitrail.cli.console import out, say
-from vitrail.cli.options import ModelWord, load_model, with_word
+from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
 from vitrail.cli.parsing import parse
 from vitrail.config.model import require_range
 
@@ -27,22 +27,17 @@ class TestOptions(ModelWord):
 
     __test__ = False  # the name is not pytest's
 
-    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
-    """Data set; the one the model was trained on unless given."""
-    data_path: Path | None = None
-    """Where the data are; the training's place unless given."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Which split to score."""
     num_test_images: int | None = None
-    """Score the first so many test images only; all of them unless given."""
+    """Use only the first N test images. Default: all of them."""
     num_workers: int = 2
-    """Threads that decode picture files; 0 decodes one at a time, like 1."""
+    """Threads that decode picture files; 0 and 1 decode one at a time."""
     batch_size: int = 500
-    """Images at a time."""
+    """Images per batch."""
     json: bool = False
-    """Print JSON on standard output and nothing else."""
+    """Print JSON on standard output, and nothing else."""
     output_path: Path | None = None
-    """Folder for the pictures and metrics.json; beside the model unless given."""
+    """Folder for the plots and metrics.json. Default: in the run folder, else under output/."""
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
 
     def __post_init__(self) -> None:
         require_range(self, "batch_size num_test_images", 1)
@@ -83,23 +78,20 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
     from vitrail.evaluation.plots import plot_metrics
     from vitrail.runtime.files import write_json
     from vitrail.training.run import load_split
-    from vitrail.training.run_folder import log_test_use_of
 
-    given = {n: getattr(options, n) for n in ("dataset", "data_path", "num_workers")}
-    changes = {name: value for name, value in given.items() if value is not None}
-    changes["num_test_images"] = options.num_test_images
-    images = load_split(classifier, options.split, **changes)
+    split = options.data.split
+    changes = options.data.to_load() | {
+        "num_workers": options.num_workers, "num_test_images": options.num_test_images,
+    }  # fmt: skip
+    images = load_split(classifier, **changes)
     if images.classes != classifier.classes:
-        dataset = options.dataset or classifier.config.data.dataset
+        dataset = options.data.dataset or classifier.config.data.dataset
         raise ConfigError(
             f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
         )
-    folder = options.output_path or default_folder(Path(classifier.source), options.split)
-    if options.split == "test":
-        note = log_test_use_of(classifier.source, folder, "vitrail test", len(images))
-        if note:
-            say(note)
+    folder = options.output_path or default_folder(Path(classifier.source), split)
+    log_test_use(classifier, split, folder, "vitrail test", len(images))
     logits_BY = predict_logits(
         classifier.model, images, mean=classifier.mean, std=classifier.std,
         device=classifier.device, batch_size=options.batch_size,
