@@ -96,7 +96,7 @@ def test_a_file_that_computes_something_else_is_refused(
     ("words", "message"),
     [
         ("--format torch --int8", "--int8 is for --format onnx"),
-        ("--split test", "--split and --data_path are for --int8"),
+        ("--split test", "--split, --dataset and --data_path are for --int8"),
         ("--output_path a.bin", "give a file that ends in .onnx"),
         ("--format torch --output_path a.onnx", "give a file that ends in .pt2"),
     ],

@@ -144,7 +144,7 @@ def is_model(word: str) -> bool:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images to use, where they come from a data set."""
+    """The data set that the images come from, where they are no files."""
 
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
     """Data set. Default: the one that the model was trained on."""
