@@ -178,7 +178,7 @@ def test_refuses_what_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def test_seed_masks_are_the_references(reference: Path) -> None:
-    with np.load(reference / "seed-layer3-dim32_expected.npz") as expected:
+    with np.load(reference / "layer3-dim32_expected.npz") as expected:
         attention_LBATT, rollout_BLGJ = expected["attention"], expected["rollout"]
     for image in range(attention_LBATT.shape[1]):
         flows, flow_TT = [], np.eye(attention_LBATT.shape[-1])

@@ -238,8 +238,8 @@ def test_positions_are_resized_by_keys_cubic() -> None:
 
 
 def test_parity_with_the_references_own_code(reference: Path) -> None:
-    classifier = vitrail.load(reference / "seed-layer3-dim32.pt", device="cpu")
-    expected = np.load(reference / "seed-layer3-dim32_expected.npz")
+    classifier = vitrail.load(reference / "layer3-dim32.pt", device="cpu")
+    expected = np.load(reference / "layer3-dim32_expected.npz")
     with torch.no_grad():
         logits_BY, attentions = classifier.model.forward_with_attention(
             torch.from_numpy(expected["images"])
@@ -253,7 +253,7 @@ def test_parity_with_the_references_own_code(reference: Path) -> None:
 
 
 def test_another_head_count_gives_another_model(reference: Path) -> None:
-    path = reference / "seed-layer3-dim32.pt"
+    path = reference / "layer3-dim32.pt"
     images_BCHW = torch.from_numpy(np.load(path.with_name(f"{path.stem}_expected.npz"))["images"])
     with torch.no_grad():
         four, eight = (

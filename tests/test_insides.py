@@ -178,8 +178,8 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:
 
 
 def test_entropy_of_the_reference_systems_attention(reference: Path) -> None:
-    expected = np.load(reference / "seed-layer3-dim32_expected.npz")
-    model = load(reference / "seed-layer3-dim32.pt", device="cpu").model
+    expected = np.load(reference / "layer3-dim32_expected.npz")
+    model = load(reference / "layer3-dim32.pt", device="cpu").model
     entropy_LA = attention_entropy(model, torch.from_numpy(expected["images"]))
     attention = expected["attention"].astype(np.float64)  # layers, images, heads, tokens, tokens
     expected_LA = -(attention * np.log(attention)).sum(-1).mean((1, 3))

@@ -303,8 +303,8 @@ def test_no_images_give_no_maps(make_model: MakeModel, method: Method) -> None:
 
 
 def test_parity_with_the_references_own_maps(reference: Path) -> None:
-    model = vitrail.load(reference / "seed-layer3-dim32.pt", device="cpu").model
-    expected = np.load(reference / "seed-layer3-dim32_expected.npz")
+    model = vitrail.load(reference / "layer3-dim32.pt", device="cpu").model
+    expected = np.load(reference / "layer3-dim32_expected.npz")
     images_BCHW = torch.from_numpy(expected["images"])
     rolled = compute_maps(model, images_BCHW, MapSettings(method="rollout")).values_BLGJ.numpy()
     masks = rolled / rolled.max((2, 3), keepdims=True)

@@ -108,7 +108,7 @@ def test_test_works_on_the_references_own_weights(
     mode: str, reference: Path, cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.effect_noise((40, 50), 90).save(here / "cat.png")
-    model = str(reference / "seed-layer3-dim32.pt")
+    model = str(reference / "layer3-dim32.pt")
     words = ["--mode", mode, "--model_path", model, "--no_image", "--image_path", "cat.png"]
     assert run_test(words) == 0
     assert capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_mixed_spellings(here: Path, cifar_folder: Path) -> None:
 def test_a_model_of_many_classes_is_loaded_from_the_references_layout(
     here: Path, reference: Path
 ) -> None:
-    state = torch.load(reference / "seed-layer3-dim32.pt", weights_only=True)
+    state = torch.load(reference / "layer3-dim32.pt", weights_only=True)
     state["classifier.fc2.weight"] = torch.randn(13, 32)
     state["classifier.fc2.bias"] = torch.randn(13)
     torch.save(state, here / "other.pt")
