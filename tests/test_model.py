@@ -67,6 +67,29 @@ def test_under_autocast_tokens_stay_bfloat16(
     torch.testing.assert_close(logits_BY.float(), expected_BY, atol=2e-2, rtol=0)
 
 
+def test_blocks_run_one_at_a_time_and_keep_only_the_attention_asked_for(
+    tiny_model: ModelConfig,
+) -> None:
+    model = VisionTransformer(dataclasses.replace(tiny_model, n_layers=3)).eval()
+    images_BCHW = torch.randn(2, 3, 20, 28)
+    ran: list[int] = []
+    for layer, block in enumerate(model.blocks, start=1):
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    blocks = model.run_blocks(model.embed(images_BCHW), keep_attention=(2,))
+    for layer, tokens_BTD, attention_BATT in blocks:
+        logits_BY = model.classify(tokens_BTD)
+        assert ran == list(range(1, layer + 1))
+        assert (attention_BATT is not None) == (layer == 2)
+    assert torch.equal(logits_BY, model(images_BCHW))
+
+
+def test_the_model_compiles_to_one_graph(tiny_model: ModelConfig) -> None:
+    model = VisionTransformer(tiny_model).eval()
+    images_BCHW = torch.randn(2, 3, 20, 28)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images_BCHW), model(images_BCHW))
+
+
 def test_gradients_reach_the_attention_that_was_used(tiny_model: ModelConfig) -> None:
     model = VisionTransformer(tiny_model).eval()
     logits_BY, attentions = model.forward_with_attention(torch.randn(2, 3, 20, 28))

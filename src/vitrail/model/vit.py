@@ -10,6 +10,8 @@ One legend of shapes for the whole project:
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929.
 """
 
+from collections.abc import Container, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -82,10 +84,10 @@ class VisionTransformer(nn.Module):
             self.apply(initialise)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the logits (B, Y), by the fastest way."""
+        """Return the logits (B, Y)."""
         tokens_BTD = self.embed(images_BCHW)
-        for block in self.blocks:
-            tokens_BTD, _ = block(tokens_BTD, self.rotation)
+        for _, output_BTD, _ in self.run_blocks(tokens_BTD):
+            tokens_BTD = output_BTD
         return self.classify(tokens_BTD)
 
     def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -93,14 +95,33 @@ class VisionTransformer(nn.Module):
 
         Shapes:
             images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. With
-            a class token it is token 0; the patches follow row by row.
+            a class token, it is token 0; the patches follow row by row.
         """
         tokens_BTD = self.embed(images_BCHW)
+        every_layer = range(1, self.config.n_layers + 1)
         attentions = []
-        for block in self.blocks:
-            tokens_BTD, attention_BATT = block(tokens_BTD, self.rotation, keep_attention=True)
+        for _, output_BTD, attention_BATT in self.run_blocks(
+            tokens_BTD, keep_attention=every_layer
+        ):
+            assert attention_BATT is not None
             attentions.append(attention_BATT)
+            tokens_BTD = output_BTD
         return self.classify(tokens_BTD), tuple(attentions)
+
+    def run_blocks(
+        self, tokens_BTD: Tensor, *, keep_attention: Container[int] = ()
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Run one block at a time; after each, yield its layer and what it returned.
+
+        Shapes:
+            tokens_BTD, as from ``embed`` -> layer (from 1), tokens_BTD, attention_BATT (None for
+            layers that are not in ``keep_attention``)
+        """
+        for layer, block in enumerate(self.blocks, start=1):
+            tokens_BTD, attention_BATT = block(
+                tokens_BTD, self.rotation, keep_attention=layer in keep_attention
+            )
+            yield layer, tokens_BTD, attention_BATT
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return the tokens the first block reads (B, T, D).
