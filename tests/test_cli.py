@@ -244,7 +244,7 @@ def test_resuming_a_finished_run_reports_its_result_and_tests_nothing_again(
     assert (folder / "result.json").read_bytes() == result
     (folder / "result.json").unlink()  # as if it had been killed while it was tested
     assert main(resume) == 0
-    assert "resuming after update 4 of 4" in capsys.readouterr().err
+    assert "resuming at step 4/4" in capsys.readouterr().err
     assert len((folder / "test_uses.jsonl").read_text().splitlines()) == 2
     assert json.loads((folder / "result.json").read_text())["test"]["images"] == 30
 
@@ -345,7 +345,7 @@ def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
     assert line == (
         "vitrail: output/a/attention/epoch-0001.png could not be drawn: RuntimeError: no font; "
         "output/a/confusion_matrix.png could not be drawn: RuntimeError: no font; "
-        "all else is in output/a/"
+        "everything else is in output/a/"
     )
     for name in ("result.json", "graph_loss.png", "graph_accuracy.png", "calibration.png"):
         assert (here / "output/a" / name).stat().st_size > 100

@@ -41,7 +41,7 @@ def test_lines_where_there_is_no_terminal(
         assert "images/s" in line
     monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
     printed, _ = watch(tiny_run, tmp_path / "b", terminal=False)
-    assert "update 4/9" in printed
+    assert "step 4/9" in printed
 
 
 def test_a_bar_where_there_is_one(
@@ -49,7 +49,7 @@ def test_a_bar_where_there_is_one(
 ) -> None:
     monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
     printed, shown = watch(tiny_run, tmp_path / "a", terminal=True)
-    assert "update " not in printed
+    assert "step " not in printed
     assert "\u001b[" in printed
     (task,) = shown.progress.tasks
     assert task.completed == task.total == 9

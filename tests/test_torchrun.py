@@ -102,7 +102,7 @@ def test_with_restarts_it_goes_on_from_its_last_checkpoint(
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, rank), signal.SIGKILL)
     finish(job, tmp_path)
-    assert "resuming after update" in said(tmp_path)
+    assert "resuming at step" in said(tmp_path)
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["quick"]
     whole, killed = tmp_path / "whole/output/quick", tmp_path / "output/quick"
     assert curve(whole) == curve(killed)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_fo
     wait_for(checkpoints / "LAST", two)
     two.send_signal(signal.SIGTERM)
     assert two.wait() != 0
-    assert "go on with: vitrail train --resume output/quick" in said(tmp_path)
+    assert "resume with: vitrail train --resume output/quick" in said(tmp_path)
     stopped = int(read_pointer(checkpoints, "LAST").name.removeprefix("step-"))
     assert stopped < EPOCHS * STEPS
     one = start(tmp_path, "--resume", "output/quick", processes=1)

@@ -1,9 +1,9 @@
-"""Words in, exit codes out. Heavy imports wait inside the commands; no science here.
+"""The command line: arguments in, exit codes out. Heavy imports are inside the commands.
 
 Exit codes:
-    0        done
-    1        done in part, or the command could not go on: a loss that is not finite, no memory, a
-             full disk, a library that cannot be imported
+    0        success
+    1        partial success, or the command could not continue: a loss that is not finite, out of
+             memory, a full disk, a library that cannot be imported
     2        refused: a mistake in the command, its settings, data or weights
     70       an error in Vitrail itself; the traceback is in the file that the message names
     128 + n  stopped by signal n
@@ -11,6 +11,7 @@ Exit codes:
 
 import importlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,38 +21,38 @@ from vitrail.runtime import waiting
 from vitrail.runtime.allocator import keep_freed_memory
 
 STARTED = time.perf_counter()
-"""When the program began, or nearly so."""
+"""When the program started, almost."""
 LOAD = waiting.read_processor()
 """How busy the processor had been until then."""
 
 COMMANDS = {
-    "train": "train a Vision Transformer, or go on with a run",
-    "test": "score a model on a data set",
+    "train": "train a Vision Transformer, or resume a run",
+    "test": "evaluate a model on a data set",
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
     "inspect": "show a model's filters, positions and heads",
-    "convert": "bring weights in from other systems, and out to them",
-    "push": "put a model on the Hugging Face hub",
-    "export": "write a model as ONNX or as a torch program",
+    "convert": "convert weights from and to other libraries",
+    "push": "upload a model to the Hugging Face hub",
+    "export": "export a model to ONNX or torch.export",
     "sweep": "search for good settings",
     "info": "show presets, runs, this machine, or one model",
 }
 
 USAGE = """\
-Vitrail: train a Vision Transformer on small images, test it, and see through it.
+Vitrail: train a Vision Transformer on small images, test it, and see what it looks at.
 
 usage: vitrail COMMAND [OPTIONS]       (vitrail COMMAND --help for its options)
 
 {commands}
 
 Start here:
-  vitrail train --preset quick         two minutes on a laptop, no data needed
-  vitrail predict cat.png              with the newest model
-  vitrail explain cat.png              what it looked at, as an animation
+  vitrail predict --model_path cifar10 cat.png    with the bundled model
+  vitrail explain --model_path cifar10 cat.png    what it looked at, as an animation
+  vitrail train --preset quick                    2 to 6 minutes on a CPU, no data needed
 
---debug with any command prints the traceback of an error. Exit codes: 0 done; 1 done in part, or
-it could not go on (memory, disk, a loss that is not finite); 2 refused; 70 an error in Vitrail
-itself; 128 + n stopped by signal n.
+--debug with any command prints the traceback of an error. Exit codes: 0 success; 1 partial
+success, or it could not continue (memory, disk, a loss that is not finite); 2 refused; 70 an error
+in Vitrail itself; 128 + n stopped by signal n.
 """
 
 DEBUG = "--debug"
@@ -59,11 +60,11 @@ DEBUG = "--debug"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    return guarded(dispatch, sys.argv[1:] if argv is None else argv)
+    return guarded(_dispatch, sys.argv[1:] if argv is None else argv)
 
 
-def dispatch(words: Sequence[str]) -> int:
-    """Answer --help and --version, or run a command."""
+def _dispatch(words: Sequence[str]) -> int:
+    """Print --help or --version, or run a command."""
     if not words or words[0] in ("-h", "--help"):
         lines = (f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
         print(USAGE.format(commands="\n".join(lines)), end="")
@@ -77,29 +78,41 @@ def dispatch(words: Sequence[str]) -> int:
 
 
 def run(command: str, words: Sequence[str]) -> int:
-    """Run one command; its exceptions are the caller's."""
+    """Run one command; exceptions are left to the caller."""
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
     if command != "train":
-        importlib.import_module("vitrail.cli.processes").refuse_many(command)
+        _refuse_many_processes(command)
     module = importlib.import_module(f"vitrail.cli.{command}")
     waiting.choose_waiting(LOAD)
     return int(module.command(words))
 
 
+def _refuse_many_processes(command: str) -> None:
+    """Refuse a command that several processes would only repeat.
+
+    Raises:
+        ConfigError: torchrun started more than one.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK") != "0":
+            sys.exit(2)
+        raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
+
+
 def exit_code(error: VitrailError) -> int:
-    """Return how a process ends with one of our own exceptions."""
+    """Return the exit code for an exception of ours."""
     return 1 if isinstance(error, TrainingError) else 2
 
 
 def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """Run a command; turn every exception into one line on standard error and an exit code.
 
-    ``--debug`` among the words prints the traceback instead.
+    ``--debug`` prints the traceback instead.
     """
     keep_freed_memory()
-    accept_any_character()
+    _accept_any_character()
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
     try:
@@ -113,11 +126,11 @@ def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> in
         sys.stdout = None
         return 1
     except Exception as error:  # noqa: BLE001 (the edge of the program)
-        return conclude(error, words, debug=debug)
+        return _conclude(error, words, debug=debug)
     return code
 
 
-def conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
+def _conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
     """Report an exception on standard error and return the exit code."""
     from vitrail.cli import failures
 
@@ -134,8 +147,8 @@ def conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
     return failures.explain(error)[1] if debug else failures.report(error, words)
 
 
-def accept_any_character() -> None:
-    """Write characters that the terminal or pipe has no code for as ``\\x``, never fail at them."""
+def _accept_any_character() -> None:
+    """Escape characters that the encoding of the terminal or pipe lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

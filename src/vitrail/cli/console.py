@@ -1,8 +1,9 @@
-"""Where words go: results to standard output, everything else to standard error."""
+"""Where output goes: results to standard output, everything else to standard error."""
 
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from vitrail.errors import printable
 
@@ -11,15 +12,29 @@ err = Console(highlight=False, stderr=True)
 
 
 def say(message: str) -> None:
-    """Tell the user something that is not the result."""
+    """Print a message that is not the result."""
     err.print(clean(message), markup=False, soft_wrap=True)
 
 
 def tell(message: str, **style: Any) -> None:
-    """Print a part of the result in words."""
+    """Print a part of the result as text."""
     out.print(clean(message), markup=False, soft_wrap=True, **style)
 
 
 def clean(message: str) -> str:
-    """Return lines that command no terminal: file and class names may hold anything."""
+    """Return lines without control characters: file and class names may contain any."""
     return "\n".join(map(printable, message.split("\n")))
+
+
+def number_table(first: str, *columns: str) -> Table:
+    """Return an empty table with a column of names, and columns of numbers."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def count(number: int, what: str) -> str:
+    """Return a number with its noun: 1 epoch, 2,000 epochs."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -11,7 +11,7 @@ from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
 
 PLAIN_SECONDS = 30.0
-"""Time between two lines inside an epoch, where there is no terminal."""
+"""Time between two lines within an epoch, without a terminal."""
 SPEED_SECONDS = 5.0
 """Training time over which the speed shown is averaged."""
 SLOW_PERIODS = 2
@@ -96,7 +96,7 @@ class TrainingDisplay:
             self.show_update(event)
 
     def show_update(self, update: Update) -> None:
-        """Move the bar, or print a line now and then."""
+        """Move the bar, or print a line every PLAIN_SECONDS."""
         now = time.monotonic()
         self.meter.count(update.images)
         loss, accuracy = self.run.state.tally.means()
@@ -105,11 +105,11 @@ class TrainingDisplay:
         epoch = f"epoch {update.epoch}/{self.run.config.training.epochs}"
         self.progress.update(self.task, completed=update.step, description=epoch, state=state)
         if not self.live and now - self.last_line >= PLAIN_SECONDS:
-            self.console.print(f"{epoch}  update {update.step}/{self.run.total_steps}  {state}")
+            self.console.print(f"{epoch}  step {update.step}/{self.run.total_steps}  {state}")
             self.last_line = now
 
     def reason(self) -> str:
-        """Return why training has become slow, where that is likely: on a processor."""
+        """Return the likely reason why training on the CPU has become slow, if it has."""
         return f"  ({SLOW})" if self.meter.is_slow and self.run.device.type == "cpu" else ""
 
     def epoch_line(self, end: EpochEnd) -> str:

@@ -1,4 +1,4 @@
-"""Exceptions that are not ours -> one line with a remedy; the traceback goes to a file."""
+"""Exceptions of other libraries -> one line with a remedy; the traceback goes to a file."""
 
 import errno
 import os
@@ -14,8 +14,8 @@ from importlib.metadata import version
 from vitrail.errors import printable
 
 COULD_NOT, UNEXPECTED = 1, 70
-"""Exit codes: the machine refused (memory, disk, a broken library); a fault of ours (EX_SOFTWARE of
-sysexits.h)."""
+"""Exit codes: the machine refused (memory, disk, a broken library); a bug in Vitrail (EX_SOFTWARE
+of sysexits.h)."""
 LONGEST = 300
 """Characters of another library's message that are shown."""
 
@@ -31,14 +31,14 @@ PLACES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "give a shorter name",
 }
-"""What to do about an error of the system; about any other one, ANOTHER_PLACE."""
+"""What to do about an error of the system; for all others, ANOTHER_PLACE."""
 
 
 def report(error: Exception, words: Sequence[str]) -> int:
     """Print one line about an exception, write its traceback to a file; return the exit code."""
     message, code = explain(error)
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    path = write_traceback(error, words)
+    path = _write_traceback(error, words)
     where = f" (traceback: {path})" if path else ""
     print(f"vitrail: {printable(message + notes)}{where}", file=sys.stderr)
     return code
@@ -46,27 +46,27 @@ def report(error: Exception, words: Sequence[str]) -> int:
 
 def explain(error: Exception) -> tuple[str, int]:
     """Return what went wrong and what to do about it, and the exit code."""
-    text = first_line(error)
-    if is_out_of_memory(error):
+    text = _first_line(error)
+    if _is_out_of_memory(error):
         amount = AMOUNT.search(str(error))
         size = f" (asked for {amount[1]})" if amount else ""
         return (
-            f"out of memory{size}: lower --batch_size, raise --accumulate (train), or take fewer "
+            f"out of memory{size}: lower --batch_size, raise --accumulate (train), or use fewer "
             "or smaller images",
             COULD_NOT,
         )
     if isinstance(error, UnicodeError):
         return f"{text}: set PYTHONUTF8=1, so that Python reads and writes UTF-8", COULD_NOT
     if isinstance(error, ImportError):
-        return f"a library cannot be imported: {text}: install it anew", COULD_NOT
+        return f"a library cannot be imported: {text}: reinstall it", COULD_NOT
     if isinstance(error, OSError):
         place = error.filename if error.filename is not None else "standard output or a file"
         remedy = PLACES.get(error.errno or 0, ANOTHER_PLACE)
-        return f"{shorten(os.fsdecode(str(place)))}: {error.strerror or text}: {remedy}", COULD_NOT
+        return f"{_shorten(os.fsdecode(str(place)))}: {error.strerror or text}: {remedy}", COULD_NOT
     return f"unexpected {type(error).__name__}: {text}: please report it", UNEXPECTED
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out: of Python, NumPy, or of torch's CPU or GPU allocator."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -75,18 +75,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the first line of an exception's message; its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shorten(lines[0].rstrip(".")) if lines else type(error).__name__
+    return _shorten(lines[0].rstrip(".")) if lines else type(error).__name__
 
 
-def shorten(text: str) -> str:
+def _shorten(text: str) -> str:
     """Return a text cut to LONGEST characters."""
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def write_traceback(error: Exception, words: Sequence[str]) -> str:
+def _write_traceback(error: Exception, words: Sequence[str]) -> str:
     """Write the traceback to the system's folder of temporary files; return the path, or ""."""
     head = (
         f"vitrail {version('vitrail')}, Python {platform.python_version()}, {platform.platform()}\n"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop reads between two updates."""
+"""Ctrl-C and SIGTERM as a request that the training loop reads between two steps."""
 
 import signal
 import threading
@@ -8,9 +8,9 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """A request to stop, where it is to be followed at once.
+    """A request to stop at once.
 
-    No Exception, as KeyboardInterrupt is none: nobody shall take it for a fault.
+    Not an Exception, like KeyboardInterrupt, so that no handler of errors catches it.
     """
 
     def __init__(self, number: int) -> None:
@@ -19,7 +19,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """The first signal is noted; the same signal again stops at once."""
+    """Remembers the first signal; the same signal again stops the process at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -27,7 +27,7 @@ class StopRequest:
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        # From now on the system's own: it ends the process even inside a long call of torch.
+        # The default handler ends the process even inside a long call of torch.
         signal.signal(number, signal.SIG_DFL)
         self.signal = self.signal or number
         if self.raises:
@@ -35,7 +35,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal, also one noted before, leave the block as the exception Stopped."""
+        """Raise Stopped in the block at a signal, also at one that arrived before it."""
         self.raises = True
         try:
             if self.signal:
@@ -47,9 +47,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM inside the block; put the old handlers back after it.
+    """Remember SIGINT and SIGTERM inside the block; restore the old handlers after it.
 
-    Python delivers signals to the main thread only: in any other one there is nothing to note.
+    Python delivers signals to the main thread only: other threads never see one.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,43 +1,59 @@
 """``vitrail train``."""
 
 import dataclasses
+import os
+import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrail.cli import STARTED
-from vitrail.cli.console import err, out, say, tell
+from rich.text import Text
+
+from vitrail.cli import STARTED, exit_code
+from vitrail.cli.console import count, err, number_table, out, say, tell
 from vitrail.cli.parsing import parse, parse_known
-from vitrail.cli.processes import one_run
 from vitrail.config.files import MOVABLE, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
-from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrail.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    TrainingError,
+    VitrailError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from vitrail.data.manifest import Manifest
 
 PROG = "vitrail train"
 DEFAULT_PRESET = "quick"
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables that torchrun sets for each process."""
+SHOWN_CLASSES = 20
+"""Classes of a folder that get a row of their own."""
 
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Where the settings come from; every other flag goes over them."""
+    """Where the settings come from; every other flag overrides them."""
 
     preset: str = ""
-    """A whole configuration by name (vitrail info lists them). Default: quick."""
+    """A complete configuration by name (vitrail info lists them). Default: quick."""
     config: Path | None = None
-    """A TOML file of settings, over the preset's."""
+    """A TOML file of settings, which override the preset's."""
     resume: Path | None = None
-    """Resume the run in this folder, with the settings it has."""
+    """Resume the run in this folder, with its own settings."""
 
 
 @dataclass(frozen=True)
 class InitOptions:
-    """What must be known of a run's first weights before the other flags make sense."""
+    """The initial weights, which must be known before the other flags have defaults."""
 
     init: str = ""
     n_attention_heads: int | None = None
@@ -47,18 +63,45 @@ class InitOptions:
 class TrainOptions(Config, StartOptions):
     """Train a Vision Transformer.
 
-    Any flag below goes over the preset's value; --batch_size and --batch-size are the same flag.
+    Any flag below overrides the preset's value; --batch_size and --batch-size are the same flag.
+    For example: vitrail train --preset fast --epochs 6 --folder_name six
     """
 
 
 def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
-    """Run ``vitrail train``; ``name`` is the run folder's if none is asked for."""
-    with one_run() as on_leader:
+    """Run ``vitrail train``; ``name`` is the default name of the run folder."""
+    with _joined_processes() as on_leader:
         start, settings = on_leader(read, words, prog)
         if start.resume is not None:
-            return resume(start.resume, settings)
-        manifest = on_leader(list_data, settings)
-        return begin(settings, name or start.preset, manifest)
+            return _resume(start.resume, settings)
+        manifest = on_leader(_list_data, settings)
+        return _begin(settings, name or start.preset, manifest)
+
+
+@contextmanager
+def _joined_processes() -> Iterator[Callable[..., Any]]:
+    """Join the processes that torchrun started, if it did; all but the first stop printing.
+
+    Yields a function that calls another one on the first process only and returns its result on
+    all. An error occurs on every process: the first one reports it, the others only exit.
+    """
+    if not all(os.environ.get(name) for name in TORCHRUN):
+        yield lambda function, *arguments: function(*arguments)
+        return
+    from vitrail.runtime import distributed
+
+    with distributed.joined():
+        leader = distributed.is_leader()
+        quiet = out.quiet, err.quiet
+        out.quiet = err.quiet = not leader
+        try:
+            yield distributed.on_leader
+        except VitrailError as error:
+            if leader:
+                raise
+            sys.exit(exit_code(error))
+        finally:
+            out.quiet, err.quiet = quiet
 
 
 def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
@@ -68,18 +111,18 @@ def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
         start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
         given = {} if start.config is None else toml_sections(start.config)
         base = from_json(given, get_preset(start.preset))
-        base = start_from_weights(base, given, words, prog)
+        base = _start_from_weights(base, given, words, prog)
     else:
-        base = read_settings(start)
+        base = _read_settings(start)
     defaults = TrainOptions(**vars(start), **vars(base))
     options = parse(TrainOptions, words, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
-        refuse_changes(base, settings, start.resume)
+        _refuse_changes(base, settings, start.resume)
     return start, settings
 
 
-def read_settings(start: StartOptions) -> Config:
+def _read_settings(start: StartOptions) -> Config:
     """Return the settings of the run to resume."""
     assert start.resume is not None
     if start.config is not None or start.preset:
@@ -91,12 +134,12 @@ def read_settings(start: StartOptions) -> Config:
     return from_json(read_json(start.resume / "config.json"))
 
 
-def start_from_weights(
+def _start_from_weights(
     base: Config, given: dict[str, dict[str, Any]], words: Sequence[str], prog: str
 ) -> Config:
-    """Return the settings with the model of --init, where there is one.
+    """Return the settings with the model of --init, if it is given.
 
-    Weights know their model better than a preset does; what the TOML file gives has precedence.
+    The model of the weights overrides the preset's; the TOML file overrides both.
     """
     asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
     init = asked.init or base.training.init
@@ -108,8 +151,8 @@ def start_from_weights(
     return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
 
 
-def refuse_changes(old: Config, new: Config, folder: Path) -> None:
-    """Refuse flags beside --resume that would make it another run."""
+def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
+    """Refuse flags that cannot be changed with --resume."""
     before, after = old.flat(), new.flat()
     changed = [f"--{name}" for name in before if before[name] != after[name]]
     refused = [flag for flag in changed if flag.removeprefix("--") not in MOVABLE]
@@ -121,36 +164,62 @@ def refuse_changes(old: Config, new: Config, folder: Path) -> None:
         )
 
 
-def list_data(settings: Config) -> "Manifest | None":
+def _list_data(settings: Config) -> "Manifest | None":
     """List the pictures of a folder and show what was found, before anything slow is loaded."""
     if settings.data.dataset != "folder":
         return None
-    from vitrail.cli.data_table import show_manifest
     from vitrail.data.manifest import scan
 
     manifest = scan(settings.data.data_path, settings.data.validation_images)
-    show_manifest(manifest.limited(settings.data))
+    _show_manifest(manifest.limited(settings.data))
     return manifest
 
 
-def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
-    """Start a run in a new folder, or go on with it where torchrun has restarted us."""
+def _show_manifest(manifest: "Manifest") -> None:
+    """Print how many pictures each class has in each split, and what was skipped."""
+    from vitrail.data.manifest import SPLITS, class_counts, summary
+
+    counts = class_counts(manifest)
+    totals = _add_columns(counts)
+    say(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
+    table = number_table("class", *SPLITS)
+    shown = counts if len(counts) <= SHOWN_CLASSES else counts[: SHOWN_CLASSES - 1]
+    for name, row in shown:
+        table.add_row(Text(printable(name)), *(f"{number:,}" for number in row))
+    if rest := counts[len(shown) :]:
+        table.add_row(f"{len(rest)} more", *(f"{number:,}" for number in _add_columns(rest)))
+    table.add_section()
+    table.add_row("total", *(f"{number:,}" for number in totals))
+    err.print(table)
+    if line := summary(manifest):
+        say(line)
+    if not totals[SPLITS.index("test")]:
+        say("There is no test split: the run will have no test score.")
+
+
+def _add_columns(counts: "Sequence[tuple[str, Sequence[int]]]") -> list[int]:
+    """Return the sum of each column."""
+    return [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
+
+
+def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
+    """Start a run in a new folder, or resume it after a restart by torchrun."""
     from vitrail.runtime import distributed
     from vitrail.runtime.devices import choose_rank_device
     from vitrail.training.recovery import release
     from vitrail.training.run import Run, lock
 
     choose_rank_device(settings.run.device)
-    folder, begun = distributed.on_leader(choose_folder, settings, name)
+    folder, begun = distributed.on_leader(_choose_folder, settings, name)
     if begun:
-        return resume(folder, settings)
+        return _resume(folder, settings)
     held = lock(folder)  # until the run holds it itself
     try:
         run = Run.start(settings, folder, manifest)
     except BaseException:
         if distributed.is_leader():
             release(folder)  # Windows removes no file that is open
-            remove_if_unused(folder)
+            _remove_if_unused(folder)
         raise
     del held
     for notice in run.notices:
@@ -158,8 +227,8 @@ def begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     return follow(run)
 
 
-def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
-    """Return the run's folder, and whether there is a checkpoint in it to go on from."""
+def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
+    """Return the run's folder, and whether it has a checkpoint to resume from."""
     from vitrail.runtime import rendezvous
     from vitrail.training.run_folder import new_folder
 
@@ -171,8 +240,8 @@ def choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     return folder, False
 
 
-def resume(folder: Path, settings: Config) -> int:
-    """Resume a run; one that is finished is only reported."""
+def _resume(folder: Path, settings: Config) -> int:
+    """Resume a run; of a finished one, only report the result."""
     from vitrail.runtime import distributed
     from vitrail.training.run import Run
 
@@ -185,17 +254,17 @@ def resume(folder: Path, settings: Config) -> int:
     run = Run.resume(folder, settings)
     for notice in run.notices:
         say(notice)
-    say(f"resuming after update {run.state.step} of {run.total_steps}")
+    say(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
     return follow(run)
 
 
 def follow(run: Any) -> int:
-    """Show a run to its end, or save it when a signal asks to stop."""
+    """Train to the end, or stop at a signal and save; print the progress."""
     from vitrail.cli.display import TrainingDisplay
     from vitrail.cli.signals import Stopped, stop_requests
     from vitrail.runtime import distributed
 
-    describe(run)
+    _describe(run)
     startup = time.perf_counter() - STARTED
     try:
         with stop_requests() as stop:
@@ -208,25 +277,25 @@ def follow(run: Any) -> int:
             if stopped:
                 run.save()
                 raise Stopped(stopped)
-            with stop.at_once():  # all is saved: only the test and the pictures are missing
+            with stop.at_once():  # everything is saved; only the test and the plots are missing
                 result = run.finish()
     except Stopped as reason:
-        say(f"stopped and saved; go on with: vitrail train --resume {run.folder}")
+        say(f"stopped and saved; resume with: vitrail train --resume {run.folder}")
         return 128 + reason.signal
     except OutputError as error:
-        raise TrainingError(f"{error}; go on with: vitrail train --resume {run.folder}") from error
+        raise TrainingError(f"{error}; resume with: vitrail train --resume {run.folder}") from error
     except Exception as error:
         if run.saved is not None:
             error.add_note(f"resume with: vitrail train --resume {run.folder}")
         raise
-    conclude(run, result, startup)
+    _conclude(run, result, startup)
     if problems := distributed.on_leader(lambda: run.problems):
-        raise TrainingError(f"{'; '.join(problems)}; all else is in {run.folder}/")
+        raise TrainingError(f"{'; '.join(problems)}; everything else is in {run.folder}/")
     return 0
 
 
-def describe(run: Any) -> None:
-    """Say what is about to be trained."""
+def _describe(run: Any) -> None:
+    """Print what is about to be trained."""
     from vitrail.runtime import distributed
 
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
@@ -242,53 +311,43 @@ def describe(run: Any) -> None:
     )
 
 
-def conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     """Print the result, the seconds it took and what to try next."""
-    from rich.table import Table
-
     goal = run.config.run.stop_at_accuracy
     if goal is not None:
         reached = run.is_enough()
         out.print(
             f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
-            f"in {result['seconds']:,.1f} s of training ({result['epochs']} epochs)"
+            f"in {result['seconds']:,.1f} s of training ({count(result['epochs'], 'epoch')})"
         )
 
     tell(f"\n{run.folder}", style="bold")
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("", "accuracy", "loss"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = number_table("", "accuracy", "loss")
     for split in ("validation", "test"):
         if result[split]:
             table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
     if table.row_count:
         out.print(table)
     if not result["test"]:
-        out.print("There is no test split, so there is no test score.")
-    out.print(
-        f"{result['epochs']} epochs in {result['seconds']:,.0f} s of training "
-        f"(without {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
+        tell("There is no test split, so there is no test score.")
+    tell(
+        f"{count(result['epochs'], 'epoch')} in {result['seconds']:,.0f} s of training "
+        f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
         f"evaluation), {result['images_per_second']:,.0f} images/s; "
-        f"best epoch {result['best_epoch']}; "
-        f"curves, confusion matrix and checkpoints in {run.folder}/",
-        markup=False,
-        soft_wrap=True,
+        f"best epoch: {result['best_epoch']}; "
+        f"curves, confusion matrix and checkpoints in {run.folder}/"
     )
-    out.print(
+    tell(
         "\nTry next:\n"
         f"  vitrail test --model_path {run.folder}\n"
         f"  vitrail predict --model_path {run.folder} PICTURE\n"
         f"  vitrail explain --model_path {run.folder} PICTURE\n"
-        f"  vitrail info {run.folder}",
-        markup=False,
-        soft_wrap=True,
+        f"  vitrail info {run.folder}"
     )
 
 
-def remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that never began."""
-    import shutil
-
+def _remove_if_unused(folder: Path) -> None:
+    """Remove the folder of a run that did not start."""
     from vitrail.training.run_folder import is_unused
 
     if is_unused(folder):
