@@ -146,7 +146,11 @@ def test_batches_and_lists_keep_their_order(
 ) -> None:
     batch = np.stack([RGB, 255 - RGB, RGB // 2])
     given = batch.transpose(0, 3, 1, 2) if channels_first else batch
-    expected = [classifier.predict(each)[0] for each in batch]
+    # A batch may be computed by other kernels than one picture: equal but for the last bits.
+    expected = [
+        [(p.name, pytest.approx(p.probability, rel=1e-6)) for p in classifier.predict(each)[0]]
+        for each in batch
+    ]
     assert classifier.predict(given) == expected
     assert classifier.predict(torch.from_numpy(given / 255)) == expected
     path = tmp_path / "x.png"

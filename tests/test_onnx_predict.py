@@ -63,7 +63,8 @@ def images_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "p.png"
-    Image.effect_noise((30, 19), 90).convert("RGB").save(path)
+    noise_HWC = np.random.default_rng(7).integers(0, 256, (13, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise_HWC).save(path)
     return path
 
 
