@@ -14,8 +14,9 @@ import vitrail
 from vitrail.cli import explain as cli_explain
 from vitrail.cli.explain import ExplainOptions
 from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.data.framing import stack_pictures
 from vitrail.data.images import ImageSet
-from vitrail.data.inputs import read_one, stack_pictures
+from vitrail.data.pictures import read_picture
 from vitrail.errors import ConfigError, PictureError, VitrailError
 from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
@@ -101,7 +102,7 @@ def test_every_form_of_a_picture_is_the_same_picture(kind: str, classifier: Clas
     assert np.abs(classifier.read(make()).astype(int) - expected).max() <= off
     if kind not in ("list", "tuple", "generator"):
         if "(1," not in kind:
-            assert np.abs(read_one(make()).astype(int) - RGB).max() <= off
+            assert np.abs(read_picture(make()).astype(int) - RGB).max() <= off
         assert np.array_equal(classifier.subject(make()).raw_HWC, classifier.read(make())[0])
     if not off:
         assert classifier.predict(make()) == classifier.predict(RGB)
@@ -125,19 +126,19 @@ def test_gray_is_every_channel(kind: str) -> None:
 
 
 def test_bool_is_black_and_white() -> None:
-    assert np.array_equal(read_one(GRAY > 99)[:, :, 1], (GRAY > 99) * 255)
-    assert np.array_equal(read_one(torch.from_numpy(RGB > 99)), (RGB > 99) * 255)
+    assert np.array_equal(read_picture(GRAY > 99)[:, :, 1], (GRAY > 99) * 255)
+    assert np.array_equal(read_picture(torch.from_numpy(RGB > 99)), (RGB > 99) * 255)
 
 
 def test_bfloat16_keeps_its_eight_bits() -> None:
-    read = read_one(torch.from_numpy(floats("float32")).bfloat16())
+    read = read_picture(torch.from_numpy(floats("float32")).bfloat16())
     assert np.abs(read.astype(int) - RGB).max() <= 1
 
 
 def test_alpha_lies_over_the_ground() -> None:
     rgba = np.zeros((5, 7, 4), np.uint8)
-    assert read_one(rgba, background=(7, 8, 9))[2, 2].tolist() == [7, 8, 9]
-    assert read_one(rgba / 255)[2, 2].tolist() == [255, 255, 255]
+    assert read_picture(rgba, background=(7, 8, 9))[2, 2].tolist() == [7, 8, 9]
+    assert read_picture(rgba / 255)[2, 2].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("channels_first", [False, True])

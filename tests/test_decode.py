@@ -15,10 +15,16 @@ from PIL import Image
 from vitrail.data import decode as decoding
 from vitrail.data import formats, pictures
 from vitrail.data.decode import Decoded, decode
-from vitrail.data.framing import Framing
-from vitrail.data.inputs import stack_pictures
-from vitrail.data.pictures import enough_side, fit_picture, read_picture
-from vitrail.data.wide import Extent, PixelRange, choose_range, join, measure, to_bytes
+from vitrail.data.framing import Framing, enough_side, fit_picture, stack_pictures
+from vitrail.data.pictures import (
+    Extent,
+    PixelRange,
+    choose_range,
+    join,
+    measure,
+    read_picture,
+    to_bytes,
+)
 from vitrail.errors import DataError
 
 RAMP = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
@@ -232,7 +238,7 @@ def test_every_depth_keeps_256_levels(
     assert torch.equal(torch.stack(alone), decoded.raw_BCHW)
     whole, single = caplog.messages  # of the second single picture there is no line
     assert whole == f"wide gray pictures: 2 files, values {said} -> 0..255; --pixel_range sets it"
-    assert single.startswith(f"{paths[0]}: a wide gray picture by itself: values {said} -> ")
+    assert single.startswith(f"{paths[0]}: a single wide gray picture: values {said} -> ")
 
 
 def test_one_range_holds_for_all_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

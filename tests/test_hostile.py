@@ -264,7 +264,7 @@ def test_a_long_name_is_drawn_in_time() -> None:
 
 def test_postscript_is_run_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.Popen", None)
-    with pytest.raises(PictureError, match="EPS is a program"):
+    with pytest.raises(PictureError, match="EPS files are not supported"):
         read_picture(hostile_pictures.RAN)
 
 

@@ -1,10 +1,10 @@
-"""How folders of pictures are organized: classes, or splits in their usual spellings."""
+"""How folders of pictures are searched and organized: classes, or splits in usual spellings."""
 
 from pathlib import Path
 
 import pytest
 
-from vitrail.data.layout import find_layout
+from vitrail.data.layout import find_layout, walk_files
 from vitrail.errors import DataError
 
 
@@ -75,7 +75,7 @@ def test_other_folders_beside_splits_are_reported(tmp_path: Path) -> None:
         (["Training/1.png", "Testing/2.png"], "Testing/ looks like a test split, but has no"),
         (["train/a/1.png", "train/b/1.png", "val/1.png"], "val/ looks like a validation split"),
         (["train/a/1.png", "Training/a/1.png", "test/a/1.png"], "are both a train split"),
-        (["train/steam/1.png", "car/1.png"], "train/ looks like a split, but car/ beside it"),
+        (["train/steam/1.png", "car/1.png"], "train/ looks like a split, but car/ next to it"),
     ],
 )
 def test_what_looks_like_splits_is_never_read_as_classes(
@@ -89,3 +89,32 @@ def test_what_looks_like_splits_is_never_read_as_classes(
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none: no such folder; give --data_path"):
         find_layout(tmp_path / "none")
+
+
+def names(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in walk_files(root)]
+
+
+def test_hidden_files_and_folders_are_skipped_at_every_depth(tmp_path: Path) -> None:
+    make(tmp_path, "b/2", "b/1", "a/deep/3")
+    make(tmp_path, ".git/x", "a/.ipynb_checkpoints/x", "b/.DS_Store")
+    make(tmp_path, "__MACOSX/b/x")
+    assert names(tmp_path) == ["a/deep/3", "b/1", "b/2"]
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    make(root, "a/1")
+    make(elsewhere, "2", "3")
+    (root / "a/batch").symlink_to(elsewhere)
+    (root / "twice").symlink_to(elsewhere)
+    (root / "one").symlink_to(elsewhere / "2")
+    (root / "broken").symlink_to(tmp_path / "nowhere")
+    assert names(root) == ["a/1", "a/batch/2", "a/batch/3", "one", "twice/2", "twice/3"]
+
+
+def test_a_link_to_a_folder_that_contains_it_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a/1")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    with pytest.raises(DataError, match="a/again: this link leads to a folder that contains it"):
+        names(tmp_path)

@@ -15,15 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitrail.data import formats, pictures
-from vitrail.data.pictures import (
-    SUFFIXES,
-    find_pictures,
-    fit_picture,
-    is_picture,
-    left_out_reason,
-    read_picture,
-)
+from vitrail.data import formats
+from vitrail.data.framing import Fit, fit_picture
+from vitrail.data.layout import SUFFIXES, find_pictures, is_picture, left_out_reason
+from vitrail.data.pictures import read_picture
 from vitrail.errors import PictureError
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
@@ -192,7 +187,7 @@ def test_pillow_never_warns_even_in_threads(monkeypatch: pytest.MonkeyPatch) -> 
     st.sampled_from(["crop", "pad", "squash"]),
 )
 def test_every_mode_and_size_becomes_the_wanted_size(
-    size: tuple[int, int], size_hw: tuple[int, int], mode: str, fit: pictures.Fit
+    size: tuple[int, int], size_hw: tuple[int, int], mode: str, fit: Fit
 ) -> None:
     rgb_HWC = read_picture(Image.new(mode, size))
     assert rgb_HWC.shape == (size[1], size[0], 3)
@@ -202,7 +197,7 @@ def test_every_mode_and_size_becomes_the_wanted_size(
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_what_fits_stays_as_it_is(fit: pictures.Fit) -> None:
+def test_what_fits_stays_as_it_is(fit: Fit) -> None:
     assert np.array_equal(fit_picture(RGB, (11, 17), fit), RGB)
 
 
@@ -253,7 +248,7 @@ def test_names_the_word_that_stands_for_nothing(tmp_path: Path) -> None:
         find_pictures([str(tmp_path / "empty")])
     for name in ("a.txt", "b.txt", "c"):
         (tmp_path / "empty" / name).write_text("no picture")
-    with pytest.raises(PictureError, match=r"this folder, only 2 \.txt, 1 no ending$"):
+    with pytest.raises(PictureError, match=r"this folder, only 2 \.txt, 1 no suffix$"):
         find_pictures([str(tmp_path / "empty")])
     with pytest.raises(PictureError, match=r"^x{200}: File name too long$"):
         find_pictures(["x" * 999])
@@ -302,7 +297,7 @@ def test_other_files_are_no_pictures_and_named_by_their_ending(tmp_path: Path) -
     for name, content in OTHER.items():
         (tmp_path / name).write_bytes(content)
         assert not is_picture(tmp_path / name), name
-        assert left_out_reason(tmp_path / name) == (Path(name).suffix or "no ending")
+        assert left_out_reason(tmp_path / name) == (Path(name).suffix or "no suffix")
     (tmp_path / "folder.png").mkdir()
     assert not is_picture(tmp_path / "folder.png")
     assert not is_picture(tmp_path / "none")
@@ -345,7 +340,7 @@ def test_heic_names_what_to_install(
         with pytest.raises(PictureError, match=remedy):
             read_picture(path)
         assert (
-            left_out_reason(path) == f"{path.suffix.lower() or 'no ending'} (install pillow-heif)"
+            left_out_reason(path) == f"{path.suffix.lower() or 'no suffix'} (install pillow-heif)"
         )
     assert find_pictures([str(tmp_path)]) == [tmp_path / "c.jpg"]
     (tmp_path / "c.jpg").unlink()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vitrail.data.pictures import Fit, fit_picture, seen_box
+from vitrail.data.framing import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError
 from vitrail.explain import render
 from vitrail.explain.render import (

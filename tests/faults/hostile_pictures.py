@@ -12,7 +12,8 @@ from hostile_engine import Target, require
 from PIL import Image
 
 from vitrail.data.formats import MAX_PIXELS
-from vitrail.data.pictures import Fit, fit_picture, read_picture
+from vitrail.data.framing import Fit, fit_picture
+from vitrail.data.pictures import read_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")

@@ -204,7 +204,7 @@ def list_pictures(words: Sequence[str]) -> list[str]:
 
 def _search(word: str) -> list[str]:
     """Return the names of the pictures that one argument stands for."""
-    from vitrail.data.pictures import find_pictures  # here, since --help need not load Pillow
+    from vitrail.data.layout import find_pictures  # here, since --help need not load Pillow
 
     found, root = find_pictures([word]), Path(word)
     runs = {path: _run_above(path, root) for path in found}

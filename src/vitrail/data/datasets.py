@@ -11,11 +11,11 @@ from torch import Tensor
 from vitrail.config.settings import DataConfig, Split
 from vitrail.data.cifar import load_cifar
 from vitrail.data.folder import load_folder
-from vitrail.data.framing import framing
+from vitrail.data.framing import fit_picture, framing
 from vitrail.data.images import ImageSet
+from vitrail.data.layout import left_out_reason
 from vitrail.data.manifest import Manifest, scan
 from vitrail.data.memory import require_memory
-from vitrail.data.pictures import fit_picture, left_out_reason
 from vitrail.data.randaugment import gray
 from vitrail.data.shapes import load_shapes
 from vitrail.data.split import split_indices

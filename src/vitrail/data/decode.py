@@ -1,7 +1,7 @@
 """Many picture files -> one tensor of bytes, in parallel, hardly larger in memory than its result.
 
 The pixels of a file depend on neither the number of threads nor the order of the files; only the
-range of wide gray pictures (see ``wide.py``) is common to all of them.
+range of wide gray pictures (see ``choose_range``) is common to all of them.
 """
 
 import logging
@@ -19,8 +19,17 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vitrail.data.formats import read_pixels
-from vitrail.data.pictures import Fit, enough_side, fit_channels, gray_to_rgb
-from vitrail.data.wide import Extent, PixelRange, choose_range, describe, join, measure, to_bytes
+from vitrail.data.framing import Fit, enough_side, fit_channels
+from vitrail.data.pictures import (
+    Extent,
+    PixelRange,
+    choose_range,
+    describe,
+    gray_to_rgb,
+    join,
+    measure,
+    to_bytes,
+)
 from vitrail.errors import DataError, PictureError
 
 log = logging.getLogger("vitrail")

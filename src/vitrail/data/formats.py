@@ -1,7 +1,7 @@
-"""One picture file -> its pixels: what Pillow needs help with, and the limits of size.
+"""One picture file -> its pixels: Pillow's decoders, with what they lack and limits on size.
 
-HEIC is read by pillow-heif where it is installed, large JPEGs at reduced scale, PNGs without the
-texts that Pillow refuses.
+HEIC is read by pillow-heif if it is installed, large JPEGs at reduced scale, PNGs without the text
+chunks that Pillow refuses.
 """
 
 import functools
@@ -23,31 +23,31 @@ from vitrail.errors import PictureError
 Color = tuple[int, int, int]
 BYTES = bytes | bytearray | memoryview
 Source = str | os.PathLike[str] | BYTES | BinaryIO | Image.Image
-"""A picture that Pillow reads: a file's name, its content, the open file, or an image."""
+"""A picture that Pillow reads: a file name, the content of a file, an open file, or an image."""
 
 WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
 MAX_JPEG_PIXELS = 250_000_000
-"""A JPEG may have this many, if it can be decoded at half its size or less, row by row."""
+"""Limit of a JPEG that can be decoded row by row, at half its size or less."""
 JPEG = ("JPEG", "MPO")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 HEIF_REMEDY = 'install pillow-heif: pip install -e ".[heic]"'
 MAX_SCANNED = 20 * MAX_PIXELS
-"""A JPEG is decoded once a scan: so many pixels of all scans together are enough."""
+"""Limit of a JPEG's pixels times its scans, as every scan is decoded."""
 REFUSED = frozenset(("EPS", "IPTC", "WMF"))
-"""Formats that Pillow hands to another program to draw, or that may hold one of these."""
+"""Formats that Pillow passes to another program, or that may contain one of these."""
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
-"""What Pillow's decoders raise on damaged files, besides their own UnidentifiedImageError."""
+"""What Pillow's decoders raise on corrupt files, besides UnidentifiedImageError."""
 
 
 class Quiet:
-    """Silences Pillow's warnings of odd metadata and sizes, in any number of threads at once.
+    """Silences Pillow's warnings about metadata and sizes, in any number of threads at once.
 
-    ``catch_warnings`` swaps a list that all threads share, so overlapping uses would restore it in
-    the wrong order: here the first to come swaps it and the last to go swaps it back.
+    ``catch_warnings`` replaces a list that all threads share, so overlapping uses would restore it
+    in the wrong order: here the first to enter replaces it and the last to leave restores it.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ quiet = Quiet()
 def read_pixels(
     source: Source, *, background: Color = WHITE, shorter_side: int | None = None
 ) -> np.ndarray:
-    """Return RGB bytes (H, W, 3), or gray values (H, W) wider than bytes, as the file has them.
+    """Return RGB bytes (H, W, 3), or gray values (H, W) wider than bytes, unchanged.
 
     Raises:
         PictureError: see ``read_picture``; the message is the reason only, without the name.
@@ -82,9 +82,9 @@ def read_pixels(
     try:
         with quiet:
             if isinstance(source, Image.Image):
-                return extract_pixels(source, background)
+                return _extract_pixels(source, background)
             with open_file(source) as file:
-                return read_file(file, background, shorter_side)
+                return _read_file(file, background, shorter_side)
     except UnidentifiedImageError as error:
         raise PictureError("not a picture that can be read") from error
     except Image.DecompressionBombError as error:
@@ -95,7 +95,7 @@ def read_pixels(
 
 
 def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
-    """Return a file to read from its beginning, which its user may close."""
+    """Return a file to read from its beginning, which the caller may close."""
     if isinstance(source, str | os.PathLike):
         return Path(source).open("rb")
     if isinstance(source, BYTES):
@@ -108,24 +108,24 @@ def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
     return io.BytesIO(content)
 
 
-def read_file(file: BinaryIO, background: Color, shorter_side: int | None) -> np.ndarray:
-    """Decode an open file; texts and profiles beside the pixels are skipped where too large."""
+def _read_file(file: BinaryIO, background: Color, shorter_side: int | None) -> np.ndarray:
+    """Decode an open file, skipping texts and color profiles that are too large."""
     try:
-        with open_image(file) as image:
+        with _open_image(file) as image:
             if image.format in JPEG:
-                reduce_jpeg(image, file, shorter_side)
-            return extract_pixels(image, background)
+                _reduce_jpeg(image, file, shorter_side)
+            return _extract_pixels(image, background)
     except ValueError as error:
-        # A compressed text or color profile above 1 MB, which Pillow refuses; we need neither.
+        # A compressed text or color profile above 1 MB, which Pillow refuses; neither is needed.
         if "text chunk" not in str(error).lower().replace("_", " "):
             raise
     file.seek(0)
-    with Image.open(io.BytesIO(without_texts(file.read()))) as image:
-        return extract_pixels(image, background)
+    with Image.open(io.BytesIO(_without_texts(file.read()))) as image:
+        return _extract_pixels(image, background)
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """Identify a file's format, HEIC by pillow-heif where it is installed."""
+def _open_image(file: BinaryIO) -> Image.Image:
+    """Open a picture, HEIC by pillow-heif if it is installed."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -139,19 +139,19 @@ def open_image(file: BinaryIO) -> Image.Image:
         if file.read(3) != b"\xff\xd8\xff":
             raise
         file.seek(0)
-        return JpegImagePlugin.JpegImageFile(file)  # reduce_jpeg has a limit of its own
+        return JpegImagePlugin.JpegImageFile(file)  # _reduce_jpeg has its own limit
     file.seek(0)
     return Image.open(file)
 
 
 def is_heif(head: bytes) -> bool:
-    """Return whether a file with these first 16 bytes is a HEIC or HEIF picture."""
+    """Return whether a file that starts with these 16 bytes is a HEIC or HEIF picture."""
     return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
 @functools.cache
 def register_heif() -> bool:
-    """Let Pillow read HEIC by pillow-heif; return whether that is installed."""
+    """Register pillow-heif with Pillow; return whether it is installed."""
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
@@ -159,8 +159,8 @@ def register_heif() -> bool:
     return True
 
 
-def reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) -> None:
-    """Let a JPEG be decoded at half, a quarter or an eighth of its size, where that is enough.
+def _reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) -> None:
+    """Set up decoding of a JPEG at half, a quarter or an eighth of its size, if that is enough.
 
     Raises:
         PictureError: it has too many pixels, or decoding it would take too long or too much memory.
@@ -170,10 +170,10 @@ def reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) ->
     scans = file.read().count(b"\xff\xda")
     if width * height * scans > MAX_SCANNED:
         raise PictureError(f"its {width} x {height} pixels come in {scans} scans")
-    if width * height > MAX_PIXELS and not is_sequential(image, file):
-        raise too_large(image.size, MAX_PIXELS)
+    if width * height > MAX_PIXELS and not _is_sequential(image, file):
+        raise _too_large(image.size, MAX_PIXELS)
     if width * height > MAX_JPEG_PIXELS:
-        raise too_large(image.size, MAX_JPEG_PIXELS)
+        raise _too_large(image.size, MAX_JPEG_PIXELS)
     factor = 1
     while factor < 8 and (
         width * height > MAX_PIXELS * factor**2
@@ -184,8 +184,8 @@ def reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) ->
         image.draft(None, (width // factor, height // factor))
 
 
-def is_sequential(image: Image.Image, file: BinaryIO) -> bool:
-    """Return whether a JPEG is decoded in one pass, row by row, without being held as a whole."""
+def _is_sequential(image: Image.Image, file: BinaryIO) -> bool:
+    """Return whether a JPEG is decoded in one pass, row by row, without buffering all of it."""
     if "progressive" in image.info:
         return False
     file.seek(2)
@@ -197,8 +197,8 @@ def is_sequential(image: Image.Image, file: BinaryIO) -> bool:
     return False
 
 
-def without_texts(png: bytes) -> bytes:
-    """Return a PNG without color profile and texts, except an XMP record, which may turn it."""
+def _without_texts(png: bytes) -> bytes:
+    """Return a PNG without color profile and texts, except XMP, which may hold the orientation."""
     kept, at = [png[:8]], 8
     while at + 12 <= len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4])
@@ -210,13 +210,13 @@ def without_texts(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-def extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
-    """Return an opened picture as RGB bytes (H, W, 3), or its gray values (H, W) if wider."""
+def _extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
+    """Return an open picture as RGB bytes (H, W, 3), or its gray values (H, W) if wider."""
     if image.format in REFUSED:
-        raise PictureError(f"{image.format} is a program that draws, not a picture")
+        raise PictureError(f"{image.format} files are not supported: they can contain programs")
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise too_large(image.size, MAX_PIXELS)
+        raise _too_large(image.size, MAX_PIXELS)
     if width * height == 0:
         raise PictureError("it has no pixels")
     if getattr(image, "is_animated", False):
@@ -230,6 +230,6 @@ def extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def too_large(size: tuple[int, int], limit: int) -> PictureError:
+def _too_large(size: tuple[int, int], limit: int) -> PictureError:
     """Return the error of a picture with too many pixels."""
     return PictureError(f"{size[0]} x {size[1]} pixels, more than {limit:,}: make it smaller")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vitrail.data.pictures import channel_scale
+from vitrail.data.framing import channel_scale
 from vitrail.data.split import class_shares
 
 

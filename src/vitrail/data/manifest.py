@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitrail.config.settings import DataConfig, Split
-from vitrail.data.layout import Layout, find_layout
-from vitrail.data.pictures import is_picture, left_out_reason
+from vitrail.data.layout import Layout, find_layout, is_picture, left_out_reason, walk_files
 from vitrail.data.stratify import shares
-from vitrail.data.walk import walk_files
 from vitrail.errors import CheckpointError, ConfigError, DataError
 from vitrail.runtime.files import replace_file
 

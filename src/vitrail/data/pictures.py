@@ -1,89 +1,135 @@
-"""Any picture that Pillow can read -> RGB bytes of any size -> the model's size."""
+"""A picture in any form that Python code holds it in -> RGB bytes. No torch is imported here.
 
-import functools
-import glob
+Files, their content and Pillow images are decoded by ``formats.py``. Arrays and tensors are
+accepted if their numbers have only one meaning: uint8 (0 to 255), bool, or floating-point from 0
+to 1.
+
+Wide gray values (16-bit, 32-bit, floating-point) have a range: the value that becomes black (0) and
+the value that becomes white (255). Nothing in such a file says which values are meant, so the range
+is inferred from the lowest and highest value of all pictures of a data set, by ``choose_range``.
+"""
+
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol, TypeGuard, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vitrail.data.formats import (
-    BROKEN,
-    WHITE,
-    Color,
-    Source,
-    is_heif,
-    quiet,
-    read_pixels,
-    register_heif,
-)
-from vitrail.data.framing import Fit as Fit
-from vitrail.data.framing import Framing
-from vitrail.data.walk import is_hidden, walk_files
-from vitrail.data.wide import PixelRange, choose_range, describe, measure, to_bytes
+from vitrail.data.formats import BYTES, WHITE, Color, Source, open_file, read_pixels
 from vitrail.errors import PictureError
 
 log = logging.getLogger("vitrail")
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
-SUFFIXES = frozenset((
-    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icb", ".ico", ".j2c", ".j2k", ".jfif",
-    ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png",
-    ".pnm", ".ppm", ".psd", ".qoi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp",
-))  # fmt: skip
-"""Endings that count as pictures when a folder is searched, whatever the content."""
-HEIF_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
-"""Endings that do so where pillow-heif is installed."""
-SIGNED = (
-    "AVIF", "BLP", "BMP", "DDS", "FITS", "FTEX", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MSP",
-    "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TIFF", "WEBP", "XBM", "XPM",
-)  # fmt: skip
-"""Formats that Pillow knows by their first bytes: files of these may have any ending, or none."""
+
+class ArrayLike(Protocol):
+    """A NumPy array, a torch tensor, or another library's array."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of its axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its numbers."""
+
+
+Picture = Source | ArrayLike
+"""A file name, the content of a file, an open file, a Pillow image, or an array."""
+Pictures = Picture | Iterable[Picture]
+"""One picture, several, or an array of several: (B, H, W, C) or (B, C, H, W)."""
+PixelRange = tuple[float, float]
+"""The values that become 0 and 255."""
+
+RULE = (
+    "give a file name, bytes, a file open in binary mode, a Pillow image, or an array of uint8, "
+    "bool or floating-point numbers from 0 to 1"
+)
+SHAPES = "give (H, W), (H, W, C) or (C, H, W), with C 1, 3 or 4; several pictures as (B, H, W, C)"
+CHANNELS = (1, 3, 4)
+INTEGER_TOPS = (255.0, 1023.0, 4095.0, 16_383.0, 65_535.0)
+"""Highest values of 8, 10, 12, 14 and 16 bits."""
+OVERSHOOT = 0.25
+"""Floating-point values from -0.25 to 1.25 count as 0..1 and are clipped: bicubic scaling of 0..1
+overshoots by up to 0.235 at a corner (OpenCV's kernel, 1.111 squared; Pillow's less).
+"""
+LEAST_USED = 1 / 8
+"""A warning is logged if less of the range is used: pictures of 32 gray levels or fewer."""
+
+guesses: list[str] = []
+"""The first message about a guessed range; for a folder of such pictures one line is enough."""
 
 
 def read_picture(
-    source: Source,
+    picture: Picture,
     *,
     background: Color = WHITE,
     pixel_range: PixelRange | None = None,
     shorter_side: int | None = None,
     name: str = "the picture",
 ) -> np.ndarray:
-    """Return the picture as RGB bytes (H, W, 3), upright, its first frame, over ``background``.
+    """Return one picture as RGB bytes (H, W, 3), upright, its first frame, over ``background``.
 
-    Gray, palette, 1-bit, CMYK, alpha, 16-bit and floating-point pictures all become RGB.
+    Gray, palette, 1-bit, CMYK, alpha, 16-bit and floating-point pictures are converted to RGB.
 
     Args:
-        source: a file's name, its content, the open file, or a Pillow image.
+        picture: the picture.
         background: red, green, blue behind transparent pixels.
-        pixel_range: the values of black and white in 16-bit and floating-point pictures. Default:
-            from the values of this picture, see ``wide.choose_range``; that is logged once.
+        pixel_range: the values of black and white in 16-bit and floating-point files. Default:
+            inferred from the values of this picture (see ``choose_range``) and logged once.
         shorter_side: decode a JPEG file at half, a quarter or an eighth of its size, as long as
             its shorter side keeps this many pixels. Default: at full size.
-        name: what it is called in messages, if it is not a file with a name.
+        name: the name in messages of a picture that is not a file with a name.
 
     Raises:
-        PictureError: it is not a picture, is damaged, or has more than MAX_PIXELS pixels. A larger
-            JPEG is reduced instead.
+        PictureError: it cannot be read, is not a picture or more than one, or has more than
+            MAX_PIXELS pixels. A larger JPEG is reduced instead.
     """
-    name = source_name(source) or name
-    try:
-        pixels = read_pixels(source, background=background, shorter_side=shorter_side)
-    except PictureError as error:
-        raise PictureError(f"{name}: {error}") from error
-    if pixels.ndim == 3:
-        return pixels
-    if pixel_range is None:
-        extent = measure(pixels)
-        pixel_range = choose_range(extent)
-        warn_once(f"{name}: a wide gray picture by itself: {describe(extent, pixel_range)}")
-    return gray_to_rgb(to_bytes(pixels, pixel_range))
+    if _is_source(picture):
+        name = source_name(picture) or name
+        try:
+            pixels = read_pixels(picture, background=background, shorter_side=shorter_side)
+        except PictureError as error:
+            raise PictureError(f"{name}: {error}") from error
+        if pixels.ndim == 3:
+            return pixels
+        return gray_to_rgb(to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
+    array = _as_array(picture, name)
+    if array is None:
+        raise PictureError(f"{name} is a {type(picture).__name__}: {RULE}")
+    raw = _bytes_of(_channels_last(array, name), name)
+    if raw.ndim == 3 and raw.shape[2] == 4:
+        return read_picture(Image.fromarray(raw), name=name, background=background)
+    if raw.ndim == 3 and raw.shape[2] == 3:
+        return raw
+    return gray_to_rgb(raw.reshape(raw.shape[:2]))
+
+
+def list_pictures(pictures: Pictures) -> Sequence[Picture]:
+    """Return one picture, several, or an array of several as a list."""
+    if _is_source(pictures):
+        return [pictures]
+    array = _as_array(pictures, "the picture")
+    if array is not None:
+        return list(array) if array.ndim == 4 else [array]
+    if isinstance(pictures, Iterable) and not isinstance(pictures, Mapping):
+        return list(cast(Iterable[Picture], pictures))
+    raise PictureError(f"the picture is a {type(pictures).__name__}: {RULE}")
+
+
+def only_picture(picture: Picture) -> Picture:
+    """Return a picture that can be read twice: the content of a file that is open.
+
+    Raises:
+        PictureError: it is several pictures.
+    """
+    listed = list_pictures(picture)
+    if len(listed) != 1:
+        raise PictureError(f"{len(listed)} pictures are given: give one")
+    return open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
 
 
 def source_name(source: object) -> str:
@@ -97,187 +143,157 @@ def gray_to_rgb(gray_HW: np.ndarray) -> np.ndarray:
     return np.repeat(gray_HW[:, :, None], 3, axis=2)
 
 
-def warn_once(message: str) -> None:
-    """Report the first range that was guessed; in a folder of such pictures one line is enough."""
+def _is_source(picture: object) -> TypeGuard[Source]:
+    """Return whether this is a file, the content of one, or a Pillow image."""
+    known = isinstance(picture, str | os.PathLike | BYTES | Image.Image)
+    return known or _is_open_file(picture)
+
+
+def _is_open_file(picture: object) -> TypeGuard[BinaryIO]:
+    """Return whether this is an open file, or one in memory."""
+    return hasattr(picture, "read")
+
+
+def _as_array(picture: object, name: str) -> np.ndarray | None:
+    """Return an array or tensor of any library as a NumPy array, None for anything else."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    try:
+        if torch is not None and isinstance(picture, torch.Tensor):
+            tensor = picture.detach().cpu()  # NumPy has no bfloat16
+            return cast(
+                np.ndarray, (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            )
+        return np.asarray(picture) if hasattr(picture, "__array__") else None
+    except (TypeError, ValueError, RuntimeError) as error:  # sparse, quantized, on another device
+        kind = type(picture).__name__
+        raise PictureError(f"{name} is a {kind} that NumPy cannot read: {RULE}") from error
+
+
+def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array as (H, W) or (H, W, C), or refuse a shape that is not or could be both."""
+    if 0 in array.shape:
+        raise PictureError(f"{name} has no pixels: its shape is {array.shape}")
+    if array.ndim == 2:
+        return array
+    last = array.ndim == 3 and array.shape[2] in CHANNELS
+    first = array.ndim == 3 and array.shape[0] in CHANNELS
+    if last and first:
+        raise PictureError(
+            f"{name} has the shape {array.shape}, which could be (H, W, C) or (C, H, W): "
+            "give a Pillow image, Image.fromarray(array)"
+        )
+    if not last and not first:
+        raise PictureError(f"{name} has the shape {array.shape}: {SHAPES}")
+    return array if last else array.transpose(1, 2, 0)
+
+
+def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
+    """Return the numbers as bytes, or refuse them if they have no unique meaning."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind != "f":
+        raise PictureError(f"{name} is an array of {array.dtype}: {RULE}")
+    scaled = np.rint(array.astype(np.float32) * 255)  # what rounds to a byte is one
+    low, high = float(scaled.min()), float(scaled.max())
+    if not (low >= 0 and high <= 255):  # NaN, too
+        raise PictureError(
+            f"{name} has floating-point numbers from {array.min():.4g} to {array.max():.4g}: give "
+            "numbers from 0 to 1, or uint8 from 0 to 255"
+        )
+    return scaled.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The lowest and highest finite value of some pictures, and whether any is floating-point."""
+
+    low: float
+    high: float
+    floats: bool
+
+
+def measure(values_HW: np.ndarray) -> Extent:
+    """Return the extent of one picture; 0..0 if none of its values is finite."""
+    lows, highs = [], []
+    for part in _doubles(values_HW):
+        finite = part[np.isfinite(part)]
+        if finite.size:
+            lows.append(float(finite.min()))
+            highs.append(float(finite.max()))
+    return Extent(min(lows, default=0.0), max(highs, default=0.0), values_HW.dtype.kind == "f")
+
+
+def join(extents: Iterable[Extent]) -> Extent:
+    """Return the extent of several pictures together."""
+    known = list(extents)
+    low, high = min(each.low for each in known), max(each.high for each in known)
+    return Extent(low, high, any(each.floats for each in known))
+
+
+def choose_range(extent: Extent) -> PixelRange:
+    """Return the most probable range of values with this extent.
+
+    Integers: the first of 8, 10, 12, 14 and 16 bits that holds them all. Floating-point values:
+    0..1 (see OVERSHOOT), or else 0..255 or 0..65535 if these hold them and at least an eighth of
+    the range is used. Everything else, such as negative values: from the lowest to the highest.
+    """
+    low, high = extent.low, extent.high
+    tops: tuple[float, ...] = INTEGER_TOPS
+    if extent.floats:
+        if low >= -OVERSHOOT * high and high <= 1 + OVERSHOOT:
+            return 0.0, 1.0
+        tops = tuple(top for top in (255.0, 65_535.0) if high >= top * LEAST_USED)
+    if low >= 0:
+        for top in tops:
+            if high <= top:
+                return 0.0, top
+    return low, high
+
+
+def describe(extent: Extent, pixel_range: PixelRange) -> str:
+    """Return a description of the conversion, with a warning if little of the range is used.
+
+    For example ``values 0..4095 read as 0..4095 -> 0..255; --pixel_range sets it``.
+    """
+    low, high = pixel_range
+    used = (min(extent.high, high) - max(extent.low, low)) / ((high - low) or 1.0)
+    little = f" (only {max(used, 0.0):.1%} of it is used: dark or pale)"
+    return (
+        f"values {extent.low:g}..{extent.high:g} read as {low:g}..{high:g} -> 0..255"
+        f"{little if used < LEAST_USED else ''}; --pixel_range sets it"
+    )
+
+
+def to_bytes(values_HW: np.ndarray, pixel_range: PixelRange) -> np.ndarray:
+    """Return gray bytes (H, W): the range is mapped to 0..255, values outside are clipped.
+
+    Values that are not finite count as 0 before that. A range of one value is mapped to black.
+    """
+    low, high = pixel_range
+    factor = 255 / ((high - low) or 1.0)
+    raw, done = np.empty(values_HW.size, np.uint8), 0
+    for part in _doubles(values_HW):
+        part = np.where(np.isfinite(part), part, 0.0).clip(low, high)
+        raw[done : done + part.size] = ((part - low) * factor).round()
+        done += part.size
+    return raw.reshape(values_HW.shape)
+
+
+def _guess_range(values_HW: np.ndarray, name: str) -> PixelRange:
+    """Return the range of a single wide gray picture; the first guess of a process is logged."""
+    extent = measure(values_HW)
+    pixel_range = choose_range(extent)
     if not guesses:
-        guesses.append(message)
-        log.warning("%s", message)
+        guesses.append(f"{name}: a single wide gray picture: {describe(extent, pixel_range)}")
+        log.warning("%s", guesses[0])
+    return pixel_range
 
 
-guesses: list[str] = []
-
-
-def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
-    """Return the picture at a size: its middle (crop), all of it on black (pad), or stretched.
-
-    Scaling is antialiased, as Pillow does it.
-    """
-    framing, (height, width) = Framing.of(fit), size_hw
-    if rgb_HWC.shape[:2] == size_hw and framing.crop_pct == 1:
-        return rgb_HWC
-    image = Image.fromarray(rgb_HWC)
-    if framing.fit == "pad":
-        return np.array(ImageOps.pad(image, (width, height), framing.resampling, color=(0, 0, 0)))
-    box = seen_box((image.height, image.width), size_hw, fit)
-    return np.array(image.resize((width, height), framing.resampling, box))
-
-
-def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) -> np.ndarray:
-    """Return RGB bytes of any size as a model reads them: (H, W, C) of its size, C 3 or 1."""
-    raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
-    if n_channels == 3:
-        return raw_HWC
-    return np.asarray(Image.fromarray(raw_HWC).convert("L"))[:, :, None]
-
-
-def enough_side(size_hw: Size, fit: Fit) -> int | None:
-    """Return the shorter side from which a reduced JPEG is as good as the whole one.
-
-    Four times the size wanted of the whole picture: a pixel is at most 2 of 255 levels away on
-    photographs and 4 on white noise. From 12 megapixels to 96 pixels it is eight times as fast.
-    None for the nearest pixel, which is not an average of its neighbors.
-    """
-    framing = Framing.of(fit)
-    if framing.interpolation == "nearest":
-        return None
-    return math.ceil(4 * max(size_hw) / framing.crop_pct)
-
-
-def channel_scale(
-    mean: Sequence[float], std: Sequence[float], n_channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scale and shift (C,), float32, that normalise bytes: ``raw * scale + shift``.
-
-    That is ``(raw / 255 - mean) / std``. Gray pictures take the average of the three channels' mean
-    and std.
-    """
-    mean_C, std_C = np.array(mean, np.float32), np.array(std, np.float32)
-    if n_channels == 1:
-        mean_C, std_C = mean_C.mean(keepdims=True), std_C.mean(keepdims=True)
-    return 1 / (255 * std_C), -mean_C / std_C
-
-
-def seen_box(
-    picture_hw: tuple[int, int], size_hw: tuple[int, int], fit: Fit
-) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom, in a picture's pixels, of what ``fit_picture`` makes of it.
-
-    Cropping makes a box inside the picture, padding one that reaches beyond it.
-    """
-    (height, width), (rows, columns), framing = picture_hw, size_hw, Framing.of(fit)
-    if framing.fit != "pad":
-        seen_width, seen_height = float(width), float(height)
-        if framing.fit == "crop":
-            scale = min(width / columns, height / rows)
-            seen_width, seen_height = scale * columns, scale * rows
-        left = max(0.0, (width - seen_width * framing.crop_pct) / 2)
-        top = max(0.0, (height - seen_height * framing.crop_pct) / 2)
-        return left, top, width - left, height - top
-    if picture_hw == size_hw:
-        return 0.0, 0.0, float(width), float(height)
-    # Pillow rounds the padded picture's size and place to whole pixels of the model's.
-    inner_rows, inner_columns = rows, columns
-    if width / height > columns / rows:
-        inner_rows = max(1, round(height / width * columns))
-    else:
-        inner_columns = max(1, round(width / height * rows))
-    left, top = round((columns - inner_columns) * 0.5), round((rows - inner_rows) * 0.5)
-    x_scale, y_scale = width / inner_columns, height / inner_rows
-    return -left * x_scale, -top * y_scale, (columns - left) * x_scale, (rows - top) * y_scale
-
-
-def is_picture(path: Path) -> bool:
-    """Return whether a file counts as a picture when a folder is searched; hidden files do not.
-
-    A usual ending is enough, so that this is fast; any other file is identified by its content.
-    """
-    if is_hidden(path.name):
-        return False
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        return path.is_file()
-    if suffix in HEIF_SUFFIXES:
-        return path.is_file() and register_heif()
-    return has_picture_content(path)
-
-
-def has_picture_content(path: Path) -> bool:
-    """Return whether a file begins as one of the formats in SIGNED does, or as HEIC."""
-    head = read_head(path)
-    if is_heif(head):
-        return register_heif()
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return True
-    try:
-        with quiet, Image.open(path, formats=signed_formats()):
-            return True
-    except Image.DecompressionBombError:
-        return True
-    except BROKEN:
-        return False
-
-
-@functools.cache
-def signed_formats() -> tuple[str, ...]:
-    """Return those of SIGNED that this version of Pillow has."""
-    Image.init()
-    return tuple(name for name in SIGNED if name in Image.OPEN)
-
-
-def read_head(path: Path) -> bytes:
-    """Return the first 16 bytes of a file; none of what cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(16)
-    except OSError:
-        return b""
-
-
-def left_out_reason(path: Path) -> str:
-    """Return the kind of a file that was not taken as a picture, or could not be read as one.
-
-    For example ``.mp4``, ``no ending``, ``.heic (install pillow-heif)`` or ``broken``.
-    """
-    ending = path.suffix.lower() or "no ending"
-    heif = path.suffix.lower() in HEIF_SUFFIXES or is_heif(read_head(path))
-    if heif and not register_heif():
-        return f"{ending} (install pillow-heif)"
-    return "broken" if is_picture(path) else ending
-
-
-def find_pictures(words: Sequence[str]) -> list[Path]:
-    """Return the picture files that words stand for: a file, a folder with all below it, a glob.
-
-    Raises:
-        PictureError: a word stands for nothing.
-        DataError: a folder cannot be read.
-    """
-    found: list[Path] = []
-    for word in words:
-        try:
-            paths = find_word(word)
-        except OSError as error:  # a name too long, a folder that may not be entered
-            raise PictureError(f"{word:.200}: {error.strerror}") from error
-        if not paths:
-            nothing = nothing_in(Path(word)) if Path(word).is_dir() else "no such picture"
-            raise PictureError(f"{word}: {nothing}")
-        found += paths
-    return found
-
-
-def find_word(word: str) -> list[Path]:
-    """Return the files that one word stands for."""
-    path = Path(word)
-    if path.is_dir():
-        return [inner for inner in walk_files(path) if is_picture(inner)]
-    if path.exists():
-        return [path]
-    matches = map(Path, glob.glob(word, recursive=True))  # noqa: PTH207 (absolute and relative alike)
-    return sorted(match for match in matches if match.is_file())
-
-
-def nothing_in(folder: Path) -> str:
-    """Say that a folder has no picture, and what it has instead."""
-    kinds = Counter(map(left_out_reason, walk_files(folder)))
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    return f"no picture in this folder{f', only {counts}' if counts else ''}"
+def _doubles(values_HW: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the values in double precision, a million at a time to save memory."""
+    flat = values_HW.reshape(-1)
+    for start in range(0, flat.size, 1_000_000):
+        with np.errstate(invalid="ignore"):  # NumPy warns of some NaN in damaged files
+            yield flat[start : start + 1_000_000].astype(np.float64)

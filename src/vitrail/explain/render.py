@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from vitrail.data.pictures import Fit, seen_box
+from vitrail.data.framing import Fit, seen_box
 from vitrail.errors import ConfigError, nearest
 from vitrail.explain.text import (
     INK,

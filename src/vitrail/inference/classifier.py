@@ -10,10 +10,16 @@ from torch import Tensor
 
 from vitrail.config.settings import Config, require
 from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import framing
+from vitrail.data.framing import framing, stack_pictures
 from vitrail.data.images import normalise
-from vitrail.data.inputs import Picture, Pictures, only_picture, read_one, stack_pictures
-from vitrail.data.pictures import gray_to_rgb, source_name
+from vitrail.data.pictures import (
+    Picture,
+    Pictures,
+    gray_to_rgb,
+    only_picture,
+    read_picture,
+    source_name,
+)
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrail.explain.run_blocks import require_finite
 from vitrail.explain.settings import ALL, MapSettings, check_names, settings_of_all
@@ -65,7 +71,7 @@ class Classifier:
         """Return for each picture its ``top_k`` most probable classes, the most probable first.
 
         Args:
-            pictures: one or several; see ``vitrail.data.inputs`` for all that is taken.
+            pictures: one or several; see ``vitrail.data.pictures`` for all that is taken.
             top_k: number of classes for each picture.
 
         Raises:
@@ -121,7 +127,7 @@ class Classifier:
             model=self.model,
             image_1CHW=self.normalise(raw_1HWC),
             raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
-            picture_HWC=read_one(picture, pixel_range=self.config.data.pixel_range),
+            picture_HWC=read_picture(picture, pixel_range=self.config.data.pixel_range),
             fit=framing(self.config.data),
             classes=self.classes,
             name=named,

@@ -28,9 +28,8 @@ import numpy as np
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
 from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import framing
-from vitrail.data.inputs import Pictures, stack_pictures
-from vitrail.data.pictures import channel_scale
+from vitrail.data.framing import channel_scale, framing, stack_pictures
+from vitrail.data.pictures import Pictures
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.top_k import Prediction, rank
 from vitrail.optional import need
