@@ -28,7 +28,7 @@ from vitrail.cli.console import out, say
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import require, require_range
-from vitrail.runtime import waiting
+from vitrail.runtime import process
 from vitrail.runtime.devices import choose_device
 from vitrail.runtime.environment import describe_environment
 
@@ -36,7 +36,6 @@ PROG = "python benchmarks/bench.py"
 PEERS_VARIABLE = "VITRAIL_PEERS"
 PLOT = Path("growth.png")
 GROWTH_ROUNDS = 3
-STARTED = waiting.read_processor()
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -102,7 +101,7 @@ class BenchOptions(Recipe, MeasureOptions):
 
 def command(words: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
-    waiting.choose_waiting(STARTED)
+    process.limit_spinning()
     start, _ = parse_known(PresetOption, words, prog=PROG, add_help=False)
     recipe = Recipe.of(get_preset(start.preset))
     defaults = BenchOptions(preset=start.preset, **vars(recipe))

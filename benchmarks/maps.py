@@ -25,8 +25,8 @@ from vitrail.explain.methods import Maps, MapSettings, compute_maps
 from vitrail.explain.run_blocks import read
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import Block, rotate
-from vitrail.runtime.allocator import keep_freed_memory
 from vitrail.runtime.environment import describe_environment
+from vitrail.runtime.process import keep_freed_memory
 
 
 def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) -> Tensor:

@@ -24,8 +24,8 @@ from vitrail.data.batches import Batches
 from vitrail.data.datasets import load_splits
 from vitrail.model import VisionTransformer
 from vitrail.runtime import rng
-from vitrail.runtime.allocator import keep_freed_memory
 from vitrail.runtime.files import write_json
+from vitrail.runtime.process import keep_freed_memory
 from vitrail.training.loop import train
 from vitrail.training.state import TrainingState
 

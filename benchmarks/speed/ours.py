@@ -29,7 +29,7 @@ from vitrail.evaluation.metrics import predict_logits
 from vitrail.explain.methods import MapSettings, compute_maps
 from vitrail.model import VisionTransformer
 from vitrail.runtime import rng
-from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.runtime.process import keep_freed_memory
 from vitrail.training.loop import train
 from vitrail.training.state import TrainingState
 from vitrail.weights.pretrained import load

@@ -17,13 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from vitrail.errors import ConfigError, TrainingError, VitrailError, nearest
-from vitrail.runtime import waiting
-from vitrail.runtime.allocator import keep_freed_memory
+from vitrail.runtime import process
 
 STARTED = time.perf_counter()
 """When the program started, almost."""
-LOAD = waiting.read_processor()
-"""How busy the processor had been until then."""
 
 COMMANDS = {
     "train": "train a Vision Transformer, or resume a run",
@@ -85,7 +82,7 @@ def run(command: str, words: Sequence[str]) -> int:
     if command != "train":
         _refuse_many_processes(command)
     module = importlib.import_module(f"vitrail.cli.{command}")
-    waiting.choose_waiting(LOAD)
+    process.limit_spinning()
     return int(module.command(words))
 
 
@@ -111,7 +108,7 @@ def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> in
 
     ``--debug`` prints the traceback instead.
     """
-    keep_freed_memory()
+    process.keep_freed_memory()
     _accept_any_character()
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]

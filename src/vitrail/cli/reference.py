@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from vitrail.cli import LOAD, guarded, train
+from vitrail.cli import guarded, train
 from vitrail.cli.console import out, say
 from vitrail.cli.options import DataOptions, ModelOptions, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.cli.test import TestOptions, score, show
-from vitrail.config.model import require_range
+from vitrail.config.settings import require_range
 from vitrail.errors import ConfigError
-from vitrail.runtime import waiting
+from vitrail.runtime import process
 
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier, Prediction
@@ -46,7 +46,7 @@ def train_command() -> int:
 
 def run_train(words: Sequence[str]) -> int:
     """Translate the reference's flags that we spell otherwise, and train."""
-    waiting.choose_waiting(LOAD)
+    process.limit_spinning()
     words = [spell_out(word) for word in words]
     words, stamp = take_value(words, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
     if not any(named(word, "--resume") for word in words):
@@ -146,7 +146,7 @@ def test_command() -> int:
 
 def run_test(words: Sequence[str]) -> int:
     """Load the model, hold the flags against it, and run the mode."""
-    waiting.choose_waiting(LOAD)
+    process.limit_spinning()
     options = parse(ReferenceTestOptions, words, prog="python test.py")
     if options.mode == "custom" and options.image_path is None:
         raise ConfigError("--mode custom wants a picture: --image_path FILE")

@@ -11,7 +11,7 @@ import tyro
 from vitrail.cli.console import out, say
 from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
 from vitrail.cli.parsing import parse
-from vitrail.config.model import require_range
+from vitrail.config.settings import require_range
 
 if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Metrics

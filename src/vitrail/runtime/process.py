@@ -1,0 +1,92 @@
+"""What a command sets in its own process before torch is loaded: spinning threads, freed memory.
+
+The library leaves both alone: they are for whoever owns the process. Nothing heavy is imported.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+IDLE_SPINS, SHARED_SPINS = 30_000, 1_000
+"""Rounds that a thread spins before it sleeps, on an idle machine and beside other programs."""
+SHARED = 0.4
+"""Average number of cores used by other programs from which the machine counts as shared."""
+WINDOW = 0.06
+"""Seconds to observe the load at least; the system counts in hundredths."""
+SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Environment variables by which users choose for themselves."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_THRESHOLD = 2**31 - 1
+"""Bytes: the largest value that mallopt accepts."""
+
+
+class Load(NamedTuple):
+    """Seconds of wall clock, and of CPU time of this process and of all on the cores it may use."""
+
+    clock: float
+    own: float
+    total: float
+
+
+def read_load(stat: Path = Path("/proc/stat")) -> Load | None:
+    """Return the CPU time used so far, or None where the system does not provide it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        lines = stat.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    ticks = 0
+    for name, *values in map(str.split, lines):
+        if name in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return Load(time.monotonic(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
+
+
+START = read_load()
+"""The load when this module was imported: the first thing that a command does."""
+
+
+def cores_of_others(before: Load, now: Load) -> float:
+    """Return how many cores other programs used on average between two readings."""
+    return (now.total - before.total - (now.own - before.own)) / (now.clock - before.clock)
+
+
+def limit_spinning() -> None:
+    """Limit how long OpenMP's threads spin, unless the user has set it. Call it before torch loads.
+
+    After each parallel operation, GNU's OpenMP lets threads spin: they are ready at once for the
+    next operation, but occupy their cores. By default they spin for milliseconds, which made
+    training beside one other busy process 5 to 13 times slower than alone. The limit costs nothing
+    on an idle machine; it is much lower where other programs need the cores.
+    """
+    if START is None or any(name in os.environ for name in SPIN_VARIABLES):
+        return
+    time.sleep(max(0.0, START.clock + WINDOW - time.monotonic()))
+    now = read_load()
+    if now is not None:
+        shared = cores_of_others(START, now) >= SHARED
+        os.environ["GOMP_SPINCOUNT"] = str(SHARED_SPINS if shared else IDLE_SPINS)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensors; return whether it does.
+
+    By default it returns each large tensor of a training step to the system and gets it back page
+    by page, which takes a twentieth of the step (docs/log.md). The price: the process keeps its
+    peak memory until it ends. Other C libraries are left alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # The second alone would make it worse: it stops glibc from raising the first by itself.
+    return bool(
+        mallopt
+        and mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        and mallopt(M_TRIM_THRESHOLD, LARGEST_THRESHOLD)
+    )
