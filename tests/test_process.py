@@ -18,7 +18,7 @@ from vitrail.runtime.process import (
 )
 
 linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="reads /proc/stat, or calls glibc"
+    not sys.platform.startswith("linux"), reason="/proc/stat, glibc"
 )
 
 
