@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.data import decode as decoding
-from vitrail.data import formats, pictures
-from vitrail.data.decode import Decoded, decode
+from vitrail.data import folder, formats, pictures
+from vitrail.data.folder import Decoded, decode
 from vitrail.data.framing import Framing, enough_side, fit_picture, stack_pictures
 from vitrail.data.pictures import (
     Extent,
@@ -56,13 +55,13 @@ def mixed(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_sound_pictures_stand_in_order_without_gaps(mixed: list[Path]) -> None:
+def test_valid_pictures_stand_in_order_without_gaps(mixed: list[Path]) -> None:
     decoded = run(mixed, side=9)
-    assert decoded.sound == (1, 2, 3, 5, 6, 7, 8, 9, 10)
+    assert decoded.valid == (1, 2, 3, 5, 6, 7, 8, 9, 10)
     assert decoded.raw_BCHW.dtype == torch.uint8
     assert decoded.raw_BCHW.is_contiguous()
     assert decoded.pixel_range is None
-    for raw_CHW, index in zip(decoded.raw_BCHW, decoded.sound, strict=True):
+    for raw_CHW, index in zip(decoded.raw_BCHW, decoded.valid, strict=True):
         expected = fit_picture(read_picture(mixed[index]), (9, 9), "crop")
         assert np.array_equal(raw_CHW.permute(1, 2, 0), expected)
     paths, reasons = zip(*decoded.broken, strict=True)
@@ -97,7 +96,7 @@ def test_an_exception_stops_all_threads(
         seen.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decoding, "read_pixels", interrupt)
+    monkeypatch.setattr(folder, "read_pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path] * 100, workers=workers)
     assert len(seen) <= workers
@@ -106,7 +105,7 @@ def test_an_exception_stops_all_threads(
 MEMORY = """
 import sys
 from pathlib import Path
-from vitrail.data.decode import decode
+from vitrail.data.folder import decode
 paths = sorted(Path(sys.argv[1]).iterdir())
 def held(what):
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what)]
@@ -137,7 +136,7 @@ def test_what_does_not_fit_in_memory_is_refused_with_numbers() -> None:
     with pytest.raises(
         DataError, match=r"^9,000,000,000 pictures of 4096 x 4096 pixels need [\d,.]+ GB"
     ):
-        decoding.allocate((9_000_000_000, 3, 4096, 4096))
+        folder._allocate((9_000_000_000, 3, 4096, 4096))
 
 
 # Wide gray values: one range for all.
