@@ -61,8 +61,8 @@ def test_best_of_validation_and_last_of_test_are_named() -> None:
         "test: last 1.500, epoch 8",
     ]
     assert legend(plots._curves(epochs(8), "accuracy"))[1:] == [
-        "validation: best 80.0 %, epoch 5",
-        "test: last 33.0 %, epoch 8",
+        "validation: best 80.0%, epoch 5",
+        "test: last 33.0%, epoch 8",
     ]
 
 
@@ -113,7 +113,7 @@ def test_calibration_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn_or_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no epoch to draw"):
+    with pytest.raises(DataError, match="no epoch to plot"):
         plot_curves([], tmp_path)
     with pytest.raises(OutputError, match="absent"):
         plot_curves(epochs(2), tmp_path / "absent")

@@ -183,7 +183,7 @@ def test_trials_are_told_best_first_and_whole_ones_ahead() -> None:
     assert [(o.number, o.accuracy, o.epochs) for o in told] == [
         (3, 0.7, 2), (1, 0.5, 3), (0, 0.9, 1), (4, None, 0),
     ]  # fmt: skip
-    assert told[0].line() == "trial 3 complete after 2 epochs, validation 70.00 %: n_layers 4"
+    assert told[0].line() == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"
     assert trial_table(told).row_count == 4
 
 

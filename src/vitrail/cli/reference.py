@@ -233,7 +233,7 @@ def test_custom(classifier: "Classifier", options: ReferenceTestOptions) -> None
 
 def say_result(start: str, top: "list[Prediction]") -> None:
     """Print the class with its probability, and the runners-up."""
-    from vitrail.evaluation.tables import printable
+    from vitrail.errors import printable
 
     best, *others = (f"{printable(p.name)} {p.probability:.1%}" for p in top)
     line = f"{printable(start.rstrip())}{start[len(start.rstrip()) :]}{best}(output)\tthen "

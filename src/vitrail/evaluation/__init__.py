@@ -1,1 +1,1 @@
-"""How good a model is: the numbers, and tables and pictures of them."""
+"""Evaluation: metrics, and tables and plots of them."""

@@ -1,4 +1,4 @@
-"""How good a model is, in numbers: logits of a whole split, and what follows from them."""
+"""Logits of a whole split, and the metrics computed from them."""
 
 import dataclasses
 import math
@@ -16,46 +16,46 @@ from vitrail.errors import CheckpointError, DataError
 from vitrail.runtime import distributed
 
 TOP5_CLASSES = 10
-"""Five guesses out of fewer classes than this say nothing."""
+"""Fewest classes for which top-5 accuracy is reported."""
 CALIBRATION_BINS = 15
-"""As Guo et al. 2017 and everyone since."""
+"""Number of bins, as in Guo et al. 2017."""
 NORMAL_95 = 1.959963984540054
-"""The normal distribution has 95 % of its mass within so many standard deviations."""
+"""Standard deviations around the mean that hold 95% of a normal distribution."""
 CPU_BATCH = 64
-"""So many images at a time at most: a CPU's caches then hold what passes between layers."""
+"""Largest batch on a CPU: activations then fit in its caches."""
 
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The images whose highest probability lies between two bounds, the lower one included."""
+    """The images whose confidence (highest probability) is in [low, high)."""
 
     low: float
     high: float
     share: float
-    """Share of all images."""
+    """Fraction of all images."""
     confidence: float | None
-    """Mean of the highest probability; None in an empty bin."""
+    """Mean confidence; None in an empty bin."""
     accuracy: float | None
-    """Share of these images classified rightly; None in an empty bin."""
+    """Accuracy on these images; None in an empty bin."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """How good a model is on one split. Shares run from 0 to 1."""
+    """Metrics of a model on one split. Fractions are in [0, 1]."""
 
     classes: tuple[str, ...]
     images: int
     accuracy: float
     accuracy_interval: tuple[float, float]
-    """95 % confidence interval (Wilson 1927)."""
+    """95% confidence interval (Wilson 1927)."""
     loss: float
     """Mean cross-entropy in nats."""
     top5_accuracy: float | None
     """None with fewer than TOP5_CLASSES classes."""
     expected_calibration_error: float
-    """Mean distance of confidence from accuracy over the bins (Guo et al. 2017, equation 3)."""
+    """Weighted mean gap between confidence and accuracy (Guo et al. 2017, equation 3)."""
     macro_precision: float
-    """Mean over the classes that have images; a class never predicted counts 0."""
+    """Mean over the classes that have images; a class never predicted counts as 0."""
     macro_recall: float
     """Mean over the classes that have images."""
     precision_Y: tuple[float | None, ...]
@@ -63,13 +63,13 @@ class Metrics:
     recall_Y: tuple[float | None, ...]
     """None for a class without images."""
     support_Y: tuple[int, ...]
-    """Images of each class."""
+    """Number of images of each class."""
     confusion_YY: tuple[tuple[int, ...], ...]
-    """Counts: the row is the true class, the column the predicted one."""
+    """Counts. Rows: the true class. Columns: the predicted class."""
     calibration: tuple[CalibrationBin, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, the classes' own figures under ``per_class``."""
+        """Return JSON values; metrics of single classes are under ``per_class``."""
         values = dataclasses.asdict(self)
         columns = (values.pop(f"{name}_Y") for name in ("precision", "recall", "support"))
         values["per_class"] = [
@@ -86,7 +86,7 @@ class Metrics:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode inside the block, and every module back after it."""
+    """Switch to evaluation mode inside the block; restore the mode of every module after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -106,7 +106,7 @@ def predict_logits(
     batch_size: int = 500,
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Tensor:
-    """Run the model, which is on ``device`` already, over all images once, in their order.
+    """Run the model, already on ``device``, over all images in order.
 
     Shapes:
         returns logits_BY, float32, on the CPU
@@ -115,14 +115,14 @@ def predict_logits(
         DataError: there are no images.
     """
     if len(images) == 0:
-        raise DataError("there are no images to test on: give at least one")
+        raise DataError("there are no images to evaluate: give at least one")
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     chunks = []
     with evaluating(model), torch.inference_mode(), half:
         together = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
         for raw_BCHW in torch.split(images.raw_BCHW, together):
             chunks.append(model(normalise(raw_BCHW.to(device), mean, std)))
-    # Outside of inference mode, so that the result is a tensor like any other.
+    # Outside of inference mode, so that the result is an ordinary tensor.
     return torch.cat(chunks).float().cpu()
 
 
@@ -135,16 +135,15 @@ def shared_logits(
     device: torch.device,
     batch_size: int = 500,
 ) -> Tensor:
-    """Do as predict_logits, with the images shared by the processes of a run (distributed.py).
+    """Do the same with the images split among the ranks; every rank returns the logits of all.
 
-    Each takes whole batches, so that the logits are those of one process to the bit, and gets the
-    logits of all.
+    Each rank takes whole batches, so that the logits equal those of a single process bit for bit.
     """
     mine = distributed.rows(len(images), chunk=batch_size)
     part = dataclasses.replace(
         images, raw_BCHW=images.raw_BCHW[mine], labels_B=images.labels_B[mine]
     )
-    if len(images) and not len(part):  # more processes than batches
+    if len(images) and not len(part):  # more ranks than batches
         return distributed.join_rows(None)
     logits_BY = predict_logits(
         model, part, mean=mean, std=std, device=device, batch_size=batch_size
@@ -153,19 +152,19 @@ def shared_logits(
 
 
 def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
-    """Return accuracy and mean cross-entropy (nats): all that is asked after each epoch.
+    """Return accuracy and mean cross-entropy (nats), the metrics of each epoch.
 
     Raises:
         DataError: there are no images.
         CheckpointError: a logit is not finite.
     """
     if len(labels_B) == 0:
-        raise DataError("there are no images to score: give at least one")
+        raise DataError("there are no images to evaluate: give at least one")
     broken = int((~logits_BY.isfinite()).any(1).sum())
     if broken:
         raise CheckpointError(
             f"the model's output is not finite (nan, inf) for {broken} of {len(labels_B)} images: "
-            "its weights are damaged, take an earlier checkpoint"
+            "its weights are corrupt, use an earlier checkpoint"
         )
     right = int((logits_BY.argmax(1) == labels_B).sum())
     loss = F.cross_entropy(logits_BY.double(), labels_B)
@@ -173,16 +172,16 @@ def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
 
 
 def measure(logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str]) -> Metrics:
-    """Work out every figure from a split's logits and true labels.
+    """Compute all metrics from the logits and labels of a split.
 
     Raises:
-        DataError: there are no images, or not as many classes as logits.
+        DataError: there are no images, or the number of classes differs from that of the logits.
         CheckpointError: a logit is not finite.
     """
     n_classes = logits_BY.shape[1]
     if n_classes != len(classes):
         raise DataError(
-            f"the model tells {n_classes} classes apart and the data have {len(classes)}: "
+            f"the model has {n_classes} classes, but the data set has {len(classes)}: "
             "test it on the data set it was trained on"
         )
     accuracy, loss = quick_scores(logits_BY, labels_B)
@@ -217,14 +216,14 @@ def measure(logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str]) -> M
 
 
 def wilson_interval(right: int, images: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """Return the interval in which the true accuracy lies with 95 % confidence.
+    """Return the 95% confidence interval of an accuracy.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
     share, spread = right / images, z * z / images
-    centre = share + spread / 2
+    center = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / images + spread / (4 * images))
-    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    low, high = (center - half) / (1 + spread), (center + half) / (1 + spread)
     return max(0.0, low), min(1.0, high)
 
 
@@ -234,7 +233,7 @@ def _top5(logits_BY: Tensor, labels_B: Tensor) -> float:
 
 
 def _calibration(logits_BY: Tensor, labels_B: Tensor) -> tuple[CalibrationBin, ...]:
-    """Sort the images into bins of equal width by confidence; one of exactly 1 is in the last."""
+    """Assign the images to bins of equal width by confidence; exactly 1 is in the last bin."""
     confidence_B, guess_B = logits_BY.double().softmax(1).max(1)
     right_B = (guess_B == labels_B).double()
     bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)

@@ -1,6 +1,6 @@
-"""The numbers of training and testing as pictures.
+"""Plots of training curves and metrics.
 
-Drawn on matplotlib's figures directly, never through pyplot: no window, no global state.
+They use matplotlib's Figure directly, never pyplot: no window, no global state.
 """
 
 import math
@@ -15,46 +15,46 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vitrail.errors import DataError, OutputError, VitrailError
+from vitrail.errors import DataError, OutputError, VitrailError, printable
 from vitrail.evaluation.metrics import Metrics
-from vitrail.evaluation.tables import percent, printable
+from vitrail.evaluation.tables import percent
 
 Row = Mapping[str, float | int | None]
 
-# Okabe and Ito's palette, told apart by every kind of colour vision.
+# Okabe and Ito's palette, safe for color blindness.
 BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
 DARK, LIGHT = "#333333", "#E5E5E5"
 SPLITS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MARKED_EPOCHS = 30
-"""Up to so many epochs each has its dot."""
+"""Up to this many epochs, each has a dot."""
 COUNTED_CLASSES = 120
-"""With more classes the cells of the confusion matrix are too small for counts and every name."""
+"""With more classes, the cells of the confusion matrix are too small for counts and all names."""
 SMALLEST_SPAN = 0.1
-"""A vertical axis covers at least so much: near equal values shall look near equal."""
+"""A vertical axis covers at least this range, so that nearly equal values look nearly equal."""
 NAME_LENGTH = 20
-"""Longer class names are cut."""
+"""Longer class names are truncated."""
 
 
 def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
-    """Draw the loss or the accuracy over the epochs, from the rows of ``metrics.jsonl``.
+    """Plot the loss or the accuracy over the epochs, from the rows of ``metrics.jsonl``.
 
-    A row has ``epoch`` (from 1) and, for each of the splits train, validation and test that was
-    scored, ``SPLIT_loss`` and ``SPLIT_accuracy``. Validation's best epoch is marked; of test,
-    which picks no best one, the last.
+    A row has ``epoch`` (from 1) and ``SPLIT_loss`` and ``SPLIT_accuracy`` for each evaluated split
+    (train, validation, test). The best epoch on validation is marked; on test, which must not
+    select an epoch, the last.
 
     Raises:
         DataError: there are no rows.
         OutputError: the folder cannot be written.
     """
     if not rows:
-        raise DataError("there is no epoch to draw: train for at least one")
+        raise DataError("there is no epoch to plot: train for at least one")
     save_figure(_curves(rows, quantity), path)
 
 
 def plot_confusion(metrics: Metrics, path: Path) -> None:
-    """Draw the confusion matrix: counts, coloured by their share of the true class.
+    """Plot the confusion matrix: counts, colored by their fraction of the true class.
 
-    A name that matplotlib's own font cannot write is shown as its class number, from 0.
+    A name that matplotlib's own font cannot draw is shown as its class index, from 0.
 
     Raises:
         OutputError: the file cannot be written.
@@ -64,22 +64,22 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     side = max(4.5, 2.6 + cell * n_classes)
     figure, axes = _figure(side + 1, side)
     shares_YY = [[n / max(1, sum(counts)) for n in counts] for counts in metrics.confusion_YY]
-    # The square root lets a confusion of one in a hundred be seen beside the diagonal.
+    # The square root makes a confusion of one in a hundred visible next to the diagonal.
     image = axes.imshow(shares_YY, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     if n_classes <= COUNTED_CLASSES:
         _write_counts(axes, metrics, shares_YY, size=min(10.0, cell * 26))
     _name_classes(axes, metrics.classes, size=max(6.5, min(10.0, cell * 32)))
-    axes.set(xlabel="taken for", ylabel="true class")
-    write_title(axes, f"{percent(metrics.accuracy, 2)} of {metrics.images:,} images right")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    write_title(axes, f"Accuracy {percent(metrics.accuracy, 2)} on {metrics.images:,} images")
     shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
     bar.ax.yaxis.set_major_formatter(_percent_axis())
-    bar.set_label("share of the true class")
+    bar.set_label("fraction of the true class")
     save_figure(figure, path)
 
 
 def plot_calibration(metrics: Metrics, path: Path) -> None:
-    """Draw the reliability diagram, and below it how often each confidence occurs.
+    """Plot the reliability diagram above a histogram of confidence.
 
     Raises:
         OutputError: the file cannot be written.
@@ -93,7 +93,9 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     lefts = [bin.low for bin in metrics.calibration]
     shares = [bin.share for bin in metrics.calibration]
     lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
-    lower.set(xlabel="confidence: the highest probability", ylabel="share of images", xlim=(0, 1))
+    lower.set(
+        xlabel="confidence: the highest probability", ylabel="fraction of images", xlim=(0, 1)
+    )
     for axes in (upper, lower):
         tidy(axes)
         axes.xaxis.set_major_formatter(_percent_axis())
@@ -124,24 +126,24 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
 
 
 def _limits(low: float, high: float, *, largest: float) -> tuple[float, float]:
-    """Widen a narrow axis, and cut it at 0 and the largest value, leaving room for a dot there."""
+    """Widen a narrow axis; clip it to 0 and the largest value, leaving room for a dot there."""
     spare = max(0.0, SMALLEST_SPAN - (high - low)) / 2
     room = 0.04 * (high - low + 2 * spare)
     return max(low - spare, -room), min(high + spare, largest + room)
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[Any, Any]], split: str, quantity: str) -> None:
-    """Draw one line, and a ring about the epoch that the legend names."""
-    colour, label = SPLITS[split], split
+    """Plot one line, with a ring around the epoch that the legend names."""
+    color, label = SPLITS[split], split
     if split != "train":
         pick = min if quantity == "loss" else max
         epoch, value = pick(points, key=itemgetter(1)) if split == "validation" else points[-1]
         word = "last" if split == "test" else "lowest" if quantity == "loss" else "best"
         number = f"{value:.3f}" if quantity == "loss" else percent(value)
         label = f"{split}: {word} {number}, epoch {epoch}"
-        axes.plot(epoch, value, "o", markersize=11, fillstyle="none", color=colour)
+        axes.plot(epoch, value, "o", markersize=11, fillstyle="none", color=color)
     marker = "o" if len(points) <= MARKED_EPOCHS else ""
-    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+    axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
 
 
 def _draw_reliability(axes: Axes, metrics: Metrics) -> None:
@@ -152,7 +154,7 @@ def _draw_reliability(axes: Axes, metrics: Metrics) -> None:
     bars: dict[str, Any] = {"align": "edge", "width": width}
     axes.bar(lefts, accuracies, color=SKY, edgecolor="white", label="accuracy", **bars)
     bars |= {"facecolor": "none", "edgecolor": ORANGE, "hatch": "///"}
-    axes.bar(lefts, gaps, bottom=accuracies, label="gap to the confidence", **bars)
+    axes.bar(lefts, gaps, bottom=accuracies, label="gap to confidence", **bars)
     axes.plot((0, 1), (0, 1), "--", color=DARK, linewidth=1, label="perfect calibration")
     axes.set(ylabel="accuracy", ylim=(0, 1))
 
@@ -165,27 +167,25 @@ def _write_counts(axes: Axes, metrics: Metrics, shares_YY: Any, *, size: float) 
     for true, counts in enumerate(metrics.confusion_YY):
         for guess, count in enumerate(counts):
             if count:
-                colour = "white" if shares_YY[true][guess] > 0.3 else "black"
-                axes.text(
-                    guess, true, str(count), ha="center", va="center", size=size, color=colour
-                )
+                color = "white" if shares_YY[true][guess] > 0.3 else "black"
+                axes.text(guess, true, str(count), ha="center", va="center", size=size, color=color)
 
 
 def _name_classes(axes: Axes, classes: Sequence[str], *, size: float) -> None:
     shown = range(0, len(classes), math.ceil(len(classes) / COUNTED_CLASSES))
     names = [_drawable(classes[y], y) for y in shown]
-    # Without parse_math a dollar sign in a name would start a formula.
+    # By default a dollar sign in a name would start a formula.
     axes.set_xticks(shown, names, rotation=90, size=size, parse_math=False)
     axes.set_yticks(shown, names, size=size, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def _drawable(name: str, number: int) -> str:
+def _drawable(name: str, index: int) -> str:
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     name = printable(name)
     if not all(font.get_char_index(ord(character)) for character in name):
-        return f"class {number}"
+        return f"class {index}"
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
@@ -195,23 +195,23 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _percent_axis() -> PercentFormatter:
-    return PercentFormatter(1, symbol=" %")
+    return PercentFormatter(1)
 
 
 def write_title(axes: Axes, title: str) -> None:
-    """Write a title over the left edge."""
+    """Set a left-aligned title."""
     axes.set_title(title, loc="left", size=12, weight="bold", pad=10)
 
 
 def tidy(axes: Axes) -> None:
-    """Leave two of the frame's sides, and light lines behind the data."""
+    """Remove the top and right spines; draw a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG.
+    """Save a figure as a PNG file.
 
     Raises:
         OutputError: the file cannot be written.
@@ -225,10 +225,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list[str]:
-    """Draw the curves and, if there was a test, what ``plot_metrics`` draws.
+    """Plot the curves and, given test metrics, what ``plot_metrics`` plots.
 
     Returns:
-        what could not be drawn, one line each: a picture is never a reason to lose the numbers.
+        one line for each plot that failed: a failed plot must not lose the numbers.
     """
     draw: dict[str, Callable[[Path], object]] = {
         "graph_loss.png": lambda path: plot_curve(rows, "loss", path),
@@ -239,10 +239,10 @@ def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list
 
 
 def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
-    """Draw the confusion matrix and the reliability diagram.
+    """Plot the confusion matrix and the reliability diagram.
 
     Returns:
-        what could not be drawn, one line each.
+        one line for each plot that failed.
     """
     draw: dict[str, Callable[[Path], object]] = {
         "confusion_matrix.png": lambda path: plot_confusion(metrics, path),
@@ -252,14 +252,14 @@ def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
 
 
 def draw_each(draw: Mapping[str, Callable[[Path], object]], folder: Path) -> list[str]:
-    """Draw each picture into the folder; return what could not be drawn, one line each."""
+    """Save each plot in the folder; return one line for each that failed."""
     problems = []
     for name, function in draw.items():
         try:
             function(folder / name)
         except VitrailError as error:
             problems.append(str(error))
-        except Exception as error:  # noqa: BLE001 (fonts, memory, whatever ends matplotlib)
+        except Exception as error:  # noqa: BLE001 (fonts, memory, anything in matplotlib)
             reason = (str(error).splitlines() or [""])[0]
             problems.append(f"{folder / name} could not be drawn: {type(error).__name__}: {reason}")
     return problems

@@ -1,4 +1,4 @@
-"""The numbers of a test as tables for the terminal; ``figures`` draws them."""
+"""Metrics as tables for the terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -7,49 +7,49 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.errors import printable as printable  # it is asked for here, too
+from vitrail.errors import printable
 
 if TYPE_CHECKING:  # metrics need torch, tables do not
     from vitrail.evaluation.metrics import Metrics
 
 MATRIX_CLASSES = 12
-"""So many columns of counts fit 80 characters; more classes show their commonest confusions."""
+"""Columns that fit in 80 characters; with more, the most common confusions are listed."""
 LISTED_CLASSES = 20
-"""With more classes only the weakest are listed."""
+"""With more classes, only those with the lowest recall are listed."""
 LISTED_LINES = 10
-"""Lines of a list of the weakest classes or the commonest confusions."""
+"""Length of the list of classes with the lowest recall, and of the most common confusions."""
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Return a share as per cent, or a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+    """Format a fraction as a percentage; None is a dash."""
+    return "–" if share is None else f"{share:.{digits}%}"
 
 
 def metrics_table(metrics: "Metrics") -> RenderableType:
-    """Return the overall figures, and precision, recall and images class by class."""
+    """Return the overall metrics, and precision, recall and number of images per class."""
     return Group(_overall(metrics), _per_class(metrics))
 
 
 def confusion_table(metrics: "Metrics") -> RenderableType:
-    """Return what was taken for what: a matrix, or for many classes the commonest confusions."""
+    """Return the confusion matrix, or with many classes the most common confusions."""
     few = len(metrics.classes) <= MATRIX_CLASSES
-    return _matrix(metrics) if few else _commonest_confusions(metrics)
+    return _matrix(metrics) if few else _common_confusions(metrics)
 
 
 def _overall(metrics: "Metrics") -> Table:
-    low, high = (100 * bound for bound in metrics.accuracy_interval)
+    low, high = metrics.accuracy_interval
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")
     table.add_column(style="dim")
-    interval = f"of {metrics.images:,} images; 95 % interval {low:.1f} to {high:.1f} %"
+    interval = f"of {metrics.images:,} images; 95% interval {percent(low)} to {percent(high)}"
     table.add_row("accuracy", percent(metrics.accuracy, 2), interval)
     if metrics.top5_accuracy is not None:
-        note = "the true class is among the five likeliest"
+        note = "the true class is among the five most probable"
         table.add_row("top-5 accuracy", percent(metrics.top5_accuracy, 2), note)
     table.add_row("loss", f"{metrics.loss:.4f}", "cross-entropy in nats")
     error = percent(metrics.expected_calibration_error, 2)
-    table.add_row("calibration error", error, "mean distance of confidence from accuracy")
+    table.add_row("calibration error", error, "mean gap between confidence and accuracy")
     table.add_row("precision", percent(metrics.macro_precision, 2), "mean over the classes")
     table.add_row("recall", percent(metrics.macro_recall, 2), "mean over the classes")
     return table
@@ -61,7 +61,7 @@ def _per_class(metrics: "Metrics") -> Table:
     if len(shown) > LISTED_CLASSES:
         with_images = [y for y in shown if metrics.support_Y[y]]
         shown = sorted(with_images, key=lambda y: metrics.recall_Y[y] or 0.0)[:LISTED_LINES]
-        title = f"The {len(shown)} weakest of {len(metrics.classes)} classes"
+        title = f"{len(shown)} of {len(metrics.classes)} classes, lowest recall first"
     table = _table(title)
     table.add_column("class", max_width=36, no_wrap=True)
     for name in ("precision", "recall", "images"):
@@ -77,13 +77,13 @@ def _per_class(metrics: "Metrics") -> Table:
 
 
 def _matrix(metrics: "Metrics") -> Table:
-    table = _table("Rows: the true class. Columns: what it was taken for.")
-    table.padding = 0  # the box itself keeps the columns one space apart
+    table = _table("Rows: the true class. Columns: the predicted class.")
+    table.padding = 0  # the box already separates the columns by a space
     table.add_column("", max_width=14, no_wrap=True)
     digits = len(str(max(map(max, metrics.confusion_YY))))
     width = max(digits, min(14, 64 // len(metrics.classes) - 1))
     for name in metrics.classes:
-        # A long name breaks into lines rather than widen its column.
+        # A long name wraps instead of widening its column.
         header = Text(printable(name), overflow="fold")
         table.add_column(header, justify="right", vertical="bottom", width=width)
     for y, counts in enumerate(metrics.confusion_YY):
@@ -98,16 +98,16 @@ def _cell(count: int, *, right: bool) -> Text:
     return Text(str(count)) if count else Text("·", style="dim")
 
 
-def _commonest_confusions(metrics: "Metrics") -> Table:
+def _common_confusions(metrics: "Metrics") -> Table:
     wrong = [
         (count, true, guess)
         for true, counts in enumerate(metrics.confusion_YY)
         for guess, count in enumerate(counts)
         if count and true != guess
     ]
-    table = _table("The commonest confusions")
+    table = _table("The most common confusions")
     table.add_column("true class", max_width=30, no_wrap=True)
-    table.add_column("taken for", max_width=30, no_wrap=True)
+    table.add_column("predicted class", max_width=30, no_wrap=True)
     table.add_column("images", justify="right")
     table.add_column("share", justify="right")
     for count, true, guess in sorted(wrong, key=lambda pair: -pair[0])[:LISTED_LINES]:

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrail.errors import ConfigError
-from vitrail.evaluation.tables import printable
+from vitrail.errors import ConfigError, printable
 from vitrail.runtime.files import replace_file
 
 SHOWN_CLASSES = 5

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.config.settings import Config
+from vitrail.errors import printable
 from vitrail.evaluation.plots import BLUE, save_figure, tidy, write_title
-from vitrail.evaluation.tables import percent, printable
+from vitrail.evaluation.tables import percent
 from vitrail.optional import need
 from vitrail.runtime.files import replace_file
 

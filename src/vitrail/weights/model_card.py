@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.config.settings import Config, RunConfig
-from vitrail.evaluation.tables import printable
+from vitrail.errors import printable
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights import hub
 from vitrail.weights.checkpoint import MODEL, CheckpointInfo, save_weights_file
