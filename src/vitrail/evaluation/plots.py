@@ -94,7 +94,7 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     shares = [bin.share for bin in metrics.calibration]
     lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
     lower.set(
-        xlabel="confidence: the highest probability", ylabel="fraction of images", xlim=(0, 1)
+        xlabel="confidence (highest probability)", ylabel="fraction of images", xlim=(0, 1)
     )
     for axes in (upper, lower):
         tidy(axes)
