@@ -193,7 +193,7 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
             ["--preset", "reference", "--resume", "x"],
             ["--resume continues with the run's own settings"],
         ),
-        (["word"], ["unknown word word"]),
+        (["word"], ["unknown argument word"]),
     ],
 )
 def test_impossible_training_is_one_line(

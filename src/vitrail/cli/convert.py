@@ -30,9 +30,9 @@ class ConvertOptions:
     otherwise.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The weights to read."""
-    dest: Annotated[Path, tyro.conf.Positional]
+    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """A file (vitrail: .safetensors, reference: .pt, google: .npz) or a folder (the others)."""
     layout: Literal["vitrail", "timm", "huggingface", "google", "reference"] = "vitrail"
     """How the weights are written."""

@@ -15,6 +15,7 @@ from vitrail.cli.options import (
     STDIN,
     DataOptions,
     ModelOptions,
+    Pictures,
     check_images,
     list_pictures,
     load_model,
@@ -64,7 +65,7 @@ class ExplainOptions(ModelOptions):
     For example: vitrail explain cat.png --method relevance --class dog --output_path cat.gif
     """
 
-    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    pictures: Pictures = ()
     """Files, folders, globs, or - for a picture on standard input."""
     index: int | None = None
     """Explain image N of the model's data (see --split) instead of a file."""

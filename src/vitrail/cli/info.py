@@ -25,7 +25,7 @@ PROG = "vitrail info"
 class InfoOptions:
     """Show the presets, the runs and this machine; or, of one model, what it is."""
 
-    model: Annotated[str | None, tyro.conf.Positional] = None
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """A run folder, weights, a bundled name or hf:OWNER/NAME."""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not say it."""

@@ -73,7 +73,7 @@ class ModelOptions:
 class ModelWord(ModelOptions):
     """The same for commands whose only positional argument is the model."""
 
-    model: Annotated[str | None, tyro.conf.Positional] = None
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Same as --model_path."""
 
 
@@ -182,6 +182,11 @@ def log_test_use(
 
 
 # --- pictures -------------------------------------------------------------------------------------
+
+Pictures = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE ...]")
+]
+"""The type of the positional arguments that name pictures."""
 
 
 def list_pictures(words: Sequence[str]) -> list[str]:

@@ -1,25 +1,38 @@
-"""Flags -> dataclasses, by tyro; what is wrong becomes one line."""
+"""Flags -> dataclasses, by tyro; a mistake becomes a message of one line."""
 
 import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from vitrail.cli.options import is_model
 from vitrail.config.fields import expand_home
 from vitrail.errors import ConfigError, nearest
 
 Options = TypeVar("Options")
+REGISTRY = ConstructorRegistry()
+"""Makes the help of flags shorter: it leaves out None, which nobody has to write."""
+_entered: list[Any] = []
+"""The dataclasses whose fields are being read."""
 
 
 def parse(
     kind: type[Options], words: Sequence[str], *, prog: str, default: Options | None = None
 ) -> Options:
-    """Return the dataclass that the words describe; ``--help`` prints and exits.
+    """Return the dataclass that the arguments describe; ``--help`` prints and exits.
 
     Raises:
         ConfigError: an unknown flag (the nearest is offered), or a value that does not fit.
@@ -27,8 +40,8 @@ def parse(
     options, unknown = parse_known(kind, words, prog=prog, default=default)
     if unknown:
         word = unknown[0]
-        what = "flag" if word.startswith("-") else "word"
-        flags = [f"--{name}" for name in field_names(kind)]
+        what = "flag" if word.startswith("-") else "argument"
+        flags = [f"--{name}" for name in _field_names(kind)]
         if "--model_path" in flags and is_model(word):
             raise ConfigError(f"{word} is a model: give --model_path {word}")
         hint = nearest(word.partition("=")[0].replace("-", "_").replace("__", "--", 1), flags)
@@ -44,7 +57,7 @@ def parse_known(
     default: Options | None = None,
     add_help: bool = True,
 ) -> tuple[Options, list[str]]:
-    """Return the dataclass, and the words that are no flag of it."""
+    """Return the dataclass, and the arguments that it does not know."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -57,16 +70,62 @@ def parse_known(
                 return_unknown_args=True,
                 add_help=add_help,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(first_sentence(errors.getvalue())) from None
-    return with_home(options), unknown
+        raise ConfigError(_first_sentence(errors.getvalue())) from None
+    return _with_home(options), unknown
 
 
-def with_home(options: Any) -> Any:
-    """Return the dataclass with ``~`` expanded in its paths, as a shell does for most words only.
+@REGISTRY.struct_rule
+def _show_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Return a dataclass as tyro reads it, with better help for each field."""
+    if not dataclasses.is_dataclass(info.type) or info.type in _entered:
+        return None
+    _entered.append(info.type)
+    try:
+        spec = ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _entered.pop()
+    if not isinstance(spec, StructConstructorSpec):
+        return None
+    return dataclasses.replace(spec, fields=tuple(map(_show_field, spec.fields)))
+
+
+def _show_field(field: StructFieldSpec) -> StructFieldSpec:
+    """Return a field whose help shows neither the value None nor an empty default."""
+    if dataclasses.is_dataclass(field.default):
+        return field
+    kind, *annotations = (
+        get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
+    )
+    metavar = None
+    if NoneType in get_args(kind):
+        kinds = tuple(each for each in get_args(kind) if each is not NoneType)
+        others: Any = Union[kinds]  # noqa: UP007 (of a tuple)
+        primitive = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(others, set()))
+        metavar = getattr(primitive, "metavar", None)
+    shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=_show_default)
+    annotated: Any = Annotated[(kind, shown, *annotations)]
+    text = partial(_one_paragraph, field.helptext)
+    return dataclasses.replace(field, type=annotated, helptext=text)
+
+
+def _one_paragraph(text: Any) -> str | None:
+    """Return a field's docstring without its line breaks."""
+    text = text() if callable(text) else text
+    return " ".join(text.split()) if text else None
+
+
+def _show_default(default: str) -> str:
+    """Return a default as the help shows it, if there is one."""
+    return "" if default in ("None", "", "''") else f"(default: {default})"
+
+
+def _with_home(options: Any) -> Any:
+    """Return the dataclass with ``~`` expanded in its paths, as a shell does for most of them.
 
     ``--data_path=~/pictures`` reaches the program as it is.
     """
@@ -74,7 +133,7 @@ def with_home(options: Any) -> Any:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
-            new: Any = with_home(value)
+            new: Any = _with_home(value)
         elif isinstance(value, Path):
             new = expand_home(value)
         elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
@@ -86,7 +145,7 @@ def with_home(options: Any) -> Any:
     return dataclasses.replace(options, **changed) if changed else options
 
 
-def first_sentence(box: str) -> str:
+def _first_sentence(box: str) -> str:
     """Return the message in tyro's error box as one line."""
     lines = []
     for line in box.splitlines()[1:]:
@@ -97,10 +156,10 @@ def first_sentence(box: str) -> str:
     return " ".join(lines) or "these flags cannot be read"
 
 
-def field_names(kind: Any) -> Iterator[str]:
+def _field_names(kind: Any) -> Iterator[str]:
     """Yield the names of all fields, also of nested dataclasses."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            yield from field_names(field.type)
+            yield from _field_names(field.type)
         else:
             yield field.name

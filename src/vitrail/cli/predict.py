@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
 from vitrail.cli.console import out, say, tell
-from vitrail.cli.options import STDIN, ModelOptions, is_onnx, list_pictures, load_model
+from vitrail.cli.options import STDIN, ModelOptions, Pictures, is_onnx, list_pictures, load_model
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, PictureError, printable
 
@@ -39,7 +39,7 @@ class PredictOptions(ModelOptions):
     For example: vitrail predict cat.png 'photos/*.jpg' --csv
     """
 
-    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    pictures: Pictures = ()
     """Files, folders, globs, or - for a picture on standard input."""
     top_k: int = 3
     """How many classes to report, the most probable first."""

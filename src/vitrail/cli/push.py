@@ -24,10 +24,10 @@ class PushOptions:
     The hub must know you first: hf auth login, or the variable HF_TOKEN.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder (its best checkpoint and its result), or any other model."""
-    hub_id: Annotated[str, tyro.conf.Positional]
-    """OWNER/NAME."""
+    hub_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    """Where to put it on the hub."""
     license: str | None = None
     """The hub's name of a licence; mit for weights that Vitrail trained, unless given."""
     private: bool = False
