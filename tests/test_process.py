@@ -17,9 +17,7 @@ from vitrail.runtime.process import (
     read_load,
 )
 
-linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="/proc/stat, glibc"
-)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat, glibc")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from vitrail.config.settings import Config, DataConfig
 from vitrail.data import memory
 from vitrail.data.manifest import load_manifest
 from vitrail.errors import ConfigError, DataError
-from vitrail.training.run import Run, load_split
+from vitrail.training.run import Run
+from vitrail.training.run_data import load_split
 
 
 def draw(path: Path, level: int) -> Path:

@@ -257,7 +257,7 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
     from PIL import Image
 
-    from vitrail.training.run import load_split
+    from vitrail.training.run_data import load_split
     from vitrail.weights.pretrained import of_model_size
 
     split, index = options.data.split, options.index
@@ -285,7 +285,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from vitrail.explain.methods import METHODS
     from vitrail.explain.score import FLOORS, STEPS, score_methods
     from vitrail.runtime.files import write_json
-    from vitrail.training.run import load_split
+    from vitrail.training.run_data import load_split
 
     split, folder = options.data.split, options.folder
     methods = _list_methods(options.method) or METHODS

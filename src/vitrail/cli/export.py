@@ -118,7 +118,7 @@ def write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> 
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything takes time."""
-    from vitrail.training.run import load_split
+    from vitrail.training.run_data import load_split
 
     split = options.data.split
     images = load_split(classifier, **options.data.to_load())

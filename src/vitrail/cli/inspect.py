@@ -80,7 +80,7 @@ def load_images(
         DataError: the data that the options name cannot be read.
     """
     from vitrail.data.images import normalise
-    from vitrail.training.run import load_split
+    from vitrail.training.run_data import load_split
 
     try:
         images = load_split(classifier, **options.data.to_load()).sample(options.images)

@@ -201,7 +201,7 @@ def test_single(classifier: "Classifier", options: ReferenceTestOptions, folder:
     from PIL import Image
 
     from vitrail.runtime.files import replace_file
-    from vitrail.training.run import load_split
+    from vitrail.training.run_data import load_split
     from vitrail.weights.pretrained import of_model_size
 
     data = DataOptions(data_path=options.data_path, split="test")

@@ -93,9 +93,7 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     lefts = [bin.low for bin in metrics.calibration]
     shares = [bin.share for bin in metrics.calibration]
     lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
-    lower.set(
-        xlabel="confidence (highest probability)", ylabel="fraction of images", xlim=(0, 1)
-    )
+    lower.set(xlabel="confidence (highest probability)", ylabel="fraction of images", xlim=(0, 1))
     for axes in (upper, lower):
         tidy(axes)
         axes.xaxis.set_major_formatter(_percent_axis())

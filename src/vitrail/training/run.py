@@ -25,21 +25,11 @@ from torch import Tensor
 
 from vitrail.config.settings import Config, RunConfig, Split, complete_config
 from vitrail.data.batches import Batches
-from vitrail.data.datasets import Loaded, load_data
 from vitrail.data.images import ImageSet, normalise
-from vitrail.data.manifest import (
-    FILE,
-    Manifest,
-    choose_manifest,
-    count_added,
-    load_manifest,
-    scan,
-    verify,
-)
+from vitrail.data.manifest import Manifest
 from vitrail.errors import ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.metrics import quick_scores, shared_logits
 from vitrail.explain.attention_snapshots import choose_watched
-from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import ConvStem
 from vitrail.runtime import distributed, rng
@@ -48,6 +38,7 @@ from vitrail.runtime.files import require_writable, write_json_lines
 from vitrail.training.loop import Update, train
 from vitrail.training.recovery import hold, recover, require_run_folder
 from vitrail.training.results import speed
+from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
 from vitrail.training.run_files import RunFiles
 from vitrail.training.run_folder import is_best, log_test_use, read_rows, require_unused
 from vitrail.training.schedule import multiplier
@@ -106,7 +97,7 @@ class Run(RunFiles):
         if config.run.monitor == "test" and manifest and not manifest.files.get("test"):
             raise ConfigError("monitor is test, but there is no test split: leave --monitor out")
         wanted: list[Split] = ["train", *dict.fromkeys(("validation", config.run.monitor))]
-        loaded = load_together(config, manifest, *wanted)
+        loaded = load_on_all_ranks(config, manifest, *wanted)
         self.manifest, splits = loaded.manifest, dict(loaded.images)
         train_set = splits.pop("train")
         self.config = config = complete_config(config, train_set.classes, loaded.pixel_range)
@@ -304,7 +295,7 @@ class Run(RunFiles):
         )
         if self.manifest is not None and not self.manifest.files.get("test"):
             return distributed.on_leader(self.write_result, best, None, None)
-        test = load_together(self.config, self.manifest, "test").images["test"]
+        test = load_on_all_ranks(self.config, self.manifest, "test").images["test"]
         purpose = f"result of {Path(best.source).name}"
         distributed.on_leader(log_test_use, self.folder, purpose, len(test))
         logits_BY = self.logits(best.model.to(self.device), test)
@@ -314,72 +305,6 @@ class Run(RunFiles):
         """Return the logits of a model for a split, the work being shared (see shared_logits)."""
         data = self.config.data
         return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
-
-
-def load(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
-    """Load splits as the model reads them."""
-    model = config.model
-    return load_data(
-        config.data,
-        splits,
-        image_hw=model.image_hw,
-        n_channels=model.n_channels,
-        manifest=manifest,
-    )
-
-
-def load_together(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
-    """Load splits in every process; where they may be downloaded, one of a machine goes first."""
-    downloads = config.data.dataset.startswith("cifar")
-    together = distributed.first_on_machine if downloads else distributed.each
-    return together(load, config, manifest, *splits)
-
-
-def load_split(classifier: Classifier, split: Split, **changes: Any) -> ImageSet:
-    """Load a split of the data that a model was trained on, or of other data, to score it.
-
-    Args:
-        classifier: the model; if it is a run's, its data are those of the run's manifest.
-        split: the split. Another folder than the one of the training is all test split.
-        changes: settings of the data that differ from the training's, such as ``data_path``.
-
-    Raises:
-        DataError: the data are missing, or changed since the training.
-    """
-    config = classifier.config
-    data = dataclasses.replace(config.data, **changes)
-    manifest = None
-    if data.dataset == "folder":
-        known = manifest_of(Path(classifier.source))
-        manifest = choose_manifest(data, config.data, known, split, classifier.classes)
-    return load(dataclasses.replace(config, data=data), manifest, split).images[split]
-
-
-def manifest_of(source: Path) -> Manifest | None:
-    """Return the manifest of the run that a run folder or a checkpoint folder belongs to."""
-    for folder in (source, source.parent.parent):
-        if (folder / FILE).is_file():
-            return load_manifest(folder)
-    return None
-
-
-def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
-    """Return the files that a new run uses, with fingerprints; None if its data is no folder."""
-    if config.data.dataset != "folder":
-        return None
-    listed = manifest or scan(config.data.data_path, config.data.validation_images)
-    return listed.with_fingerprints(config.data.num_workers)
-
-
-def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
-    """Return the files that a run began with, all there still, and how many there are besides."""
-    if config.data.dataset != "folder":
-        return None, 0
-    if not (folder / FILE).is_file():  # it was stopped before its settings were written
-        return list_files(config, None), 0
-    manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
-    verify(manifest, manifest.files, config.data.num_workers)
-    return manifest, count_added(manifest)
 
 
 def require_ready(run: RunConfig) -> None:
