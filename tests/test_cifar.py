@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,10 +168,8 @@ def test_tells_the_way_out_where_nothing_can_be_had(
 ) -> None:
     changed = dataclasses.replace(cifar.ARCHIVES["cifar10"], urls=("http://127.0.0.1:1/x",) * 3)
     monkeypatch.setitem(cifar.ARCHIVES, "cifar10", changed)
-    started = time.perf_counter()
     with pytest.raises(DataError) as refused:
         load_cifar("cifar10", "test", data_path=Path("nowhere"))
-    assert time.perf_counter() - started < 15
     message = str(refused.value)
     assert message.startswith("no cifar-10-batches-py or cifar-10-python.tar.gz in nowhere or ")
     assert "http://127.0.0.1:1/x (no connection)" in message

@@ -104,14 +104,19 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -
 # --- help and speed -------------------------------------------------------------------------------
 
 
-def test_help_lists_every_command_in_half_a_second(vitrail: Runner) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.slow  # wall-clock time, on an idle machine
+def test_help_takes_half_a_second(vitrail: Runner) -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        shown = vitrail("--help")
+        assert vitrail("--help").returncode == 0
         seconds.append(time.perf_counter() - began)
-        assert shown.returncode == 0
-    assert all(f"  {name} " in shown.stdout for name in COMMANDS)
     assert min(seconds) < 0.5
 
 
