@@ -17,8 +17,9 @@ slow:  ## the tests that take minutes
 
 faults:  ## every fault many times, one table; RECORD=records/faults writes it there
 	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))
+
 fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
-	python tests/faults/hostile.py --cases 20000 --keep output/hostile
+	PYTHONPATH=tools:$$PYTHONPATH python -m fuzz --cases 20000 --keep output/fuzz
 
 bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
 	python benchmarks/bench.py --quick $(if $(PEERS),--peers $(PEERS))

@@ -1,12 +1,13 @@
-"""Hostile input, the long form: every target, each in a process that can be killed.
+"""Fuzz every reader of files, each target in a process that can be killed.
 
-    python tests/faults/hostile.py --cases 20000 --json records/faults/hostile.json
+    PYTHONPATH=tools:$PYTHONPATH python -m fuzz --cases 20000 --json records/hostile/hostile.json
 
-Prints a table: target, cases, refused, accepted, faults, slowest case, peak memory. Ends with 1 if
-there was a fault. Guided by coverage where atheris is installed, by a seed otherwise.
+Prints a table: target, cases, refused, accepted, faults, slowest case, peak memory. The exit code
+is 1 if there was a fault. Guided by coverage if atheris is installed, else by seeded mutation.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -23,19 +24,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve()
 MODULES = {
-    "pictures": "hostile_pictures.TARGET",
-    "pickles": "hostile_data.PICKLES",
-    "archives": "hostile_data.ARCHIVES",
-    "pt": "hostile_weights.REFERENCE",
-    "safetensors": "hostile_weights.SAFETENSORS",
-    "foreign": "hostile_weights.FOREIGN",
-    "checkpoints": "hostile_weights.CHECKPOINTS",
-    "toml": "hostile_settings.TOML",
-    "json": "hostile_settings.JSON",
-    "classes": "hostile_names.CLASSES",
-    "files": "hostile_names.FILES",
+    "pictures": "pictures.TARGET",
+    "pickles": "data.PICKLES",
+    "archives": "data.ARCHIVES",
+    "pt": "weights.REFERENCE",
+    "safetensors": "weights.SAFETENSORS",
+    "foreign": "weights.FOREIGN",
+    "checkpoints": "weights.CHECKPOINTS",
+    "toml": "settings.TOML",
+    "json": "settings.JSON",
+    "classes": "names.CLASSES",
+    "files": "names.FILES",
 }
 STUCK = 60.0
 """Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
@@ -79,7 +79,7 @@ def main() -> int:
 
 def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run a target to its end, beginning again behind every case that stops the process."""
-    from hostile_engine import LARGEST_CASE, SLOT
+    from fuzz.engine import LARGEST_CASE, SLOT
 
     slot, began, lost = scratch / f"{name}.slot", time.monotonic(), 0
     faults, log = slot.with_suffix(".faults"), slot.with_suffix(".log")
@@ -113,7 +113,7 @@ def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[st
 
 def run_process(name: str, options: argparse.Namespace, slot: Path, log: Path) -> str:
     """Run the process of a target; return why it ended."""
-    command = [sys.executable, str(HERE), "--slot", str(slot), "--targets", name]
+    command = [sys.executable, "-m", "fuzz", "--slot", str(slot), "--targets", name]
     command += ["--cases", str(options.cases), "--seed", str(options.seed)]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with log.open("ab") as output:
@@ -128,7 +128,7 @@ def run_process(name: str, options: argparse.Namespace, slot: Path, log: Path) -
 
 def wait(child: "subprocess.Popen[bytes]", slot: Path) -> str:
     """Wait for a process to end, or end it where it no longer comes to a next case; return why."""
-    from hostile_engine import SLOT
+    from fuzz.engine import SLOT
 
     done, seen, spent = -1, time.monotonic(), 0.0
     while child.poll() is None:
@@ -168,7 +168,7 @@ def serve(options: argparse.Namespace) -> int:
             target = find_target(options.targets[0])
     else:
         target = find_target(options.targets[0])
-    from hostile_engine import Watch, fuzz
+    from fuzz.engine import Watch, fuzz
 
     root = options.slot.with_name(f"root-{options.slot.stem}")
     shutil.rmtree(root, ignore_errors=True)
@@ -188,12 +188,12 @@ def serve(options: argparse.Namespace) -> int:
 def find_target(name: str) -> Any:
     """Import a target."""
     module, _, attribute = MODULES[name].partition(".")
-    return getattr(__import__(module), attribute)
+    return getattr(importlib.import_module(f"fuzz.{module}"), attribute)
 
 
 def replay(options: argparse.Namespace) -> int:
     """Run one case, and let what it raises be seen."""
-    from hostile_engine import run_case
+    from fuzz.engine import run_case
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "given").mkdir()
@@ -209,9 +209,10 @@ def replay(options: argparse.Namespace) -> int:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace, seconds: float) -> int:
     """Print the table and write the figures; return the exit code."""
-    from hostile_engine import MEGABYTES, SECONDS
     from rich.console import Console
     from rich.table import Table
+
+    from fuzz.engine import MEGABYTES, SECONDS
 
     for row in rows:
         if row["slowest_seconds"] > SECONDS:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hostile_engine import FaultError, Target, require
-from hostile_settings import set_values
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
+from fuzz.engine import FaultError, Target, require
+from fuzz.settings import set_values
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer

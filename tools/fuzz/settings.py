@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hostile_engine import Target, require
 
+from fuzz.engine import Target, require
 from vitrail.config.files import from_json, read_json, read_toml, to_json
 from vitrail.config.presets import PRESETS
 from vitrail.config.settings import Config

@@ -9,8 +9,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from hostile_engine import Target, require
 
+from fuzz.engine import Target, require
 from vitrail.data.cifar import (
     CIFAR10,
     CIFAR100,

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from hostile_engine import Target, require
 from PIL import Image
 from rich.console import Console
 
+from fuzz.engine import Target, require
 from vitrail.cli import console, predict
 from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.predict import PredictOptions, print_answers

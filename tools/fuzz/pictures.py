@@ -8,9 +8,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from hostile_engine import Target, require
 from PIL import Image
 
+from fuzz.engine import Target, require
 from vitrail.data.formats import MAX_PIXELS
 from vitrail.data.framing import Fit, fit_picture
 from vitrail.data.pictures import read_picture

@@ -1,0 +1,1 @@
+"""Fuzzing of every reader of files; see ``__main__.py``."""
