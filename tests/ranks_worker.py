@@ -28,7 +28,7 @@ from vitrail.data.images import ImageSet
 from vitrail.errors import DataError, OutputError, VitrailError
 from vitrail.evaluation.metrics import shared_logits
 from vitrail.model import VisionTransformer
-from vitrail.runtime import distributed, rendezvous, rng
+from vitrail.runtime import distributed, rng
 from vitrail.training.loop import Update, train
 from vitrail.training.state import TrainingState
 
@@ -174,12 +174,12 @@ def see_file(folder: Path) -> bool:
 
 def remembered() -> list[str | None]:
     """Return what torchrun's store has before and after the leader tells it something."""
-    before = rendezvous.recall("run folder")
+    before = distributed.recall("run folder")
     distributed.gather(0)
     if distributed.is_leader():
-        rendezvous.remember("run folder", "output/mine")
+        distributed.remember("run folder", "output/mine")
     distributed.gather(0)
-    return [before, rendezvous.recall("run folder")]
+    return [before, distributed.recall("run folder")]
 
 
 def copied() -> Tensor:

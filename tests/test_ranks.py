@@ -226,7 +226,7 @@ def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device, words in (
-        ("cuda", "process 3 of this machine finds 2 GPUs"),
+        ("cuda", "process 3 of this machine has 2 GPUs"),
         ("mps", "one process"),
     ):
         monkeypatch.setattr(devices, "choose_device", lambda _, device=device: torch.device(device))

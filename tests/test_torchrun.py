@@ -86,7 +86,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, 1), signal.SIGKILL)
     assert job.wait() == 1
-    assert "vitrail: process 0 lost another one" in said(tmp_path)
+    assert "vitrail: process 0 lost contact with another process" in said(tmp_path)
     assert "go on with --resume" in said(tmp_path)
     assert "Signal 9 (SIGKILL)" in said(tmp_path)  # torchrun names the one that fell
     assert not (tmp_path / "output/quick/result.json").exists()

@@ -229,14 +229,14 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
 
 def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     """Return the run's folder, and whether it has a checkpoint to resume from."""
-    from vitrail.runtime import rendezvous
+    from vitrail.runtime import distributed
     from vitrail.training.run_folder import new_folder
 
-    known = rendezvous.recall("run folder")
+    known = distributed.recall("run folder")
     if known is not None and Path(known).is_dir():
         return Path(known), any(Path(known, "checkpoints").glob("step-*"))
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    rendezvous.remember("run folder", str(folder))
+    distributed.remember("run folder", str(folder))
     return folder, False
 
 

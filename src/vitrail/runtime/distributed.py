@@ -1,43 +1,51 @@
-"""What the processes of one run do together. For a process alone every function here does nothing.
+"""The processes of one run, the ranks: how they meet, and everything that passes between them.
 
-torchrun starts N processes, the ranks. Each runs the same program on its share of the images; the
-first one, the leader, alone has the run folder and speaks. Whatever passes between them passes
-through this file, so that the rest reads as if there were one process:
+torchrun starts N processes. Each runs the same program on its share of the images; the first, the
+leader, is the only one that writes the run folder and prints. For a single process, every function
+here does nothing, so the rest of the code reads as if there were only one:
 
-    share, rows       which images are this rank's
+    share, rows       which images belong to this rank
     merge             gradients and losses of the shares -> those of the whole batch
-    join_rows         what each rank found out about its images -> all of it, on every rank
+    join_rows         each rank's results for its images -> all results, on every rank
     on_leader, each   an error of one rank is raised on all, so that all stop at the same place
     highest           a request to one rank, such as a signal, reaches all
-    copy_from_leader  the leader's tensors, everywhere
+    copy_from_leader  broadcast of the leader's tensors
 
-CPU tensors and objects travel by gloo, CUDA tensors by NCCL.
+CPU tensors and objects are sent with gloo, CUDA tensors with NCCL.
 """
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrail.errors import ConfigError, VitrailError
-from vitrail.runtime.rendezvous import communicating, meet
+from vitrail.errors import ConfigError, TrainingError, VitrailError
+
+MEETING_SECONDS = 600.0
+"""How long a rank waits for the others to start."""
+ANSWER_SECONDS = 5.0
+"""How long it waits for a leader that may be dead."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Meeting, and what outlives a restart
+
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the ranks inside the block; torchrun tells by the environment which.
+    """Inside the block, be one of the ranks; which one is in torchrun's environment variables.
 
-    Inside another such block it changes nothing.
+    Nested blocks change nothing.
 
     Raises:
-        TrainingError: the others cannot be reached.
+        TrainingError: the other ranks cannot be reached.
     """
     if dist.is_initialized():
         yield
@@ -46,15 +54,97 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())  # what "cuda" means from here on
         backend = "cpu:gloo,cuda:nccl"
-    meet(backend)
+    _meet(backend)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def remember(key: str, value: str) -> None:
+    """Store a value for the lifetime of this torchrun job, which includes restarts of its ranks."""
+    store = _job_store()
+    if store is not None:
+        store.set(key, value)
+
+
+def recall(key: str) -> str | None:
+    """Return the value that remember() stored in this job, or None."""
+    store = _job_store()
+    if store is None or not store.check([key]):
+        return None
+    return str(store.get(key).decode())
+
+
+def _meet(backend: str) -> None:
+    """Join the other ranks."""
+    with _communicating():
+        job = _job_store()
+        if job is None:
+            dist.init_process_group(backend)
+        else:
+            number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _meeting_store(job, number)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size)
+
+
+@contextmanager
+def _communicating() -> Iterator[None]:
+    """Raise TrainingError if another rank does not answer."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo or the store, in many wordings
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
+        raise TrainingError(
+            f"process {os.environ.get('RANK', '0')} lost contact with another process "
+            f"({reason:.100}), which was killed or failed with its own error. Resume from the last "
+            "checkpoint with --resume RUN_FOLDER, or let torchrun restart with --max-restarts"
+        ) from error
+
+
+def _job_store() -> Any:
+    """Return torchrun's own key-value store, or None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with _communicating():
+        return PrefixStore("vitrail", TCPStore(host, port, is_master=False))
+
+
+def _meeting_store(job: Any, number: int) -> Any:
+    """Return a new store, hosted by the leader, for the ranks between two restarts.
+
+    torchrun's own store survives a restart, and with it the addresses of dead ranks: a rank that
+    reads one before it is updated would wait forever. A dead leader's port does not answer, so
+    here the others retry until the new leader's does.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host = os.environ["MASTER_ADDR"]
+    if number == 0:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        job.set("leader", str(store.port))
+        return store
+    until = time.monotonic() + MEETING_SECONDS
+    while True:
+        address = host, int(job.get("leader"))
+        try:
+            socket.create_connection(address, ANSWER_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RuntimeError(f"no answer from {host}:{address[1]}") from error
+            time.sleep(0.1)
+        else:
+            return TCPStore(*address, is_master=False)
+
+
+# Ranks and their shares
+
+
 def count() -> int:
-    """Return how many ranks there are: 1 for a process alone."""
+    """Return the number of ranks: 1 for a single process."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -69,27 +159,28 @@ def local_rank() -> int:
 
 
 def is_leader() -> bool:
-    """Tell whether this process is the one that writes and speaks."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 def require_work(batch_size: int) -> None:
-    """Refuse a batch that leaves ranks idle.
+    """Check that a batch has at least one image per rank.
 
     Raises:
-        ConfigError: it has fewer images than there are ranks.
+        ConfigError: it has fewer.
     """
     if batch_size < count():
         raise ConfigError(
-            f"batch_size is {batch_size}, but there are {count()} processes to share it: raise "
-            "it, or give torchrun a lower --nproc-per-node"
+            f"batch_size is {batch_size}, but {count()} processes share it: raise it, or give "
+            "torchrun a lower --nproc-per-node"
         )
 
 
 def rows(length: int, *, chunk: int = 1) -> slice:
-    """Return which of ``length`` rows are this rank's: whole chunks of them, all ranks alike.
+    """Return which of ``length`` rows belong to this rank: an equal number of chunks for each.
 
-    Every row is one rank's, and they are in order. A rank may have none.
+    Every row belongs to one rank, in order; where they do not divide equally, the first ranks have
+    one chunk more. A rank may have none.
     """
     chunks = -(-length // chunk)
     least, over = divmod(chunks, count())
@@ -103,17 +194,17 @@ def share(tensor: Tensor) -> Tensor:
 
 
 def own_index(index: int) -> int:
-    """Return another index for each rank, to draw other random numbers; the leader's is its own."""
+    """Return a different index on each rank, for different random numbers; the leader's is kept."""
     return index + (rank() << 40)
 
 
 def merge(model: nn.Module, *sums: Tensor) -> None:
-    """Add up gradients and ``sums`` over the ranks, in place, and average running statistics.
+    """Sum gradients and ``sums`` over the ranks, in place, and average running statistics.
 
     If each rank's loss is the sum over its share divided by the size of the whole batch, the
-    gradients become the whole batch's. Running statistics (of batch norm) are every persistent
-    buffer of floats in a module in training mode: they change linearly, so their mean is what the
-    ranks saw together. Those of a frozen module stay as they are, to the bit.
+    gradients become those of the whole batch. Running statistics (of batch norm) are all persistent
+    floating-point buffers of modules in training mode: their update is linear, so the mean over
+    ranks is the update by all images. Those of frozen modules are not touched.
     """
     if count() == 1:
         return
@@ -124,22 +215,22 @@ def merge(model: nn.Module, *sums: Tensor) -> None:
     statistics = [
         tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if is_statistic(tensor) and model.get_submodule(name.rpartition(".")[0]).training
+        if _is_statistic(tensor) and model.get_submodule(name.rpartition(".")[0]).training
     ]
     for statistic in statistics:
         statistic /= count()
     add_up([*(w.grad for w in weights if w.grad is not None), *sums, *statistics])
 
 
-def is_statistic(tensor: Tensor) -> bool:
-    """Tell running statistics from weights and counters."""
+def _is_statistic(tensor: Tensor) -> bool:
+    """Return whether a tensor is a running statistic, not a weight or a counter."""
     return not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
 
 
 def add_up(tensors: list[Tensor]) -> None:
-    """Replace tensors, all on one device, by their sums over the ranks: one message, float32."""
+    """Replace tensors, all on one device, by their float32 sums over the ranks, in one message."""
     flat = torch.cat([tensor.flatten().float() for tensor in tensors])
-    with communicating():
+    with _communicating():
         dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view(tensor.shape))
@@ -150,14 +241,14 @@ def copy_from_leader(tensors: Iterable[Tensor]) -> None:
     if count() == 1:
         return
     for tensor in tensors:
-        whole = tensor.detach().contiguous()
-        with communicating():
-            dist.broadcast(whole, src=0)
-        tensor.detach().copy_(whole)
+        buffer = tensor.detach().contiguous()
+        with _communicating():
+            dist.broadcast(buffer, src=0)
+        tensor.detach().copy_(buffer)
 
 
 def join_rows(part: Tensor | None) -> Tensor:
-    """Return the rows of all ranks, in order, on every rank; None stands for no row."""
+    """Return the rows of all ranks, in order, on every rank. Pass None for no rows."""
     return torch.cat([rows for rows in gather(part) if rows is not None])
 
 
@@ -165,7 +256,7 @@ def gather(value: T) -> list[T]:
     """Return every rank's value, on every rank."""
     values = [value] * count()
     if count() > 1:
-        with communicating():
+        with _communicating():
             dist.all_gather_object(values, value)
     return values
 
@@ -175,7 +266,7 @@ def highest(number: int) -> int:
     if count() == 1:
         return number
     tensor = torch.tensor(number)
-    with communicating():
+    with _communicating():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
@@ -190,7 +281,7 @@ def on_leader(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             outcome = [function(*args, **kwargs)]
         except (VitrailError, SystemExit) as error:
             outcome = [error]
-    with communicating():
+    with _communicating():
         dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], VitrailError | SystemExit):
         raise outcome[0]
@@ -198,7 +289,7 @@ def on_leader(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def each(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function, which does not talk to other ranks, on every one; if one fails, all do."""
+    """Call a function on every rank; if it fails on one, all raise. It must not communicate."""
     if count() == 1:
         return function(*args, **kwargs)
     error: VitrailError | None = None
@@ -218,7 +309,7 @@ def each(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def first_on_machine(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function on the first rank of every machine, then on the others.
 
-    So that what the first one downloads is found by the others.
+    The others find what the first has downloaded.
     """
     first = local_rank() == 0
     value = each(lambda: function(*args, **kwargs) if first else None)

@@ -1,4 +1,4 @@
-"""What a run ran on: software and hardware, for env.json and ``vitrail info``."""
+"""The software and hardware that a run used, for env.json and ``vitrail info``."""
 
 import platform
 import re
@@ -20,7 +20,7 @@ PACKAGES = ("vitrail", "torch", "numpy", "pillow", "safetensors")
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return versions, machine, device and number format; nothing that names a person or host."""
+    """Return versions, machine, device and number format; nothing that identifies a person."""
     return {
         "versions": {"python": platform.python_version(), **package_versions()},
         "system": f"{platform.system()} {platform.machine()}",
@@ -34,7 +34,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
 
 
 def public_words(words: Sequence[str]) -> list[str]:
-    """Return a command line's words, without its paths and names, which may name a person."""
+    """Return the command line without paths and names, which may identify a person."""
     shown: list[str] = []
     private = False
     for word in words:
@@ -47,18 +47,18 @@ def public_words(words: Sequence[str]) -> list[str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of what numbers depend on."""
+    """Return the installed versions of the packages that results depend on."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # a checkout on the path, not installed
+        except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
             found[name] = "not installed"
     return found
 
 
 def processor_name() -> str:
-    """Return the processor's name as the system tells it."""
+    """Return the processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -68,5 +68,5 @@ def processor_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device with the card's name where it has one."""
+    """Return the device, with the GPU's name if it is one."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic file writing: a file is written completely or not at all."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ CANNOT_FLUSH = (
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM,
     errno.EBADF, errno.EISDIR,
 )  # fmt: skip
-"""What a file system answers that does not flush folders (CIFS, FUSE): the rename has succeeded."""
+"""Errors of file systems that cannot flush folders (CIFS, FUSE). The rename has succeeded."""
 
 
 def write_flushed(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and wait until it is on disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -26,7 +26,7 @@ def write_flushed(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: a reader sees the old or the new, whole.
+    """Write a file under another name and rename it: readers see the old file or the new one.
 
     Raises:
         OutputError: it cannot be written.
@@ -38,7 +38,9 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.replace(path)
         flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):  # half a file helps nobody, and the disk may be full
+        with contextlib.suppress(
+            OSError
+        ):  # an incomplete file is useless, and the disk may be full
             partial.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -46,21 +48,21 @@ def replace_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people to read."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    # Names of files that are no UTF-8 hold half characters; with a backslash they are JSON.
+    # File names that are not UTF-8 contain surrogates, which only escaped are valid JSON.
     replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
-    """Write one JSON value a line."""
+    """Write one JSON value per line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written, without making it.
+    """Check that a folder could be created and written to, without creating it.
 
     Raises:
-        OutputError: the folder, or the nearest one above it that exists, takes no file.
+        OutputError: the folder, or its nearest existing parent, is not writable.
     """
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -73,7 +75,7 @@ def require_writable(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's renames, where the system can flush folders.
+    """Wait until a folder's renames are on disk, where the system can flush folders.
 
     Raises:
         OSError: the disk failed.

@@ -1,7 +1,7 @@
 """Randomness as a function: (seed, stream, index) -> generator. The only place that seeds.
 
-No generator is ever carried from one step to the next, so a run that stops and goes on draws the
-same numbers as one that never stopped.
+No generator lives from one step to the next, so a resumed run draws the same numbers as one that
+was never interrupted.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ import torch
 STREAMS = (
     "init", "order", "augment", "dropout", "split", "shapes", "explain", "ties", "export", "sweep",
 )  # fmt: skip
-"""One for each place that draws, so that no two places draw the same numbers."""
+"""One for each purpose, so that no two purposes share random numbers."""
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
-    """Return a 63-bit seed, the same on every platform, independent between streams and indices.
+    """Return a 63-bit seed: the same on all platforms, independent across streams and indices.
 
     Raises:
         ValueError: the stream is not one of STREAMS.
@@ -29,15 +29,15 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
-    """Return a CPU generator for one draw site, e.g. ``generator(seed, "order", epoch)``."""
+    """Return a CPU generator for one purpose, e.g. ``generator(seed, "order", epoch)``."""
     return torch.Generator().manual_seed(derive_seed(seed, stream, index))
 
 
 @contextmanager
 def seeded(seed: int, stream: str, index: int = 0, *, device: torch.device) -> Iterator[None]:
-    """Seed the global generators that work on ``device`` draws from; restore them afterwards.
+    """Seed the global generators used on ``device``; restore them afterwards.
 
-    These are the CPU's and, on another device, the device's own (dropout draws there). No other
+    These are the CPU's and, on another device, the device's own (which dropout uses). No other
     generator is touched.
     """
     number = derive_seed(seed, stream, index)
