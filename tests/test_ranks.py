@@ -147,7 +147,7 @@ def test_an_error_of_one_is_raised_on_all(both: list[dict[str, Any]]) -> None:
         assert rank["each"] == "DataError: process 1: no such file"
         assert rank["leader"] == "OutputError: disk full"
         assert rank["from leader"] == 0
-        assert "batch_size is 1, but there are 2 processes" in rank["too small"]
+        assert "batch_size is 1, but 2 processes share it" in rank["too small"]
 
 
 def test_what_passes_between_ranks_arrives(both: list[dict[str, Any]]) -> None:
@@ -185,7 +185,7 @@ def test_one_process_speaks_and_all_end_alike(folder: Path, both: list[dict[str,
     assert "2 processes on cpu" in leader
     assert leader.count("unknown flag --bach_size (did you mean '--batch_size'?)") == 1
     assert leader.count("output/whole is there already") == 1
-    assert leader.count("batch_size is 1, but there are 2 processes") == 1
+    assert leader.count("batch_size is 1, but 2 processes share it") == 1
     assert "Traceback" not in leader
 
 
