@@ -9,7 +9,7 @@ from torch import Tensor
 from vitrail.config.settings import AugmentConfig
 from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
 from vitrail.data.batches import Batches
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import DataError
 from vitrail.runtime import rng
 
@@ -125,11 +125,11 @@ def test_every_setting_changes_the_batch(change: dict[str, float]) -> None:
     assert torch.equal(plain.labels_B, changed.labels_B)
 
 
-def test_images_are_normalised_and_targets_one_hot() -> None:
+def test_images_are_normalized_and_targets_one_hot() -> None:
     raw_BCHW = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    images_BCHW = normalise(raw_BCHW, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    images_BCHW = normalize(raw_BCHW, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     torch.testing.assert_close(images_BCHW.flatten(), torch.tensor([-2.0, -1.0, 1.0]))
-    gray_BCHW = normalise(raw_BCHW[:, 1:2], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    gray_BCHW = normalize(raw_BCHW[:, 1:2], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     torch.testing.assert_close(gray_BCHW.flatten(), torch.tensor([-1.0]))
     batch = batches(PLAIN)(1)
     assert torch.equal(batch.targets_BY.argmax(1), batch.labels_B)

@@ -7,7 +7,7 @@ import torch
 
 import vitrail
 from vitrail.cli import main
-from vitrail.data.images import normalise
+from vitrail.data.images import normalize
 from vitrail.weights import bundled
 
 
@@ -45,7 +45,7 @@ def draw_rings(count: int) -> torch.Tensor:
 
 def test_the_bundled_model_answers_as_it_was_trained_to() -> None:
     classifier = vitrail.load("cifar10", device="cpu")
-    images_BCHW = normalise(draw_rings(10), classifier.mean, classifier.std)
+    images_BCHW = normalize(draw_rings(10), classifier.mean, classifier.std)
     with torch.inference_mode():
         logits_BY = classifier.model(images_BCHW)
     # A float32 sum of 1,000 products is off by at most 1,000 x 6e-8 of their size, in any order;

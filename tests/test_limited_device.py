@@ -16,7 +16,7 @@ from vitrail.config.files import from_json
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import AugmentConfig, Config
 from vitrail.data.augment import random_crop, random_erasing
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.explain.methods import METHODS
 from vitrail.model import VisionTransformer
 from vitrail.runtime import devices
@@ -131,7 +131,7 @@ def test_white_patches_are_the_same_on_every_device(device: torch.device) -> Non
     kernels = []
     for place in (torch.device("cpu"), device):
         model = VisionTransformer(config).to(place)
-        images_BCHW = normalise(images.raw_BCHW, (0.5,) * 3, (0.5,) * 3).to(place)
+        images_BCHW = normalize(images.raw_BCHW, (0.5,) * 3, (0.5,) * 3).to(place)
         model.stem.whiten(images_BCHW)  # type: ignore[operator]
         kernels.append(model.stem.state_dict()["0.weight"].cpu())
     assert torch.equal(kernels[0], kernels[1])

@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import (
     evaluating,
@@ -67,7 +67,7 @@ def test_logits_of_each_image_once_and_in_order() -> None:
     logits = predict_logits(model, data, mean=MEAN, std=STD, batch_size=4, device=CPU)
     assert model.seen == [(4, False), (4, False), (3, False)]
     model.eval()
-    torch.testing.assert_close(logits, model(normalise(data.raw_BCHW, MEAN, STD)).detach())
+    torch.testing.assert_close(logits, model(normalize(data.raw_BCHW, MEAN, STD)).detach())
     assert logits.dtype == torch.float32
     assert not logits.is_inference()
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import vitrail
-from vitrail.data.images import normalise
+from vitrail.data.images import normalize
 from vitrail.data.pictures import read_picture
 from vitrail.data.shapes import load_shapes
 from vitrail.errors import PictureError
@@ -183,7 +183,7 @@ def logits(path: Path, **options: object) -> torch.Tensor:
     classifier = vitrail.load(path, device="cpu", **options)  # type: ignore[arg-type]
     raw_BCHW = load_shapes("test").raw_BCHW[:50]
     with torch.inference_mode():
-        return classifier.model(normalise(raw_BCHW, classifier.mean, classifier.std))
+        return classifier.model(normalize(raw_BCHW, classifier.mean, classifier.std))
 
 
 def test_r8_assumed_preprocessing_is_said_and_can_be_set(r8: Path) -> None:

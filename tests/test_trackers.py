@@ -13,7 +13,7 @@ import torch
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.explain.attention_snapshots import WATCHED, choose_watched, draw_attention
@@ -318,7 +318,7 @@ def test_the_titles_of_the_picture_tell_right_from_wrong(tiny_model: Any, tmp_pa
     model = VisionTransformer(config.model).eval()
     raw_BCHW = torch.zeros(1, 3, 20, 28, dtype=torch.uint8)
     with torch.inference_mode():
-        guess = int(model(normalise(raw_BCHW, config.data.mean, config.data.std)).argmax())
+        guess = int(model(normalize(raw_BCHW, config.data.mean, config.data.std)).argmax())
     for label, ink, other in ((guess, GREEN, RED), ((guess + 1) % 7, RED, GREEN)):
         images = ImageSet(raw_BCHW, torch.tensor([label]), tuple("abcdefg"))
         path = draw_attention(model, images, config, tmp_path / "a.png")

@@ -280,7 +280,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     """Score methods on images of the model's data; write the numbers and a plot, print a table."""
     from rich.progress import Progress
 
-    from vitrail.data.images import normalise
+    from vitrail.data.images import normalize
     from vitrail.explain.map_report import plot_scores, score_table
     from vitrail.explain.methods import METHODS
     from vitrail.explain.score import FLOORS, STEPS, score_methods
@@ -297,7 +297,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
         task = progress.add_task("scoring", total=STEPS * (len(methods) + len(FLOORS)))
         scores = score_methods(
             classifier.model,
-            normalise(raw_BCHW, classifier.mean, classifier.std),
+            normalize(raw_BCHW, classifier.mean, classifier.std),
             images.masks_BHW,
             methods,  # type: ignore[arg-type]
             advance=lambda: progress.advance(task),

@@ -79,7 +79,7 @@ def load_images(
     Raises:
         DataError: the data that the options name cannot be read.
     """
-    from vitrail.data.images import normalise
+    from vitrail.data.images import normalize
     from vitrail.training.run_data import load_split
 
     try:
@@ -91,7 +91,7 @@ def load_images(
     purpose = "vitrail inspect"
     log_test_use(classifier, options.data.split, options.output_path, purpose, len(images))
     raw_BCHW = images.raw_BCHW.to(classifier.device)
-    return normalise(raw_BCHW, classifier.mean, classifier.std), None
+    return normalize(raw_BCHW, classifier.mean, classifier.std), None
 
 
 def show(heads: "HeadSummary") -> None:

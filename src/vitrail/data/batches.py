@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail.config.settings import AugmentConfig
 from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.data.randaugment import rand_augment
 from vitrail.errors import DataError
 from vitrail.runtime import rng
@@ -67,7 +67,7 @@ class Batches:
         generator = rng.generator(self.seed, "augment", step)
         raw_BCHW = self.augment(self.raw_BCHW[indices_B], generator)
         labels_B = self.labels_B[indices_B]
-        images_BCHW = normalise(raw_BCHW, self.mean, self.std)
+        images_BCHW = normalize(raw_BCHW, self.mean, self.std)
         targets_BY = F.one_hot(labels_B, self.n_classes).float()
         return Batch(*self.mix(images_BCHW, targets_BY, generator), labels_B)
 

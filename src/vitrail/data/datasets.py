@@ -1,30 +1,24 @@
-"""Settings and the names of splits -> images in memory, whatever the data set."""
+"""Settings and the names of splits -> images in memory, for every data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from vitrail.config.settings import DataConfig, Split
 from vitrail.data.cifar import load_cifar
 from vitrail.data.folder import load_folder
-from vitrail.data.framing import fit_picture, framing
+from vitrail.data.framing import framing
 from vitrail.data.images import ImageSet
 from vitrail.data.layout import left_out_reason
 from vitrail.data.manifest import Manifest, scan
 from vitrail.data.memory import require_memory
-from vitrail.data.randaugment import gray
 from vitrail.data.shapes import load_shapes
-from vitrail.data.split import split_indices
 from vitrail.errors import DataError
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Splits in memory, and what reading them found out."""
+    """Splits in memory, and what was found while reading them."""
 
     images: dict[Split, ImageSet]
     manifest: Manifest | None = None
@@ -42,12 +36,12 @@ def load_splits(
 ) -> dict[Split, ImageSet]:
     """Load splits at the model's size, in color (3 channels) or gray (1).
 
-    Validation is cut from the training part, always the same images; it may be empty. The test
-    split is opened only where it is named.
+    Validation is split off the training images, always the same ones; it may be empty. The test
+    split is opened only if it is among ``splits``.
 
     Raises:
-        DataError: the data are missing, damaged, or would run code.
-        ConfigError: more validation images are asked for than there are.
+        DataError: the data set is missing, corrupt, or would run code.
+        ConfigError: more validation images are requested than there are.
     """
     return load_data(config, splits, image_hw=image_hw, n_channels=n_channels).images
 
@@ -60,26 +54,26 @@ def load_data(
     n_channels: int = 3,
     manifest: Manifest | None = None,
 ) -> Loaded:
-    """Load splits as ``load_splits`` does; of a folder, those that the manifest lists."""
+    """Load splits like ``load_splits``; of a folder, the files that the manifest lists."""
     if config.dataset == "folder":
         manifest = manifest or scan(config.data_path, config.validation_images)
-        loaded = read_folder(config, splits, manifest, image_hw, n_channels)
+        loaded = _read_folder(config, splits, manifest, image_hw, n_channels)
     else:
-        loaded = Loaded(load_packaged(config, splits, image_hw))
-    images = {split: to_gray(loaded.images[split], n_channels) for split in splits}
+        loaded = Loaded(_load_packaged(config, splits, image_hw))
+    images = {split: loaded.images[split].with_channels(n_channels) for split in splits}
     if "train" in images and images["train"].labels_B.unique().numel() < 2:
         raise DataError(f"all {len(images['train'])} training images belong to one class")
     return Loaded(images, loaded.manifest, loaded.pixel_range)
 
 
-def read_folder(
+def _read_folder(
     config: DataConfig,
     splits: Sequence[Split],
     manifest: Manifest,
     image_hw: tuple[int, int],
     n_channels: int,
 ) -> Loaded:
-    """Decode the subsets of a folder's splits that the settings ask for."""
+    """Decode the subsets of a folder's splits that the settings request."""
     limited = manifest.limited(config)
     require_memory(sum(len(limited.files.get(s, ())) for s in splits), image_hw, n_channels)
     images: dict[Split, ImageSet] = {}
@@ -101,55 +95,23 @@ def read_folder(
     return Loaded(images, manifest, pixel_range)
 
 
-def load_packaged(
+def _load_packaged(
     config: DataConfig, splits: Sequence[Split], image_hw: tuple[int, int]
 ) -> dict[Split, ImageSet]:
-    """Load splits of a data set that is not a folder of the user's."""
+    """Load splits of a data set with a fixed training and test part: shapes or CIFAR."""
+
+    def load_part(part: Literal["train", "test"]) -> ImageSet:
+        if config.dataset == "shapes":
+            images = load_shapes(part)
+        else:
+            assert config.dataset != "folder"
+            images = load_cifar(config.dataset, part, data_path=config.data_path)
+        return images.resized(image_hw, framing(config))
+
     loaded: dict[Split, ImageSet] = {}
     if "train" in splits or "validation" in splits:
-        images = load_part(config, "train", image_hw)
-        train_B, validation_B = split_indices(images.labels_B, config.validation_images)
-        loaded["train"] = images.take(train_B).sample(config.num_train_images)
-        loaded["validation"] = images.take(validation_B)
+        train, loaded["validation"] = load_part("train").split(config.validation_images)
+        loaded["train"] = train.sample(config.num_train_images)
     if "test" in splits:
-        loaded["test"] = load_part(config, "test", image_hw).sample(config.num_test_images)
+        loaded["test"] = load_part("test").sample(config.num_test_images)
     return loaded
-
-
-def load_part(
-    config: DataConfig, part: Literal["train", "test"], image_hw: tuple[int, int]
-) -> ImageSet:
-    """Load the files' test part, or their training part, which validation is cut from."""
-    if config.dataset == "shapes":
-        return resize(load_shapes(part), image_hw, config)
-    assert config.dataset != "folder"
-    return resize(load_cifar(config.dataset, part, data_path=config.data_path), image_hw, config)
-
-
-def resize(images: ImageSet, image_hw: tuple[int, int], config: DataConfig) -> ImageSet:
-    """Bring images of one size to the model's, and their masks with them."""
-    if tuple(images.raw_BCHW.shape[-2:]) == image_hw and config.crop_pct == 1:
-        return images
-    fitted = [
-        fit_picture(raw_HWC, image_hw, framing(config))
-        for raw_HWC in images.raw_BCHW.permute(0, 2, 3, 1).numpy()
-    ]
-    raw_BCHW = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
-    masks_BHW = images.masks_BHW
-    if masks_BHW is not None:
-        masks_BHW = resize_masks(masks_BHW, image_hw, config)
-    return ImageSet(raw_BCHW, images.labels_B, images.classes, masks_BHW)
-
-
-def resize_masks(masks_BHW: Tensor, image_hw: tuple[int, int], config: DataConfig) -> Tensor:
-    """Bring masks to a size the way their pictures went; a pixel is in where half of it is."""
-    masks = (masks_BHW.numpy()[..., None] * np.uint8(255)).repeat(3, axis=3)
-    fitted = np.stack([fit_picture(mask_HWC, image_hw, framing(config)) for mask_HWC in masks])
-    return torch.from_numpy(fitted[..., 0] >= 128)
-
-
-def to_gray(images: ImageSet, n_channels: int) -> ImageSet:
-    """Turn color images into gray ones, as Pillow does, where the model has one channel."""
-    if images.raw_BCHW.shape[1] == n_channels:
-        return images
-    return replace(images, raw_BCHW=gray(images.raw_BCHW))

@@ -1,26 +1,31 @@
-"""A split in memory, and the step from its bytes to what the model reads.
+"""A split in memory: images as bytes, their labels, and the step to what the model reads.
 
-Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalised floats).
+Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalized floats).
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.data.framing import channel_scale
-from vitrail.data.split import class_shares
+from vitrail.data.framing import Framing, Size, channel_scale, fit_picture
+from vitrail.data.splits import cut, shares, validation_shares
+from vitrail.runtime import rng
+
+SPLIT_SEED = 0
+"""Part of the data set's definition, not of a run: the validation images are always the same."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images, whole, as bytes.
+    """Labeled images as bytes.
 
     Shapes:
         raw_BCHW: uint8, C is 3 (RGB) or 1 (gray); labels_B: int64;
-        masks_BHW: bool, the object's pixels, where the data know them (shapes).
+        masks_BHW: bool, the object's pixels, where the data set has them (shapes).
     """
 
     raw_BCHW: Tensor
@@ -47,7 +52,7 @@ class ImageSet:
         )
 
     def sample(self, count: int | None) -> "ImageSet":
-        """Return a stratified subset of ``count`` images, in their order, or all of them.
+        """Return a stratified subset of ``count`` images, in their order. Default: all of them.
 
         Which images are taken depends on their bytes alone, not on their order.
         """
@@ -55,18 +60,74 @@ class ImageSet:
             return self
         pixels = self.raw_BCHW.contiguous().numpy()
         hashes = [hashlib.blake2b(image, digest_size=8).digest() for image in pixels]
-        ranks_B = torch.tensor(sorted(range(len(self)), key=hashes.__getitem__)).argsort()
-        chosen = []
-        for label, share in zip(*class_shares(self.labels_B, count), strict=True):
-            indices_B = (self.labels_B == label).nonzero().flatten()
-            chosen.append(indices_B[ranks_B[indices_B].argsort()[:share]])
-        return self.take(torch.cat(chosen).sort().values)
+        by_class = self._by_class()
+        _, chosen = cut(by_class, shares(list(map(len, by_class)), count), hashes.__getitem__)
+        return self.take(_ascending(chosen))
+
+    def split(self, validation_images: int | None) -> tuple["ImageSet", "ImageSet"]:
+        """Return the training and the validation images: stratified, fixed, each in their order.
+
+        Default: a tenth for validation; 0 for none.
+
+        Raises:
+            ConfigError: no image would be left to train on.
+        """
+        order_B = torch.randperm(len(self), generator=rng.generator(SPLIT_SEED, "split"))
+        ranks = order_B.argsort().tolist()
+        by_class = self._by_class()
+        counts = validation_shares(list(map(len, by_class)), validation_images)
+        train, validation = cut(by_class, counts, ranks.__getitem__)
+        return self.take(_ascending(train)), self.take(_ascending(validation))
+
+    def resized(self, size_hw: Size, framing: Framing) -> "ImageSet":
+        """Return the images and their masks at a size; masks hold the pixels that are half in."""
+        if tuple(self.raw_BCHW.shape[-2:]) == size_hw and framing.crop_pct == 1:
+            return self
+
+        def fit_all(raw_BHWC: np.ndarray) -> np.ndarray:
+            return np.stack([fit_picture(raw_HWC, size_hw, framing) for raw_HWC in raw_BHWC])
+
+        raw_BHWC = torch.from_numpy(fit_all(self.raw_BCHW.permute(0, 2, 3, 1).numpy()))
+        masks_BHW = self.masks_BHW
+        if masks_BHW is not None:
+            gray_BHWC = (masks_BHW.numpy()[..., None] * np.uint8(255)).repeat(3, axis=3)
+            masks_BHW = torch.from_numpy(fit_all(gray_BHWC)[..., 0] >= 128)
+        raw_BCHW = raw_BHWC.permute(0, 3, 1, 2).contiguous()
+        return replace(self, raw_BCHW=raw_BCHW, masks_BHW=masks_BHW)
+
+    def with_channels(self, n_channels: int) -> "ImageSet":
+        """Return the images in color (3 channels), or converted to gray (1)."""
+        if self.raw_BCHW.shape[1] == n_channels:
+            return self
+        return replace(self, raw_BCHW=to_gray(self.raw_BCHW))
+
+    def _by_class(self) -> list[list[int]]:
+        """Return the indices of the images of each class."""
+        indices: list[list[int]] = [[] for _ in self.classes]
+        for index, label in enumerate(self.labels_B.tolist()):
+            indices[label].append(index)
+        return indices
 
 
-def normalise(raw_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn bytes into what the model reads: ``(raw / 255 - mean) / std``, float32.
+def _ascending(by_class: list[list[int]]) -> Tensor:
+    """Return the indices of all classes in ascending order."""
+    indices = sorted(index for group in by_class for index in group)
+    return torch.tensor(indices, dtype=torch.int64)
 
-    Gray images take the average of the three channels' mean and std.
+
+def to_gray(raw_BCHW: Tensor) -> Tensor:
+    """Return the luma of color images (B, 1, H, W), rounded like ITU-R 601 and Pillow."""
+    if raw_BCHW.shape[1] == 1:
+        return raw_BCHW
+    r, g, b = raw_BCHW.int().unbind(1)
+    luma_BHW: Tensor = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
+    return luma_BHW.to(torch.uint8).unsqueeze(1)
+
+
+def normalize(raw_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Convert bytes to the model's input: ``(raw / 255 - mean) / std``, float32.
+
+    Gray images use the average of the three channels' mean and std.
     """
     scale_C, shift_C = map(torch.from_numpy, channel_scale(mean, std, raw_BCHW.shape[1]))
     device = raw_BCHW.device

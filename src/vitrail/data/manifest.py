@@ -10,7 +10,7 @@ import json
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 
 from vitrail.config.settings import DataConfig, Split
 from vitrail.data.layout import Layout, find_layout, is_picture, left_out_reason, walk_files
-from vitrail.data.stratify import shares
-from vitrail.errors import CheckpointError, ConfigError, DataError
+from vitrail.data.splits import cut, shares, tenth_of_each, validation_shares
+from vitrail.errors import CheckpointError, DataError
 from vitrail.runtime.files import replace_file
 
 log = logging.getLogger("vitrail")
 
 FILE = "manifest.json"
-HELD_OUT = 10
-"""One picture in this many is cut off for the test split, and again for validation."""
 HASHED = 65_536
 """Bytes at either end of a file that its fingerprint covers."""
 SHOWN = 3
@@ -177,10 +175,14 @@ def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
     check_classes(trees, layout, names)
     by_class = {split: [tree.get(name, []) for name in names] for split, tree in trees.items()}
     if layout.one_tree:
-        by_class["train"], by_class["test"] = cut_tenth(by_class["train"], "test")
+        train = by_class["train"]
+        by_class["train"], by_class["test"] = cut(
+            train, tenth_of_each(list(map(len, train))), _name_rank("test")
+        )
     if "validation" not in by_class:
-        cut = cut_validation(by_class["train"], validation_images)
-        by_class["train"], by_class["validation"] = cut
+        train = by_class["train"]
+        counts = validation_shares(list(map(len, train)), validation_images)
+        by_class["train"], by_class["validation"] = cut(train, counts, _name_rank("validation"))
     by_class.setdefault("test", [])
     files: Files = {split: labeled(by_class[split]) for split in SPLITS}
     return Manifest(data_path, names, files, left_out)
@@ -239,28 +241,6 @@ def check_classes(
                             f"training classes ({known})")  # fmt: skip
 
 
-def cut_tenth(by_class: list[list[str]], purpose: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Cut a tenth off each class: at least one picture, but not a class's only one."""
-    counts = [
-        min(len(names) - 1, max(1, round(len(names) / HELD_OUT))) if names else 0
-        for names in by_class
-    ]
-    return cut(by_class, counts, purpose)
-
-
-def cut_validation(
-    by_class: list[list[str]], wanted: int | None
-) -> tuple[list[list[str]], list[list[str]]]:
-    """Cut validation off the training pictures; a tenth of them by default."""
-    total = sum(map(len, by_class))
-    wanted = total // HELD_OUT if wanted is None else wanted
-    if wanted >= total:
-        raise ConfigError(
-            f"validation_images is {wanted}, but there are {total} training images: give fewer"
-        )
-    return cut(by_class, shares(list(map(len, by_class)), wanted), "validation")
-
-
 def subset(
     files: tuple[File, ...], wanted: int | None, n_classes: int, purpose: str
 ) -> tuple[File, ...]:
@@ -271,21 +251,9 @@ def subset(
     for file in files:
         by_class[file.label].append(file.path)
     counts = shares(list(map(len, by_class)), wanted)
-    _, chosen = cut(by_class, counts, f"{purpose} subset")
+    _, chosen = cut(by_class, counts, _name_rank(f"{purpose} subset"))
     kept = {name for names in chosen for name in names}
     return tuple(file for file in files if file.path in kept)
-
-
-def cut(
-    by_class: list[list[str]], counts: list[int], purpose: str
-) -> tuple[list[list[str]], list[list[str]]]:
-    """Return of each class the rest and the ``counts`` pictures with the lowest hashes, sorted."""
-    rest, chosen = [], []
-    for names, count in zip(by_class, counts, strict=True):
-        ranked = sorted(names, key=lambda name: name_hash(name, purpose))
-        rest.append(sorted(ranked[count:]))
-        chosen.append(sorted(ranked[:count]))
-    return rest, chosen
 
 
 def labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
@@ -293,10 +261,14 @@ def labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
     return tuple(File(name, label) for label, names in enumerate(by_class) for name in names)
 
 
-def name_hash(name: str, purpose: str) -> bytes:
-    """Return a hash of a relative name, the same on every system (some decompose accents)."""
-    text = f"{purpose}/{unicodedata.normalize('NFC', name)}"
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # it may not be UTF-8
+def _name_rank(purpose: str) -> Callable[[str], bytes]:
+    """Return a hash of relative names, the same on every system (some decompose accents)."""
+
+    def rank(name: str) -> bytes:
+        text = f"{purpose}/{unicodedata.normalize('NFC', name)}"
+        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # may not be UTF-8
+
+    return rank
 
 
 def fingerprint(path: Path) -> str:

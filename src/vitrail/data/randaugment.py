@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.data.images import to_gray
+
 BINS = 31
 """Magnitudes run from 0 to 30."""
 FIXED = 1 << 16
@@ -137,12 +139,12 @@ def brightness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
 
 def color(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
     """Blend with the gray image."""
-    return blend(gray(raw_BCHW).expand_as(raw_BCHW), raw_BCHW, change_B)
+    return blend(to_gray(raw_BCHW).expand_as(raw_BCHW), raw_BCHW, change_B)
 
 
 def contrast(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
     """Blend with the mean gray of the image."""
-    gray_B1HW = gray(raw_BCHW).int()
+    gray_B1HW = to_gray(raw_BCHW).int()
     sum_B111, count = gray_B1HW.sum(dim=(2, 3), keepdim=True), gray_B1HW[0].numel()
     mean_B111 = (2 * sum_B111 + count) // (2 * count)
     return blend(mean_B111.to(torch.uint8).expand_as(raw_BCHW), raw_BCHW, change_B)
@@ -209,15 +211,6 @@ def blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
     start_BCHW = from_BCHW.float()
     mixed_BCHW = start_BCHW + factor_B111 * (to_BCHW.float() - start_BCHW)
     return mixed_BCHW.clamp(0, 255).to(torch.uint8)
-
-
-def gray(raw_BCHW: Tensor) -> Tensor:
-    """Return the luma of colour images (B, 1, H, W), as ITU-R 601 and Pillow round it."""
-    if raw_BCHW.shape[1] == 1:
-        return raw_BCHW
-    r, g, b = raw_BCHW.int().unbind(1)
-    luma_BHW: Tensor = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
-    return luma_BHW.to(torch.uint8).unsqueeze(1)
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
 from vitrail.runtime import distributed
 
@@ -121,7 +121,7 @@ def predict_logits(
     with evaluating(model), torch.inference_mode(), half:
         together = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
         for raw_BCHW in torch.split(images.raw_BCHW, together):
-            chunks.append(model(normalise(raw_BCHW.to(device), mean, std)))
+            chunks.append(model(normalize(raw_BCHW.to(device), mean, std)))
     # Outside of inference mode, so that the result is an ordinary tensor.
     return torch.cat(chunks).float().cpu()
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from vitrail.config.settings import Config
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.metrics import evaluating
 from vitrail.explain import render
@@ -43,7 +43,7 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
         OutputError: the file cannot be written.
     """
     device = next(model.parameters()).device
-    images_BCHW = normalise(images.raw_BCHW.to(device), config.data.mean, config.data.std)
+    images_BCHW = normalize(images.raw_BCHW.to(device), config.data.mean, config.data.std)
     with evaluating(model):
         maps = compute_maps(model, images_BCHW, MapSettings())  # type: ignore[arg-type]
     figure = Figure(figsize=(1.6 * len(images), 3.8), layout="constrained", facecolor="white")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrail.data.images import normalise
+from vitrail.data.images import normalize
 from vitrail.errors import ExportError
 from vitrail.inference.classifier import Classifier
 from vitrail.runtime import rng
@@ -50,7 +50,7 @@ class Graph(nn.Module):
         """Return scores, and attention if asked for."""
         attentions: tuple[Tensor, ...] = ()
         if self.settings.raw:
-            batch = normalise(batch.permute(0, 3, 1, 2), self.mean, self.std)
+            batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
         if self.settings.attention:
             scores_BY, attentions = self.model.forward_with_attention(batch)
         else:
@@ -66,7 +66,7 @@ class Graph(nn.Module):
         )  # fmt: skip
         if self.settings.raw:
             return raw_BHWC
-        return normalise(raw_BHWC.permute(0, 3, 1, 2), self.mean, self.std).contiguous()
+        return normalize(raw_BHWC.permute(0, 3, 1, 2), self.mean, self.std).contiguous()
 
 
 def check(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> float:

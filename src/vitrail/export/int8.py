@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.export.onnx_file import label, runner
 from vitrail.optional import need
 
@@ -66,7 +66,7 @@ def compare(
         run = runner(content)
         parts: list[Tensor] = []
         for raw_BCHW in images.raw_BCHW.split(100):
-            batch = raw_BCHW.permute(0, 2, 3, 1) if raw else normalise(raw_BCHW, mean, std)
+            batch = raw_BCHW.permute(0, 2, 3, 1) if raw else normalize(raw_BCHW, mean, std)
             parts.append(run(batch.contiguous())[0].argmax(dim=1))
         predicted[name] = torch.cat(parts)
     first_B, second_B = predicted.values()

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitrail.config.settings import Config, require
 from vitrail.data.formats import WHITE, Color
 from vitrail.data.framing import framing, stack_pictures
-from vitrail.data.images import normalise
+from vitrail.data.images import normalize
 from vitrail.data.pictures import (
     Picture,
     Pictures,
@@ -164,7 +164,7 @@ class Classifier:
     def normalise(self, raw_BHWC: np.ndarray) -> Tensor:
         """Turn bytes into what the model reads (B, C, H, W), float32, on the model's device."""
         raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
-        return normalise(raw_BCHW, self.mean, self.std)
+        return normalize(raw_BCHW, self.mean, self.std)
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return class probabilities (B, Y) on the CPU.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitrail.config.settings import Config, RunConfig, Split, complete_config
 from vitrail.data.batches import Batches
-from vitrail.data.images import ImageSet, normalise
+from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.metrics import quick_scores, shared_logits
@@ -116,7 +116,7 @@ class Run(RunFiles):
             height, width = config.model.image_hw
             some = train_set.sample(max(1, WHITENED // (height * width)))
             raw_BCHW = some.raw_BCHW.to(self.device)
-            model.stem.whiten(normalise(raw_BCHW, config.data.mean, config.data.std))
+            model.stem.whiten(normalize(raw_BCHW, config.data.mean, config.data.std))
         self.state = TrainingState.start(model, config.training)
         self.batches = Batches(
             train_set,

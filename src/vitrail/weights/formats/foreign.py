@@ -134,7 +134,7 @@ def write_folder(path: Path, layout: str, info: CheckpointInfo, state: dict[str,
     """Write weights and the JSON files from which timm or Hugging Face builds the model."""
     model, data = info.config.model, info.config.data
     colours = {"mean": data.mean, "std": data.std}
-    if model.n_channels == 1:  # as data.images.normalise does
+    if model.n_channels == 1:  # as data.images.normalize does
         colours = {name: (sum(values) / 3,) for name, values in colours.items()}  # type: ignore[misc]
     about = {**colours, "classes": info.classes, "data": data}
     describe = timm.describe if layout == "timm" else huggingface.describe

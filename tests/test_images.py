@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from vitrail.data.split import split_indices
+from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError
 
 
@@ -13,6 +13,15 @@ def unequal_labels() -> torch.Tensor:
     """Classes of 1, 3, 7, 29 and 101 images, mixed."""
     labels = torch.arange(5).repeat_interleave(torch.tensor([1, 3, 7, 29, 101]))
     return labels[torch.arange(141) * 50 % 141]
+
+
+def split_indices(labels: torch.Tensor, given: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of both parts, each of one pixel that holds its index."""
+    raw = torch.arange(len(labels)).view(-1, 1, 1, 1)
+    images = ImageSet(raw, labels, tuple(map(str, range(10))))
+    train, validation = images.split(given)
+    assert torch.equal(train.labels_B, labels[train.raw_BCHW.flatten()])
+    return train.raw_BCHW.flatten(), validation.raw_BCHW.flatten()
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 14), (0, 0), (1, 1), (37, 37), (140, 140)])

@@ -1,4 +1,4 @@
-"""The one door to data."""
+"""Loading the splits of every data set."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError, DataError
 
 
-def coloured(count: int, seed: int) -> ImageSet:
+def colored(count: int, seed: int) -> ImageSet:
     """Images of noise with a bright square that the masks know; 7 classes."""
     generator = torch.Generator().manual_seed(seed)
     raw_BCHW = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -27,7 +27,7 @@ def coloured(count: int, seed: int) -> ImageSet:
 @pytest.fixture(autouse=True)
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ImageSet]:
     """The files' two parts of ``shapes``, and a list of those that were opened."""
-    files = {"train": coloured(97, 1), "test": coloured(41, 2)}
+    files = {"train": colored(97, 1), "test": colored(41, 2)}
     monkeypatch.setattr(datasets, "load_shapes", lambda part: files[part])
     return files
 
@@ -67,9 +67,7 @@ def test_validation_does_not_change_with_the_training_images() -> None:
 
 def test_opens_the_test_part_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(
-        datasets, "load_shapes", lambda part: opened.append(part) or coloured(41, 3)
-    )
+    monkeypatch.setattr(datasets, "load_shapes", lambda part: opened.append(part) or colored(41, 3))
     assert set(load_splits(DataConfig(), ["train"])) == {"train"}
     assert set(load_splits(DataConfig(), ["validation"])) == {"validation"}
     assert opened == ["train", "train"]
@@ -77,7 +75,7 @@ def test_opens_the_test_part_only_where_it_is_named(monkeypatch: pytest.MonkeyPa
     assert opened == ["train", "train", "test"]
 
 
-def test_resizes_images_and_masks_alike(parts: dict[str, ImageSet]) -> None:
+def test_resizes_images_and_masks_together(parts: dict[str, ImageSet]) -> None:
     raw_BCHW, masks_BHW = parts["test"].raw_BCHW, parts["test"].masks_BHW
     assert masks_BHW is not None
     raw_BCHW[masks_BHW[:, None].expand_as(raw_BCHW)] = 255
@@ -107,7 +105,7 @@ def test_goes_to_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_cifar(*words: str, data_path: Path) -> ImageSet:
         asked.append((*words, data_path))
-        return coloured(41, 5)
+        return colored(41, 5)
 
     monkeypatch.setattr(datasets, "load_cifar", load_cifar)
     config = DataConfig(dataset=dataset, data_path=Path("there"))  # type: ignore[arg-type]
@@ -130,7 +128,7 @@ def test_goes_to_folders(tmp_path: Path) -> None:
     ]
 
 
-def test_refuses_what_teaches_nothing() -> None:
+def test_refuses_training_images_of_one_class_and_too_much_validation() -> None:
     with pytest.raises(DataError, match=r"^all 1 training images belong to one class$"):
         load_splits(DataConfig(num_train_images=1), ["train"])
     with pytest.raises(ConfigError, match=r"^validation_images is 97, but there are 97 "):
