@@ -1,5 +1,6 @@
 """The model as a word, the same options and messages in every command."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,35 +18,42 @@ def loss(words: str, capsys: pytest.CaptureFixture[str]) -> float:
     return float(json.loads(capsys.readouterr().out)["loss"])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in output/tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = (
+        "train --preset quick --embed_dim 16 --n_layers 1 --n_attention_heads 2 --dataset shapes "
+        "--num_train_images 40 --num_test_images 20 --epochs 1 --folder_name tiny"
+    )
+    with contextlib.chdir(folder):
+        assert main(words.split()) == 0
+    return folder
+
+
 def test_a_model_is_a_word_or_a_flag(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    quick = "--preset quick --dataset shapes --num_train_images 40 --num_test_images 20 --epochs 1"
-    assert main(["train", *quick.split(), "--folder_name", "tiny"]) == 0
-    capsys.readouterr()
+    monkeypatch.chdir(trained)
     as_trained = loss("output/tiny", capsys)
     assert loss("--model_path output/tiny", capsys) == as_trained
     assert loss("output/tiny --mean 0.5 0.5 0.5", capsys) == as_trained
     assert loss("output/tiny --mean 0 0 0 --std 1 1 1", capsys) != as_trained
     assert main(["export", "output/tiny", "--format", "torch"]) == 0
-    assert (tmp_path / "tiny.pt2").is_file()
+    assert (trained / "tiny.pt2").is_file()
     assert main(["export", "tiny.onnx", "--format", "torch"]) == 2
     assert "an ONNX file can only predict" in capsys.readouterr().err
 
 
 def test_info_says_first_how_good_a_model_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(trained)
     assert main(["info", "cifar10"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[1].startswith("test accuracy")
     assert bundled.read_card("cifar10").recipe in "".join(lines)
-    quick = "--preset quick --dataset shapes --num_train_images 40 --num_test_images 20 --epochs 1"
-    assert main(["train", *quick.split(), "--folder_name", "tiny"]) == 0
-    result = json.loads((tmp_path / "output/tiny/result.json").read_text())
-    capsys.readouterr()
+    result = json.loads((trained / "output/tiny/result.json").read_text())
     assert main(["info", "output/tiny"]) == 0
     said = capsys.readouterr().out
     first, _, rest = said.partition("Settings")

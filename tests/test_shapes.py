@@ -6,21 +6,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vitrail.data import datasets
 from vitrail.data.images import ImageSet
-from vitrail.data.shapes import draw_shapes, load_shapes
+from vitrail.data.shapes import draw_shapes
 
 DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
 """SHA-256 of the bytes and masks of 70 images of seed 3, on every platform."""
 
 
 @pytest.fixture(scope="module")
-def shapes() -> ImageSet:
-    return load_shapes("train").take(torch.arange(4000))
+def splits() -> dict[str, ImageSet]:
+    """Both splits as they are trained on."""
+    return {"train": datasets.load_shapes("train"), "test": datasets.load_shapes("test")}
 
 
 @pytest.fixture(scope="module")
-def unseen() -> ImageSet:
-    return load_shapes("test").take(torch.arange(1000))
+def shapes(splits: dict[str, ImageSet]) -> ImageSet:
+    return splits["train"].take(torch.arange(4000))
+
+
+@pytest.fixture(scope="module")
+def unseen(splits: dict[str, ImageSet]) -> ImageSet:
+    return splits["test"].take(torch.arange(1000))
 
 
 def accuracy_of_ridge(train: torch.Tensor, test: torch.Tensor, sets: list[ImageSet]) -> float:
@@ -47,8 +54,8 @@ def test_an_image_depends_on_its_seed_and_number_alone() -> None:
     assert not torch.equal(draw_shapes(13, seed=4).raw_BCHW, few.raw_BCHW[:13])
 
 
-def test_the_splits_are_bytes_balanced_and_apart() -> None:
-    train, test = load_shapes("train"), load_shapes("test")
+def test_the_splits_are_bytes_balanced_and_apart(splits: dict[str, ImageSet]) -> None:
+    train, test = splits["train"], splits["test"]
     assert train.raw_BCHW.shape == (10_000, 3, 32, 32)
     assert test.raw_BCHW.shape == (2_000, 3, 32, 32)
     assert train.raw_BCHW.dtype == torch.uint8
