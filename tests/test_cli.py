@@ -465,7 +465,7 @@ def test_a_damaged_run_does_not_hide_the_others(
     (here / "output/bad/metrics.jsonl").write_text("half a li")
     assert main(["info"]) == 1
     shown = capsys.readouterr()
-    assert re.search(r"bad +│ damaged", shown.out)
+    assert re.search(r"bad +│ corrupt", shown.out)
     assert re.search(r"good +│ 2 +│ +[0-9]", shown.out)
     assert "vitrail: output/bad/metrics.jsonl: damaged" in shown.err
 
@@ -580,7 +580,7 @@ def test_no_width_cuts_a_class_or_a_number(
     words = ["predict", str(pictures / "a.png"), "--model_path", "cifar10", "--top_k", "10"]
     assert main(words) == 0
     first, *table = capsys.readouterr().out.splitlines()
-    assert first == "cifar10 knows: plane, car, bird, cat, deer, dog, frog, horse, ship, truck"
+    assert first == "Classes of cifar10: plane, car, bird, cat, deer, dog, frog, horse, ship, truck"
     text = "\n".join(table)
     assert "…" not in text
     assert text.count("%") == 10
@@ -616,7 +616,7 @@ def test_many_classes_are_not_all_listed() -> None:
     names = tuple(f"class {number}" for number in range(1000))
     model = dataclasses.replace(load("cifar10", device="cpu"), classes=names)
     line = describe_classes(model)
-    assert line.startswith("cifar10 knows: class 0, class 1, ")
+    assert line.startswith("Classes of cifar10: class 0, class 1, ")
     assert line.endswith(", class 19, … (1,000 classes)")
 
 
@@ -652,7 +652,7 @@ def test_fit_and_background_change_what_is_seen(
         ([], ["no picture given"]),
         (["missing.png"], ["missing.png: no such picture"]),
         (["pictures/c.png"], ["c.png"]),
-        (["pictures/a.png", "--json", "--csv"], ["two formats"]),
+        (["pictures/a.png", "--json", "--csv"], ["--json and --csv exclude each other"]),
         (["pictures/a.png", "--top_k", "0"], ["top_k is 0"]),
         (["pictures/a.png", "--background", "0", "0", "256"], ["from 0 to 255"]),
         (["pictures/a.png", "--n_attention_heads", "4"], ["has 2 attention heads, not 4"]),

@@ -78,7 +78,7 @@ def test_what_goes_up_comes_down(
 ) -> None:
     assert main(["push", str(run), "me/tiny", "--private"]) == 0
     told = capsys.readouterr()
-    assert f"{hub.url}/me/tiny  (licence mit)" in told.out
+    assert f"{hub.url}/me/tiny  (license mit)" in told.out
     assert hub.private["me/tiny"]
     files = hub.repos["me/tiny"]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]

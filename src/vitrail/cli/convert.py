@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vitrail.cli.console import out
+from vitrail.cli.console import tell
 from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
@@ -22,28 +22,29 @@ PROG = "vitrail convert"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Bring weights in from other systems, and out to them.
+    """Convert weights from and to other libraries.
 
-    SOURCE is anything that a model can be named by: a run or checkpoint folder, a .safetensors
-    file of Vitrail; the reference system's .pt; timm's .safetensors, .pth or folder; a Hugging
-    Face folder; Google's .npz; hf:OWNER/NAME. DEST is a .safetensors file unless --layout says
-    otherwise.
+    SOURCE is any model: a run or checkpoint folder, a .safetensors file of Vitrail; a .pt of the
+    reference implementation; a .safetensors, .pth or folder of timm; a Hugging Face folder; a .npz
+    of Google; hf:OWNER/NAME.
+
+    For example: vitrail convert hf:google/vit-base-patch16-224 vit.safetensors
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The weights to read."""
     dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
-    """A file (vitrail: .safetensors, reference: .pt, google: .npz) or a folder (the others)."""
+    """Where to write: a file (vitrail: .safetensors, reference: .pt, google: .npz) or a folder."""
     layout: Literal["vitrail", "timm", "huggingface", "google", "reference"] = "vitrail"
-    """How the weights are written."""
+    """Format of DEST."""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not say it."""
     image_size: int | tuple[int, int] | None = None
-    """Another image size in pixels: learned positions are resized."""
+    """New image size in pixels; learned positions are resized. Default: unchanged."""
     n_classes: int | None = None
-    """Another number of classes, with --new_head."""
+    """New number of classes, with --new_head. Default: unchanged."""
     new_head: bool = False
-    """Begin a new, random head."""
+    """Replace the head with a new, random one."""
     preparation: Preparation = field(default_factory=Preparation)
 
 
@@ -51,7 +52,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail convert``."""
     options = parse(ConvertOptions, words, prog=prog)
     if options.n_classes is not None and not options.new_head:
-        raise ConfigError("--n_classes asks for another head: give --new_head too")
+        raise ConfigError("--n_classes needs a new head: give --new_head too")
     from vitrail.weights.pretrained import read, remodel, save
 
     heads, given = options.n_attention_heads, options.preparation.given()
@@ -65,23 +66,23 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         model = dataclasses.replace(found.info.config.model, **changes)
         found = remodel(found, model, new_head=options.new_head)
     save(found, options.dest, options.layout)
-    report(found, options)
+    _report(found, options)
     return 0
 
 
-def silent(found: "Source", layout: str) -> list[str]:
-    """Return a line of what a layout of the weights alone does not say of the pictures."""
+def _silent(found: "Source", layout: str) -> list[str]:
+    """Return what a layout that holds only weights does not say about the pictures, as a line."""
     from vitrail.config.settings import PREPARATION
 
     if layout not in ("google", "reference"):
         return []
     data = found.info.config.data
-    told = [f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None]
-    return [f"  the file does not say how pictures are prepared: {', '.join(told)}"]
+    settings = [f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None]
+    return [f"  the file does not say how pictures are prepared: {', '.join(settings)}"]
 
 
-def report(found: "Source", options: ConvertOptions) -> None:
-    """Say what was read, what was assumed, and what was written."""
+def _report(found: "Source", options: ConvertOptions) -> None:
+    """Print what was read, what was assumed, and what was written."""
     model = found.info.config.model
     size = " x ".join(map(str, dict.fromkeys(model.image_hw)))
     count = found.tensors or len(found.weights)
@@ -91,7 +92,7 @@ def report(found: "Source", options: ConvertOptions) -> None:
         f"n_layers {model.n_layers}, n_attention_heads {model.n_attention_heads}, "
         f"n_classes {model.n_classes}",
         *(f"  {note}" for note in found.notes),
-        *silent(found, options.layout),
-        "  every other tensor is read as it is",
+        *_silent(found, options.layout),
+        "  all other tensors read unchanged" if found.notes else "  all tensors read unchanged",
     ]
-    out.print("\n".join(lines), markup=False, soft_wrap=True)
+    tell("\n".join(lines))

@@ -18,6 +18,7 @@ from vitrail.cli.options import (
     Pictures,
     check_images,
     list_pictures,
+    load_image,
     load_model,
     log_test_use,
 )
@@ -257,19 +258,15 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     """Return one image of the model's data, with its label."""
     from PIL import Image
 
-    from vitrail.training.run_data import load_split
     from vitrail.weights.pretrained import of_model_size
 
-    split, index = options.data.split, options.index
+    index = options.index
     assert index is not None
-    images = load_split(classifier, **options.data.to_load())
-    if not 0 <= index < len(images):
-        raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({split} images)")
-    log_test_use(classifier, split, options.folder, f"image {index} explained", 1)
-    raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
-    label = images.classes[int(images.labels_B[index])]
+    raw_HWC, label = load_image(
+        classifier, options.data, index, folder=options.folder, purpose=f"image {index} explained"
+    )
     # As a picture, since the axes of a small array may be ambiguous.
-    picture, name = Image.fromarray(raw_HWC), f"{split}-{index}"
+    picture, name = Image.fromarray(raw_HWC), f"{options.data.split}-{index}"
     return of_model_size(classifier).subject(picture, name=name, label=label)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from vitrail.cli.console import out, say
+from vitrail.cli.console import number_table, out, say, tell
 from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
@@ -24,19 +24,21 @@ PROG = "vitrail export"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ExportOptions(ModelWord):
-    """Write a model as a file that other programs run, checked against torch at three batch sizes.
+    """Export a model to a file that other programs run, checked against torch at three batch sizes.
 
-    ``vitrail predict --model_path FILE.onnx`` runs it without torch.
+    vitrail predict --model_path FILE.onnx runs it without torch.
+    For example: vitrail export output/quick --raw --output_path shapes.onnx
     """
 
     format: Literal["onnx", "torch"] = "onnx"
-    """onnx, or torch for a program of torch.export (.pt2)."""
+    """onnx (.onnx), or torch: a program of torch.export (.pt2)."""
     attention: bool = False
-    """Give the attention of every block as further outputs."""
+    """Add the attention of every block as outputs."""
     raw: bool = False
-    """Take bytes (B, H, W, C) and give probabilities: normalising and softmax in the graph."""
+    """Input bytes (B, H, W, C), output probabilities: normalization and softmax in the graph."""
     int8: bool = False
-    """Weights as 8-bit integers (dynamic quantisation); the accuracy before and after is told."""
+    """8-bit integer weights (dynamic quantization); reports the accuracy before and after, on
+    --split."""
     output_path: Path | None = None
     """The file. Default: named after the model, in the current folder."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -45,21 +47,21 @@ class ExportOptions(ModelWord):
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail export``."""
     options = with_word(parse(ExportOptions, words, prog=prog))
-    path = check(options)
+    path = _check(options)
     classifier = load_model(options)
-    path = path or default_path(options, Path(classifier.source))
+    path = path or _default_path(options, Path(classifier.source))
     if options.format == "torch":
-        write_program(classifier, options, path)
+        _write_program(classifier, options, path)
     else:
-        write_onnx(classifier, options, path)
+        _write_onnx(classifier, options, path)
     return 0
 
 
-def check(options: ExportOptions) -> Path | None:
-    """Refuse flags that do not go together; return the file asked for, if any."""
+def _check(options: ExportOptions) -> Path | None:
+    """Refuse flags that exclude each other; return the file asked for, if any."""
     ending = ".onnx" if options.format == "onnx" else ".pt2"
     if options.format == "torch" and options.int8:
-        raise ConfigError("--int8 is for --format onnx: leave out one of the two")
+        raise ConfigError("--int8 is for --format onnx: leave one of them out")
     if not options.int8 and options.data != DataOptions():
         raise ConfigError(
             "--split, --dataset and --data_path are for --int8: give it, or leave them out"
@@ -76,48 +78,48 @@ def check(options: ExportOptions) -> Path | None:
     return options.output_path
 
 
-def default_path(options: ExportOptions, source: Path) -> Path:
-    """Return the file's name: the model's, in the current folder."""
+def _default_path(options: ExportOptions, source: Path) -> Path:
+    """Return a file named after the model, in the current folder."""
     name = source.name if source.is_dir() else source.stem
     name += "-int8" if options.int8 else ""
     return Path(f"{name}.onnx" if options.format == "onnx" else f"{name}.pt2")
 
 
-def settings_of(options: ExportOptions) -> "ExportSettings":
-    """Return which inputs and outputs are asked for."""
+def _settings_of(options: ExportOptions) -> "ExportSettings":
+    """Return the inputs and outputs that the flags ask for."""
     from vitrail.export.graph import ExportSettings
 
     return ExportSettings(attention=options.attention, raw=options.raw)
 
 
-def write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
+def _write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export by torch.export, check and write."""
     from vitrail.export.program import to_program
     from vitrail.runtime.files import replace_file
 
-    content, difference = to_program(classifier, settings_of(options))
+    content, difference = to_program(classifier, _settings_of(options))
     replace_file(path, content)
-    tell(path, len(content), difference)
+    _report(path, len(content), difference)
 
 
-def write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
-    """Export as ONNX, check, quantise if asked for, and write."""
+def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
+    """Export to ONNX, check, quantize if asked for, and write."""
     from vitrail.export.onnx_file import to_onnx
     from vitrail.runtime.files import replace_file
 
     images = measured_images(classifier, options) if options.int8 else None
-    say("exporting and checking: this takes up to a minute")
-    proto, difference = to_onnx(classifier, settings_of(options))
+    say("exporting and checking (up to a minute)")
+    proto, difference = to_onnx(classifier, _settings_of(options))
     content = proto.SerializeToString()
     if images is None:
         replace_file(path, content)
-        tell(path, len(content), difference)
+        _report(path, len(content), difference)
         return
-    quantise_and_measure(classifier, options, path, proto=proto, images=images)
+    _quantise_and_measure(classifier, options, path, proto=proto, images=images)
 
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
-    """Load the split that the accuracies are measured on, before anything takes time."""
+    """Load the split that the accuracies are measured on, before anything slow."""
     from vitrail.training.run_data import load_split
 
     split = options.data.split
@@ -128,16 +130,16 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
             "to measure the accuracy on"
         )
     if images.classes != classifier.classes:
-        raise ConfigError(f"{split} has other classes than the model: give its --data_path")
+        raise ConfigError(f"{split} images have other classes than the model: give its --data_path")
     beside = (options.output_path or Path()).parent
     log_test_use(classifier, split, beside, "vitrail export --int8", len(images))
     return images
 
 
-def quantise_and_measure(
+def _quantise_and_measure(
     classifier: "Classifier", options: ExportOptions, path: Path, *, proto: Any, images: "ImageSet"
 ) -> None:
-    """Quantise, measure the accuracy before and after, write, and tell."""
+    """Quantize, measure the accuracy before and after, write, and report."""
     from vitrail.export.int8 import compare, quantise
     from vitrail.runtime.files import replace_file
 
@@ -151,35 +153,25 @@ def quantise_and_measure(
         raw=options.raw,
     )
     replace_file(path, small)
-    show(agreement, {"float32": len(large), "int8": len(small)}, options.data.split)
+    _show(agreement, {"float32": len(large), "int8": len(small)}, options.data.split)
     say(f"int8 model in {path}")
 
 
-def show(agreement: "Agreement", sizes: dict[str, int], split: str) -> None:
-    """Print what quantising cost."""
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("", f"{split} accuracy", "size"):
-        table.add_column(column, justify="right" if column else "left")
+def _show(agreement: "Agreement", sizes: dict[str, int], split: str) -> None:
+    """Print the accuracy and size before and after."""
+    table = number_table("", f"{split} accuracy", "size")
     for name, accuracy in agreement.accuracy.items():
         table.add_row(name, f"{accuracy:.2%}", f"{sizes[name] / 1e6:.2f} MB")
     out.print(table)
-    out.print(
-        f"on {agreement.images:,} images; {agreement.same_class:.2%} get the same class from both",
-        markup=False,
-        soft_wrap=True,
-    )
+    tell(f"{agreement.images:,} images; {agreement.same_class:.2%} get the same class from both")
 
 
-def tell(path: Path, size: int, difference: float) -> None:
-    """Say what was written."""
+def _report(path: Path, size: int, difference: float) -> None:
+    """Print what was written."""
     from vitrail.export.graph import CHECKED_BATCHES
 
     batches = ", ".join(map(str, CHECKED_BATCHES))
-    out.print(
-        f"{path}: {size / 1e6:.2f} MB; differs from torch by {difference:.1e} at most "
-        f"(batches of {batches})",
-        markup=False,
-        soft_wrap=True,
+    tell(
+        f"{path}: {size / 1e6:.2f} MB; differs from torch by at most {difference:.1e} "
+        f"(batches of {batches})"
     )

@@ -23,34 +23,34 @@ PROG = "vitrail info"
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Show the presets, the runs and this machine; or, of one model, what it is."""
+    """Show the presets, the bundled models, the runs and this machine; or describe one model."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
-    """A run folder, weights, a bundled name or hf:OWNER/NAME."""
+    """Model to describe: a run folder, weights, a bundled name or hf:OWNER/NAME."""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not say it."""
     output_path: Path = Path("output")
-    """Folder of the run folders."""
+    """Folder that contains the run folders."""
 
 
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail info``."""
     options = parse(InfoOptions, words, prog=prog)
     if options.model is None:
-        show_machine()
-        show_presets()
-        show_bundled()
-        return show_runs(options.output_path)
+        _show_machine()
+        _show_presets()
+        _show_bundled()
+        return _show_runs(options.output_path)
     from vitrail.weights.pretrained import load, read
 
     heads = options.n_attention_heads
     classifier = load(options.model, n_attention_heads=heads, device="cpu")
     metrics = read(options.model, n_attention_heads=heads).info.metrics
-    show_model(classifier, read_facts(options.model, metrics))
+    _show_model(classifier, _read_facts(options.model, metrics))
     return 0
 
 
-def show_machine() -> None:
+def _show_machine() -> None:
     """Print versions, device and precision."""
     from vitrail.runtime.devices import choose_device, choose_precision
     from vitrail.runtime.environment import describe_environment
@@ -58,7 +58,7 @@ def show_machine() -> None:
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     about = describe_environment(device, precision)
-    table = plain_table("This machine", "", "")
+    table = _plain_table("This machine", "", "")
     for name, value in about["versions"].items():
         table.add_row(name, value)
     for name in ("system", "processor", "threads", "device", "precision"):
@@ -66,18 +66,18 @@ def show_machine() -> None:
     out.print(table, "")
 
 
-def show_presets() -> None:
-    """Print the presets and what to expect of them."""
-    table = plain_table("Presets (vitrail train --preset NAME)", "name", "what", "expect")
+def _show_presets() -> None:
+    """Print the presets with what to expect from each."""
+    table = _plain_table("Presets (vitrail train --preset NAME)", "name", "what", "expect")
     for name, preset in PRESETS.items():
         table.add_row(name, preset.summary, preset.expect)
     out.print(table, "")
 
 
-def show_bundled() -> None:
-    """Print the models that come with the package."""
+def _show_bundled() -> None:
+    """Print the bundled models."""
     columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
-    table = plain_table("Bundled models (vitrail predict --model_path NAME)", *columns)
+    table = _plain_table("Bundled models (vitrail predict --model_path NAME)", *columns)
     for name in bundled.names():
         card = bundled.read_card(name)
         table.add_row(
@@ -87,21 +87,21 @@ def show_bundled() -> None:
     out.print(table, "")
 
 
-def show_runs(output_path: Path) -> int:
-    """Print the runs in a folder with their scores; return 1 if one of them is damaged, else 0."""
+def _show_runs(output_path: Path) -> int:
+    """Print the runs in a folder with their scores; return 1 if one of them is corrupt, else 0."""
     from vitrail.training.run_folder import read_rows
 
     folders = sorted(path.parent for path in output_path.glob("*/checkpoints"))
-    table = plain_table(
-        f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test curve"
+    table = _plain_table(
+        f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test (--monitor test)"
     )
-    damaged: list[str] = []
+    corrupt: list[str] = []
     for folder in folders:
         try:
             row = (read_rows(folder) or [{}])[-1]
         except CheckpointError as error:
-            damaged.append(str(error))
-            table.add_row(Text(printable(folder.name)), "damaged", "-", "-", "-")
+            corrupt.append(str(error))
+            table.add_row(Text(printable(folder.name)), "corrupt", "-", "-", "-")
             continue
         scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
         cells = ["-" if score is None else f"{score:.2%}" for score in scores]
@@ -110,13 +110,13 @@ def show_runs(output_path: Path) -> int:
         out.print(table)
     else:
         tell(f"No runs in {output_path}/ yet: vitrail train --preset quick")
-    for problem in damaged:
+    for problem in corrupt:
         say(f"vitrail: {problem}")
-    return 1 if damaged else 0
+    return 1 if corrupt else 0
 
 
-def read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Return how good a model is and how long it was trained, as far as its files say."""
+def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return a model's accuracy and length of training, as far as its files say."""
     from vitrail.weights.formats.foreign import read_json_object
 
     if model in bundled.names():
@@ -138,8 +138,8 @@ def read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
-    """Print what a model is: how good and on what data, then all settings."""
+def _show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
+    """Print a model's scores, data and size, then all settings."""
     config = classifier.config
     height, width = config.model.image_hw
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
@@ -150,21 +150,21 @@ def show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
         "image size": f"{height} x {width} pixels",
         "parameters": f"{parameters:,}",
     }
-    table = plain_table(classifier.source, "", "")
+    table = _plain_table(classifier.source, "", "")
     for name, value in first.items():
         table.add_row(name, Text(printable(value)))
     for note in classifier.notes:
         table.add_row("note", Text(printable(note)))
     out.print(table, "")
-    table = plain_table("Settings", "", "")
+    table = _plain_table("Settings", "", "")
     for section in (config.model, config.data):
         for name, value in vars(section).items():
             table.add_row(name, Text(printable(str(value))))
     out.print(table)
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """Return an empty table in the house's look."""
+def _plain_table(title: str, *columns: str) -> Table:
+    """Return an empty table without a frame."""
     table = Table(
         title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False,
         show_header=any(columns),

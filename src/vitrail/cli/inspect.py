@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import out, say
+from vitrail.cli.console import number_table, out, say
 from vitrail.cli.options import (
     DataOptions,
     ModelWord,
@@ -56,7 +56,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     options = with_word(parse(InspectOptions, words, prog=prog))
     check_images(options.images)
     classifier = load_model(options)
-    images_BCHW, missing = load_images(classifier, options)
+    images_BCHW, missing = _load_images(classifier, options)
     insides = inspect_model(classifier.model, images_BCHW)
     numbers = insides.to_json()
     write_json(options.output_path / "insides.json", numbers)
@@ -64,14 +64,14 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     if options.json:
         print(json.dumps(numbers))
     elif insides.heads:
-        show(insides.heads)
+        _show(insides.heads)
     say(f"insides.png and insides.json in {options.output_path}/")
     if missing:
         say(f"vitrail: filters and positions only, since there are no images: {missing}")
     return 1 if missing else 0
 
 
-def load_images(
+def _load_images(
     classifier: "Classifier", options: InspectOptions
 ) -> "tuple[Tensor | None, DataError | None]":
     """Return the images to measure the heads on, or None and the reason why there are none.
@@ -94,13 +94,9 @@ def load_images(
     return normalize(raw_BCHW, classifier.mean, classifier.std), None
 
 
-def show(heads: "HeadSummary") -> None:
+def _show(heads: "HeadSummary") -> None:
     """Print the distance and entropy of every head."""
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("layer", "head", "mean distance (pixels)", "mean entropy (nats)"):
-        table.add_column(column, justify="right")
+    table = number_table("layer", "head", "mean distance (pixels)", "mean entropy (nats)")
     pairs = zip(heads.distance_LA.tolist(), heads.entropy_LA.tolist(), strict=True)
     for layer, rows in enumerate(pairs, 1):
         for head, (distance, entropy) in enumerate(zip(*rows, strict=True), 1):

@@ -13,6 +13,8 @@ from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vitrail.inference.classifier import Classifier
 
 STDIN = "-"
@@ -181,11 +183,27 @@ def log_test_use(
             say(note)
 
 
+def load_image(
+    classifier: "Classifier", data: DataOptions, index: int, *, folder: Path, purpose: str
+) -> "tuple[np.ndarray, str]":
+    """Return one image of a split as an array (H, W, 3), and its label; log a test use.
+
+    Raises:
+        ConfigError: the split has no such image.
+    """
+    from vitrail.training.run_data import load_split
+
+    images = load_split(classifier, **data.to_load())
+    if not 0 <= index < len(images):
+        raise ConfigError(f"--index is {index}: give 0 to {len(images) - 1} ({data.split} images)")
+    log_test_use(classifier, data.split, folder, purpose, 1)
+    raw_HWC = images.raw_BCHW[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return raw_HWC, images.classes[int(images.labels_B[index])]
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
-Pictures = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE ...]")
-]
+Pictures = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE ...]")]
 """The type of the positional arguments that name pictures."""
 
 

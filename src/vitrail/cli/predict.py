@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROG = "vitrail predict"
 NAME_WIDTH = 24
-"""Columns of a terminal that a long name gets at least; it continues in the next line."""
+"""Minimal width of the column of names; longer names are wrapped."""
 SHOWN_CLASSES = 20
 CHUNK = 64
 """Pictures read before they are classified together."""
@@ -36,15 +36,16 @@ class PredictOptions(ModelOptions):
     """Classify pictures of any kind and size, with a model or with an exported ONNX file.
 
     ONNX Runtime runs .onnx files; torch is then neither loaded nor needed.
+
     For example: vitrail predict cat.png 'photos/*.jpg' --csv
     """
 
     pictures: Pictures = ()
     """Files, folders, globs, or - for a picture on standard input."""
     top_k: int = 3
-    """How many classes to report, the most probable first."""
+    """Number of classes to report, the most probable first."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """Red, green, blue behind transparent pictures."""
+    """Background of transparent pictures: red, green, blue."""
     json: bool = False
     """Print JSON on standard output."""
     csv: bool = False
@@ -57,10 +58,10 @@ Answer = tuple[str, "list[Prediction]"]
 def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail predict``."""
     options = parse(PredictOptions, words, prog=prog)
-    check(options)
+    _check(options)
     names = list_pictures(options.pictures)
-    classifier = load_classifier(options)
-    answers, broken = predict_all(classifier, names, options)
+    classifier = _load_classifier(options)
+    answers, broken = _predict_all(classifier, names, options)
     if broken and not answers:
         raise PictureError(
             broken[0] if len(broken) == 1 else f"{broken[0]} (and {len(broken) - 1} more)"
@@ -73,10 +74,10 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     return 1 if broken else 0
 
 
-def check(options: PredictOptions) -> None:
+def _check(options: PredictOptions) -> None:
     """Refuse flags that exclude each other."""
     if options.json and options.csv:
-        raise ConfigError("--json and --csv are two formats: give one of them")
+        raise ConfigError("--json and --csv exclude each other: give one of them")
     if not options.pictures:
         raise ConfigError(f"no picture given: {PROG} PICTURE, a folder, a glob, or -")
     if options.top_k < 1:
@@ -85,20 +86,20 @@ def check(options: PredictOptions) -> None:
         raise ConfigError(f"background is {options.background}: give three numbers from 0 to 255")
 
 
-def load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
+def _load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
     """Load the model; torch is imported only if it is not an ONNX file."""
     if not is_onnx(options.model_path):
         return load_model(options)
     from vitrail.inference.onnx_classifier import load_onnx
 
     if options.n_attention_heads is not None:
-        raise ConfigError("--n_attention_heads is for reference .pt files: leave it out")
+        raise ConfigError("--n_attention_heads is not for ONNX files: leave it out")
     assert options.model_path is not None
     exported = load_onnx(options.model_path, device=options.device)
     return exported.prepared(**options.preparation.given())
 
 
-def predict_all(
+def _predict_all(
     classifier: "Classifier | OnnxClassifier", names: list[str], options: PredictOptions
 ) -> tuple[list[Answer], list[str]]:
     """Classify the pictures that can be read; return the answers, and the errors of the rest."""
@@ -125,28 +126,24 @@ def predict_all(
 def print_answers(answers: list[Answer], options: PredictOptions) -> None:
     """Print predictions as a table, JSON or CSV."""
     if options.json:
-        print(
-            json.dumps(
-                [
-                    {"picture": name, "predictions": [as_json(p) for p in top]}
-                    for name, top in answers
-                ]
-            )
-        )
+        rows = [
+            {"picture": name, "predictions": [_as_json(p) for p in top]} for name, top in answers
+        ]
+        print(json.dumps(rows))
     elif options.csv:
         text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["picture", "rank", "class", "probability"])
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["picture", "rank", "class", "probability"])
         for name, top in answers:
-            rows.writerows(
-                [cell(name), rank, cell(p.name), p.probability] for rank, p in enumerate(top, 1)
+            writer.writerows(
+                [_cell(name), rank, _cell(p.name), p.probability] for rank, p in enumerate(top, 1)
             )
         print(text.getvalue(), end="")
     else:
         print_table(answers)
 
 
-def cell(name: str) -> str:
+def _cell(name: str) -> str:
     """Return a name as a CSV cell, without control characters and without formulas.
 
     --json has the unchanged names.
@@ -155,7 +152,7 @@ def cell(name: str) -> str:
     return f"'{printable(name)}" if formula else printable(name)
 
 
-def as_json(prediction: "Prediction") -> dict[str, object]:
+def _as_json(prediction: "Prediction") -> dict[str, object]:
     """Return one prediction as plain JSON values."""
     return {"class": prediction.name, "probability": prediction.probability}
 
@@ -168,12 +165,12 @@ def print_table(answers: list[Answer]) -> None:
     columns = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     names = max((cell_len(printable(name)) for name, _ in answers), default=0)
     if min(names, NAME_WIDTH) + sum(width + 3 for width in columns) <= out.width:
-        out.print(wide_table(answers, cells))
+        out.print(_wide_table(answers, cells))
     else:
-        out.print(long_table(answers))
+        out.print(_long_table(answers))
 
 
-def wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
+def _wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
     """Return a table with a row per picture and a column per rank."""
     from rich.table import Table
     from rich.text import Text
@@ -187,7 +184,7 @@ def wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
     return table
 
 
-def long_table(answers: list[Answer]) -> "Table":
+def _long_table(answers: list[Answer]) -> "Table":
     """Return a table with a row per class, the most probable first, picture after picture."""
     from rich.table import Table
     from rich.text import Text
@@ -205,8 +202,8 @@ def long_table(answers: list[Answer]) -> "Table":
 
 
 def describe_classes(classifier: "Classifier | OnnxClassifier") -> str:
-    """Return what the model can answer at all: a picture of anything else gets one of these."""
+    """Return the classes that the model chooses from, whatever a picture shows."""
     classes = classifier.classes
     shown = ", ".join(classes[:SHOWN_CLASSES])
     more = f", … ({len(classes):,} classes)" if len(classes) > SHOWN_CLASSES else ""
-    return f"{classifier.source or 'the model'} knows: {shown}{more}"
+    return f"Classes of {classifier.source or 'the model'}: {shown}{more}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vitrail.cli.console import err, out, say
+from vitrail.cli.console import err, out, say, tell
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import read_toml
 from vitrail.config.presets import get_preset
@@ -21,33 +21,34 @@ PROG = "vitrail sweep"
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What is searched and how; every other flag is one of vitrail train, for all trials."""
+    """What to search and how; all other flags are those of vitrail train, for all trials."""
 
     search: tuple[str, ...] = ()
-    """NAME=A,B,C or NAME=LOW..HIGH, the latter with :log or :STEP; any setting of the model, the
-    training, the augmentation."""
+    """NAME=A,B,C or NAME=LOW..HIGH, the latter also with :log or :STEP. NAME is a setting of the
+    model, the training or the augmentation."""
     trials: int = 20
-    """Trials of the whole study, those of other processes counted."""
+    """Number of trials of the study, including those of other processes."""
     study_name: str = ""
-    """Its folder under output_path, too; sweep-PRESET unless given. Processes that give the same
-    name share the study."""
+    """Name of the study and of its folder under output_path; processes with the same name share the
+    study. Default: sweep-PRESET."""
     pruner: Literal["median", "hyperband", "none"] = "median"
-    """What ends bad trials early."""
+    """How to stop unpromising trials early."""
     storage: str = ""
-    """URL of a database for processes on several machines, e.g. postgresql://...; SQLite in the
-    study's folder unless given."""
+    """URL of a database for processes on several machines, e.g. postgresql://... Default: SQLite
+    in the study's folder."""
     preset: str = "quick"
-    """A whole configuration by name (vitrail info lists them)."""
+    """A complete configuration by name (vitrail info lists them)."""
     config: Path | None = None
-    """A TOML file of settings, over the preset's."""
+    """A TOML file of settings, which override the preset's."""
 
 
 @dataclass(frozen=True)
 class SweepOptions(Config, SearchOptions):
-    """Search for good settings: train many models, keep the trials that are good on validation.
+    """Search for good settings: train many models and rank them by validation accuracy.
 
-    The same command again, here or on another machine, takes part in the same study; one that was
-    killed goes on. Any flag of vitrail train below holds for all trials.
+    The same command joins the study from another process or machine, and resumes it after a stop.
+    The flags of vitrail train below apply to all trials.
+    For example: vitrail sweep --search learning_rate=1e-4..1e-2:log n_layers=2,4,6 --trials 30
     """
 
 
@@ -63,17 +64,17 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     options = parse(SweepOptions, words, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     need("optuna")
-    folder = study_folder(options, settings)
-    stopped, completed = search(options, settings, folder)
+    folder = _study_folder(options, settings)
+    stopped, completed = _search(options, settings, folder)
     if stopped:
-        say("stopped; the same command resumes the study")
+        say("interrupted; run the same command to continue")
         return 128 + stopped
     if not completed:
         raise TrainingError("no trial completed: the table above gives the reasons")
     return 0
 
 
-def study_folder(options: SweepOptions, settings: Config) -> Path:
+def _study_folder(options: SweepOptions, settings: Config) -> Path:
     """Return the folder of the study."""
     name = options.study_name or f"sweep-{options.preset}"
     if name != Path(name).name or name == "..":
@@ -81,11 +82,11 @@ def study_folder(options: SweepOptions, settings: Config) -> Path:
     return settings.run.output_path / name
 
 
-def search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, int]:
-    """Run this process's trials, then show the study's result.
+def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, int]:
+    """Run the trials of this process, then show the result of the study.
 
     Returns:
-        the signal that stopped it, or 0; how many trials of the study are complete.
+        the signal that stopped it, or 0; the number of complete trials of the study.
     """
     from vitrail.cli.signals import stop_requests
     from vitrail.sweep.report import Outcome
@@ -94,22 +95,22 @@ def search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, 
     how = SweepSettings(options.search, options.trials, options.pruner, options.storage)
     waiting = False
     with stop_requests() as stop:
-        sweep = Sweep(settings, how, folder, events=lambda run: shown(run, stop))
+        sweep = Sweep(settings, how, folder, events=lambda run: _shown(run, stop))
         try:
             for trial in sweep.run():
                 if trial is not None:
                     say(Outcome.of(trial).line())
                 elif not waiting:
-                    say("waiting for the last trials of other processes")
+                    say("waiting for the trials of other processes")
                 waiting = trial is None
                 if stop.signal:
                     break
         except Stopped:
             pass
-    return stop.signal, conclude(sweep, options, settings)
+    return stop.signal, _conclude(sweep, options, settings)
 
 
-def shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
+def _shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
     """Show a trial's events as vitrail train does, until a signal asks to stop."""
     from vitrail.cli.display import TrainingDisplay
 
@@ -122,11 +123,11 @@ def shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
                 return
 
 
-def conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
-    """Print the table, write the CSV file and the plot, and say how to use the best settings.
+def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
+    """Print the table, write the CSV file and the plot, and print how to use the best settings.
 
     Returns:
-        how many trials are complete.
+        the number of complete trials.
     """
     from vitrail.sweep import report
     from vitrail.sweep.space import apply
@@ -136,20 +137,18 @@ def conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     out.print(report.trial_table(trials))
     say(f"all trials in {sweep.folder / 'trials.csv'}")
     shares = report.importances(sweep.study)
-    whole = [trial for trial in trials if trial.state == "complete"]
+    complete = [trial for trial in trials if trial.state == "complete"]
     if shares:
-        report.plot_importances(shares, len(whole), sweep.folder / "importance.png")
-        told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        say(f"which settings matter, in {sweep.folder / 'importance.png'}: {told}")
+        report.plot_importances(shares, len(complete), sweep.folder / "importance.png")
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        say(f"importance of the settings, in {sweep.folder / 'importance.png'}: {listed}")
     else:
-        say("no plot of which settings matter: it takes two whole trials that differ")
-    if whole:
-        best = apply(settings, whole[0].params)
+        say("no plot of the settings' importance: it takes two complete trials that differ")
+    if complete:
+        best = apply(settings, complete[0].params)
         words = report.flags(get_preset(options.preset), best)
-        out.print(
+        tell(
             f"\nTry next:\n  vitrail train --preset {options.preset} {words}\n"
-            f"  vitrail test --model_path {whole[0].folder}",
-            markup=False,
-            soft_wrap=True,
+            f"  vitrail test --model_path {complete[0].folder}"
         )
-    return len(whole)
+    return len(complete)

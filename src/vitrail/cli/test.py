@@ -23,7 +23,10 @@ PROG = "vitrail test"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class TestOptions(ModelWord):
-    """Score a model on a data set: its own one unless another is named."""
+    """Evaluate a model on a data set. Default: the test split of its own.
+
+    For example: vitrail test output/quick --split validation --json
+    """
 
     __test__ = False  # the name is not pytest's
 
@@ -53,26 +56,26 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         print(json.dumps(scored.metrics.to_json()))
     else:
         show(scored.metrics)
-        say(f"pictures and metrics.json in {scored.folder}/")
+        say(f"plots and metrics.json in {scored.folder}/")
     return scored.report_problems()
 
 
 class Scored(NamedTuple):
-    """What a test measured, where it was written, and which pictures could not be drawn."""
+    """The result of a test, its folder, and the plots that could not be drawn."""
 
     metrics: "Metrics"
     folder: Path
     problems: list[str]
 
     def report_problems(self) -> int:
-        """Say which pictures are missing, if any; return the exit code."""
+        """Print which plots are missing, if any; return the exit code."""
         for problem in self.problems:
             say(f"vitrail: {problem}")
         return 1 if self.problems else 0
 
 
 def score(classifier: "Classifier", options: TestOptions) -> Scored:
-    """Measure the model and write what was measured."""
+    """Evaluate the model and write the results."""
     from vitrail.errors import ConfigError
     from vitrail.evaluation.metrics import measure, predict_logits
     from vitrail.evaluation.plots import plot_metrics
@@ -88,9 +91,9 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
         dataset = options.data.dataset or classifier.config.data.dataset
         raise ConfigError(
             f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
-            f"the model {', '.join(classifier.classes[:4])}…: give the data it was trained for"
+            f"the model {', '.join(classifier.classes[:4])}…: give data with the model's classes"
         )
-    folder = options.output_path or default_folder(Path(classifier.source), split)
+    folder = options.output_path or _default_folder(Path(classifier.source), split)
     log_test_use(classifier, split, folder, "vitrail test", len(images))
     logits_BY = predict_logits(
         classifier.model, images, mean=classifier.mean, std=classifier.std,
@@ -101,8 +104,8 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
     return Scored(metrics, folder, plot_metrics(metrics, folder))
 
 
-def default_folder(source: Path, split: str) -> Path:
-    """Return where a test's files go: into the run folder, else under output/."""
+def _default_folder(source: Path, split: str) -> Path:
+    """Return the folder of a test's files: in the run folder, else under output/."""
     from vitrail.training.run_folder import is_run_folder
 
     return source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
