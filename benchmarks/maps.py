@@ -21,8 +21,7 @@ from torch import Tensor
 from speed.worker import peak_mib
 from speed.workers import interleave
 from vitrail.config.presets import get_preset
-from vitrail.explain.methods import Maps, MapSettings, compute_maps
-from vitrail.explain.run_blocks import read
+from vitrail.explain.methods import Maps, MapSettings, compute_maps, read_maps
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import Block, rotate
 from vitrail.runtime.environment import describe_environment
@@ -46,7 +45,7 @@ def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) ->
         model(image_BCHW)
     for handle in handles:
         handle.remove()
-    return read(model, caught[-1].mean(dim=1), None)
+    return read_maps(model, caught[-1].mean(dim=1), None)
 
 
 def bfloat16(model: VisionTransformer, images_BCHW: Tensor, settings: MapSettings) -> Maps:

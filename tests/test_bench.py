@@ -363,7 +363,7 @@ def test_a_peers_work_is_done_and_counted(
 
 
 def test_the_peers_rollout_is_ours() -> None:
-    from vitrail.explain.maps import rollout
+    from vitrail.explain.formulas import rollout
 
     attention_BLATT = torch.rand(2, 3, 5, 10, 10).softmax(dim=-1)
     flow_BLTT = rollout(attention_BLATT.mean(dim=2).unbind(1))

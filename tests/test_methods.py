@@ -14,7 +14,7 @@ from torch import Tensor
 import vitrail
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
-from vitrail.explain import maps
+from vitrail.explain import formulas
 from vitrail.explain.methods import (
     METHODS,
     Maps,
@@ -122,9 +122,9 @@ def test_what_accumulates_is_its_formula_on_the_models_attention(
     named_BY = torch.nn.functional.one_hot(CLASSES, 7)
     gradients = torch.autograd.grad((logits_BY * named_BY).sum(), attentions)
     flow_BLTT = {
-        "rollout": lambda: maps.rollout([a.mean(1) for a in attentions]),
-        "gradient_rollout": lambda: maps.gradient_rollout(attentions, gradients),
-        "relevance": lambda: maps.relevance(attentions, gradients),
+        "rollout": lambda: formulas.rollout([a.mean(1) for a in attentions]),
+        "gradient_rollout": lambda: formulas.gradient_rollout(attentions, gradients),
+        "relevance": lambda: formulas.relevance(attentions, gradients),
     }[method]().detach()
     settings = MapSettings(method=method, chunk=2)
     result = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
@@ -150,11 +150,11 @@ def test_discarding_changes_a_rollout_and_spares_the_class_token(
     assert not torch.allclose(plain.values_BLGJ, discarding.values_BLGJ)
     logits_BY, attentions = model.forward_with_attention(images_BCHW)
     if method == "rollout":
-        fused = [maps.discard_lowest(a.mean(1), 0.97, class_token=True) for a in attentions]
-        flow_BLTT = maps.rollout(fused)
+        fused = [formulas.discard_lowest(a.mean(1), 0.97, class_token=True) for a in attentions]
+        flow_BLTT = formulas.rollout(fused)
     else:
         gradients = torch.autograd.grad(logits_BY.amax(1).sum(), attentions)
-        flow_BLTT = maps.gradient_rollout(
+        flow_BLTT = formulas.gradient_rollout(
             attentions, gradients, discard_ratio=0.97, class_token=True
         )
     expected_BGJ = head_row(flow_BLTT[:, -1].detach(), "cls")
@@ -413,7 +413,7 @@ def test_what_the_model_lacks_is_refused(
     [
         (torch.tensor([0, 1, 7, 2, 3]), "class 7 is not in the model: give one from 0 to 6"),
         (torch.tensor([0, 1, -1, 2, 3]), "class -1 is not in the model"),
-        (torch.tensor([0, 1]), "of shape (2,): give whole numbers of shape (5,)"),
+        (torch.tensor([0, 1]), "of shape (2,): give integers of shape (5,)"),
         (torch.zeros(5), "classes_B is torch.float32"),
     ],
 )

@@ -199,8 +199,7 @@ def _explain_one(
 
 def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
     """Return the settings of one method; of several, each gets those that it supports."""
-    from vitrail.explain.methods import MapSettings
-    from vitrail.explain.settings import SERVED
+    from vitrail.explain.methods import SUPPORTED_SETTINGS, MapSettings
 
     asked = {
         "fusion": options.fusion,
@@ -210,7 +209,8 @@ def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
         "heads": _read_numbers("heads", options.heads),
     }
     if "," in (options.method or "") or options.method == ALL:
-        asked = {name: value for name, value in asked.items() if name in SERVED[method]}  # type: ignore[index]
+        supported = SUPPORTED_SETTINGS[method]  # type: ignore[index]
+        asked = {name: value for name, value in asked.items() if name in supported}
     return MapSettings(method=method, **asked)  # type: ignore[arg-type]
 
 

@@ -20,8 +20,8 @@ from vitrail.explain.methods import (
     attention_by_head,
     attention_by_query,
     compute_maps,
+    pick,
 )
-from vitrail.explain.run_blocks import pick
 from vitrail.model import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]

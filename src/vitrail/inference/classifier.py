@@ -21,8 +21,13 @@ from vitrail.data.pictures import (
     source_name,
 )
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
-from vitrail.explain.run_blocks import require_finite
-from vitrail.explain.settings import ALL, MapSettings, check_names, settings_of_all
+from vitrail.explain.methods import (
+    ALL,
+    MapSettings,
+    check_names,
+    require_finite,
+    settings_of_all,
+)
 from vitrail.inference.top_k import Prediction, rank
 from vitrail.model import VisionTransformer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.explain.maps import (
+from vitrail.explain.formulas import (
     HeadFusion,
     discard_lowest,
     fuse_heads,
