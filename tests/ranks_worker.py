@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail.data.datasets
-import vitrail.training.run_files
+import vitrail.training.run
 from vitrail.cli import main
 from vitrail.cli.display import TrainingDisplay
 from vitrail.config.files import from_json
@@ -231,7 +231,7 @@ def ask_one_to_stop() -> None:
 def command_lines() -> dict[str, Any]:
     """Run the command line, to the end, with a mistake, and with a signal to one rank."""
     vitrail.data.datasets.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrail.training.run_files.plot_run = lambda *_: []  # pictures take a second
+    vitrail.training.run.plot_run = lambda *_: []  # pictures take a second
     codes = [
         code_of("--folder_name", "whole", "--dropout", "0"),
         code_of("--bach_size", "3"),

@@ -31,7 +31,7 @@ from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.inference.top_k import Prediction
 from vitrail.model import VisionTransformer
-from vitrail.training.recovery import lock_of
+from vitrail.training.run_folder import lock_of
 from vitrail.weights.checkpoint import CheckpointInfo, read_pointer, save_weights_file
 from vitrail.weights.pretrained import load
 
@@ -191,7 +191,7 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
         (["--warmup_epochs", "9"], ["warmup_epochs 9", "leaves nothing of"]),
         (["--n_classes", "7"], ["n_classes is 7", "10 classes"]),
         (["--dataset", "folder", "--data_path", "nowhere"], ["nowhere: no such folder"]),
-        (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be made"]),
+        (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be created"]),
         (["--config", "none.toml"], ["none.toml: No such file"]),
         (["--resume", "nowhere"], ["nowhere: not a run folder"]),
         (
@@ -341,7 +341,7 @@ def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
         raise RuntimeError("no font\nsecond line")
 
     monkeypatch.setattr("vitrail.evaluation.plots.plot_confusion", broken)
-    monkeypatch.setattr("vitrail.training.run_files.draw_attention", broken)
+    monkeypatch.setattr("vitrail.training.run.draw_attention", broken)
     words = ["train", *TINY, "--epochs", "1", "--folder_name", "a", "--attention_epochs", "1"]
     assert main(words) == 1
     shown = capsys.readouterr()
@@ -376,7 +376,9 @@ def test_a_place_for_weights_that_cannot_be_written_is_refused_before_training(
     (here / "file").touch()
     refused(["train", *TINY, "--model_path", "file/models"], capsys, "file/models: cannot be wri")
     assert not list((here / "output").iterdir())
-    refused(["train", *TINY, "--output_path", "file/out"], capsys, "file/out/quick: cannot be made")
+    refused(
+        ["train", *TINY, "--output_path", "file/out"], capsys, "file/out/quick: cannot be created"
+    )
 
 
 def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(
@@ -467,7 +469,7 @@ def test_a_damaged_run_does_not_hide_the_others(
     shown = capsys.readouterr()
     assert re.search(r"bad +│ corrupt", shown.out)
     assert re.search(r"good +│ 2 +│ +[0-9]", shown.out)
-    assert "vitrail: output/bad/metrics.jsonl: damaged" in shown.err
+    assert "vitrail: output/bad/metrics.jsonl: corrupt" in shown.err
 
 
 # --- test -----------------------------------------------------------------------------------------

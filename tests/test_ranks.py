@@ -54,7 +54,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrail.data.datasets.load_shapes", worker.few_shapes)
-        patch.setattr("vitrail.training.run_files.plot_run", lambda *_: [])
+        patch.setattr("vitrail.training.run.plot_run", lambda *_: [])
         patch.chdir(folder)
         assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
     return folder / "output/whole"
@@ -184,7 +184,7 @@ def test_one_process_speaks_and_all_end_alike(folder: Path, both: list[dict[str,
     assert other == ""
     assert "2 processes on cpu" in leader
     assert leader.count("unknown flag --bach_size (did you mean '--batch_size'?)") == 1
-    assert leader.count("output/whole is there already") == 1
+    assert leader.count("output/whole already exists") == 1
     assert leader.count("batch_size is 1, but 2 processes share it") == 1
     assert "Traceback" not in leader
 

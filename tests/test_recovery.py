@@ -22,13 +22,16 @@ from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, OutputError, TrainingError
 from vitrail.runtime.files import replace_file
 from vitrail.training.loop import Update
-from vitrail.training.recovery import hold, lock_of, release, tidy
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import (
     checkpoint_folders,
+    hold,
+    lock_of,
     log_test_use,
     log_test_use_of,
     new_folder,
+    release,
+    remove_incomplete,
 )
 from vitrail.weights.checkpoint import (
     load_info,
@@ -158,7 +161,7 @@ def test_what_a_kill_left_is_cleared_or_put_back(copied: tuple[Path, Config]) ->
     (checkpoints / ".partial-step-0000009").mkdir()
     (checkpoints / ".doomed-step-0000002").mkdir()
     (checkpoints / ".partial-LAST").write_text("half")
-    tidy(checkpoints)
+    remove_incomplete(checkpoints)
     assert {path.name for path in checkpoints.iterdir()} == whole
 
 
@@ -203,14 +206,14 @@ def test_stopped_before_the_first_checkpoint_it_begins_again(
     (tmp_path / "run").mkdir()
     Run.start(finished[1], tmp_path / "run")
     run = Run.resume(tmp_path / "run", finished[1])
-    assert "beginning again" in run.notices[0]
+    assert "starting over" in run.notices[0]
     require_same_end(run, finished[0])
 
 
 def test_an_epoch_that_was_stopped_while_it_was_scored_is_scored_first(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrail.training.run.SCORED_AT_ONCE", 7)
+    monkeypatch.setattr("vitrail.training.run.EVALUATION_CHUNK", 7)
     asked = [0]
 
     def stopping() -> bool:
@@ -245,7 +248,7 @@ def test_a_loop_that_does_not_stop_loses_no_epoch(
 def test_other_settings_than_the_checkpoints_are_refused(copied: tuple[Path, Config]) -> None:
     folder, config = copied
     training = dataclasses.replace(config.training, learning_rate=0.1)
-    with pytest.raises(CheckpointError, match=r"made with other settings.*learning_rate 0\.1"):
+    with pytest.raises(CheckpointError, match=r"do not match config\.json: learning_rate 0\.1"):
         Run.resume(folder, dataclasses.replace(config, training=training))
     moved = dataclasses.replace(config.data, num_workers=7)
     assert Run.resume(folder, dataclasses.replace(config, data=moved)).state.step == 9
@@ -349,7 +352,7 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError, match="another run is writing there"):
+    with pytest.raises(OutputError, match="in use by another run"):
         hold(tmp_path)
     holder.kill()
     holder.communicate()

@@ -120,7 +120,7 @@ def test_r4_a_changed_folder_is_refused_with_what_changed(tmp_path: Path) -> Non
     draw(tmp_path / "ren", 60, 4)
     done = call("train", "--resume", "output/r4", cwd=tmp_path)
     assert done.returncode == 0
-    assert "120 pictures were added since the run began: not used" in done.stderr
+    assert "ignored 120 pictures that were added since the run began" in done.stderr
 
 
 def test_r5_a_frozen_backbone_stays(pics: Path, tmp_path: Path) -> None:

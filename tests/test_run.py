@@ -15,7 +15,7 @@ from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
-from vitrail.training.run_folder import is_best, new_folder, prune
+from vitrail.training.run_folder import new_folder, prune, quality
 from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 
 
@@ -145,14 +145,14 @@ def test_the_reference_curve_is_drawn_on_test_and_logged(tiny_run: Config, tmp_p
     assert read_pointer(run.checkpoints, "BEST").name == "step-0000009"
 
 
-def only_first_is_best(row: dict[str, Any], _: list[dict[str, Any]]) -> bool:
-    return bool(row["epoch"] == 1)
+def first_is_best(row: dict[str, Any]) -> float:
+    return -row.get("epoch", 1000)
 
 
 def test_the_weights_file_is_of_the_best_epoch_and_says_so(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrail.training.run.is_best", only_first_is_best)
+    monkeypatch.setattr("vitrail.training.run.quality", first_is_best)
     sections = {"run": {"model_path": str(tmp_path / "model"), "model_name": "mine"}}
     run = run_whole(from_json(sections, tiny_run), tmp_path / "a")
     run.finish()
@@ -185,7 +185,7 @@ def test_checkpoints_are_saved_every_so_many_epochs_and_at_the_end(
     validation_images: int, every: int, saved: list[int],
 ) -> None:  # fmt: skip
     if validation_images:  # the best is saved as well
-        monkeypatch.setattr("vitrail.training.run.is_best", only_first_is_best)
+        monkeypatch.setattr("vitrail.training.run.quality", first_is_best)
     sections = {
         "data": {"validation_images": validation_images},
         "run": {"checkpoint_epochs": every, "keep_checkpoints": 0},
@@ -235,14 +235,14 @@ def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="--resume"):
         new_folder(tmp_path, "quick", "x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be created"):
         new_folder(tmp_path / "file", "", "quick")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tiny_run: Config, tmp_path: Path) -> None:
     run_whole(tiny_run, tmp_path / "a")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="is there already: give another"):
+    with pytest.raises(ConfigError, match="already exists: give another"):
         Run.start(tiny_run, tmp_path / "a")
     for path, content in before.items():
         assert path.read_bytes() == content
@@ -250,27 +250,31 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tiny_run: Config, tmp_pat
 
 
 def test_resuming_where_no_run_is_makes_nothing(tiny_run: Config, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         Run.resume(tmp_path / "nope" / "typo", tiny_run)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_go_on_from_is_one_clear_error(tiny_run: Config, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         Run.resume(tmp_path, tiny_run)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
         Run.resume(tmp_path, tiny_run)
 
 
 def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
-    def row(accuracy: float, loss: float) -> dict[str, float]:
-        return {"validation_accuracy": accuracy, "validation_loss": loss}
+    def row(epoch: int, accuracy: float, loss: float) -> dict[str, float]:
+        scores = {"validation_accuracy": accuracy, "validation_loss": loss}
+        return {"epoch": epoch, "step": 3 * epoch, **scores}
 
-    assert is_best(row(0.5, 1.0), [row(0.4, 0.1)])
-    assert is_best(row(0.5, 0.9), [row(0.5, 1.0)])
-    assert not is_best(row(0.5, 1.0), [row(0.5, 1.0)])
-    assert not is_best(row(0.3, 0.1), [row(0.5, 1.0)])
+    inside, unscored = {"step": 20}, [{"epoch": n, "step": 3 * n} for n in (1, 2)]
+    assert quality({}) < quality(inside) < quality(unscored[0]) < quality(unscored[1])
+    assert quality(row(2, 0.5, 1.0)) > quality(row(1, 0.4, 0.1))
+    assert quality(row(2, 0.5, 0.9)) > quality(row(1, 0.5, 1.0))
+    assert quality(row(2, 0.5, 1.0)) < quality(row(1, 0.5, 1.0))
+    assert quality(row(2, 0.3, 0.1)) < quality(row(1, 0.5, 1.0))
+    assert quality(row(1, 0.1, 2.0)) > quality(inside)
 
 
 def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:

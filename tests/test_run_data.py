@@ -78,7 +78,7 @@ def test_resume_goes_by_the_manifest(config: Config, tmp_path: Path) -> None:
     run = resume(tmp_path / "run")
     assert run.classes == ("ant", "bee", "cat")
     assert run.train_images == len(load_manifest(tmp_path / "run").files["train"])
-    assert "41 pictures were added since the run began: not used" in run.notices
+    assert "ignored 41 pictures that were added since the run began" in run.notices
     shutil.copytree(pictures, tmp_path / "moved")
     (pictures / "cat" / "03.png").unlink()
     with pytest.raises(DataError, match=r"the data changed .* 1 missing \(cat/03.png\)"):

@@ -247,7 +247,7 @@ def test_a_damaged_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_p
 def test_a_run_whose_tracker_fails_has_its_result(
     mlflow: FakeMlflow, tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrail.training.run_files.plot_run", lambda *_: [])
+    monkeypatch.setattr("vitrail.training.run.plot_run", lambda *_: [])
     mlflow.fails = True
     run = Run.start(from_json({"run": {"mlflow": True}}, tiny_run), tmp_path / "a")
     for _ in run.train():

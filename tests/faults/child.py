@@ -126,7 +126,7 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
 
 def set_up(plan: Plan, cwd: Path) -> None:
     """Build the fault in."""
-    import vitrail.training.run_files
+    import vitrail.training.run
 
     if plan.user is not None:
         os.setgroups([])
@@ -147,7 +147,7 @@ def set_up(plan: Plan, cwd: Path) -> None:
     if plan.clock is not None:
         jump(plan.clock)
     if not plan.pictures:
-        vitrail.training.run_files.plot_run = lambda *_: []
+        vitrail.training.run.plot_run = lambda *_: []
     if plan.slow_save:
         slow_down(cwd)
 
@@ -218,9 +218,9 @@ real_strftime = time.strftime
 
 def slow_down(cwd: Path) -> None:
     """Let saving take a minute once it is asked for."""
-    import vitrail.training.run_files
+    import vitrail.training.run
 
-    real = vitrail.training.run_files.save_checkpoint
+    real = vitrail.training.run.save_checkpoint
 
     def slow(*args: Any, **kwargs: Any) -> None:
         if (cwd / "slow").exists():
@@ -228,4 +228,4 @@ def slow_down(cwd: Path) -> None:
             time.sleep(60)
         real(*args, **kwargs)
 
-    vitrail.training.run_files.save_checkpoint = slow
+    vitrail.training.run.save_checkpoint = slow

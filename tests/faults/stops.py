@@ -113,7 +113,7 @@ def two_runs(folder: Path, *, times: int, epochs: int = 12) -> Tally:
             first.until(2 * STEPS)
             second = go_on(cwd)
             require_one_line(second, codes=(2,))
-            assert "another run is writing there" in second.errors, second.errors
+            assert "in use by another run" in second.errors, second.errors
             assert first.alive, first.errors
             first.signal(signal.SIGKILL)
             first.wait()

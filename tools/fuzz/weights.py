@@ -23,8 +23,7 @@ from fuzz.settings import set_values
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
-from vitrail.training.recovery import newest_sound
-from vitrail.training.run_folder import read_rows
+from vitrail.training.run_folder import newest_valid, read_rows
 from vitrail.training.state import TrainingState
 from vitrail.weights.checkpoint import (
     INFO,
@@ -280,7 +279,7 @@ def use_run(run: Path) -> None:
     check(load(run, device="cpu"))
     for row in read_rows(run):
         f"{row['step']} {row['epoch']} {row.get('train_accuracy') or 0:.2%}"
-    found = newest_sound(run / "checkpoints")
+    found = newest_valid(run / "checkpoints")
     if found.info.config.model == TINY and found.info.config.training == Config().training:
         state = TrainingState.start(VisionTransformer(TINY), found.info.config.training)
         state.restore(found.weights, found.training, found.info.numbers)

@@ -1,6 +1,7 @@
 """Progress of training: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -114,7 +115,7 @@ class TrainingDisplay:
 
     def epoch_line(self, end: EpochEnd) -> str:
         """Return what is printed after an epoch."""
-        row: dict[str, Any] = end.row
+        row: Mapping[str, Any] = end.row
         parts = [f"epoch {row['epoch']:>3}/{self.run.config.training.epochs}"]
         for split in ("train", "validation", "test"):
             if f"{split}_loss" in row:

@@ -98,11 +98,12 @@ def _show_runs(output_path: Path) -> int:
     corrupt: list[str] = []
     for folder in folders:
         try:
-            row = (read_rows(folder) or [{}])[-1]
+            rows = read_rows(folder)
         except CheckpointError as error:
             corrupt.append(str(error))
             table.add_row(Text(printable(folder.name)), "corrupt", "-", "-", "-")
             continue
+        row: Mapping[str, Any] = rows[-1] if rows else {}
         scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
         cells = ["-" if score is None else f"{score:.2%}" for score in scores]
         table.add_row(Text(printable(folder.name)), str(row.get("epoch", 0)), *cells)

@@ -206,14 +206,14 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     """Start a run in a new folder, or resume it after a restart by torchrun."""
     from vitrail.runtime import distributed
     from vitrail.runtime.devices import choose_rank_device
-    from vitrail.training.recovery import release
-    from vitrail.training.run import Run, lock
+    from vitrail.training.run import Run
+    from vitrail.training.run_folder import hold, release
 
     choose_rank_device(settings.run.device)
     folder, begun = distributed.on_leader(_choose_folder, settings, name)
     if begun:
         return _resume(folder, settings)
-    held = lock(folder)  # until the run holds it itself
+    held = hold(folder)  # until the run holds it itself
     try:
         run = Run.start(settings, folder, manifest)
     except BaseException:

@@ -19,7 +19,7 @@ from vitrail.errors import DataError, OutputError, VitrailError, printable
 from vitrail.evaluation.metrics import Metrics
 from vitrail.evaluation.tables import percent
 
-Row = Mapping[str, float | int | None]
+Row = Mapping[str, Any]
 
 # Okabe and Ito's palette, safe for color blindness.
 BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"

@@ -1,74 +1,80 @@
-"""One run: build, train, evaluate, save. It owns the run folder.
-
-output/NAME/
-├── config.json  env.json          the settings; the software and hardware
-├── manifest.json                  of a folder of pictures: every file, its split, what is left out
-├── metrics.jsonl                  one line an epoch
-├── result.json                    the end: validation and test scores, seconds, parameters
-├── test_uses.jsonl                each time the test split was opened
-├── graph_loss.png  graph_accuracy.png  confusion_matrix.png  calibration.png
-├── checkpoints/                   LAST, BEST and their folders: see checkpoint.py
-├── attention/                     with --attention_epochs: a picture every so many epochs
-├── trackers.json                  with --wandb or --mlflow: which run there is this one
-└── tensorboard/                   with --tensorboard
-"""
+"""One training run: build, train, evaluate, save. Its files are described in run_folder.py."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitrail.config.files import to_json
 from vitrail.config.settings import Config, RunConfig, Split, complete_config
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
-from vitrail.errors import ConfigError, DataError, OutputError, TrainingError
-from vitrail.evaluation.metrics import quick_scores, shared_logits
-from vitrail.explain.attention_snapshots import choose_watched
+from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
+from vitrail.evaluation.metrics import Metrics, measure, quick_scores, shared_logits
+from vitrail.evaluation.plots import draw_each, plot_run
+from vitrail.explain.attention_snapshots import choose_watched, draw_attention
+from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import ConvStem
 from vitrail.runtime import distributed, rng
-from vitrail.runtime.devices import choose_rank_device
-from vitrail.runtime.files import require_writable, write_json_lines
+from vitrail.runtime.devices import choose_compile, choose_precision, choose_rank_device
+from vitrail.runtime.environment import describe_environment
+from vitrail.runtime.files import require_writable, write_json, write_json_lines
 from vitrail.training.loop import Update, train
-from vitrail.training.recovery import hold, recover, require_run_folder
-from vitrail.training.results import speed
 from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
-from vitrail.training.run_files import RunFiles
-from vitrail.training.run_folder import is_best, log_test_use, read_rows, require_unused
+from vitrail.training.run_folder import (
+    EpochRow,
+    hold,
+    log_test_use,
+    prune,
+    quality,
+    read_rows,
+    recover,
+    require_run_folder,
+    require_unused,
+)
 from vitrail.training.schedule import multiplier
-from vitrail.training.state import TrainingState
+from vitrail.training.state import TrainingState, first_not_finite
 from vitrail.training.trackers import Trackers, check_trackers
 from vitrail.weights import pretrained
-from vitrail.weights.checkpoint import read_pointer
+from vitrail.weights.checkpoint import (
+    CheckpointInfo,
+    load_info,
+    read_pointer,
+    save_checkpoint,
+    save_weights_file,
+    step_of,
+    write_pointer,
+)
 
-never: Callable[[], bool] = bool
-"""Says no."""
+WHITENING_PIXELS = 2_000_000
+"""Pixels of training images that the whitening kernels of the conv stem are computed from."""
 
-WHITENED = 2_000_000
-"""Pixels of training images that the white patches of stem conv are fitted to."""
-
-SCORED_AT_ONCE = 500
-"""Images scored between two looks at whether to stop."""
+EVALUATION_CHUNK = 500
+"""Images evaluated between two checks for a request to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnd:
-    """What one epoch came to: ``row`` is its line of metrics.jsonl."""
+    """The end of an epoch. ``row`` is its line of metrics.jsonl."""
 
-    row: dict[str, Any]
+    row: EpochRow
     best: bool
 
 
-class Run(RunFiles):
-    """A training run and its folder. Iterate over train(), then call finish().
+def _never() -> bool:
+    return False
 
-    Of several processes (see distributed.py) each has a Run; the first alone uses the folder.
+
+class Run:
+    """A training run. Iterate over train(), then call finish().
+
+    With several ranks (see distributed.py) each has a Run; only the leader writes to the folder.
 
     Example:
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
@@ -77,7 +83,7 @@ class Run(RunFiles):
         result = run.finish()
 
     Raises:
-        DataError, ConfigError: the data are missing, or do not fit the settings.
+        DataError, ConfigError: the data are missing, or do not match the settings.
         OutputError: another process is writing to the folder.
     """
 
@@ -89,9 +95,9 @@ class Run(RunFiles):
         fresh: bool = True,
         manifest: Manifest | None = None,
     ) -> None:
-        require_ready(config.run)
+        _require_ready(config.run)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.lock = lock(folder)
+        self.lock = hold(folder)
         self.device = choose_rank_device(config.run.device)
         distributed.require_work(config.training.batch_size)
         if config.run.monitor == "test" and manifest and not manifest.files.get("test"):
@@ -101,23 +107,15 @@ class Run(RunFiles):
         self.manifest, splits = loaded.manifest, dict(loaded.images)
         train_set = splits.pop("train")
         self.config = config = complete_config(config, train_set.classes, loaded.pixel_range)
-        self.classes = train_set.classes
+        self.classes, self.train_images = train_set.classes, len(train_set)
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
-            raise ConfigError("stop_at_accuracy looks at validation images: give validation_images")
+            raise ConfigError("stop_at_accuracy needs validation images: give validation_images")
         self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
-        with rng.seeded(config.run.seed, "init", device=self.device):
-            model = VisionTransformer(config.model).to(self.device)
         self.notices: list[str] = []
         self.problems: list[str] = []
-        if fresh and config.training.init:
-            self.notices = pretrained.start_from(model, config.training, self.classes)
-        elif fresh and isinstance(model.stem, ConvStem):
-            height, width = config.model.image_hw
-            some = train_set.sample(max(1, WHITENED // (height * width)))
-            raw_BCHW = some.raw_BCHW.to(self.device)
-            model.stem.whiten(normalize(raw_BCHW, config.data.mean, config.data.std))
-        self.state = TrainingState.start(model, config.training)
+        """What failed without ending the run, one line each."""
+        self.state = TrainingState.start(self._build_model(train_set, fresh), config.training)
         self.batches = Batches(
             train_set,
             config.augment,
@@ -127,58 +125,73 @@ class Run(RunFiles):
             mean=config.data.mean,
             std=config.data.std,
         )
-        self.train_images = len(train_set)
-        self.rows: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {}
+        self.rows: list[EpochRow] = []
+        self.best: Mapping[str, Any] = {}
+        """Row of the best epoch so far."""
         self.saved: Path | None = None
+        """The last checkpoint that was written or loaded."""
+
+    def _build_model(self, train_set: ImageSet, fresh: bool) -> VisionTransformer:
+        """Return the initialized model; of a resumed run, its weights will be overwritten."""
+        config = self.config
+        with rng.seeded(config.run.seed, "init", device=self.device):
+            model = VisionTransformer(config.model).to(self.device)
+        if fresh and config.training.init:
+            self.notices = pretrained.start_from(model, config.training, self.classes)
+        elif fresh and isinstance(model.stem, ConvStem):
+            height, width = config.model.image_hw
+            some = train_set.sample(max(1, WHITENING_PIXELS // (height * width)))
+            raw_BCHW = some.raw_BCHW.to(self.device)
+            model.stem.whiten(normalize(raw_BCHW, config.data.mean, config.data.std))
+        return model
 
     @classmethod
     def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
-        """Build a new run in a folder of its own (see run_folder.new_folder).
+        """Begin a new run in an empty folder (see run_folder.new_folder).
 
         Args:
             config: the run's settings.
             folder: the run folder.
-            manifest: the files of a data set that is a folder, if they were listed already.
+            manifest: the files of a data set that is a folder, if already listed.
 
         Raises:
-            ConfigError: there is something in the folder already.
+            ConfigError: the folder is not empty.
         """
         distributed.on_leader(require_unused, folder)
-        if config.data.dataset != "shapes":  # so that the run is tested from any folder
+        if config.data.dataset != "shapes":  # so that the run can be tested from any folder
             place = config.data.data_path.absolute()
             config = dataclasses.replace(
                 config, data=dataclasses.replace(config.data, data_path=place)
             )
         run = cls(config, folder, manifest=distributed.on_leader(list_files, config, manifest))
-        distributed.on_leader(run.write_settings)
+        distributed.on_leader(run._write_settings)
         return run
 
     @classmethod
     def resume(cls, folder: Path, config: Config) -> "Run":
-        """Go on from the newest sound checkpoint of a run folder; without any, begin.
+        """Resume from the newest valid checkpoint of a run folder; without one, start over.
 
         Args:
             folder: the run folder.
-            config: the run's settings (its config.json), but for where the data and the device are.
+            config: the settings in its config.json; only the paths and the device may differ.
 
         Raises:
-            CheckpointError: the folder has no sound checkpoint, or one made with other settings.
+            CheckpointError: no checkpoint is valid, or it was made with other settings.
             OutputError: another process is writing to the folder.
         """
-        distributed.on_leader(require_run_folder, folder)  # before the lock, which makes the folder
-        held = lock(folder)  # until the run holds it itself
+        distributed.on_leader(require_run_folder, folder)  # the lock would create the folder
+        held = hold(folder)  # until the run itself holds it
         saved, rows = distributed.on_leader(lambda: (recover(folder, config), read_rows(folder)))
         manifest, added = distributed.on_leader(restore_files, config, folder)
         run = cls(config, folder, fresh=saved is None, manifest=manifest)
         if run.manifest != manifest:
-            raise DataError(f"{config.data.data_path}: some pictures cannot be decoded any more")
+            raise DataError(f"{config.data.data_path}: some pictures can no longer be decoded")
         if added:
-            run.notices.append(f"{added:,} pictures were added since the run began: not used")
+            run.notices.append(f"ignored {added:,} pictures that were added since the run began")
         del held
         if saved is None:
-            run.notices.append("it was stopped before its first checkpoint: beginning again")
-            distributed.on_leader(run.write_settings)
+            run.notices.append("the run stopped before its first checkpoint: starting over")
+            distributed.on_leader(run._write_settings)
             return run
         run.state.restore(saved.weights, saved.training, saved.info.numbers)
         run.rows = [row for row in rows if row["step"] <= run.state.step]
@@ -187,128 +200,242 @@ class Run(RunFiles):
         distributed.on_leader(write_json_lines, folder / "metrics.jsonl", run.rows)
         return run
 
-    def train(self, stopping: Callable[[], bool] = never) -> Iterator[Update | EpochEnd]:
-        """Train to the end, yielding every update and, after an epoch, what it came to.
+    @property
+    def precision(self) -> str:
+        """Number format of the matrix products, as chosen: float32 or bfloat16."""
+        dtype = choose_precision(self.config.training.precision, self.device)
+        return str(dtype).removeprefix("torch.")
 
-        Leave the iteration whenever you like: save() keeps what was done.
+    @property
+    def compiled(self) -> bool:
+        """Whether the model is compiled, as chosen."""
+        return choose_compile(self.config.training.compile, self.device, self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of updates in the whole run."""
+        return self.config.training.epochs * self.batches.steps_per_epoch
+
+    def is_enough(self) -> bool:
+        """Return whether the latest epoch reached ``stop_at_accuracy``."""
+        goal = self.config.run.stop_at_accuracy
+        return bool(self.rows) and goal is not None and self.rows[-1]["validation_accuracy"] >= goal
+
+    def train(self, stopping: Callable[[], bool] = _never) -> Iterator[Update | EpochEnd]:
+        """Train to the end, yielding every update and the end of every epoch.
+
+        The iteration may be left at any time; save() then keeps all progress.
 
         Args:
-            stopping: asked now and then while an epoch is scored, which may take long. Once it
-                says yes, scoring is put off; leave then after the update, or it begins again.
+            stopping: polled during the evaluation of an epoch, which may take long. If it returns
+                True, the evaluation is postponed; leave the iteration after that update, otherwise
+                the evaluation starts over.
 
         Raises:
             TrainingError: the loss, the gradient or a weight is not finite.
             OutputError: the run folder cannot be written.
         """
-        self.agree()
+        self._synchronize()
         try:
             with Trackers(self.config, self.folder, self.problems) as trackers:
-                for event in self.events(stopping):
+                for event in self._events(stopping):
                     if isinstance(event, EpochEnd):
-                        trackers.write(event.row, self.attention_picture(event.row))
+                        trackers.write(event.row, self._draw_attention(event.row))
                     yield event
         except (TrainingError, OutputError) as error:
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was saved"
             raise type(error)(f"{error}; {kept}") from error
 
-    def events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
-        """Do what train() says."""
-        scored = self.rows[-1]["step"] if self.rows else 0
+    def _events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
+        evaluated = self.rows[-1]["step"] if self.rows else 0
         ended = self.state.step % self.batches.steps_per_epoch == 0
-        if ended and self.state.step > scored and (end := self.end_epoch(stopping)):
-            yield end  # of an epoch that was stopped while it was scored
+        if ended and self.state.step > evaluated and (end := self._end_epoch(stopping)):
+            yield end  # of an epoch that was stopped during its evaluation
         if self.is_enough():
             return
         for update in train(self.state, self.batches, self.config):
-            # Before the update is told, so that leaving right then loses nothing of the epoch.
-            end = self.end_epoch(stopping) if update.ends_epoch else None
+            # Before the update is yielded, so that leaving then loses nothing of the epoch.
+            end = self._end_epoch(stopping) if update.ends_epoch else None
             yield update
-            if update.ends_epoch and (end := end or self.end_epoch(never)):
+            if update.ends_epoch and (end := end or self._end_epoch(_never)):
                 yield end
                 if self.is_enough():
                     return
 
-    def end_epoch(self, stopping: Callable[[], bool]) -> EpochEnd | None:
-        """Score the epoch, write its line, save and prune checkpoints; nothing when stopping."""
+    def _end_epoch(self, stopping: Callable[[], bool]) -> EpochEnd | None:
+        """Evaluate the epoch, write its row, save and prune checkpoints; None when stopping."""
         began = time.perf_counter()
-        self.agree()
+        self._synchronize()
         step, per_epoch = self.state.step, self.batches.steps_per_epoch
         training, epoch = self.config.training, step // per_epoch
         loss, accuracy = self.state.tally.means()
-        row = {
+        scores = self._score_monitored(epoch, stopping)
+        if scores is None:
+            return None
+        share = multiplier(step - 1, training, steps_per_epoch=per_epoch)
+        row: EpochRow = {
             "epoch": epoch,
             "step": step,
-            "learning_rate": training.learning_rate
-            * multiplier(step - 1, training, steps_per_epoch=per_epoch),
+            "learning_rate": training.learning_rate * share,
             "train_loss": loss,
             "train_accuracy": accuracy,
             "seconds": round(self.state.seconds, 3),
-            "images_per_second": speed(self.train_images * epoch, self.state.seconds),
+            "images_per_second": _speed(self.train_images * epoch, self.state.seconds),
+            **scores,  # type: ignore[typeddict-item]
+            "evaluation_seconds": round(time.perf_counter() - began, 3),
         }
-        for name, images in self.monitored.items():
-            if name == "test":
-                purpose = f"curve, epoch {epoch}"
-                distributed.on_leader(log_test_use, self.folder, purpose, len(images))
-            logits_BY = self.score(images, stopping)
-            if logits_BY is None:
-                return None
-            row[f"{name}_accuracy"], row[f"{name}_loss"] = quick_scores(logits_BY, images.labels_B)
-        row["evaluation_seconds"] = round(time.perf_counter() - began, 3)
-        best = is_best(row, [self.best] if self.best else [])
+        best = quality(row) > quality(self.best)
         self.rows.append(row)
-        self.saved = distributed.on_leader(self.write_epoch, row, best)
+        self.saved = distributed.on_leader(self._write_epoch, row, best)
         self.best = row if best else self.best
         return EpochEnd(row, best)
 
-    def agree(self) -> None:
-        """Take over the leader's state: processors of unlike kinds round unlike."""
+    def _synchronize(self) -> None:
+        """Copy the leader's state to all ranks: different processors round differently."""
         distributed.copy_from_leader(
             [*self.state.weights().values(), *self.state.tensors().values()]
         )
 
-    def score(self, images: ImageSet, stopping: Callable[[], bool]) -> Tensor | None:
-        """Return the logits of a split, or nothing when asked to stop in the middle."""
-        parts = []
-        for indices_B in torch.arange(len(images)).split(SCORED_AT_ONCE):
-            if distributed.highest(int(stopping())):
-                return None
-            parts.append(self.logits(self.state.best_model, images.take(indices_B)))
-        return torch.cat(parts)
+    def _score_monitored(self, epoch: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Evaluate the monitored splits; None when stopping."""
+        scores: dict[str, float] = {}
+        for name, images in self.monitored.items():
+            if name == "test":
+                purpose = f"curve, epoch {epoch}"
+                distributed.on_leader(log_test_use, self.folder, purpose, len(images))
+            parts = []
+            for indices_B in torch.arange(len(images)).split(EVALUATION_CHUNK):
+                if distributed.highest(int(stopping())):
+                    return None
+                parts.append(self._logits(self.state.best_model, images.take(indices_B)))
+            accuracy, loss = quick_scores(torch.cat(parts), images.labels_B)
+            scores |= {f"{name}_accuracy": accuracy, f"{name}_loss": loss}
+        return scores
+
+    def _logits(self, model: nn.Module, images: ImageSet) -> Tensor:
+        """Return the logits of all images, computed by all ranks together."""
+        data = self.config.data
+        return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+
+    def _draw_attention(self, row: EpochRow) -> Path | None:
+        """Draw the attention maps of this epoch if ``attention_epochs`` asks for it."""
+        every = self.config.run.attention_epochs
+        if not every or row["epoch"] % every or not distributed.is_leader():
+            return None
+        name, model = f"epoch-{row['epoch']:04}.png", self.state.best_model
+        folder = self.folder / "attention"
+        problems = draw_each(
+            {name: lambda path: draw_attention(model, self.watched, self.config, path)}, folder
+        )
+        self.problems += problems
+        return None if problems else folder / name
+
+    # --- what the leader writes ---
+
+    def _write_settings(self) -> None:
+        """Write the settings, the files of the data, and the software and hardware."""
+        if self.manifest is not None:
+            self.manifest.save(self.folder)
+        write_json(self.folder / "config.json", to_json(self.config))
+        write_json(self.folder / "env.json", describe_environment(self.device, self.precision))
+
+    def _write_epoch(self, row: EpochRow, best: bool) -> Path | None:
+        """Write the rows; save and prune checkpoints. Return the last checkpoint."""
+        run, last = self.config.run, row["step"] == self.total_steps or self.is_enough()
+        write_json_lines(self.folder / "metrics.jsonl", self.rows)
+        due = last or row["epoch"] % run.checkpoint_epochs == 0
+        # Without validation every epoch is the best so far, which is no reason to save it.
+        if due or (best and "validation_accuracy" in row):
+            checkpoint = self._write_checkpoint()
+            if best:
+                write_pointer(self.checkpoints, "BEST", checkpoint)
+            if run.keep_checkpoints:
+                prune(self.checkpoints, run.keep_checkpoints)
+        return self.saved
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment, unless it is there, and let LAST name it.
+        """Save a checkpoint of the current step, unless it exists; LAST will name it.
 
         Raises:
             TrainingError: a weight is not finite.
             OutputError: the run folder cannot be written.
         """
-        self.saved = distributed.on_leader(self.write_checkpoint)
+        self.saved = distributed.on_leader(self._write_checkpoint)
         return self.saved
 
-    def finish(self) -> dict[str, Any]:
-        """Test the best model once, write result.json and the pictures, return the result.
+    def _write_checkpoint(self) -> Path:
+        folder = self.checkpoints / f"step-{self.state.step:07}"
+        row: Mapping[str, Any] = self.rows[-1] if self.rows else {}
+        if folder == self.saved and _has_row(folder, row):
+            return folder
+        weights, training = self.state.weights(), self.state.tensors()
+        broken = first_not_finite({**weights, **training})
+        if broken is not None:
+            raise TrainingError(f"{broken} is not finite after update {self.state.step}: not saved")
+        info = CheckpointInfo(self.config, self.classes, self.state.numbers(), row)
+        save_checkpoint(folder, info, weights=weights, training=training)
+        self.saved = folder
+        write_pointer(self.checkpoints, "LAST", folder)
+        if not (self.checkpoints / "BEST").exists():
+            write_pointer(self.checkpoints, "BEST", folder)
+        if not (self.folder / "config.json").exists():  # somebody removed the folder
+            self._write_settings()
+        return folder
 
-        What could not be drawn is in ``problems`` afterward.
+    def finish(self) -> dict[str, Any]:
+        """Test the best model once, write result.json and the plots, return the result.
+
+        Without a test split there is no test score. ``problems`` then lists the plots and weights
+        that could not be written.
         """
-        best = distributed.on_leader(  # on the CPU, from where it can go to every process
+        best = distributed.on_leader(  # on the CPU, from where it can be sent to every rank
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
-        if self.manifest is not None and not self.manifest.files.get("test"):
-            return distributed.on_leader(self.write_result, best, None, None)
-        test = load_on_all_ranks(self.config, self.manifest, "test").images["test"]
-        purpose = f"result of {Path(best.source).name}"
-        distributed.on_leader(log_test_use, self.folder, purpose, len(test))
-        logits_BY = self.logits(best.model.to(self.device), test)
-        return distributed.on_leader(self.write_result, best, logits_BY, test.labels_B)
+        metrics = None
+        if self.manifest is None or self.manifest.files.get("test"):
+            test = load_on_all_ranks(self.config, self.manifest, "test").images["test"]
+            purpose = f"result of {Path(best.source).name}"
+            distributed.on_leader(log_test_use, self.folder, purpose, len(test))
+            logits_BY = self._logits(best.model.to(self.device), test)
+            metrics = measure(logits_BY, test.labels_B, classes=self.classes)
+        return distributed.on_leader(self._write_result, best, metrics)
 
-    def logits(self, model: Any, images: ImageSet) -> Any:
-        """Return the logits of a model for a split, the work being shared (see shared_logits)."""
-        data = self.config.data
-        return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+    def _write_result(self, best: Classifier, metrics: Metrics | None) -> dict[str, Any]:
+        if self.config.run.model_path is not None:
+            try:
+                _write_weights(best, self.folder.name)
+            except OutputError as error:
+                self.problems.append(
+                    f"{error}; write the weights elsewhere with: vitrail convert {self.folder} FILE"
+                )
+        result = self._summarize(best, metrics)
+        write_json(self.folder / "result.json", result)  # from now on the run counts as finished
+        self.problems += plot_run(self.rows, metrics, self.folder)
+        return result
+
+    def _summarize(self, best: Classifier, metrics: Metrics | None) -> dict[str, Any]:
+        """Return the content of result.json."""
+        step, epochs = step_of(Path(best.source)), self.rows[-1]["epoch"]
+        row: dict[str, Any] = next((dict(row) for row in self.rows if row["step"] == step), {})
+        names = {"accuracy": "validation_accuracy", "loss": "validation_loss"}
+        return {
+            "epochs": epochs,
+            "best_epoch": row.get("epoch"),
+            "validation": {n: row[key] for n, key in names.items() if key in row} or None,
+            "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
+            "train_images": self.train_images,
+            "seconds": round(self.state.seconds, 1),
+            "evaluation_seconds": round(sum(r.get("evaluation_seconds", 0) for r in self.rows), 1),
+            "images_per_second": _speed(self.train_images * epochs, self.state.seconds),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "test": metrics and metrics.to_json(),
+        }
 
 
-def require_ready(run: RunConfig) -> None:
-    """Refuse what would only fail later: trackers that are missing, a place for the weights.
+def _require_ready(run: RunConfig) -> None:
+    """Check what would otherwise fail late: the trackers, and the place for the weights.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -319,6 +446,25 @@ def require_ready(run: RunConfig) -> None:
         distributed.on_leader(require_writable, run.model_path)
 
 
-def lock(folder: Path) -> AbstractContextManager[object] | None:
-    """Keep other processes from writing the folder, on behalf of all ranks (see hold)."""
-    return distributed.each(lambda: hold(folder) if distributed.is_leader() else None)
+def _speed(images: int, seconds: float) -> float:
+    """Return images per second, also if the clock did not advance."""
+    return round(images / max(seconds, 1e-9), 1)
+
+
+def _has_row(folder: Path, row: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint exists and its metrics are those of a row."""
+    try:
+        return load_info(folder).metrics == row
+    except CheckpointError:
+        return False
+
+
+def _write_weights(best: Classifier, run_name: str) -> None:
+    """Write the best weights to ``model_path``, named by epoch as in the reference, from 0."""
+    info = load_info(Path(best.source))
+    run, model = info.config.run, info.config.model
+    size = "x".join(map(str, dict.fromkeys(model.image_hw)))
+    name = run.model_name or f"vit-layer{model.n_layers}-{size}-{info.config.data.dataset}"
+    file = f"{name}-{info.metrics['epoch'] - 1:03}.safetensors"
+    path = Path(run.model_path or "model") / run_name / file
+    save_weights_file(path, info, best.model.state_dict())
