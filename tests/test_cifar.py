@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pooch
+import platformdirs
 import pytest
 
 from vitrail.data import cifar, download
@@ -55,7 +55,7 @@ def batch(file: str, classes: int, key: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     """Tiny official files; their checksums are made the official ones. No mirrors, empty cache."""
-    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda _: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     official = {}
     for name, archive in cifar.ARCHIVES.items():
@@ -197,8 +197,8 @@ def test_reads_files_pickled_again_and_says_so(
     assert np.array_equal(images.raw_BCHW.numpy(), raw_BCHW)
     assert images.labels_B.tolist() == labels
     assert images.classes[:3] in (("plane", "car", "bird"), ("class 0", "class 1", "class 2"))
-    told = "not the official file (another MD5), but it is used"
-    assert [message.endswith(told) for message in caplog.messages] == [True] * len(caplog.messages)
+    said = "not the official file (its MD5 differs); it is used anyway"
+    assert [message.endswith(said) for message in caplog.messages] == [True] * len(caplog.messages)
     assert len(caplog.messages) == len(archive.test + archive.meta)
 
 
@@ -211,7 +211,7 @@ def test_a_flip_or_a_cut_of_an_official_file_is_damage(
     flipped = sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :]
     for damaged in (flipped, sound[:middle]):
         data_path = in_folder(tmp_path, "cifar-10-batches-py", files | {"data_batch_3": damaged})
-        with pytest.raises(DataError, match=r"/data_batch_3: damaged: wrong checksum, not the "):
+        with pytest.raises(DataError, match=r"/data_batch_3: corrupt: wrong checksum, not the "):
             load_cifar("cifar10", "train", data_path=data_path)
         assert len(load_cifar("cifar10", "test", data_path=data_path)) == 4
 
@@ -239,7 +239,7 @@ DATA = np.zeros((3, 3072), dtype=np.uint8)
 )
 def test_refuses_other_content(content: object, tmp_path: Path) -> None:
     files = {"test_batch": pickle.dumps(content)}
-    with pytest.raises(DataError, match=r"/test_batch: damaged: (it does not hold|not a dict)"):
+    with pytest.raises(DataError, match=r"/test_batch: corrupt: (it does not hold|not a dict)"):
         load_cifar("cifar10", "test", data_path=as_folder(tmp_path, "", files))
 
 

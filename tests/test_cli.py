@@ -273,7 +273,7 @@ def test_data_that_are_missing_damaged_or_hostile_are_refused(
     batch.write_bytes(sound[:-9])
     refused(words, capsys, "data_batch_2")
     batch.write_bytes(b"\x80\x02}q\x01(U" + sound)  # as Python 2 begins, with another checksum
-    refused(words, capsys, "data_batch_2: damaged: wrong checksum")
+    refused(words, capsys, "data_batch_2: corrupt: wrong checksum")
     batch.write_bytes(pickle.dumps({"data": RunsCode(), "labels": []}))
     refused(words, capsys, "data_batch_2", "open")
     assert not (here / "was_run").exists()

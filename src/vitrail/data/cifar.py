@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: found on disk, or downloaded; every file held against its MD5.
+"""CIFAR-10 and CIFAR-100: read from disk or downloaded; every file is checked against its MD5.
 
 Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import platformdirs
 import torch
 
 from vitrail.data.cifar_pickle import load_arrays
@@ -25,19 +26,19 @@ log = logging.getLogger("vitrail")
 CIFAR10_CLASSES = (
     "plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-"""The names the reference system prints, in the order of the labels."""
+"""The names that the reference implementation prints, in the order of the labels."""
 
 PYTHON_2 = re.compile(rb"\x80\x02\}q.\(U", re.DOTALL)
-"""How a dictionary begins that Python 2 pickled, as all official files do; Python 3 writes no U."""
+"""The start of a dictionary pickled by Python 2, like all official files; Python 3 writes no U."""
 
 LARGEST = 500_000_000
-"""No file of the data sets has so many bytes; CIFAR-100's largest has 155 million."""
+"""Limit of a file's size in bytes; the largest, of CIFAR-100, has 155 million."""
 
 Name = Literal["cifar10", "cifar100"]
 
 
 class Part(NamedTuple):
-    """One file of a data set: where it was found, what is in it, and its official MD5."""
+    """One file of a data set: where it was found, its content, and its official MD5."""
 
     where: str
     content: bytes
@@ -109,15 +110,15 @@ ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) -> ImageSet:
     """Return a split of CIFAR-10 or CIFAR-100.
 
-    Looked for are, in this order: the official folder in ``data_path`` (or ``data_path`` itself),
-    the tar.gz in it, both in the user's cache, and the mirrors, which fill the cache.
+    Searched in this order: the official folder in ``data_path`` (or ``data_path`` itself), the
+    tar.gz in it, both in the user's cache, and the mirrors, from which the cache is filled.
 
     Raises:
-        DataError: it is nowhere to be had, is damaged, or would run code.
+        DataError: it cannot be found or downloaded, is corrupt, or would run code.
     """
     archive = ARCHIVES[name]
     files: tuple[str, ...] = getattr(archive, which)
-    parts = read_parts(archive, (*files, *archive.meta), data_path)
+    parts = _read_parts(archive, (*files, *archive.meta), data_path)
     batches = [read_batch(parts[file], archive) for file in files]
     raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])
     labels_B = np.concatenate([labels_B for _, labels_B in batches])
@@ -125,18 +126,16 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
     return ImageSet(torch.from_numpy(raw_BCHW), torch.from_numpy(labels_B), classes)
 
 
-def read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, Part]:
-    """Read files of the data set from the first place that has any of it."""
-    import pooch  # here, as it brings requests, which most who want the class names never need
+def _read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, Part]:
+    """Read files of the data set from the first place that has any of them."""
+    from vitrail.data.download import fetch  # here, since it loads requests
 
-    from vitrail.data.download import fetch
-
-    cache = Path(pooch.os_cache("vitrail"))
+    cache = platformdirs.user_cache_path("vitrail")
     for place in (data_path, cache):
         for folder in (place / archive.folder, place):
             if any((folder / file).is_file() for file in archive.md5):
-                for file in archive.test:  # needed at the end of a run: missed at its beginning
-                    require_file(folder / file)
+                for file in archive.test:  # needed at the end of a run: report it at the start
+                    _require_file(folder / file)
                 return {file: read_part(folder / file, archive) for file in files}
         if (place / archive.tar).is_file():
             return read_members(archive, place / archive.tar, files)
@@ -150,21 +149,21 @@ def read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[
     return read_members(archive, tar, files)
 
 
-def require_file(path: Path) -> None:
+def _require_file(path: Path) -> None:
     """Refuse an official folder without this file."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; put the official file there, or move the folder away to have "
-            "all of it downloaded"
+            f"{path}: no such file; put the official file there, or move the folder away to "
+            "download the data set again"
         )
 
 
 def read_part(path: Path, archive: Archive) -> Part:
     """Read one file of the official folder."""
-    require_file(path)
+    _require_file(path)
     try:
         if path.stat().st_size > LARGEST:
-            raise DataError(f"{path}: larger than {LARGEST:,} bytes: not a file of the data set")
+            raise DataError(f"{path}: larger than {LARGEST:,} bytes: not a file of this data set")
         return Part(str(path), path.read_bytes(), archive.md5[path.name])
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
@@ -177,7 +176,7 @@ def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str,
     if file_md5(tar) != archive.tar_md5:
         raise DataError(
             f"{tar}: wrong checksum: not the official archive (MD5 {archive.tar_md5}); delete it "
-            f"to have it downloaded again, or unpack it as {archive.folder} to use it all the same"
+            f"to download it again, or unpack it as {archive.folder} to use it anyway"
         )
     wanted = {f"{archive.folder}/{file}": file for file in files}
     parts = {}
@@ -185,15 +184,15 @@ def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str,
         with tarfile.open(tar, "r:gz") as opened:
             for member in opened:
                 file = wanted.get(member.name, "")
-                # Only plain files: a link may point at anything.
+                # Only regular files: a link may point anywhere.
                 stream = opened.extractfile(member) if file and member.isreg() else None
                 if stream is not None and member.size <= LARGEST:
                     parts[file] = Part(f"{tar}: {member.name}", stream.read(), archive.md5[file])
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise DataError(f"{tar}: damaged: {error}") from error
+        raise DataError(f"{tar}: corrupt: {error}") from error
     missing = sorted(set(files) - set(parts))
     if missing:
-        raise DataError(f"{tar}: damaged: no file {archive.folder}/{missing[0]} in it")
+        raise DataError(f"{tar}: corrupt: it has no file {archive.folder}/{missing[0]}")
     return parts
 
 
@@ -205,7 +204,7 @@ def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
     """
     batch = unpickle(part)
     data, labels = (batch.get(key) for key in ("data", archive.label_key))
-    sound = (
+    valid = (
         isinstance(data, np.ndarray)
         and data.dtype == np.uint8
         and data.ndim == 2
@@ -214,9 +213,9 @@ def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
         and len(labels) == len(data) > 0
         and all(type(label) is int and 0 <= label < archive.n_classes for label in labels)
     )
-    if not sound:
+    if not valid:
         raise DataError(
-            f"{part.where}: damaged: it does not hold images of 3,072 bytes, each with a label "
+            f"{part.where}: corrupt: it does not hold images of 3,072 bytes, each with a label "
             f"from 0 to {archive.n_classes - 1}"
         )
     return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)  # type: ignore[union-attr]
@@ -230,29 +229,29 @@ def read_class_names(part: Part, archive: Archive) -> tuple[str, ...]:
         and len(names) == archive.n_classes
         and all(isinstance(name, str | bytes) for name in names)
     ):
-        raise DataError(f"{part.where}: damaged: no {archive.n_classes} class names")
-    return tuple(map(as_text, names))
+        raise DataError(f"{part.where}: corrupt: it does not hold {archive.n_classes} class names")
+    return tuple(map(_as_text, names))
 
 
 def unpickle(part: Part) -> dict[str, Any]:
-    """Return what a file holds, if it is the official one or sound all the same.
+    """Return the content of a file that is the official one, or valid and pickled again.
 
-    Another MD5 on a file that Python 2 wrote is damage: the official files are the ones it wrote.
-    One that Python 3 wrote was made on purpose, by pickling the data again; a warning tells.
+    A file pickled by Python 2 with another MD5 is corrupt, since the official files are those.
+    One pickled by Python 3 was made on purpose; it is used with a warning.
     """
     if hashlib.md5(part.content, usedforsecurity=False).hexdigest() != part.md5:
         if PYTHON_2.match(part.content):
             raise DataError(
-                f"{part.where}: damaged: wrong checksum, not the official MD5 {part.md5}; delete "
-                "the data to have them downloaded again, or pickle them with Python 3 to use them"
+                f"{part.where}: corrupt: wrong checksum, not the official MD5 {part.md5}; delete "
+                "the data set to download it again, or pickle the file with Python 3 to use it"
             )
-        log.warning("%s: not the official file (another MD5), but it is used", part.where)
+        log.warning("%s: not the official file (its MD5 differs); it is used anyway", part.where)
     batch = load_arrays(part.content, part.where)
     if not isinstance(batch, dict):
-        raise DataError(f"{part.where}: damaged: not a dictionary of arrays")
-    return {as_text(key): value for key, value in batch.items()}
+        raise DataError(f"{part.where}: corrupt: not a dictionary of arrays")
+    return {_as_text(key): value for key, value in batch.items()}
 
 
-def as_text(name: object) -> str:
+def _as_text(name: object) -> str:
     """Return a name that was pickled as text or as bytes."""
     return name.decode("latin1") if isinstance(name, bytes) else str(name)

@@ -1,4 +1,4 @@
-"""One file from the first of several mirrors that has it whole."""
+"""Download of one file from the first of several mirrors that works, resuming partial files."""
 
 import hashlib
 import queue
@@ -13,17 +13,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from vitrail.errors import DataError, OutputError
 
 ANSWER_SECONDS, READ_SECONDS = 3.5, 20.0
-"""How long a mirror may take to answer, and to send the next bytes."""
+"""Timeouts of a mirror's first answer, and of the next bytes."""
 BLOCK = 1 << 20
 
 
 def fetch(urls: Sequence[str], target: Path, *, md5: str) -> Path:
-    """Download a file, checked against its MD5, going on with what an earlier try left.
+    """Download a file and check its MD5, resuming an earlier attempt.
 
-    The bytes so far lie in ``target.part``; each mirror is asked for the rest.
+    The bytes received so far are in ``target.part``; each mirror is asked for the rest.
 
     Raises:
-        DataError: no mirror could give the file, with what was tried.
+        DataError: every mirror failed; the message lists them with the reasons.
         OutputError: it cannot be written.
     """
     partial = target.with_name(target.name + ".part")
@@ -34,7 +34,7 @@ def fetch(urls: Sequence[str], target: Path, *, md5: str) -> Path:
             try:
                 receive(url, partial)
             except requests.RequestException as error:
-                problems.append(f"{url} ({describe(error)})")
+                problems.append(f"{url} ({_describe(error)})")
                 continue
             if file_md5(partial) == md5:
                 return partial.replace(target)
@@ -46,17 +46,17 @@ def fetch(urls: Sequence[str], target: Path, *, md5: str) -> Path:
 
 
 def receive(url: str, partial: Path) -> None:
-    """Append to ``partial`` what it lacks of the file at ``url``."""
+    """Append the missing bytes of the file at ``url`` to ``partial``."""
     have = partial.stat().st_size if partial.exists() else 0
-    with ask(url, start=have) as answer:
+    with _ask(url, start=have) as answer:
         if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # nothing is lacking; the checksum will tell
+            return  # complete, or the checksum will differ
         answer.raise_for_status()
         resumed = answer.status_code == requests.codes.partial_content
         have = have if resumed else 0
         length = answer.headers.get("Content-Length", "")
         total = have + int(length) if length.isdigit() else None
-        with partial.open("ab" if resumed else "wb") as file, progress_bar(url) as progress:
+        with partial.open("ab" if resumed else "wb") as file, _progress_bar(url) as progress:
             task = progress.add_task(partial.stem, total=total, completed=have)
             for block in answer.iter_content(BLOCK):
                 file.write(block)
@@ -65,14 +65,14 @@ def receive(url: str, partial: Path) -> None:
         raise requests.exceptions.ChunkedEncodingError
 
 
-def ask(url: str, *, start: int) -> requests.Response:
-    """Return the head of a mirror's answer, the file from byte ``start`` on to follow.
+def _ask(url: str, *, start: int) -> requests.Response:
+    """Return a mirror's response to a request for the file from byte ``start`` on.
 
-    A name server that is silent, or many addresses that are, take longer than any timeout of
-    requests: so it asks in a thread, which is left to itself when the time is over.
+    An unresponsive name server, or several unresponsive addresses, can exceed the timeouts of
+    requests: so the request runs in a thread, which is abandoned after ANSWER_SECONDS.
 
     Raises:
-        requests.RequestException: there is no answer in time, or none at all.
+        requests.RequestException: there is no answer in time, or no connection.
     """
     answers: queue.SimpleQueue[requests.Response | requests.RequestException] = queue.SimpleQueue()
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -94,8 +94,8 @@ def ask(url: str, *, start: int) -> requests.Response:
     return answer
 
 
-def progress_bar(url: str) -> Progress:
-    """Return a bar on standard error; where that is no terminal, one line says what comes."""
+def _progress_bar(url: str) -> Progress:
+    """Return a progress bar on standard error; print one line instead if it is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         console.print(f"downloading {url}", markup=False, highlight=False, soft_wrap=True)
@@ -114,8 +114,8 @@ def file_md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def describe(error: requests.RequestException) -> str:
-    """Return in a few words why a mirror failed."""
+def _describe(error: requests.RequestException) -> str:
+    """Return a short reason why a mirror failed."""
     if error.response is not None:
         return f"answered {error.response.status_code}"
     if isinstance(error, requests.Timeout):
