@@ -188,7 +188,7 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
         (["--pool", "max"], ["cls", "mean"]),
         (["--patch_size", "5"], ["image_size 32 is not a multiple of patch_size 5"]),
         (["--n_attention_heads", "3"], ["embed_dim 64 is not a multiple", "3"]),
-        (["--warmup_epochs", "9"], ["warmup_epochs 9", "leaves nothing of"]),
+        (["--warmup_epochs", "9"], ["warmup_epochs is 9", "training has"]),
         (["--n_classes", "7"], ["n_classes is 7", "10 classes"]),
         (["--dataset", "folder", "--data_path", "nowhere"], ["nowhere: no such folder"]),
         (["--output_path", "file/in/the/way"], ["file/in/the/way", "cannot be created"]),
@@ -443,8 +443,8 @@ def test_what_others_call_a_flag_is_understood(
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ("train --config settings.yaml", "YAML is not read: give a TOML file"),
-        ("train --stop_at_accuracy 90", "give a fraction of 1, e.g. 0.9"),
+        ("train --config settings.yaml", "YAML is not supported: give a TOML file"),
+        ("train --stop_at_accuracy 90", "give a fraction, e.g. 0.9"),
         ("train --num_workers -1", "num_workers is -1"),
         ("test --batch_size 0", "batch_size is 0"),
         ("test --batch_size -1", "batch_size is -1"),

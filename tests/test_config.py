@@ -66,7 +66,7 @@ def test_toml_goes_over_a_preset_with_and_without_sections(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("epoch = 3", "did you mean 'epochs'"), ("epochs = ", "not TOML")]
+    ("text", "words"), [("epoch = 3", "did you mean 'epochs'"), ("epochs = ", "invalid TOML")]
 )
 def test_wrong_toml_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.toml"
@@ -91,7 +91,7 @@ def test_impossible_training_is_refused(changes: dict[str, Any], words: str) -> 
         TrainingConfig(**changes)
 
 
-def test_seed_preset_is_the_references_recipe() -> None:
+def test_the_reference_preset_is_the_references_recipe() -> None:
     flat = get_preset("reference").flat()
     expected = {
         "batch_size": 128, "learning_rate": 5e-4, "epochs": 200, "image_size": 32, "n_channels": 3,

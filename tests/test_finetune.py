@@ -227,7 +227,7 @@ def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
         ("--new_head", "new_head needs weights to start from: give --init"),
         ("--freeze_backbone", "freeze_backbone needs weights"),
         ("--init timm.safetensors --n_attention_heads 3 --freeze_backbone --layer_decay 0.5",
-         "layer_decay 0.5 has no block to act on"),
+         "layer_decay 0.5 has no effect with freeze_backbone"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(

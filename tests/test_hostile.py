@@ -160,10 +160,11 @@ def test_a_file_of_a_data_set_has_a_largest_size(tmp_path: Path) -> None:
         "std = [0.5, nan, 0.5]",
         "n_layers = 10_000_000_000",
         'data_path = "\\u0000"',
+        ".".join(["a"] * 9_900) + " = 1",
         ".".join(["a"] * 30_000) + " = 1",
         'folder_name = ".."',
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_toml_that_was_a_traceback_or_a_hang(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"

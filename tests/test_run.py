@@ -224,7 +224,7 @@ def test_events_tell_each_epoch_once(tiny_run: Config, tmp_path: Path) -> None:
 def test_another_number_of_classes_than_the_data_have_is_refused(
     tiny_run: Config, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="n_classes is 7, but the data have 10"):
+    with pytest.raises(ConfigError, match="n_classes is 7, but the dataset has 10"):
         Run.start(from_json({"model": {"n_classes": 7}}, tiny_run), tmp_path)
 
 

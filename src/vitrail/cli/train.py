@@ -16,7 +16,7 @@ from rich.text import Text
 from vitrail.cli import STARTED, exit_code
 from vitrail.cli.console import count, err, number_table, out, say, tell
 from vitrail.cli.parsing import parse, parse_known
-from vitrail.config.files import MOVABLE, from_json, read_json, toml_sections
+from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.errors import (
@@ -155,9 +155,9 @@ def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
     """Refuse flags that cannot be changed with --resume."""
     before, after = old.flat(), new.flat()
     changed = [f"--{name}" for name in before if before[name] != after[name]]
-    refused = [flag for flag in changed if flag.removeprefix("--") not in MOVABLE]
+    refused = [flag for flag in changed if flag.removeprefix("--") not in RESUME_OVERRIDES]
     if refused:
-        allowed = ", ".join(f"--{name}" for name in MOVABLE)
+        allowed = ", ".join(f"--{name}" for name in RESUME_OVERRIDES)
         raise ConfigError(
             f"--resume keeps the run's settings: leave out {', '.join(refused)} (only {allowed} "
             f"may change), or start another run from its weights with --init {folder}"

@@ -1,1 +1,1 @@
-"""Every setting, recipes by name, and their files."""
+"""All settings, presets, and their files."""

@@ -1,6 +1,6 @@
-"""Values of a dataclass's fields, checked against their declared types and converted to them.
+"""Check the values of a dataclass's fields against their declared types, and convert them.
 
-One rule for settings from Python, from flags, from JSON and from TOML.
+The same rules hold for settings from Python, flags, JSON and TOML.
 """
 
 import os
@@ -13,10 +13,10 @@ from vitrail.errors import ConfigError
 
 
 class Checked:
-    """Base of a frozen dataclass whose values have the declared types, however it is built.
+    """Base of a frozen dataclass that checks its values whenever it is built.
 
     Raises:
-        ConfigError: a value is of another type, or none of the choices.
+        ConfigError: a value has the wrong type or is not one of the choices.
     """
 
     def __post_init__(self) -> None:
@@ -25,26 +25,26 @@ class Checked:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value as the type that a field declares.
+    """Return the value converted to the declared type ``hint`` of the field ``name``.
 
     Raises:
-        ConfigError: it is of another type, or none of the choices.
+        ConfigError: it has the wrong type or is not one of the choices.
     """
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
-        raise ConfigError(f"{name} is a number of more than 63 bits: give a smaller one")
-    if isinstance(value, str) and not is_file_text(value):
-        raise ConfigError(f"{name} is {value!r:.60}: it contains what no file name can")
+        raise ConfigError(f"{name} has more than 63 bits: give a smaller number")
+    if isinstance(value, str) and not _is_file_text(value):
+        raise ConfigError(f"{name} is {value!r:.60}: it contains characters that no file name can")
     for option in options:
-        found, converted = as_type(name, value, option)
+        found, converted = _as_type(name, value, option)
         if found:
             return converted
-    wanted = " or ".join(describe(option) for option in options)
+    wanted = " or ".join(_describe(option) for option in options)
     raise ConfigError(f"{name} is {shown(value)}: give {wanted}")
 
 
-def as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
-    """Return whether a value is of one type, and if so, the value as this type."""
+def _as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
+    """Return whether a value has this type, and if so, the value converted to it."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if get_origin(option) is Literal:
         return isinstance(value, str) and value in get_args(option), value
@@ -67,12 +67,12 @@ def as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with a leading ``~`` replaced by the home folder, where there is one."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises where there is none)
+    """Return a path with a leading ``~`` replaced by the home folder, if there is one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib raises if there is none)
 
 
-def is_file_text(text: str) -> bool:
-    """Tell whether the system takes a text as (a part of) a file's name."""
+def _is_file_text(text: str) -> bool:
+    """Return whether the system accepts a text as (part of) a file name."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -80,15 +80,15 @@ def is_file_text(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of what a value looks like."""
+    """Return a value's repr, shortened, for a message."""
     try:
         return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # a number too long, too many brackets
+    except (ValueError, RecursionError):  # too long a number, too many brackets
         return f"a {type(value).__name__} that is too large"
 
 
-def describe(option: Any) -> str:
-    """Name a type as a user would."""
+def _describe(option: Any) -> str:
+    """Describe a type to a user."""
     if get_origin(option) is Literal:
         return ", ".join(map(repr, get_args(option)))
     if get_origin(option) is tuple:

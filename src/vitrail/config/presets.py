@@ -1,7 +1,4 @@
-"""Whole configurations by name.
-
-Each says what it is for, how long it takes, what accuracy to expect, and where that was measured.
-"""
+"""Presets: complete configurations by name, each with its purpose, duration and accuracy."""
 
 from dataclasses import dataclass, replace
 
@@ -18,15 +15,15 @@ from vitrail.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Preset:
-    """A configuration and what to expect of it."""
+    """A configuration and what to expect from it."""
 
     config: Config
     summary: str
     expect: str
 
 
-def reference_recipe(n_layers: int) -> Config:
-    """Return the reference system's recipe: model, data, augmentation and optimizer as it has them.
+def _reference(n_layers: int) -> Config:
+    """Return the recipe of the reference implementation: model, data, augmentation, optimizer.
 
     Source: https://github.com/nick8592/ViT-Classification-CIFAR10, train.py.
     """
@@ -39,8 +36,8 @@ def reference_recipe(n_layers: int) -> Config:
     )
 
 
-def quick_recipe() -> Config:
-    """Return a small model for the drawn shapes, good after two minutes on two CPU cores."""
+def _quick() -> Config:
+    """Return a small model for the shapes dataset: trained in two minutes on two CPU cores."""
     return Config(
         model=ModelConfig(
             embed_dim=64, n_layers=4, n_attention_heads=4, dropout=0.0, pool="mean", stem="conv",
@@ -55,13 +52,13 @@ def quick_recipe() -> Config:
     )  # fmt: skip
 
 
-def cifar10_recipe(
+def _cifar10(
     stem_channels: tuple[int, ...], embed_dim: int, n_layers: int, epochs: int, *, batch_size: int
 ) -> Config:
-    """Return a stem of white patches and convolutions, rotary positions, mean pooling, Muon.
+    """Return a model with convolutional stem, rotary positions and mean pooling, and Muon.
 
-    What learns fastest on CIFAR-10 (docs/log.md): patches of 8 pixels, as wide tokens are worth
-    more than many; no dropout, crop and flip only.
+    This learned fastest on CIFAR-10 (docs/log.md): patches of 8 pixels, since a few wide tokens
+    are better than many narrow ones; no dropout; only crop and flip.
     """
     return Config(
         model=ModelConfig(
@@ -79,9 +76,9 @@ def cifar10_recipe(
     )  # fmt: skip
 
 
-def small_recipe() -> Config:
-    """Return a wider stem for dozens of epochs, with augmentation against learning by heart."""
-    recipe = cifar10_recipe((128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
+def _small() -> Config:
+    """Return a recipe for dozens of epochs: a wider stem, and more augmentation."""
+    recipe = _cifar10((128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
     return replace(
         recipe,
         augment=AugmentConfig(
@@ -90,9 +87,9 @@ def small_recipe() -> Config:
     )
 
 
-def base_recipe() -> Config:
-    """Return a larger model, with the augmentation that hundreds of epochs on a GPU need."""
-    recipe = cifar10_recipe((128, 256), embed_dim=256, n_layers=8, epochs=300, batch_size=512)
+def _base() -> Config:
+    """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
+    recipe = _cifar10((128, 256), embed_dim=256, n_layers=8, epochs=300, batch_size=512)
     return replace(
         recipe,
         model=replace(recipe.model, patch_size=4, drop_path=0.1),
@@ -109,43 +106,43 @@ def base_recipe() -> Config:
 
 PRESETS = {
     "quick": Preset(
-        quick_recipe(),
-        "drawn shapes, a small model: see everything work",
-        "2 to 4 minutes on a laptop, 99.1 % on shapes (records/quick)",
+        _quick(),
+        "generated shapes, a small model: try out all commands",
+        "2 to 4 minutes on a laptop: 99.1% on shapes (records/quick)",
     ),
     "fast": Preset(
-        cifar10_recipe((64, 128, 192), embed_dim=192, n_layers=2, epochs=3, batch_size=256),
-        "CIFAR-10, the shortest way past the reference's 78.31 %",
-        "100 seconds on two AVX-512 cores, 4.5 minutes without: 81.7 % (records/fast)",
+        _cifar10((64, 128, 192), embed_dim=192, n_layers=2, epochs=3, batch_size=256),
+        "CIFAR-10, the fastest way past the reference's 78.31%",
+        "100 seconds on two AVX-512 cores, 4.5 minutes without: 81.7% (records/fast)",
     ),
     "small": Preset(
-        small_recipe(),
-        "CIFAR-10, the most accuracy within 90 minutes of 2 CPU cores",
-        "72 minutes on two AVX-512 cores: 90.3 % (records/small)",
+        _small(),
+        "CIFAR-10, the best accuracy within 90 minutes on two CPU cores",
+        "72 minutes on two AVX-512 cores: 90.3% (records/small)",
     ),
     "base": Preset(
-        base_recipe(),
-        "CIFAR-10, for ten minutes of a large GPU",
-        "not measured: no GPU was at hand",
+        _base(),
+        "CIFAR-10, for ten minutes on a large GPU",
+        "not measured (no GPU was available)",
     ),
     "reference": Preset(
-        reference_recipe(n_layers=6),
-        "the reference system's recipe, 6 layers, CIFAR-10",
-        "200 epochs: published 78.31 %; --epochs 10: 62.0 % (records/reference-10-epochs)",
+        _reference(n_layers=6),
+        "the reference implementation's recipe, 6 layers, CIFAR-10",
+        "200 epochs: published 78.31%; --epochs 10: 62.0% (records/reference-10-epochs)",
     ),
     "reference12": Preset(
-        reference_recipe(n_layers=12),
-        "the reference system's recipe, 12 layers, CIFAR-10",
-        "200 epochs: published 82.04 %",
+        _reference(n_layers=12),
+        "the reference implementation's recipe, 12 layers, CIFAR-10",
+        "200 epochs: published 82.04%",
     ),
 }
 
 
 def get_preset(name: str) -> Config:
-    """Return the configuration of this name.
+    """Return the preset with this name.
 
     Raises:
-        ConfigError: there is none of this name; the nearest is offered.
+        ConfigError: there is none; the message suggests the nearest name.
     """
     if name not in PRESETS:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen dataclasses: a field is a flag is a key of the run's JSON.
+"""All settings of a run, as frozen dataclasses: each field is also a flag and a key in JSON.
 
-The names are the reference system's where it has the setting, the field's usual terms otherwise.
-A combination that cannot work is refused when it is built, with the remedy.
+The names are those of the reference implementation where it has the setting, and the usual terms
+otherwise. Combinations that cannot work raise ConfigError, with the remedy, when they are built.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from vitrail.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
 LARGEST = 1e38
-"""No value of a pixel is larger (it is nearly the largest of 32 bits)."""
+"""Largest value of a pixel (nearly the largest in float32)."""
 LIMIT = 1e9
-"""No setting but the seed is larger; settings come from strangers, too."""
+"""Largest value of any setting but the seed; settings can come from untrusted files."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,7 +26,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_range(config: object, names: str, low: float, high: float = LIMIT) -> None:
-    """Refuse any of these fields that is given and is not from ``low`` to ``high``."""
+    """Raise ConfigError if one of these fields is neither None nor from ``low`` to ``high``."""
     wanted = f"at least {low:g}" if high == LIMIT else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
@@ -35,18 +35,18 @@ def require_range(config: object, names: str, low: float, high: float = LIMIT) -
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The Vision Transformer."""
+    """The model."""
 
     image_size: int | tuple[int, int] = 32
     """Side of the image in pixels, or its height and width."""
     n_channels: int = 3
-    """3 for colour, 1 for gray."""
+    """3 for color, 1 for grayscale."""
     n_classes: int = 0
-    """Number of classes; 0 takes as many as the data have."""
+    """Number of classes; 0 for that of the dataset."""
     patch_size: int = 4
     """Side of one square patch in pixels."""
     embed_dim: int = 128
-    """Width of a token."""
+    """Width of a token vector."""
     n_layers: int = 6
     """Number of transformer blocks."""
     n_attention_heads: int = 4
@@ -56,32 +56,33 @@ class ModelConfig(Checked):
     dropout: float = 0.1
     """Dropout probability after the embedding, the attention and the MLP."""
     drop_path: float = 0.0
-    """Stochastic depth: probability of skipping a branch, from 0 in the first block to this."""
+    """Stochastic depth: probability of skipping a branch, rising from 0 in the first block to this
+    in the last."""
     pool: Literal["cls", "mean"] = "cls"
-    """What the head reads: a class token, or the mean of the patch tokens."""
+    """Input of the head: the class token, or the mean of the patch tokens."""
     class_token: bool | None = None
-    """An extra token that stands for no patch: there if the head reads it, unless given."""
+    """Prepend a class token. Default: only with pool cls."""
     stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: one strided convolution, or white patches and convolutions."""
+    """Patch embedding: one strided convolution, or whitened patches and convolutions."""
     stem_channels: tuple[int, ...] = ()
-    """Widths of stem conv's 3x3 convolutions: the last one embed_dim wide, unless given."""
+    """Widths of the 3x3 convolutions of stem conv. Default: doubling up to embed_dim."""
     position: Literal["learned", "sincos", "rope"] = "learned"
-    """Positions: a learned table, fixed sines and cosines, or rotary in every attention."""
+    """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block)."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Classifier: Linear, Tanh, Linear as the reference, or one Linear."""
+    """Classifier: Linear, Tanh, Linear (as in the reference), or one Linear."""
     fc_norm: bool = False
-    """With pool mean, normalise the mean instead of every token before it."""
+    """With pool mean, apply the last LayerNorm to the mean instead of to every token."""
     hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
-    """The MLP's GELU: exact, or by the tanh formula, as Google's weights want it."""
+    """GELU in the MLP: exact, or its tanh approximation (for Google's weights)."""
     layer_norm_eps: float = 1e-5
-    """What every LayerNorm adds to the variance: timm's and Google's weights want 1e-6."""
+    """Epsilon of every LayerNorm (1e-6 for weights of timm and Google)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
         require_range(self, "n_classes forward_mul", 0)
         require_range(self, "dropout drop_path", 0, 0.999)
-        require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (colour) or 1")
+        require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (color) or 1")
         for side in self.image_hw:
             require(
                 side >= 1 and side % self.patch_size == 0,
@@ -94,8 +95,8 @@ class ModelConfig(Checked):
         require(self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}: above 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),
-            "pool cls reads a class token and norms it alone: leave out class_token and fc_norm, "
-            "or take pool mean",
+            "pool cls needs the class token and has no fc_norm: leave out class_token and fc_norm, "
+            "or give pool mean",
         )
         self._check_widths()
 
@@ -108,7 +109,7 @@ class ModelConfig(Checked):
         )
         require(
             self.hidden_dim >= 1,
-            f"forward_mul {self.forward_mul} leaves the MLP no hidden unit: raise it",
+            f"forward_mul {self.forward_mul} gives the MLP no hidden units: raise it",
         )
         if self.position == "rope":
             require(
@@ -127,11 +128,12 @@ class ModelConfig(Checked):
             require(
                 self.patch_size in (2, 4, 8, 16),
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
-                "must be 2, 4, 8 or 16, or take stem patch",
+                "must be 2, 4, 8 or 16, or give stem patch",
             )
             require(
                 min(self.image_hw) >= 4,
-                f"image_size {self.image_size}: stem conv needs 4 pixels, or take stem patch",
+                f"image_size {self.image_size}: stem conv needs 4 pixels or more: enlarge it, or "
+                "give stem patch",
             )
             least = max(1, self.patch_size.bit_length() - 2)
             require(
@@ -140,11 +142,13 @@ class ModelConfig(Checked):
                 f"{self.patch_size}: give at least {least} widths",
             )
         else:
-            require(not self.stem_channels, "stem_channels are of stem conv: give --stem conv")
+            require(
+                not self.stem_channels, "stem_channels apply to stem conv only: give --stem conv"
+            )
 
     @property
     def has_class_token(self) -> bool:
-        """Whether token 0 is a class token and the patches follow."""
+        """Whether token 0 is a class token, followed by the patches."""
         return self.pool == "cls" if self.class_token is None else self.class_token
 
     @property
@@ -156,13 +160,13 @@ class ModelConfig(Checked):
 
     @property
     def grid_GJ(self) -> tuple[int, int]:
-        """Patch rows and patch columns."""
+        """Number of patch rows and patch columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def stem_widths(self) -> tuple[int, ...]:
-        """Widths of stem conv's convolutions: halved at each step back from embed_dim."""
+        """Widths of the convolutions of stem conv. Default: doubling up to embed_dim."""
         convolutions = max(1, self.patch_size.bit_length() - 2)
         halved = (self.embed_dim // 2**step or 1 for step in reversed(range(convolutions)))
         return self.stem_channels or tuple(halved)
@@ -175,35 +179,36 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """The data."""
+    """The dataset."""
 
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
-    """shapes is drawn on the spot; folder is class-named folders of pictures under data_path."""
+    """shapes is generated on the fly; folder: one subfolder of images per class in data_path."""
     data_path: Path = Path("data")
-    """Where the data are, or are downloaded to."""
+    """Folder of the dataset; CIFAR is downloaded to it."""
     validation_images: int | None = None
-    """Training images kept back, stratified, always the same: a tenth unless given, 0 for none."""
+    """Training images held out for validation (stratified, always the same). 0 for none.
+    Default: 10%."""
     num_train_images: int | None = None
-    """Train on the first so many training images only."""
+    """Use only the first N training images."""
     num_test_images: int | None = None
-    """Test on the first so many test images only."""
+    """Use only the first N test images."""
     num_workers: int = 2
-    """Threads that decode picture files; 0 decodes one at a time, like 1."""
+    """Number of threads that decode image files; 0 is the same as 1."""
     fit: Literal["crop", "pad", "squash"] = "crop"
-    """Fit pictures of another shape by cropping, by padding with black, or by stretching."""
+    """How to fit images whose shape differs from the model's: crop, pad with black, or stretch."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] = (
         "bilinear"
     )
-    """Filter that resizes pictures. All but nearest are antialiased."""
+    """Filter for resizing images. All but nearest are antialiased."""
     crop_pct: float = 1.0
-    """Share of each side that is kept around the center: 0.875 for 224 of 256 pixels."""
+    """Fraction of each side to keep around the center, e.g. 0.875 for 224 of 256 pixels."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per-channel mean taken off, pixels counted 0 to 1."""
+    """Per-channel mean to subtract, with pixels scaled to 0..1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per-channel standard deviation divided by."""
+    """Per-channel standard deviation to divide by."""
     pixel_range: tuple[float, float] | None = None
-    """Values of black and white in 16-bit and floating-point pictures. Default: from all pictures
-    of the data set, see the log."""
+    """Values of black and white in 16-bit and floating-point images. Default: derived from all
+    images of the dataset and logged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,11 +218,11 @@ class DataConfig(Checked):
         require_range(self, "crop_pct", 0.01, 1)
         require(
             self.fit != "pad" or self.crop_pct == 1,
-            f"crop_pct {self.crop_pct:g} cuts off what fit pad would add: leave one out",
+            f"crop_pct {self.crop_pct:g} crops what fit pad would add: leave one out",
         )
 
     def _check_pixels(self) -> None:
-        """Refuse a mean, std or range of pixels that cannot be meant."""
+        """Check mean, std and pixel_range, e.g. for values on the scale 0..255."""
         hint = "pixels are scaled to 0..1: divide by 255"
         for name, values, low in (("mean", self.mean, -1.0), ("std", self.std, 1e-6)):
             most = max(map(abs, values))
@@ -234,7 +239,7 @@ class DataConfig(Checked):
 
 
 class Preparation(TypedDict, total=False):
-    """The settings of the data by which any picture becomes what the model reads."""
+    """The settings in DataConfig that define how an image becomes the model's input."""
 
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
@@ -249,22 +254,22 @@ PREPARATION = tuple(Preparation.__annotations__)
 
 @dataclass(frozen=True)
 class AugmentConfig(Checked):
-    """What is done to training images."""
+    """Data augmentation."""
 
     crop_padding: int = 4
-    """Random crop after padding by so many black pixels; 0 for none."""
+    """Random crop after padding with N black pixels on each side; 0 for none."""
     flip: bool = True
-    """Mirror left-right with probability one half."""
+    """Random horizontal flip."""
     randaugment_ops: int = 0
-    """RandAugment operations on each image; 0 for none."""
+    """RandAugment operations per image; 0 for none."""
     randaugment_magnitude: int = 9
-    """RandAugment's strength, 0 to 30."""
+    """RandAugment magnitude, 0 to 30."""
     random_erasing: float = 0.0
     """Probability of erasing a random rectangle."""
     mixup: float = 0.0
-    """Mixup's Beta parameter; 0 for none."""
+    """Parameter alpha of mixup; 0 for none."""
     cutmix: float = 0.0
-    """CutMix's Beta parameter; 0 for none; with mixup too, each batch takes one of the two."""
+    """Parameter alpha of CutMix; 0 for none. With mixup, each batch uses one of the two."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,52 +280,54 @@ class AugmentConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
-    """How the weights are learnt."""
+    """Training."""
 
     batch_size: int = 128
-    """Images in one update."""
+    """Images per update."""
     epochs: int = 200
-    """Passes over the training images."""
+    """Passes over the training set."""
     learning_rate: float = 5e-4
-    """Highest learning rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup_epochs: float | None = None
-    """Epochs in which the learning rate rises: a twentieth of them unless given, 0 for none."""
+    """Epochs of linear learning-rate warm-up; 0 for none. Default: 5% of the epochs."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Learning-rate decay after the warm-up."""
     minimum_learning_rate: float = 1e-5
-    """Learning rate at the end."""
+    """Final learning rate."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """Change the learning rate at every update, or once an epoch as the reference does."""
+    """Change the learning rate at every update, or once per epoch (as in the reference)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the matrices of the blocks and the stem with Muon, the rest with AdamW."""
+    """muon: Muon for the weight matrices of the blocks and the stem, AdamW for the rest."""
     muon_learning_rate: float = 0.02
-    """Highest learning rate of Muon for the blocks; the stem's kernels get five times as much."""
+    """Peak learning rate of Muon for the blocks; five times as high for the kernels of the stem."""
     weight_decay: float = 1e-3
     """Decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
-    """What decays: weight matrices, or everything as the reference does."""
+    """Apply weight decay to weight matrices only, or to all weights (as in the reference)."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Label smoothing: fraction of the target spread evenly over all classes."""
     clip_norm: float = 0.0
-    """Largest norm of the whole gradient; 0 for no clipping."""
+    """Maximum norm of the gradient; 0 for no clipping."""
     accumulate: int = 1
-    """Parts a batch is cut into, one backward pass each, to save memory."""
+    """Split each batch into N parts and accumulate their gradients, to save memory."""
     ema_decay: float = 0.0
-    """Test and save a moving average of the weights with this decay per update; 0 for none. After
-    n updates the decay is at most (1 + n) / (10 + n), so that short runs are averaged, too."""
+    """Evaluate and save an exponential moving average of the weights, with this decay per update;
+    0 for none. After n updates the decay is at most (1 + n) / (10 + n), for short runs."""
     init: str = ""
-    """Weights to start from: whatever a model can be named by; at random unless given."""
+    """Pretrained weights: a run folder, file, bundled model or hf:OWNER/NAME. Default: random
+    initialization."""
     new_head: bool = False
-    """Start from init without its head, for other classes."""
+    """Replace the head of init by a new one, for other classes."""
     freeze_backbone: bool = False
-    """Train the head alone. Everything else stays as in init, batch norm's statistics included, and
-    computes as in evaluation, without dropout."""
+    """Train the head only. The rest stays in evaluation mode: no dropout, and batch-norm statistics
+    are not updated."""
     layer_decay: float = 1.0
-    """Learning rate of each block as a share of the next one's; 1 for all alike."""
+    """Learning rate of each block as a fraction of the next block's; 1 for equal rates."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the products, Muon's included: auto takes bfloat16 where it is native."""
+    """Number format of matrix products, including Muon's. auto: bfloat16 where the hardware
+    supports it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: a minute at the start, faster steps after. auto: on CUDA, for long runs."""
+    """torch.compile: a minute at the start, then faster steps. auto: for long runs on CUDA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,12 +344,11 @@ class TrainingConfig(Checked):
             )
         require(
             not self.freeze_backbone or self.layer_decay == 1,
-            f"layer_decay {self.layer_decay} has no block to act on with freeze_backbone: leave "
-            "one out",
+            f"layer_decay {self.layer_decay} has no effect with freeze_backbone: leave one out",
         )
         require(
             self.warmup < self.epochs,
-            f"warmup_epochs {self.warmup_epochs} leaves nothing of {self.epochs} epochs: "
+            f"warmup_epochs is {self.warmup_epochs}, but training has {self.epochs} epochs: "
             f"give --warmup_epochs {self.epochs / 20:g} or more epochs",
         )
         low, top = self.minimum_learning_rate, self.learning_rate
@@ -361,54 +367,54 @@ class RunConfig(Checked):
     """The run and its folder."""
 
     seed: int = 1234
-    """Everything random is a function of it."""
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes cuda, then mps, then cpu."""
+    """auto: cuda if available, else mps, else cpu."""
     output_path: Path = Path("output")
-    """Folder of the run folders."""
+    """Folder in which run folders are created."""
     folder_name: str = ""
-    """Name of the run folder; unless given, the preset's name, numbered if it is taken."""
+    """Name of the run folder. Default: the name of the preset, numbered if it exists."""
     model_path: Path | None = None
     """Also write the best weights to MODEL_PATH/FOLDER_NAME/MODEL_NAME-EPOCH.safetensors, where
-    EPOCH, counted from 0, is the epoch they are from."""
+    EPOCH, counted from 0, is their epoch."""
     model_name: str = ""
-    """Name of that file; unless given, vit-layerL-SIZE-DATASET."""
+    """Name of that file. Default: vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
-    """Split scored after every epoch. test is for repeating published curves; it picks nothing."""
+    """Split to evaluate after every epoch. test only plots a curve, as published ones; the best
+    epoch is never chosen on it."""
     stop_at_accuracy: float | None = None
-    """Stop after the first epoch whose validation accuracy reaches this, a share of 1."""
+    """Stop after the first epoch whose validation accuracy reaches this fraction, e.g. 0.9."""
     checkpoint_epochs: int = 1
-    """Save a checkpoint every N epochs, at the end, and after each epoch that is the best so far on
-    validation."""
+    """Save a checkpoint every N epochs, at the end, and whenever the validation result improves."""
     keep_checkpoints: int = 1
-    """Newest checkpoints to keep beside the best one; 0 keeps all."""
+    """Number of newest checkpoints to keep in addition to the best one; 0 keeps all."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run folder."""
+    """Write TensorBoard events to the run folder."""
     wandb: bool = False
-    """Log to Weights & Biases as well, by your own installation of wandb and your own account."""
+    """Also log to Weights & Biases (wandb must be installed)."""
     mlflow: bool = False
-    """Log to MLflow as well, by your own installation; MLFLOW_TRACKING_URI says where."""
+    """Also log to MLflow (mlflow must be installed), at MLFLOW_TRACKING_URI."""
     attention_epochs: int = 0
-    """Draw what the model looks at in eight validation images every so many epochs; 0 never."""
+    """Plot attention maps of eight validation images every N epochs; 0 for never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         goal = self.stop_at_accuracy
         require(
             goal is None or 0 <= goal <= 1,
-            f"stop_at_accuracy is {goal}: give a fraction of 1, e.g. 0.9 for 90 %",
+            f"stop_at_accuracy is {goal}: give a fraction, e.g. 0.9 for 90%",
         )
         require_range(self, "checkpoint_epochs", 1)
         require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
             value = getattr(self, name)
             plain = value in ("", Path(value).name) and value != ".."
-            require(plain, f"{name} is {value!r}: give a plain name, no path")
+            require(plain, f"{name} is {value!r}: give a name without folders")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -417,7 +423,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def flat(self) -> dict[str, Any]:
-        """Return all fields in one dictionary; no name is in two sections."""
+        """Return all settings in one dictionary; no two sections share a name."""
         sections = dataclasses.asdict(self)
         return {name: value for section in sections.values() for name, value in section.items()}
 
@@ -425,13 +431,15 @@ class Config:
 def complete_config(
     config: Config, classes: tuple[str, ...], pixel_range: tuple[float, float] | None
 ) -> Config:
-    """Return the settings with what the data turned out to be: their classes, their pixel range.
+    """Return the settings with the number of classes and the pixel range of the loaded dataset.
 
     Raises:
-        ConfigError: another number of classes was asked for.
+        ConfigError: the settings ask for another number of classes.
     """
     asked, there = config.model.n_classes, len(classes)
     if asked not in (0, there):
-        raise ConfigError(f"n_classes is {asked}, but the data have {there} classes: leave it out")
+        raise ConfigError(
+            f"n_classes is {asked}, but the dataset has {there} classes: leave it out"
+        )
     data = config.data if pixel_range is None else replace(config.data, pixel_range=pixel_range)
     return replace(config, model=replace(config.model, n_classes=there), data=data)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
-from vitrail.config.files import MOVABLE
+from vitrail.config.files import RESUME_OVERRIDES
 from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError
 from vitrail.runtime import distributed
@@ -367,7 +367,7 @@ def newest_valid(checkpoints: Path) -> SavedState:
 def _require_same_settings(config: Config, saved: SavedState) -> None:
     """Refuse to resume with other settings than those of the checkpoint."""
     asked, made = config.flat(), saved.info.config.flat()
-    other = [name for name in made if name not in MOVABLE and asked[name] != made[name]]
+    other = [name for name in made if name not in RESUME_OVERRIDES and asked[name] != made[name]]
     other = [name for name in other if (name, asked[name]) != ("n_classes", 0)]
     if other:
         listed = ", ".join(f"{name} {asked[name]!r} (not {made[name]!r})" for name in other)
