@@ -1,4 +1,4 @@
-"""Train as the reference system does: ``python train.py --batch_size 128 --epochs 200``."""
+"""Train as the reference implementation does: ``python train.py --batch_size 128 --epochs 200``."""
 
 import sys
 

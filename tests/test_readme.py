@@ -43,6 +43,25 @@ def test_the_set_up_is_two_commands() -> None:
     assert "pip install -r requirements-dev.txt && pytest" in COMMANDS
 
 
+def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
+    source = ROOT / "src/vitrail"
+    drawn = README.partition("## Map of the files")[2].partition("└── cli/")[0]
+    drawn = re.sub(r"\([^)]*\)", "", drawn.replace("│", " "), flags=re.DOTALL)
+    rooms = re.findall(r"├── (\w+)/([^├]*)", drawn)
+    listed = {(room, word) for room, words in rooms for word in re.split(r"[\s,;:]+|and ", words)}
+    listed = {(room, word.strip("/")) for room, word in listed if word}
+    there = {
+        (path.parent.name, path.name.removesuffix(".py"))
+        for path in source.glob("*/*")
+        if path.parent.name != "cli" and path.name[0] not in "_."
+    }
+    there -= {("weights", "bundled_files")}
+    assert listed ^ there == set()
+    assert {path.name for path in source.iterdir() if path.is_dir()} - {"__pycache__"} == {
+        *(room for room, _ in rooms), "cli",
+    }  # fmt: skip
+
+
 def show_help(words: list[str]) -> None:
     """Ask the command that a line calls for its help, in this process."""
     if words[:2] == ["python", "test.py"]:
