@@ -419,11 +419,11 @@ def test_scores_are_printed_drawn_and_kept(
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "12"]
     assert main([*words, "--method", "rollout,relevance", "--output_path", "s"]) == 0
     shown = capsys.readouterr().out
-    for name in ("rollout", "relevance", "random", "centre"):
+    for name in ("rollout", "relevance", "random", "center"):
         assert name in shown
     scores = json.loads(Path("s/scores.json").read_text())
     assert [each["method"] for each in scores["scores"]] == [
-        "rollout", "relevance", "random", "centre",
+        "rollout", "relevance", "random", "center",
     ]  # fmt: skip
     assert scores["images"] == 12
     assert Path("s/scores.png").stat().st_size > 1000

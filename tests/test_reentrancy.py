@@ -33,7 +33,7 @@ from vitrail.data.images import ImageSet
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError
 from vitrail.evaluation import metrics
-from vitrail.explain import inspection, score
+from vitrail.explain import inspection, map_metrics
 from vitrail.explain.methods import METHODS
 from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
@@ -158,9 +158,9 @@ def evaluates(world: World) -> None:
 
 def scores(world: World) -> None:
     masks_BHW = world.images_BCHW[:, 0] > 0.5
-    score.score_methods(
+    map_metrics.score_methods(
         world.model, world.images_BCHW, masks_BHW, ("attention",),
-        settings=score.ScoreSettings(steps=2),
+        settings=map_metrics.ScoreSettings(steps=2),
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def test_an_error_in_the_middle_leaves_the_process_unchanged(
         (PictureError, lambda w: w.classifier.predict(b"no picture")),
         (ConfigError, lambda w: w.classifier.predict(w.picture, top_k=0)),
         (ConfigError, lambda w: w.classifier.explain(w.picture, layers=(99,))),
-        (DataError, lambda w: score.score_methods(w.model, w.images_BCHW[:3], None)),
+        (DataError, lambda w: map_metrics.score_methods(w.model, w.images_BCHW[:3], None)),
         (DataError, lambda w: inspection.inspect_model(w.model, w.images_BCHW[:3])),
         (CheckpointError, lambda w: metrics.quick_scores(torch.full((2, 3), torch.nan),
                                                          torch.zeros(2, dtype=torch.int64))),

@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
 from vitrail.explain import map_metrics
-from vitrail.explain.map_report import plot_scores, score_table
-from vitrail.explain.score import (
+from vitrail.explain.map_metrics import (
     MEASURES,
     Outcome,
     Score,
     ScoreSettings,
-    centre_maps,
+    center_maps,
     deletion_insertion,
+    estimate_mean,
+    half_width,
     mass_inside,
     pointing_game,
     random_maps,
     score_methods,
-    summarise,
+    significantly_above_zero,
+    summarize,
+    t_quantile,
 )
-from vitrail.explain.statistics import estimate_mean, half_width, surely_above_zero, t_quantile
+from vitrail.explain.map_report import plot_scores, score_table
 from vitrail.model import VisionTransformer
 
 PLACE = (1, 3)
@@ -134,11 +137,11 @@ def test_a_map_that_says_nothing_has_its_mass_everywhere() -> None:
 # Deletion and insertion
 
 
-@pytest.mark.parametrize("baseline", ["mean", "blur"])
-def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(baseline: str) -> None:
+@pytest.mark.parametrize("fill", ["mean", "blur"])
+def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(fill: str) -> None:
     curves = deletion_insertion(
         OnePatch(), bright_patch(), map_of({PLACE: 1.0}), torch.tensor([1]),
-        baseline=baseline, steps=99,
+        fill=fill, steps=99,
     )  # fmt: skip
     assert curves.shares_S.tolist() == pytest.approx([n / 15 for n in range(16)])
     assert curves.deletion_BS[0].tolist() == pytest.approx([0.9] + [0.2] * 15)
@@ -150,7 +153,7 @@ def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(baseline: st
 
 def test_a_map_that_names_it_last_does_the_reverse() -> None:
     curves = deletion_insertion(
-        OnePatch(), bright_patch(), map_of({PLACE: -1.0}), torch.tensor([1]), baseline="mean"
+        OnePatch(), bright_patch(), map_of({PLACE: -1.0}), torch.tensor([1]), fill="mean"
     )
     assert curves.deletion_BS[0].tolist() == pytest.approx([0.9] * 15 + [0.2])
     assert curves.insertion_BS[0].tolist() == pytest.approx([0.2] * 15 + [0.9])
@@ -159,7 +162,7 @@ def test_a_map_that_names_it_last_does_the_reverse() -> None:
 def test_steps_take_several_patches_and_the_areas_count_their_width() -> None:
     curves = deletion_insertion(
         OnePatch(), bright_patch(), map_of({PLACE: 1.0}), torch.tensor([1]),
-        baseline="mean", steps=4,
+        fill="mean", steps=4,
     )  # fmt: skip
     assert (curves.shares_S * 15).tolist() == pytest.approx([0, 4, 8, 11, 15])
     assert curves.areas()[0].item() == pytest.approx(0.2 + 0.7 / 2 * 4 / 15)
@@ -169,7 +172,7 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
     model, count = OnePatch(), 7
     maps_BGJ = random_maps((count, 3, 5), torch.Generator().manual_seed(3))
     classes_B = torch.arange(count) % 2
-    arguments = {"baseline": "mean", "steps": 6}
+    arguments = {"fill": "mean", "steps": 6}
     whole = deletion_insertion(
         model, bright_patch(count), maps_BGJ, classes_B, **arguments, batch_size=30
     )
@@ -184,7 +187,7 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
 
 
 def test_equal_patches_follow_in_a_shuffled_order() -> None:
-    """Row by row would favour the top left corner."""
+    """Row by row would favor the top left corner."""
     ranks_BN = map_metrics.rank_patches(torch.zeros(2, 3, 5))
     assert ranks_BN[0].tolist() == ranks_BN[1].tolist() != list(range(15))
     assert sorted(ranks_BN[0].tolist()) == list(range(15))
@@ -192,9 +195,9 @@ def test_equal_patches_follow_in_a_shuffled_order() -> None:
     assert ranked_N.tolist() == list(reversed(range(15)))
 
 
-def test_baselines_are_the_mean_colour_and_a_blur() -> None:
+def test_fills_are_the_mean_color_and_a_blur() -> None:
     images_BCHW = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    mean_BCHW = map_metrics.draw_baseline(images_BCHW, "mean")
+    mean_BCHW = map_metrics.fill_images(images_BCHW, "mean")
     assert mean_BCHW[1, 2].unique().tolist() == [pytest.approx(images_BCHW[1, 2].mean().item())]
     point_1CHW = torch.zeros(1, 1, 31, 33)
     point_1CHW[0, 0, 15, 16] = 1
@@ -211,17 +214,17 @@ def test_maps_that_are_no_numbers_are_refused() -> None:
         map_metrics.rank_patches(torch.full((1, 3, 5), math.nan))
 
 
-# Floors
+# Controls
 
 
-def test_floors_know_nothing() -> None:
+def test_controls_know_nothing() -> None:
     drawn = random_maps((4, 3, 5), torch.Generator().manual_seed(1))
     assert drawn.shape == (4, 3, 5)
     assert len(drawn.unique()) == 60
-    centre_GJ = centre_maps((3, 5))[0]
-    assert centre_GJ.argmax() == 7
-    torch.testing.assert_close(centre_GJ, centre_GJ.flip(0, 1))
-    assert centre_GJ[1, 3].item() == pytest.approx(math.exp(-0.5 * (1 / 1.25) ** 2))
+    center_GJ = center_maps((3, 5))[0]
+    assert center_GJ.argmax() == 7
+    torch.testing.assert_close(center_GJ, center_GJ.flip(0, 1))
+    assert center_GJ[1, 3].item() == pytest.approx(math.exp(-0.5 * (1 / 1.25) ** 2))
 
 
 # Intervals
@@ -250,11 +253,11 @@ def test_a_difference_is_sure_only_where_its_interval_is_above_zero() -> None:
     differences_B = torch.tensor([1.0, -1.0] * 10) + 0.5
     low = 0.5 - half_width(differences_B).item()
     assert low > 0
-    assert surely_above_zero(differences_B, error=0.05)
-    assert not surely_above_zero(differences_B, error=0.001)
-    assert not surely_above_zero(-differences_B, error=0.05)
-    assert not surely_above_zero(torch.zeros(20), error=0.05)
-    assert surely_above_zero(torch.ones(20), error=0.05)
+    assert significantly_above_zero(differences_B, error=0.05)
+    assert not significantly_above_zero(differences_B, error=0.001)
+    assert not significantly_above_zero(-differences_B, error=0.05)
+    assert not significantly_above_zero(torch.zeros(20), error=0.05)
+    assert significantly_above_zero(torch.ones(20), error=0.05)
 
 
 # The table
@@ -272,7 +275,7 @@ def model() -> VisionTransformer:
 
 @pytest.fixture(scope="module")
 def scores(model: VisionTransformer) -> list[Score]:
-    """An untrained model's, so that no method beats the floors by much."""
+    """An untrained model's, so that no method beats the controls by much."""
     generator = torch.Generator().manual_seed(5)
     images_BCHW = torch.randn(11, 3, 12, 20, generator=generator)
     masks_BHW = torch.rand(11, 12, 20, generator=generator) < 0.3
@@ -296,21 +299,21 @@ def made_scores(values: Callable[[str, str], Tensor]) -> list[Score]:
             torch.tensor([0.0, 1.0]),
             curves,
         )
-        for method in ("rollout", "gradcam", "random", "centre")
+        for method in ("rollout", "gradcam", "random", "center")
     }
-    return [summarise(name, outcomes, 0.05 / 12) for name in outcomes]
+    return [summarize(name, outcomes, 0.05 / 12) for name in outcomes]
 
 
-def test_methods_then_floors_are_scored_by_every_measure(scores: list[Score]) -> None:
-    assert [score.method for score in scores] == ["rollout", "gradcam", "random", "centre"]
-    assert [score.is_floor for score in scores] == [False, False, True, True]
+def test_methods_then_controls_are_scored_by_every_measure(scores: list[Score]) -> None:
+    assert [score.method for score in scores] == ["rollout", "gradcam", "random", "center"]
+    assert [score.is_control for score in scores] == [False, False, True, True]
     for score in scores:
         assert score.n == 11
         assert list(score.estimates) == list(MEASURES)
         for estimate in score.estimates.values():
             assert estimate.low <= estimate.mean <= estimate.high
         assert len(score.shares) == len(score.curves["deletion_mean"]) == 5
-        assert set(score.beats) == (set() if score.is_floor else set(MEASURES))
+        assert set(score.beats) == (set() if score.is_control else set(MEASURES))
     whole = {score.curves["deletion_mean"][0] for score in scores}
     assert len(whole) == 1, "nothing is deleted at the start"
     json.dumps([score.to_json() for score in scores], allow_nan=False)
@@ -336,33 +339,33 @@ def test_without_masks_only_deletion_and_insertion_are_measured(model: VisionTra
 
 
 def test_lower_is_better_where_it_is() -> None:
-    """A method below both floors beats them by deletion, above them by the others."""
+    """A method below both controls beats them by deletion, above them by the others."""
     noise_B = torch.linspace(-0.01, 0.01, 20)
 
     def values(method: str, measure: str) -> Tensor:
-        level = {"rollout": 0.2, "gradcam": 0.8, "random": 0.4, "centre": 0.5}[method]
+        level = {"rollout": 0.2, "gradcam": 0.8, "random": 0.4, "center": 0.5}[method]
         return level + noise_B * (1 if method in ("rollout", "gradcam") else -1)
 
-    low, high, *floors = made_scores(values)
+    low, high, *controls = made_scores(values)
     for name, measure in MEASURES.items():
         assert low.beats[name] is not measure.higher_is_better
         assert high.beats[name] is measure.higher_is_better
-    assert not low.beats_floors
-    assert not any(floor.beats_floors for floor in floors)
+    assert not low.beats_controls
+    assert not any(control.beats_controls for control in controls)
 
 
-def test_both_floors_must_be_beaten() -> None:
+def test_both_controls_must_be_beaten() -> None:
     def values(method: str, measure: str) -> Tensor:
         sign = 1 if MEASURES[measure].higher_is_better else -1
-        level = {"rollout": 0.2, "gradcam": 0.05, "random": 0.0, "centre": 0.1}[method]
+        level = {"rollout": 0.2, "gradcam": 0.05, "random": 0.0, "center": 0.1}[method]
         return 0.5 + sign * level + torch.linspace(0, 0.01, 20)
 
     best, between, *_ = made_scores(values)
-    assert best.beats_floors
+    assert best.beats_controls
     assert not any(between.beats.values())
     table = " ".join(text_of([best, between, *_]).split())
-    assert "rollout beats both floors by every measure" in table
-    assert "gradcam does not beat the floors by any measure" in table
+    assert "rollout beats both controls by every measure" in table
+    assert "gradcam does not beat the controls by any measure" in table
 
 
 def test_pointing_has_wilsons_interval() -> None:
@@ -375,9 +378,9 @@ def test_table_says_what_it_needs_to(scores: list[Score]) -> None:
     table = text_of(scores)
     assert max(map(len, table.splitlines())) <= 80
     words = " ".join(table.split())
-    for expected in ("random (floor)", "centre (floor)", "11 images", "95 %", "paired t tests"):
+    for expected in ("random (control)", "center (control)", "11 images", "95%", "paired t tests"):
         assert expected in words
-    assert "does not beat the floors" in words
+    assert "does not beat the controls" in words
 
 
 def test_curves_are_drawn_with_and_without_masks(tmp_path: Path, scores: list[Score]) -> None:

@@ -278,9 +278,9 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from rich.progress import Progress
 
     from vitrail.data.images import normalize
+    from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
     from vitrail.explain.map_report import plot_scores, score_table
     from vitrail.explain.methods import METHODS
-    from vitrail.explain.score import FLOORS, STEPS, score_methods
     from vitrail.runtime.files import write_json
     from vitrail.training.run_data import load_split
 
@@ -291,7 +291,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     say(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("scoring", total=STEPS * (len(methods) + len(FLOORS)))
+        task = progress.add_task("scoring", total=STEPS * (len(methods) + len(CONTROLS)))
         scores = score_methods(
             classifier.model,
             normalize(raw_BCHW, classifier.mean, classifier.std),

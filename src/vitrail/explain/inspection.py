@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.errors import DataError
-from vitrail.explain.statistics import half_width
+from vitrail.explain.map_metrics import half_width
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import PatchStem
 

@@ -1,33 +1,114 @@
-"""How far a map can be trusted, measured image by image.
+"""Which map to trust: maps scored image by image, beside two control maps.
 
-With the object's mask: does the map's highest point lie on the object (the pointing game), and how
-much of the map lies on it. Without: does the class's probability fall when the patches that the map
-names are deleted, and rise when they are inserted. And two floors, maps that
-use neither the model nor the image.
+With the object's mask: is the map's highest point on the object (the pointing game), and how much
+of the map is on it. Without: does the class's probability fall when the patches that the map ranks
+highest are deleted, and rise when they are inserted. The control maps, a random one and one that
+always points to the center, use neither the model nor the image: a method that is no better than
+both is of no use on this model.
 """
 
-from typing import Literal, NamedTuple, get_args
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitrail.config.settings import require_range
 from vitrail.errors import CheckpointError, DataError
+from vitrail.evaluation.metrics import wilson_interval
+from vitrail.explain.methods import METHODS, MapSettings, Method, compute_maps
 from vitrail.model import VisionTransformer
 from vitrail.runtime import rng
 
-Baseline = Literal["mean", "blur"]
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+Fill = Literal["mean", "blur"]
+FILLS: tuple[Fill, ...] = get_args(Fill)
 """What replaces a removed patch: the image's mean color, or the blurred image."""
 BLUR_SHARE = 1 / 8
-"""Standard deviation of the blur as a share of the image's shorter side."""
+"""Standard deviation of the blur as a fraction of the image's shorter side."""
+CONTROLS = ("random", "center")
+STEPS = 1 + len(FILLS)
+"""Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
+ERROR_RATE = 0.05
+"""Probability that at least one mark of a table for beating the controls is wrong."""
+FEWEST_IMAGES = 10
+"""Fewer images give no useful interval."""
+
+
+class Measure(NamedTuple):
+    """One column of the table."""
+
+    label: str
+    higher_is_better: bool
+
+
+MEASURES = {
+    "pointing": Measure("pointing game", True),
+    "mass": Measure("share inside", True),
+    "deletion_mean": Measure("deletion, mean", False),
+    "deletion_blur": Measure("deletion, blur", False),
+    "insertion_mean": Measure("insertion, mean", True),
+    "insertion_blur": Measure("insertion, blur", True),
+}
+"""The first two need the objects' masks; deletion and insertion name their fill."""
+
+
+# Maps against masks.
+
+
+def pointing_game(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
+    """Return hits_B: 1 where the highest point of the map is on the object, 0 where it is not.
+
+    Resized to the image bilinearly, a map is highest at the center of its highest patch. Where that
+    center is between pixels, or several patches are equally high, the hit is the fraction of them
+    on the object. (The highest *pixel* of a drawn map would favor the border, where no neighbor
+    lowers the peaks.)
+
+    Source: Zhang et al. 2018, "Top-down Neural Attention by Excitation Backprop", section 4.2,
+    without its margin around the object.
+    """
+    _check_pairs(maps_BGJ, masks_BHW)
+    grid_GJ = tuple(maps_BGJ.shape[1:])
+    on_BGJ = F.interpolate(masks_BHW[:, None].double(), grid_GJ, mode="bilinear")[:, 0]
+    highest_BGJ = (maps_BGJ == maps_BGJ.amax((1, 2), keepdim=True)).double()
+    return (highest_BGJ * on_BGJ).sum((1, 2)) / highest_BGJ.sum((1, 2))
+
+
+def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
+    """Return share_B: how much of the map, resized to the image bilinearly, is on the object.
+
+    What all patches share carries no information: the map's lowest value is subtracted where it is
+    above 0, as in drawing. Values below 0 count as 0, and a map without positive values counts as
+    uniform.
+
+    Source: Wang et al. 2020, "Score-CAM", arXiv:1910.01279, section 4.3 (energy-based pointing).
+    """
+    _check_pairs(maps_BGJ, masks_BHW)
+    lowest_B11 = maps_BGJ.amin((1, 2), keepdim=True).clamp(min=0)
+    rest_BGJ = (maps_BGJ - lowest_B11).clamp(min=0).double()
+    flat_B11 = rest_BGJ.amax((1, 2), keepdim=True) == 0
+    rest_BGJ = torch.where(flat_B11, torch.ones_like(rest_BGJ), rest_BGJ)
+    size_HW = tuple(masks_BHW.shape[1:])
+    placed_BHW = F.interpolate(rest_BGJ[:, None], size_HW, mode="bilinear")[:, 0]
+    return (placed_BHW * masks_BHW).sum((1, 2)) / placed_BHW.sum((1, 2))
+
+
+def _check_pairs(maps_BGJ: Tensor, masks_BHW: Tensor) -> None:
+    if len(maps_BGJ) != len(masks_BHW):
+        raise DataError(f"{len(maps_BGJ)} maps for {len(masks_BHW)} masks: give one for each")
+
+
+# Deletion and insertion.
 
 
 class Curves(NamedTuple):
-    """Probability of the explained class while patches go (deletion) or come (insertion).
+    """Probability of the explained class while patches are deleted or inserted.
 
     Shapes:
-        shares_S: share of the patches that went or came, from 0 to 1; deletion_BS, insertion_BS.
+        shares_S: fraction of the patches deleted or inserted, 0 to 1; deletion_BS, insertion_BS.
     """
 
     shares_S: Tensor
@@ -42,74 +123,31 @@ class Curves(NamedTuple):
         )
 
 
-def pointing_game(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
-    """Return hits_B: 1 where the highest point of the map is on the object, 0 where it is not.
-
-    Laid over the image bilinearly, a map is highest in the middle of its highest patch. Where that
-    middle lies between pixels, or several patches are as high, the hit is the share of them that
-    are the object's. (The highest *pixel* of a drawn map would favour the border, where nothing
-    rounds the peaks off.)
-
-    Source: Zhang et al. 2018, "Top-down Neural Attention by Excitation Backprop", section 4.2,
-    without its margin about the object.
-    """
-    check_pairs(maps_BGJ, masks_BHW)
-    grid_GJ = tuple(maps_BGJ.shape[1:])
-    on_BGJ = F.interpolate(masks_BHW[:, None].double(), grid_GJ, mode="bilinear")[:, 0]
-    highest_BGJ = (maps_BGJ == maps_BGJ.amax((1, 2), keepdim=True)).double()
-    return (highest_BGJ * on_BGJ).sum((1, 2)) / highest_BGJ.sum((1, 2))
-
-
-def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
-    """Return share_B: how much of the map, laid over the image bilinearly, is on the object.
-
-    What all patches share carries no information: the map's lowest value is subtracted where it is
-    above 0, as in drawing. Values below 0 count as 0, and a map without positive values counts as
-    flat.
-
-    Source: Wang et al. 2020, "Score-CAM", arXiv:1910.01279, section 4.3 (energy-based pointing).
-    """
-    check_pairs(maps_BGJ, masks_BHW)
-    lowest_B11 = maps_BGJ.amin((1, 2), keepdim=True).clamp(min=0)
-    rest_BGJ = (maps_BGJ - lowest_B11).clamp(min=0).double()
-    flat_B11 = rest_BGJ.amax((1, 2), keepdim=True) == 0
-    rest_BGJ = torch.where(flat_B11, torch.ones_like(rest_BGJ), rest_BGJ)
-    size_HW = tuple(masks_BHW.shape[1:])
-    placed_BHW = F.interpolate(rest_BGJ[:, None], size_HW, mode="bilinear")[:, 0]
-    return (placed_BHW * masks_BHW).sum((1, 2)) / placed_BHW.sum((1, 2))
-
-
-def check_pairs(maps_BGJ: Tensor, masks_BHW: Tensor) -> None:
-    """Refuse different numbers of maps and masks."""
-    if len(maps_BGJ) != len(masks_BHW):
-        raise DataError(f"{len(maps_BGJ)} maps for {len(masks_BHW)} masks: give one for each")
-
-
 def deletion_insertion(
     model: VisionTransformer,
     images_BCHW: Tensor,
     maps_BGJ: Tensor,
     classes_B: Tensor,
     *,
-    baseline: Baseline,
+    fill: Fill,
     steps: int = 16,
     batch_size: int = 500,
 ) -> Curves:
-    """Watch the class's probability while patches give way to the baseline, or the reverse.
+    """Record the class's probability while patches are replaced by the fill, or the reverse.
 
-    The patches that the map names most important go (deletion) or come (insertion) first. A map
-    that names what the model needs has a low area under the first curve and a high one under the
-    second. Patches that are as high as each other follow in one shuffled order, so that a flat map
-    does as a random one would.
+    The patches that the map ranks highest are deleted or inserted first. If the map ranks what the
+    model needs highest, the area under the first curve is low and that under the second is high.
+    Equally high patches follow in one shuffled order, so that a uniform map scores like a random
+    one.
 
     Args:
         model: in evaluation mode.
-        images_BCHW: normalised, on the model's device.
-        maps_BGJ: one map an image.
-        classes_B: the class whose probability is watched.
-        baseline: the image's mean colour, or the image blurred.
-        steps: points of a curve after the first; one a patch where there are fewer patches.
-        batch_size: images that the model sees at once.
+        images_BCHW: normalized, on the model's device.
+        maps_BGJ: one map per image.
+        classes_B: the class whose probability is recorded.
+        fill: the image's mean color, or the blurred image.
+        steps: points of a curve after the first; at most one per patch.
+        batch_size: images per forward pass.
 
     Source: Petsiuk et al. 2018, "RISE", arXiv:1806.07421, section 4.2.
     """
@@ -122,16 +160,16 @@ def deletion_insertion(
         images_BCHW.split(chunk), ranks_BN.split(chunk), classes_B.split(chunk), strict=True
     ):
         early_BSN = ranks[:, None] < counts_S[:, None].to(ranks.device)
-        nothing = draw_baseline(images, baseline)
-        deletion.append(watch(model, nothing, images, early_BSN, classes))
-        insertion.append(watch(model, images, nothing, early_BSN, classes))
+        nothing = fill_images(images, fill)
+        deletion.append(_probabilities(model, nothing, images, early_BSN, classes))
+        insertion.append(_probabilities(model, images, nothing, early_BSN, classes))
     return Curves(counts_S.double() / patches, torch.cat(deletion), torch.cat(insertion))
 
 
-def watch(
+def _probabilities(
     model: VisionTransformer, ins_BCHW: Tensor, outs_BCHW: Tensor, in_BSN: Tensor, classes_B: Tensor
 ) -> Tensor:
-    """Return the class's probability (B, S) on images put together from two, patch by patch."""
+    """Return the class's probability (B, S) on images combined from two, patch by patch."""
     B, S, _ = in_BSN.shape
     side = model.config.patch_size
     in_BSGJ = in_BSN.view(B, S, *model.config.grid_GJ)
@@ -145,11 +183,11 @@ def watch(
 
 
 def rank_patches(maps_BGJ: Tensor) -> Tensor:
-    """Return ranks_BN: 0 for each map's highest patch; equal patches by one shuffled order."""
+    """Return ranks_BN: 0 for each map's highest patch; ties are ordered by one fixed shuffle."""
     values_BN = maps_BGJ.flatten(1).cpu()
     if not values_BN.isfinite().all():
         raise CheckpointError(
-            "a map is not finite (nan, inf): the model's weights are damaged, take an earlier "
+            "a map is not finite (nan, inf): the model's weights are corrupt; use an earlier "
             "checkpoint"
         )
     shuffled_N = torch.randperm(values_BN.shape[1], generator=rng.generator(0, "ties"))
@@ -158,15 +196,15 @@ def rank_patches(maps_BGJ: Tensor) -> Tensor:
     return best_first_BN.argsort(dim=1)
 
 
-def draw_baseline(images_BCHW: Tensor, baseline: Baseline) -> Tensor:
+def fill_images(images_BCHW: Tensor, fill: Fill) -> Tensor:
     """Return what replaces removed patches: each image's mean color, or the blurred image."""
-    if baseline == "mean":
+    if fill == "mean":
         return images_BCHW.mean((2, 3), keepdim=True).expand_as(images_BCHW)
     return blur(images_BCHW, BLUR_SHARE * min(images_BCHW.shape[2:]))
 
 
 def blur(images_BCHW: Tensor, deviation: float) -> Tensor:
-    """Return images blurred by a Gaussian cut off at three deviations; the border repeats."""
+    """Return images blurred by a Gaussian truncated at 3 deviations; the border is replicated."""
     radius = max(1, round(3 * deviation))
     offsets_X = torch.arange(-radius, radius + 1, device=images_BCHW.device)
     weights_X = (-0.5 * (offsets_X / deviation) ** 2).exp()
@@ -177,18 +215,272 @@ def blur(images_BCHW: Tensor, deviation: float) -> Tensor:
     return F.conv2d(along, kernel_C11X.transpose(2, 3), groups=C)
 
 
+# The control maps.
+
+
 def random_maps(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Return maps (B, G, J) of independent numbers from 0 to 1: the first floor."""
+    """Return maps (B, G, J) of independent random numbers from 0 to 1."""
     return torch.rand(shape, generator=generator)
 
 
-def centre_maps(grid_GJ: tuple[int, int]) -> Tensor:
-    """Return one map (1, G, J), a bell over the middle: the second floor.
+def center_maps(grid_GJ: tuple[int, int]) -> Tensor:
+    """Return one map (1, G, J), a Gaussian in the center.
 
-    Its deviation is a quarter of each side. Photographers put things in the middle, so this map is
+    Its deviation is a quarter of each side. Photographers center their subjects, so this map is
     often right without having seen the picture.
     """
     rows_G, columns_J = (
         torch.exp(-0.5 * ((torch.arange(n) + 0.5 - n / 2) / (n / 4)) ** 2) for n in grid_GJ
     )
     return torch.outer(rows_G, columns_J)[None]
+
+
+# Means over images with 95% confidence intervals.
+
+
+class Estimate(NamedTuple):
+    """A mean over images and its 95% confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate_mean(values_B: Tensor) -> Estimate:
+    """Return the mean of one value per image, with Student's interval."""
+    mean, half = values_B.double().mean().item(), half_width(values_B).item()
+    return Estimate(mean, mean - half, mean + half)
+
+
+def half_width(values_BX: Tensor, confidence: float = 0.95) -> Tensor:
+    """Return half of Student's interval of the mean over the first dimension; others are kept.
+
+    Source: Student 1908, "The probable error of a mean".
+
+    Raises:
+        DataError: there are fewer than FEWEST_IMAGES.
+    """
+    images = values_BX.shape[0]
+    _require_enough(images)
+    deviation_X = values_BX.double().std(dim=0)
+    return deviation_X * (t_quantile((1 + confidence) / 2, images - 1) / math.sqrt(images))
+
+
+def _require_enough(images: int) -> None:
+    if images < FEWEST_IMAGES:
+        raise DataError(
+            f"{images} images are too few for a confidence interval: give at least {FEWEST_IMAGES}"
+        )
+
+
+def significantly_above_zero(differences_B: Tensor, error: float) -> bool:
+    """Return whether the mean is above zero by a two-sided t test with this error rate."""
+    low = differences_B.double().mean() - half_width(differences_B, 1 - error)
+    return bool(low > 0)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Return a quantile of Student's distribution, to three digits from nine degrees on.
+
+    Source: Abramowitz and Stegun 1964, equation 26.7.5.
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, start=1))
+
+
+# Methods and controls scored on the same images.
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How maps are scored."""
+
+    steps: int = 16
+    """Points of a deletion or insertion curve after the first; at most one per patch."""
+    batch_size: int = 500
+    """Images per forward pass."""
+    seed: int = 0
+    """Seed of the random maps."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "steps batch_size", 1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one method, or one control, on a set of images."""
+
+    method: str
+    n: int
+    """Number of images."""
+    estimates: Mapping[str, Estimate]
+    """By the names in MEASURES; without masks the first two are missing."""
+    beats: Mapping[str, bool]
+    """By measure, whether it is significantly better than both controls; empty for a control."""
+    shares: tuple[float, ...]
+    """Horizontal axis of the curves: fraction of the patches deleted or inserted."""
+    curves: Mapping[str, tuple[float, ...]]
+    """Mean probability of the explained class at each share, by measure."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this is a control, not a method."""
+        return self.method in CONTROLS
+
+    @property
+    def beats_controls(self) -> bool:
+        """Whether it is significantly better than both controls by every measure."""
+        return bool(self.beats) and all(self.beats.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "method": self.method,
+            "n": self.n,
+            "beats_controls": None if self.is_control else self.beats_controls,
+            "measures": {
+                name: {**estimate._asdict(), "beats_controls": self.beats.get(name)}
+                for name, estimate in self.estimates.items()
+            },
+            "shares": list(self.shares),
+            "curves": {name: list(curve) for name, curve in self.curves.items()},
+        }
+
+
+class Outcome(NamedTuple):
+    """The measures of one method, image by image, and its curves."""
+
+    values: dict[str, Tensor]
+    shares_S: Tensor
+    curves: dict[str, Tensor]
+
+
+def score_methods(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    masks_BHW: Tensor | None,
+    methods: Sequence[Method] = METHODS,
+    *,
+    settings: ScoreSettings | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Score]:
+    """Score methods, and then both controls, on the same images.
+
+    Every map explains the predicted class; of several layers, the last one counts. A method beats
+    the controls by a measure when it is better than each of them, image by image, in a paired t
+    test. The error rate is divided by the number of marks in the table (Bonferroni), so that they
+    hold together with 95% confidence.
+
+    Args:
+        model: in evaluation mode.
+        images_BCHW: normalized, on the model's device.
+        masks_BHW: the objects' pixels, or None where they are not known.
+        methods: the methods to score, in order.
+        settings: how to score.
+        advance: called ``STEPS`` times per method and control, to report progress.
+
+    Raises:
+        DataError: there are fewer than ten images, or not one mask for each.
+        ConfigError: a method does not work on the model.
+    """
+    settings = settings or ScoreSettings()
+    _require_enough(len(images_BCHW))
+    if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
+        raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
+    with torch.inference_mode():
+        parts = images_BCHW.split(settings.batch_size)
+        classes_B = torch.cat([model(part).argmax(1).cpu() for part in parts])
+    outcomes = {
+        name: _measure(
+            model, images_BCHW, masks_BHW, maps_BGJ, classes_B, settings=settings, advance=advance
+        )
+        for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, settings.seed)
+    }
+    marks = len(methods) * len(next(iter(outcomes.values())).values)
+    return [summarize(name, outcomes, ERROR_RATE / max(1, marks)) for name in outcomes]
+
+
+def _all_maps(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    methods: Sequence[Method],
+    classes_B: Tensor,
+    seed: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each method's name and its maps (B, G, J), then the controls'."""
+    for method in methods:
+        maps = compute_maps(model, images_BCHW, MapSettings(method=method), classes_B=classes_B)
+        yield method, maps.values_BLGJ[:, -1]
+    images, grid_GJ = len(images_BCHW), model.config.grid_GJ
+    yield "random", random_maps((images, *grid_GJ), rng.generator(seed, "explain"))
+    yield "center", center_maps(grid_GJ).expand(images, -1, -1)
+
+
+def _measure(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    masks_BHW: Tensor | None,
+    maps_BGJ: Tensor,
+    classes_B: Tensor,
+    *,
+    settings: ScoreSettings,
+    advance: Callable[[], object],
+) -> Outcome:
+    """Compute every measure of one method's maps."""
+    advance()  # computing the maps was the first step
+    values: dict[str, Tensor] = {}
+    if masks_BHW is not None:
+        masks_BHW = masks_BHW.cpu()
+        values["pointing"] = pointing_game(maps_BGJ, masks_BHW)
+        values["mass"] = mass_inside(maps_BGJ, masks_BHW)
+    curves: dict[str, Tensor] = {}
+    for fill in FILLS:
+        drawn = deletion_insertion(
+            model, images_BCHW, maps_BGJ, classes_B, fill=fill, steps=settings.steps,
+            batch_size=settings.batch_size,
+        )  # fmt: skip
+        names = f"deletion_{fill}", f"insertion_{fill}"
+        values |= zip(names, drawn.areas(), strict=True)
+        curves |= zip(names, (drawn.deletion_BS, drawn.insertion_BS), strict=True)
+        advance()
+    ordered = {name: values[name] for name in MEASURES if name in values}
+    return Outcome(ordered, drawn.shares_S, {n: curve.mean(0) for n, curve in curves.items()})
+
+
+def summarize(name: str, outcomes: Mapping[str, Outcome], error: float) -> Score:
+    """Turn one method's values into estimates, and compare them with the controls'."""
+    own = outcomes[name]
+
+    def beats(measure: str, values_B: Tensor, control: str) -> bool:
+        gain_B = values_B - outcomes[control].values[measure]
+        sign = 1 if MEASURES[measure].higher_is_better else -1
+        return significantly_above_zero(sign * gain_B, error)
+
+    return Score(
+        method=name,
+        n=len(next(iter(own.values.values()))),
+        estimates={measure: _estimate(measure, values) for measure, values in own.values.items()},
+        beats={
+            measure: all(beats(measure, values_B, control) for control in CONTROLS)
+            for measure, values_B in own.values.items()
+            if name not in CONTROLS
+        },
+        shares=tuple(own.shares_S.tolist()),
+        curves={measure: tuple(curve_S.tolist()) for measure, curve_S in own.curves.items()},
+    )
+
+
+def _estimate(measure: str, values_B: Tensor) -> Estimate:
+    """Return the mean with its interval: Wilson's for hits, Student's for everything else."""
+    if measure != "pointing":
+        return estimate_mean(values_B)
+    # A tie counts as a fraction of a hit: the count is rounded for the interval only.
+    return Estimate(
+        values_B.mean().item(), *wilson_interval(round(values_B.sum().item()), len(values_B))
+    )

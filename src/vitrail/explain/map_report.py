@@ -12,38 +12,30 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.errors import DataError
-from vitrail.evaluation.plots import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    SKY,
-    save_figure,
-    tidy,
-    write_title,
-)
+from vitrail.evaluation.plots import BLUE, GREEN, ORANGE, SKY, save_figure, tidy, write_title
 from vitrail.evaluation.tables import percent
-from vitrail.explain.score import MEASURES, Score
+from vitrail.explain.map_metrics import MEASURES, Score
 
 YES, NO = "✓", "✗"
-COLOURS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000")
-"""Okabe and Ito's, in the order of the methods; the floors are gray."""
-FLOOR_STYLES = {"random": ":", "centre": "--"}
-OBJECT_WORDS = {
+COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000")
+"""Okabe and Ito's palette, in the order of the methods; the controls are gray."""
+CONTROL_STYLES = {"random": ":", "center": "--"}
+OBJECT_TITLES = {
     "pointing": "Pointing game: highest point on the object",
     "mass": "Share of the map on the object",
 }
-"""The measures in per cent."""
+"""The measures that are percentages."""
 CURVES = ("deletion_mean", "insertion_mean", "deletion_blur", "insertion_blur")
-BASELINE_WORDS = {"mean": "the mean colour", "blur": "a blurred picture"}
+FILL_NAMES = {"mean": "the mean color", "blur": "a blurred picture"}
 
 
 def score_table(scores: Sequence[Score]) -> RenderableType:
-    """Return every measure with its interval, whether it beats the floors, and who does not."""
+    """Return every measure with its interval, and which methods beat the controls."""
     return Group(*_tables(scores), Text(_how_to_read(scores), style="dim"), "", _verdicts(scores))
 
 
 def plot_scores(path: Path, scores: Sequence[Score]) -> None:
-    """Draw the deletion and insertion curves, and where there are masks what lies inside them.
+    """Draw the deletion and insertion curves and, if there are masks, the measures on objects.
 
     Raises:
         DataError: there are no scores.
@@ -57,7 +49,7 @@ def plot_scores(path: Path, scores: Sequence[Score]) -> None:
     for index, name in enumerate(CURVES):
         _draw_curves(figure.add_subplot(grid[index // 2, index % 2]), name, scores)
     if masked:
-        for index, name in enumerate(OBJECT_WORDS):
+        for index, name in enumerate(OBJECT_TITLES):
             _draw_estimates(figure.add_subplot(grid[2, index]), name, scores)
     handles = figure.axes[0].get_lines()
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
@@ -66,8 +58,8 @@ def plot_scores(path: Path, scores: Sequence[Score]) -> None:
 
 def _tables(scores: Sequence[Score]) -> list[Table]:
     names = list(scores[0].estimates) if scores else []
-    on_object = [name for name in names if name in OBJECT_WORDS]
-    areas = [name for name in names if name not in OBJECT_WORDS]
+    on_object = [name for name in names if name in OBJECT_TITLES]
+    areas = [name for name in names if name not in OBJECT_TITLES]
     titled = ("On the object", on_object), ("Area under the probability of the class", areas)
     return [_table(title, wanted, scores) for title, wanted in titled if wanted]
 
@@ -80,23 +72,23 @@ def _table(title: str, names: Sequence[str], scores: Sequence[Score]) -> Table:
         label = MEASURES[name].label.replace(", ", ",\n")
         table.add_column(f"{label}\n{good}", justify="right", no_wrap=True)
     for score in scores:
-        style = "dim" if score.is_floor else ""
+        style = "dim" if score.is_control else ""
         table.add_row(_label(score), *(_cell(score, name) for name in names), style=style)
     return table
 
 
 def _label(score: Score) -> str:
-    return f"{score.method} (floor)" if score.is_floor else score.method
+    return f"{score.method} (control)" if score.is_control else score.method
 
 
 def _cell(score: Score, name: str) -> Text:
     mean, low, high = score.estimates[name]
-    if name in OBJECT_WORDS:
+    if name in OBJECT_TITLES:
         value, interval = percent(mean), f"{100 * low:.1f}–{100 * high:.1f}"
     else:
         value, interval = f"{mean:.3f}", f"{low:.3f}–{high:.3f}"
     cell = Text(value, style="bold")
-    if not score.is_floor:
+    if not score.is_control:
         beats = score.beats[name]
         cell.append(f" {YES if beats else NO}", style="green" if beats else "red")
     return cell.append(f"\n{interval}", style="not bold dim")
@@ -107,73 +99,73 @@ def _how_to_read(scores: Sequence[Score]) -> str:
         return "no method was scored"
     intervals = "Student's"
     if "pointing" in scores[0].estimates:
-        intervals = "Wilson's of the pointing game, Student's of the rest"
+        intervals = "Wilson's for the pointing game, Student's for the rest"
     return (
-        f"{scores[0].n:,} images, each explained for its predicted class. Second lines: 95 % "
-        f"intervals ({intervals}). {YES} significantly better than both floors, {NO} "
-        "not: paired t tests image by image, 5 % error over all marks together (Bonferroni)."
+        f"{scores[0].n:,} images, each explained for its predicted class. Second lines: 95% "
+        f"intervals ({intervals}). {YES} significantly better than both controls, {NO} "
+        "not: paired t tests over the images, 5% error over all marks together (Bonferroni)."
     )
 
 
 def _verdicts(scores: Sequence[Score]) -> Text:
-    """Say of each method in words whether it beats the floors, and by what it does not."""
+    """State for each method whether it beats the controls, and by which measures it does not."""
     text = Text()
     for score in scores:
-        if score.is_floor:
+        if score.is_control:
             continue
         missed = [MEASURES[name].label for name, beats in score.beats.items() if not beats]
         if not missed:
-            text.append(f"{score.method} beats both floors by every measure\n")
+            text.append(f"{score.method} beats both controls by every measure\n")
         elif len(missed) == len(score.beats):
-            text.append(f"{score.method} does not beat the floors by any measure\n", style="red")
+            text.append(f"{score.method} does not beat the controls by any measure\n", style="red")
         else:
             words = " · ".join(missed)
-            text.append(f"{score.method} does not beat the floors by: {words}\n", style="yellow")
+            text.append(f"{score.method} does not beat the controls by: {words}\n", style="yellow")
     text.rstrip()
     return text
 
 
 def _styles(scores: Sequence[Score]) -> list[tuple[str, str]]:
-    """Return each score's colour and line style."""
-    methods = [score.method for score in scores if not score.is_floor]
+    """Return each score's color and line style."""
+    methods = [score.method for score in scores if not score.is_control]
     return [
-        ("#888888", FLOOR_STYLES[score.method])
-        if score.is_floor
-        else (COLOURS[methods.index(score.method) % len(COLOURS)], "-")
+        ("#888888", CONTROL_STYLES[score.method])
+        if score.is_control
+        else (COLORS[methods.index(score.method) % len(COLORS)], "-")
         for score in scores
     ]
 
 
 def _draw_curves(axes: Axes, name: str, scores: Sequence[Score]) -> None:
-    kind, baseline = name.split("_")
-    for score, (colour, style) in zip(scores, _styles(scores), strict=True):
+    kind, fill = name.split("_")
+    for score, (color, style) in zip(scores, _styles(scores), strict=True):
         axes.plot(
-            score.shares, score.curves[name], style, color=colour, label=_label(score),
-            linewidth=1.5 if score.is_floor else 2,
+            score.shares, score.curves[name], style, color=color, label=_label(score),
+            linewidth=1.5 if score.is_control else 2,
         )  # fmt: skip
-    goes = "replaced by" if kind == "deletion" else "put over"
+    verb = "replaced by" if kind == "deletion" else "inserted into"
     better = "higher" if MEASURES[name].higher_is_better else "lower"
     axes.set(
-        xlabel=f"patches {goes} {BASELINE_WORDS[baseline]}", ylabel="probability of the class",
+        xlabel=f"patches {verb} {FILL_NAMES[fill]}", ylabel="probability of the class",
         xlim=(0, 1), ylim=(0, 1),
     )  # fmt: skip
-    write_title(axes, f"{kind.capitalize()}, {baseline} baseline: {better} is better")
+    write_title(axes, f"{kind.capitalize()}, {fill} fill: {better} is better")
     tidy(axes)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _draw_estimates(axes: Axes, name: str, scores: Sequence[Score]) -> None:
-    for row, (score, (colour, _)) in enumerate(zip(scores, _styles(scores), strict=True)):
+    for row, (score, (color, _)) in enumerate(zip(scores, _styles(scores), strict=True)):
         mean, low, high = score.estimates[name]
-        marker = "D" if score.is_floor else "o"
+        marker = "D" if score.is_control else "o"
         spread = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(mean, row, xerr=spread, fmt=marker, color=colour, capsize=3)
-    floor = max(score.estimates[name].mean for score in scores if score.is_floor)
-    axes.axvline(floor, color="#888888", linewidth=1, linestyle="-", zorder=0)
+        axes.errorbar(mean, row, xerr=spread, fmt=marker, color=color, capsize=3)
+    best_control = max(score.estimates[name].mean for score in scores if score.is_control)
+    axes.axvline(best_control, color="#888888", linewidth=1, linestyle="-", zorder=0)
     axes.set_yticks(range(len(scores)), [score.method for score in scores])
-    words = f"{scores[0].n:,} images; bars: 95 % intervals; line: the better floor"
+    words = f"{scores[0].n:,} images; bars: 95% intervals; line: the better control"
     axes.set(xlabel=words, xlim=(0, 1.02))
     axes.set_ylim(len(scores) - 0.5, -0.5)
-    write_title(axes, OBJECT_WORDS[name])
+    write_title(axes, OBJECT_TITLES[name])
     tidy(axes)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
