@@ -421,5 +421,5 @@ def test_a_foreign_training_state_is_refused(change: Any, numbers: dict[str, Any
     state = TrainingState.start(model, Config().training)
     state.restore(weights, training, said["numbers"])
     tensors = dict(change(name, tensor) for name, tensor in training.items())
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match the settings"):
         state.restore(weights, tensors, {**said["numbers"], **numbers})

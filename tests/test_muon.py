@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.config.settings import TrainingConfig
-from vitrail.training.muon import Muon, orthogonalise
+from vitrail.training.muon import Muon, orthogonalize
 from vitrail.training.optim import make_optimizers
 
 
@@ -77,7 +77,7 @@ def test_a_kernel_steps_as_the_matrix_of_its_rows() -> None:
 @pytest.mark.parametrize("shape", [(2, 7, 13), (3, 13, 7)])
 def test_singular_values_come_near_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalise(matrices, dtype))
+    values = torch.linalg.svdvals(orthogonalize(matrices, dtype))
     assert values.shape == (shape[0], 7)
     assert values.min() > 0.6
     assert values.max() < 1.3

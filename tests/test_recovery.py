@@ -271,7 +271,7 @@ def test_a_folder_that_was_cleared_away_is_made_again(
 def test_nothing_infinite_is_saved(copied: tuple[Path, Config]) -> None:
     run = Run.resume(*copied)
     with torch.no_grad():
-        next(iter(run.state.best_model.parameters()))[0] = float("inf")
+        next(iter(run.state.eval_model.parameters()))[0] = float("inf")
     run.saved = None
     with pytest.raises(TrainingError, match="is not finite after update 9: not saved"):
         run.save()

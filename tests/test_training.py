@@ -212,7 +212,7 @@ def test_the_average_follows_its_formula_and_warms_up() -> None:
         if update.step == len(decays):
             break
     assert state.average is not None
-    for average, weight in zip(state.best_model.parameters(), wanted, strict=True):
+    for average, weight in zip(state.eval_model.parameters(), wanted, strict=True):
         torch.testing.assert_close(average, weight)
 
 
@@ -221,7 +221,7 @@ def test_the_average_of_a_short_run_is_not_its_first_weights() -> None:
     torch.manual_seed(2)
     first = VisionTransformer(BASE.model)
     for name, last in state.model.named_parameters():
-        average, start = (m.get_parameter(name) for m in (state.best_model, first))
+        average, start = (m.get_parameter(name) for m in (state.eval_model, first))
         if (last - start).norm() > 1e-3:
             assert (average - last).norm() < 0.5 * (last - start).norm(), name
 

@@ -128,7 +128,7 @@ def everything(run: Run) -> dict[str, Tensor]:
 
 def hidden(run: Run) -> list[tuple[str, Tensor]]:
     """Return tensors that no loss depends on yet: of the average and of the optimizer."""
-    average = next(iter(run.state.best_model.parameters()))
+    average = next(iter(run.state.eval_model.parameters()))
     slots = {n: t for n, t in run.state.tensors().items() if n.startswith("optimizer.") and t.ndim}
     return [
         ("nan in the average", average),

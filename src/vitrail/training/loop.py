@@ -1,4 +1,4 @@
-"""The training loop: one function for one update, one generator for them all."""
+"""The training loop: a generator over all updates, a function for one."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from vitrail.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did. ``step`` counts the updates done, this one included."""
+    """The outcome of one update. ``step`` counts the updates done, including this one."""
 
     step: int
     epoch: int
@@ -30,20 +30,19 @@ class Update:
     correct: int
     images: int
     learning_rate: float
-
     ends_epoch: bool
 
 
 def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Update]:
     """Train from ``state.step`` to the end, yielding after every update.
 
-    Between two updates the state is whole: it may be saved, tested, or left for good. Everything
-    random is a function of the step, so going on from a saved state gives the same weights to the
-    bit as never having stopped (same device, same number of threads).
+    Between two updates the state is consistent: it may be saved or evaluated. All random numbers
+    are functions of the step, so a resumed run is bit-for-bit equal to an uninterrupted one (on
+    the same device, with the same number of threads).
 
     Raises:
-        TrainingError: the loss, the gradient or a weight is not finite; the state is that of the
-            last update.
+        TrainingError: the loss, the gradient or a weight is not finite; the state is that after
+            the last update.
     """
     device = batches.device
     updates = config.training.epochs * batches.steps_per_epoch
@@ -55,7 +54,7 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
         set_learning_rate(state.optimizers, share)
         batch = batches(step)
         with rng.seeded(config.run.seed, "dropout", distributed.own_index(step), device=device):
-            loss, correct = train_step(state, forward, batch, config)
+            loss, correct = _train_step(state, forward, batch, config)
         if step % batches.steps_per_epoch == 0:
             state.tally = type(state.tally)()
         state.tally.add(loss=loss, correct=correct, images=len(batch.labels_B))
@@ -72,19 +71,19 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
         )
 
 
-def train_step(
+def _train_step(
     state: TrainingState, forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
 ) -> tuple[float, int]:
-    """Make one update; return the mean loss and the number of images classified right."""
+    """Make one update; return the mean loss and the number of correct predictions."""
     set_training_mode(state.model, frozen=config.training.freeze_backbone)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    loss_sum, correct_sum = backward(forward, batch, config)
+    loss_sum, correct_sum = _backward(forward, batch, config)
     distributed.merge(state.model, loss_sum, correct_sum)
     loss, correct = loss_sum.item(), int(correct_sum.item())
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The weights too: behind a tanh an infinite one leaves both the loss and the gradient finite.
+    # The weights too: after a tanh an infinite one leaves both loss and gradient finite.
     size = torch.nn.utils.get_total_norm(parameters)
     if not (math.isfinite(loss) and math.isfinite(norm + size)):
         raise TrainingError(
@@ -102,20 +101,20 @@ def train_step(
 
 
 def set_training_mode(model: VisionTransformer, *, frozen: bool) -> None:
-    """Put the model into training mode, or with a frozen backbone its head alone.
+    """Put the model in training mode; with a frozen backbone, only the head.
 
-    In evaluation mode the backbone's batch norm keeps its statistics, and nothing is dropped.
+    In evaluation mode the backbone's batch norm keeps its statistics, and there is no dropout.
     """
     model.train(not frozen)
     model.head.train()
 
 
-def backward(
+def _backward(
     forward: Callable[[Tensor], Tensor], batch: Batch, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Add up the gradient of the batch's mean loss, part by part; return loss and right answers.
+    """Accumulate the gradient of the batch's mean loss; return loss and correct count.
 
-    Of several processes, each adds up its share of the batch's; ``distributed.merge`` sums up.
+    Each rank processes its share of the batch; ``distributed.merge`` adds the shares up.
     """
     device, total = batch.labels_B.device, len(batch.labels_B)
     dtype = choose_precision(config.training.precision, device)
@@ -123,7 +122,7 @@ def backward(
     correct = torch.zeros((), device=device, dtype=torch.int64)
     parts = [distributed.share(tensor).chunk(config.training.accumulate) for tensor in batch]
     for images_BCHW, targets_BY, labels_B in zip(*parts, strict=True):
-        if len(labels_B) == 0:  # the last batch has fewer images than there are processes
+        if len(labels_B) == 0:  # the last batch has fewer images than ranks
             continue
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_BY = forward(images_BCHW)

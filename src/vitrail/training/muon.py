@@ -1,4 +1,4 @@
-"""Muon: momentum for weight matrices, made orthogonal before each step."""
+"""The Muon optimizer: orthogonalized momentum for weight matrices."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,20 +9,19 @@ from torch.optim import Optimizer
 
 
 class Muon(Optimizer):
-    """Steps along the nearest orthogonal matrix to the momentum (Nesterov's).
+    """Updates weights by the orthogonal matrix nearest to their Nesterov momentum.
 
-    Convolution kernels count as matrices of one row an output channel. The result is that of
-    ``torch.optim.Muon`` but for rounding. Three things differ: kernels are taken, matrices of one
-    shape are worked on together, and the iteration multiplies in ``dtype``. (torch's own always
-    takes bfloat16; where the hardware emulates it that was a quarter of a training step:
-    docs/log.md.)
+    Equal to ``torch.optim.Muon`` up to rounding, with three additions: convolution kernels are
+    accepted, as matrices with one row per output channel; matrices of the same shape are processed
+    as a batch; and ``dtype`` is the precision of the iteration. (torch always uses bfloat16, which
+    took a quarter of a training step on hardware that emulates it: docs/log.md.)
 
     Args:
         params: weights, or groups of them.
         lr: learning rate.
         weight_decay: decoupled weight decay.
-        momentum: share of the momentum that is kept at each step.
-        dtype: number format of the iteration's products.
+        momentum: momentum factor.
+        dtype: precision of the matrix products of the iteration.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -41,23 +40,23 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Make one update of every weight that has a gradient."""
-        assert closure is None, "Muon evaluates no closure"
+        """Update every weight that has a gradient."""
+        assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape.setdefault(matrix_shape(weight), []).append(weight)
+                    by_shape.setdefault(_matrix_shape(weight), []).append(weight)
             for (rows, columns), weights in by_shape.items():
-                directions = [self.direction(weight, group["momentum"]) for weight in weights]
+                directions = [self._direction(weight, group["momentum"]) for weight in weights]
                 stacked = torch.stack([d.reshape(rows, columns) for d in directions])
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, step in zip(weights, orthogonalise(stacked, self.dtype), strict=True):
+                for weight, step in zip(weights, orthogonalize(stacked, self.dtype), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(step.view(weight.shape), alpha=-rate)
 
-    def direction(self, weight: Tensor, momentum: float) -> Tensor:
-        """Add the gradient to the momentum and return Nesterov's look ahead."""
+    def _direction(self, weight: Tensor, momentum: float) -> Tensor:
+        """Add the gradient to the momentum and return the Nesterov momentum."""
         assert weight.grad is not None
         state = self.state[weight]
         if not state:
@@ -67,16 +66,16 @@ class Muon(Optimizer):
         return weight.grad.lerp(buffer, momentum)
 
 
-def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return rows and columns of a weight seen as a matrix: outputs by all the rest."""
+def _matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Return rows (outputs) and columns (all other dimensions) of a weight as a matrix."""
     return weight.shape[0], weight[0].numel()
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Bring all singular values of each matrix near 1 (0.7 to 1.2) by Newton–Schulz iteration.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """Move the singular values of each matrix close to 1 (0.7 to 1.2) by Newton–Schulz iteration.
 
     Shapes:
-        matrices (n, rows, columns) -> the same, in their own dtype; the products are in ``dtype``.
+        matrices (n, rows, columns) -> the same shape and dtype; computed in ``dtype``.
 
     Source: Jordan et al. 2024, the quintic with a = 3.4445, b = -4.7750, c = 2.0315.
     """

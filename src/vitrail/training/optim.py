@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers."""
+"""Optimizers and their parameter groups."""
 
 from typing import Any
 
@@ -10,55 +10,55 @@ from vitrail.runtime.devices import choose_precision
 from vitrail.training.muon import Muon
 
 KERNEL_RATE = 5
-"""Muon's rate for the stem's kernels, as a multiple of the blocks' (docs/log.md)."""
+"""Learning rate of Muon for the kernels of the stem, relative to the blocks (docs/log.md)."""
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
     """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
-    Every group keeps its highest learning rate under ``peak``; set_learning_rate scales it.
+    Every group stores its highest learning rate as ``peak``; set_learning_rate scales it.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 2024 (Muon).
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
     if config.optimizer == "muon":
-        names = [name for name, p in parameters.items() if is_hidden_matrix(name, p)]
+        names = [name for name, p in parameters.items() if _is_hidden_matrix(name, p)]
         matrices = {name: parameters.pop(name) for name in names}
         rate = config.muon_learning_rate
         groups = [
-            {"params": [p for n, p in matrices.items() if is_in_block(n) == inside], "peak": peak}
+            {"params": [p for n, p in matrices.items() if _is_in_block(n) == inside], "peak": peak}
             for inside, peak in ((True, rate), (False, rate * KERNEL_RATE))
         ]
-        groups = by_layer([g for g in groups if g["params"]], model, config.layer_decay)
+        groups = _by_layer([g for g in groups if g["params"]], model, config.layer_decay)
         if matrices:
             dtype = choose_precision(config.precision, next(model.parameters()).device)
             optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay, dtype=dtype))
-    decayed = {n: p for n, p in parameters.items() if config.decay == "all" or is_matrix(n, p)}
+    decayed = {n: p for n, p in parameters.items() if config.decay == "all" or _is_matrix(n, p)}
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
     ]
     groups = [{**group, "peak": config.learning_rate} for group in groups if group["params"]]
-    groups = by_layer(groups, model, config.layer_decay)
+    groups = _by_layer(groups, model, config.layer_decay)
     optimizers.append(AdamW(groups, lr=config.learning_rate, fused=True))
     return optimizers
 
 
-def by_layer(
+def _by_layer(
     groups: list[dict[str, Any]], model: nn.Module, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Split every group by layer and scale its learning rate by ``layer_decay`` for each step down.
+    """Split every group by layer and multiply its learning rate by ``layer_decay ** depth``.
 
-    The head and the last norm keep the rate, the last block has ``layer_decay`` times as much, and
-    so on down to the stem, the positions and the class token.
+    The depth is 0 for the head and the last norm, 1 for the last block, and so on down to the
+    stem, the position embedding and the class token.
 
     Source: Clark et al. 2020, arXiv:2003.10555; for ViTs Bao et al. 2022, arXiv:2106.08254.
     """
     if layer_decay == 1:
         return groups
-    blocks = 1 + max(int(n.split(".")[1]) for n, _ in model.named_parameters() if is_in_block(n))
-    depth_of = {p: steps_down(n, blocks) for n, p in model.named_parameters()}
+    blocks = 1 + max(int(n.split(".")[1]) for n, _ in model.named_parameters() if _is_in_block(n))
+    depth_of = {p: _depth(n, blocks) for n, p in model.named_parameters()}
     return [
         {
             **group,
@@ -70,41 +70,41 @@ def by_layer(
     ]
 
 
-def steps_down(name: str, blocks: int) -> int:
-    """Return how many layers below the head a parameter is."""
+def _depth(name: str, blocks: int) -> int:
+    """Return how many layers a parameter is below the head."""
     if name.startswith(("head.", "norm.")):
         return 0
-    return blocks - int(name.split(".")[1]) if is_in_block(name) else blocks + 1
+    return blocks - int(name.split(".")[1]) if _is_in_block(name) else blocks + 1
 
 
-def is_in_block(name: str) -> bool:
-    """Tell the parameters of the blocks from all others."""
+def _is_in_block(name: str) -> bool:
+    """Return whether a parameter belongs to a block."""
     return name.startswith("blocks.")
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Let only the head learn."""
+    """Make all parameters except those of the head untrainable."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Tell weights of linear and convolution layers from biases, norms, positions and tokens."""
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether it is the weight of a linear or convolution layer."""
     return parameter.ndim >= 2 and name != "position_ND"
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Tell the matrices that map tokens to tokens, which Muon is made for.
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether Muon applies: matrices of the blocks, and kernels of the stem.
 
-    These are the blocks' matrices and the stem's kernels but for the first, which reads pixels.
+    The first kernel of the stem is excluded: it reads pixels.
     """
     if parameter.ndim < 2:
         return False
-    return is_in_block(name) or (name.startswith("stem.") and parameter.shape[1] > 3)
+    return _is_in_block(name) or (name.startswith("stem.") and parameter.shape[1] > 3)
 
 
 def set_learning_rate(optimizers: list[Optimizer], multiplier: float) -> None:
-    """Set every group's learning rate to this share of its highest."""
+    """Set the learning rate of every group to a multiple of its highest."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * multiplier

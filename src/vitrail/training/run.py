@@ -307,7 +307,7 @@ class Run:
             for indices_B in torch.arange(len(images)).split(EVALUATION_CHUNK):
                 if distributed.highest(int(stopping())):
                     return None
-                parts.append(self._logits(self.state.best_model, images.take(indices_B)))
+                parts.append(self._logits(self.state.eval_model, images.take(indices_B)))
             accuracy, loss = quick_scores(torch.cat(parts), images.labels_B)
             scores |= {f"{name}_accuracy": accuracy, f"{name}_loss": loss}
         return scores
@@ -322,7 +322,7 @@ class Run:
         every = self.config.run.attention_epochs
         if not every or row["epoch"] % every or not distributed.is_leader():
             return None
-        name, model = f"epoch-{row['epoch']:04}.png", self.state.best_model
+        name, model = f"epoch-{row['epoch']:04}.png", self.state.eval_model
         folder = self.folder / "attention"
         problems = draw_each(
             {name: lambda path: draw_attention(model, self.watched, self.config, path)}, folder

@@ -6,11 +6,11 @@ from vitrail.config.settings import TrainingConfig
 
 
 def multiplier(step: int, config: TrainingConfig, *, steps_per_epoch: int) -> float:
-    """Return the share of the highest learning rate that update ``step`` (from 0) takes.
+    """Return the learning rate of update ``step`` (from 0), relative to the highest.
 
-    It rises as (t + 1) / warm-up, then falls by a half cosine or a line from 1 to
-    minimum_learning_rate / learning_rate. t counts updates, or epochs with ``schedule_by`` epoch,
-    which gives the reference system's LinearLR and CosineAnnealingLR in closed form.
+    It rises as (t + 1) / warmup, then falls along a half cosine or a line from 1 to
+    minimum_learning_rate / learning_rate. t counts updates, or with ``schedule_by`` epoch epochs,
+    which is the closed form of LinearLR and CosineAnnealingLR in the reference implementation.
 
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5, for the cosine.
     """

@@ -1,4 +1,4 @@
-"""Everything that training changes, to and from plain tensors and numbers."""
+"""The state of training (model, optimizers, counters), and how it is saved and restored."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,21 +14,21 @@ from vitrail.model import VisionTransformer
 from vitrail.training.optim import freeze_backbone, make_optimizers
 
 SLOTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-"""What an optimizer keeps of each parameter."""
-UNFIT = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError)
-"""What taking over a strange state may raise."""
+"""The state that an optimizer keeps for each parameter."""
+RESTORE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError)
+"""What restoring the state of another model may raise."""
 
 
 @dataclass
 class Tally:
-    """Sums over the images of the current epoch so far."""
+    """Sums over the images of the current epoch."""
 
     loss: float = 0.0
     correct: int = 0
     images: int = 0
 
     def add(self, *, loss: float, correct: int, images: int) -> None:
-        """Count one batch in, with its mean loss."""
+        """Add one batch with its mean loss."""
         self.loss += loss * images
         self.correct += correct
         self.images += images
@@ -40,9 +40,9 @@ class Tally:
 
 @dataclass
 class TrainingState:
-    """The model, its moving average, the optimizers, and how far they are.
+    """The model, its moving average, the optimizers, and the progress.
 
-    ``step`` counts the updates done; it is the loop's only variable.
+    ``step`` is the number of updates done, the only loop variable.
     """
 
     model: VisionTransformer
@@ -59,17 +59,17 @@ class TrainingState:
             freeze_backbone(model)
         average = None
         if config.ema_decay:
-            update = warming_average(config.ema_decay)
+            update = _warming_average(config.ema_decay)
             average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         return cls(model, make_optimizers(model, config), average)
 
     @property
-    def best_model(self) -> nn.Module:
-        """The weights to test, save and predict with: the moving average where there is one."""
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate and save: the moving average if there is one."""
         return self.model if self.average is None else self.average.module
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name; the model that predicts is saved apart, see weights()."""
+        """Return all tensors by name, except those of ``eval_model``: see weights()."""
         tensors = {}
         if self.average is not None:
             tensors.update({f"model.{name}": t for name, t in self.model.state_dict().items()})
@@ -82,11 +82,11 @@ class TrainingState:
         return tensors
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights of the model that predicts."""
-        return dict(self.best_model.state_dict())
+        """Return the weights of ``eval_model``."""
+        return dict(self.eval_model.state_dict())
 
     def numbers(self) -> dict[str, Any]:
-        """Return all that is not a tensor, as JSON knows it."""
+        """Return everything that is not a tensor, as JSON values."""
         return {"step": self.step, "seconds": self.seconds, "tally": asdict(self.tally)}
 
     def restore(
@@ -95,43 +95,43 @@ class TrainingState:
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
     ) -> None:
-        """Take over what weights(), tensors() and numbers() gave.
+        """Restore what weights(), tensors() and numbers() returned.
 
         Raises:
-            CheckpointError: they are of another model or optimizer.
+            CheckpointError: it belongs to another model or optimizer.
         """
         try:
-            self._take_over(weights, tensors, numbers)
-        except UNFIT as error:
+            self._restore(weights, tensors, numbers)
+        except RESTORE_ERRORS as error:
             reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"the saved training state does not fit: {reason:.200}"
+                f"the saved training state does not match the settings: {reason:.200}"
             ) from error
 
-    def _take_over(
+    def _restore(
         self,
         weights: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
     ) -> None:
-        self.best_model.load_state_dict(weights)
+        self.eval_model.load_state_dict(weights)
         if self.average is not None:
-            self.model.load_state_dict(under(tensors, "model"))
+            self.model.load_state_dict(_under(tensors, "model"))
             self.average.n_averaged.copy_(tensors["average.count"])
         for number, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, Tensor]] = {}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for name, tensor in under(tensors, f"optimizer.{number}").items():
+            for name, tensor in _under(tensors, f"optimizer.{number}").items():
                 index, slot = name.split(".")
                 same = tensor.shape in ((), parameters[int(index)].shape)
                 if not (same and tensor.is_floating_point()):
                     raise ValueError(f"{slot} is {tensor.dtype} of shape {tuple(tensor.shape)}")
                 slots.setdefault(int(index), {})[slot] = tensor
             expected = SLOTS.get(type(optimizer).__name__)
-            whole = len(slots) == len(parameters) and all(
+            complete = len(slots) == len(parameters) and all(
                 set(s) == expected for s in slots.values()
             )
-            if slots and expected and not whole:
+            if slots and expected and not complete:
                 raise ValueError(f"{type(optimizer).__name__} lacks some of {sorted(expected)}")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         tally = Tally(**numbers["tally"])
@@ -139,11 +139,11 @@ class TrainingState:
         self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
 
 
-def warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return how AveragedModel takes in an update: with a decay that rises to ``decay``.
+def _warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return an update function for AveragedModel with a decay that warms up to ``decay``.
 
-    After n updates it is ``min(decay, (1 + n) / (10 + n))``, so that the average of a short run is
-    not that of its first weights. The first update is copied.
+    After n updates it is ``min(decay, (1 + n) / (10 + n))``, so that the initial weights do not
+    dominate the average of a short run. The first update is copied.
 
     Source: TensorFlow's ExponentialMovingAverage, ``num_updates``; timm's ModelEmaV3.
     """
@@ -155,13 +155,13 @@ def warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names start with ``prefix.``, without it."""
     start = f"{prefix}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds a NaN or an infinity."""
+    """Return the name of the first tensor with a NaN or an infinity."""
     floats = ((n, t) for n, t in tensors.items() if t.is_floating_point())
     return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
