@@ -396,7 +396,7 @@ def test_an_archive_of_numpy_that_is_no_model_is_refused(number: int, tmp_path: 
 )
 def test_an_epoch_is_made_of_numbers(row: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(row + "\n")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="corrupt"):
         read_rows(tmp_path)
 
 
