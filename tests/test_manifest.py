@@ -49,7 +49,7 @@ def names(manifest: Manifest, split: str) -> set[str]:
     return {file.path for file in manifest.files.get(split, ())}  # type: ignore[call-overload]
 
 
-def test_one_tree_is_cut_by_class_without_overlap(pictures: Path) -> None:
+def test_one_tree_is_split_by_class_without_overlap(pictures: Path) -> None:
     manifest = scan(pictures)
     assert counts(manifest) == {"ant": [33, 3, 4], "bee": [16, 2, 2], "cat": [1, 0, 1],
                                 "dog": [1, 0, 0]}  # fmt: skip
@@ -57,7 +57,7 @@ def test_one_tree_is_cut_by_class_without_overlap(pictures: Path) -> None:
     assert len(every) == len(set(every)) == 63
 
 
-def test_the_cut_depends_on_names_only(pictures: Path, tmp_path: Path) -> None:
+def test_the_split_depends_on_names_only(pictures: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for path in sorted(pictures.rglob("*.png"), reverse=True):
         draw(copy / path.relative_to(pictures), 7)
@@ -76,7 +76,7 @@ def test_a_subset_is_stratified(pictures: Path) -> None:
     limited = scan(pictures).limited(DataConfig(num_train_images=25, num_test_images=3))
     assert [row[0] for row in counts(limited).values()] == [16, 8, 1, 0]
     assert [row[2] for row in counts(limited).values()] == [2, 1, 0, 0]
-    assert len(limited.left_out["not in the subset asked for"]) == 26 + 4
+    assert len(limited.left_out["not in the requested subset"]) == 26 + 4
 
 
 def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_what_is_left_out_is_counted_and_named(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (["train/a/1.png"], "1 folders with pictures"),
-        (["a/1.txt", "b/1.png"], "1 folders with pictures"),
-        (["test/a/1.png", "val/a/1.png"], "val/ is there, but no train/ beside it"),
+        (["train/a/1.png"], "at least 2 class folders with pictures, found 1"),
+        (["a/1.txt", "b/1.png"], "at least 2 class folders with pictures, found 1"),
+        (["test/a/1.png", "val/a/1.png"], "found .*val/.*, but no train/ next to it"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], "class 'c' is not among the training"),
     ],
 )
@@ -144,9 +144,9 @@ def test_a_manifest_survives_its_file(pictures: Path, tmp_path: Path) -> None:
      '{"root": "x", "classes": ["a"], "files": {"train": [["../x", 0, ""]]}, "left_out": {}}',
      '{"root": "x", "classes": ["a"], "files": {"best": []}, "left_out": {}}'],
 )  # fmt: skip
-def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"manifest.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest.json: corrupt"):
         load_manifest(tmp_path)
 
 
@@ -190,9 +190,7 @@ def trained_on(path: Path) -> DataConfig:
     return DataConfig(dataset="folder", data_path=path)
 
 
-def test_the_training_folder_and_its_copy_go_by_the_manifest(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_the_training_folder_and_its_copy_use_the_manifest(pictures: Path, tmp_path: Path) -> None:
     known = scan(pictures).with_fingerprints(1)
     shutil.copytree(pictures, tmp_path / "copy")
     for number in range(50):
@@ -210,7 +208,7 @@ def test_the_training_folder_and_its_copy_go_by_the_manifest(
                 choose_manifest(trained, trained, known, split, known.classes)  # type: ignore[arg-type]
 
 
-def test_another_folder_is_scored_whole(
+def test_all_of_another_folder_is_evaluated(
     pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = scan(pictures).with_fingerprints(1)
@@ -239,7 +237,7 @@ def test_another_folder_keeps_its_splits_and_must_know_the_classes(tmp_path: Pat
         scan_whole(tmp_path / "empty", ["ant"])
 
 
-def test_a_folder_without_a_manifest_is_cut_again_only_where_the_model_was_trained(
+def test_without_a_manifest_only_the_training_folder_is_split_again(
     pictures: Path, tmp_path: Path
 ) -> None:
     trained = trained_on(pictures)

@@ -81,7 +81,7 @@ def test_resume_goes_by_the_manifest(config: Config, tmp_path: Path) -> None:
     assert "ignored 41 pictures that were added since the run began" in run.notices
     shutil.copytree(pictures, tmp_path / "moved")
     (pictures / "cat" / "03.png").unlink()
-    with pytest.raises(DataError, match=r"the data changed .* 1 missing \(cat/03.png\)"):
+    with pytest.raises(DataError, match=r"the files changed .* 1 missing \(cat/03.png\)"):
         resume(tmp_path / "run")
     assert resume(tmp_path / "run", data_path=tmp_path / "moved").train_images == run.train_images
 

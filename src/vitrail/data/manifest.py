@@ -1,8 +1,8 @@
-"""What a run's data are: the classes, every picture file with its split, and what is left out.
+"""The data of a run: the classes, every picture file with its split, and the files left out.
 
-A manifest is made once, before a run begins, and stored with it as manifest.json. Resuming and
-testing go by it, so that no picture changes its split when files are added, and a file that was
-replaced or removed is noticed.
+A manifest is made once, before a run starts, and stored with it as manifest.json. Resuming and
+testing use it, so that no picture changes its split when files are added, and files that were
+replaced or removed are detected.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ log = logging.getLogger("vitrail")
 
 FILE = "manifest.json"
 HASHED = 65_536
-"""Bytes at either end of a file that its fingerprint covers."""
+"""Number of bytes at either end of a file that its fingerprint covers."""
 SHOWN = 3
-"""Files named in a message."""
+"""Number of files named in a message."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -36,7 +36,7 @@ Files = dict[Split, tuple["File", ...]]
 
 
 class File(NamedTuple):
-    """One picture: its path below the manifest's root, its label, its fingerprint if taken."""
+    """One picture: its path relative to the root, its label, and its fingerprint if computed."""
 
     path: str
     label: int
@@ -51,7 +51,7 @@ class Manifest:
     classes: tuple[str, ...]
     files: Files
     left_out: dict[str, tuple[str, ...]]
-    """Names of the files that are not used, by the reason."""
+    """Names of the files that are not used, by reason."""
 
     def paths(self, split: Split) -> list[Path]:
         """Return the files of a split."""
@@ -62,7 +62,7 @@ class Manifest:
         return [file.label for file in self.files.get(split, ())]
 
     def without(self, reason: str, paths: Iterable[Path]) -> "Manifest":
-        """Return the manifest with files left out, e.g. because they cannot be decoded."""
+        """Return the manifest without some files, e.g. because they cannot be decoded."""
         names = {path.relative_to(self.root).as_posix() for path in paths}
         files = {
             split: tuple(file for file in files if file.path not in names)
@@ -73,22 +73,24 @@ class Manifest:
         return replace(self, files=files, left_out=reasons)
 
     def limited(self, config: DataConfig) -> "Manifest":
-        """Return the manifest with the stratified subsets that the settings ask for.
+        """Return the manifest with the stratified subsets that the settings request.
 
         Which pictures are taken depends on their names alone.
         """
-        wanted = dict(zip(SPLITS, (config.num_train_images, config.validation_images,
-                                   config.num_test_images), strict=True))  # fmt: skip
-        files = {s: subset(f, wanted[s], len(self.classes), s) for s, f in self.files.items()}
-        limited = replace(self, files=files)
-        kept = {path for split in files for path in limited.paths(split)}
-        dropped = [path for split in self.files for path in self.paths(split) if path not in kept]
-        reasons = limited.without("not in the subset asked for", dropped).left_out
-        return replace(limited, left_out=reasons)
+        wanted = {
+            "train": config.num_train_images,
+            "validation": config.validation_images,
+            "test": config.num_test_images,
+        }
+        dropped: list[Path] = []
+        for split, files in self.files.items():
+            kept = {f.path for f in _subset(files, wanted[split], len(self.classes), split)}
+            dropped += [self.root / file.path for file in files if file.path not in kept]
+        return self.without("not in the requested subset", dropped)
 
     def with_fingerprints(self, num_workers: int) -> "Manifest":
         """Return the manifest with the fingerprint of every file."""
-        prints = {s: fingerprints(self.paths(s), num_workers) for s in self.files}
+        prints = {s: _fingerprints(self.paths(s), num_workers) for s in self.files}
         files = {
             split: tuple(
                 file._replace(fingerprint=p) for file, p in zip(files, prints[split], strict=True)
@@ -112,38 +114,38 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a run folder.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or corrupt.
     """
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return from_json(content)
+        return _from_json(content)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: damaged: restore it, or start a new run ({error})"
+            f"{path}: corrupt: restore it, or start a new run ({error})"
         ) from error
 
 
-def from_json(content: Any) -> Manifest:
-    """Return the manifest that ``Manifest.save`` wrote."""
-    classes = tuple(map(text, content["classes"]))
+def _from_json(content: Any) -> Manifest:
+    """Return the manifest that ``Manifest.save`` wrote, after checking it."""
+    classes = tuple(map(_text, content["classes"]))
     files: Files = {}
     for split, entries in content["files"].items():
         if split not in SPLITS:
             raise ValueError(f"split {split!r:.40}")
-        files[split] = tuple(File(text(p), int(y), text(f)) for p, y, f in entries)
+        files[split] = tuple(File(_text(p), int(y), _text(f)) for p, y, f in entries)
         if not all(0 <= file.label < len(classes) for file in files[split]):
             raise ValueError("a label without a class")
         if any(Path(file.path).is_absolute() or ".." in file.path for file in files[split]):
             raise ValueError("a file outside of the data's folder")
-    left_out = {text(r): tuple(map(text, names)) for r, names in content["left_out"].items()}
-    return Manifest(Path(text(content["root"])), classes, files, left_out)
+    left_out = {_text(r): tuple(map(_text, names)) for r, names in content["left_out"].items()}
+    return Manifest(Path(_text(content["root"])), classes, files, left_out)
 
 
-def text(value: object) -> str:
-    """Return a value that has to be a string."""
+def _text(value: object) -> str:
+    """Return a value that must be a string."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is not a string")
     return value
@@ -152,27 +154,27 @@ def text(value: object) -> str:
 def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
     """List the pictures of a folder and assign each to a split.
 
-    A single tree of classes is cut: of each class a fixed tenth (at least one picture, if it has
-    two) is the test split, then a tenth of the rest, or ``validation_images`` in all, validation.
-    The pictures whose relative names have the lowest hashes are taken, whatever the machine and
-    the order of its directories.
+    A single tree of classes is split: a fixed tenth of each class (at least one picture, if it has
+    two) for test, then a tenth of the rest, or ``validation_images`` in all, for validation. The
+    pictures whose relative names have the lowest hashes are taken, so that the splits depend
+    neither on the machine nor on the order of its directories.
 
     Raises:
         DataError: there is nothing to train on, or a split has a class that training lacks.
-        ConfigError: more validation images are asked for than there are.
+        ConfigError: more validation images are requested than there are.
     """
     layout = find_layout(data_path)
     if "train" not in layout.trees:
         there = ", ".join(f"{folder.name}/" for folder in layout.trees.values())
-        raise DataError(f"{data_path}: {there} is there, but no train/ beside it: add it")
-    trees, left_out = list_trees(layout, data_path)
+        raise DataError(f"{data_path}: found {there}, but no train/ next to it: add it")
+    trees, left_out = _list_trees(layout, data_path)
     names = tuple(sorted(trees["train"]))
     if len(names) < 2:
         raise DataError(
-            f"{layout.trees['train']}: {len(names)} folders with pictures in them, but a "
-            "classifier needs one for each of at least 2 classes"
+            f"{layout.trees['train']}: a classifier needs at least 2 class folders with pictures, "
+            f"found {len(names)}"
         )
-    check_classes(trees, layout, names)
+    _check_classes(trees, layout, names)
     by_class = {split: [tree.get(name, []) for name in names] for split, tree in trees.items()}
     if layout.one_tree:
         train = by_class["train"]
@@ -184,12 +186,12 @@ def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
         counts = validation_shares(list(map(len, train)), validation_images)
         by_class["train"], by_class["validation"] = cut(train, counts, _name_rank("validation"))
     by_class.setdefault("test", [])
-    files: Files = {split: labeled(by_class[split]) for split in SPLITS}
+    files: Files = {split: _labeled(by_class[split]) for split in SPLITS}
     return Manifest(data_path, names, files, left_out)
 
 
 def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
-    """List all pictures of a folder that nothing was trained on: all of it is the test split.
+    """List all pictures of a folder that was not trained on, as the test split.
 
     A folder of split folders keeps its splits.
 
@@ -197,17 +199,17 @@ def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
         DataError: there is no picture, or a class that ``classes`` lacks.
     """
     layout = find_layout(data_path)
-    trees, left_out = list_trees(layout, data_path)
-    check_classes(trees, layout, classes)
+    trees, left_out = _list_trees(layout, data_path)
+    _check_classes(trees, layout, classes)
     if layout.one_tree:
         trees = {"test": trees["train"]}
-    files = {s: labeled([tree.get(name, []) for name in classes]) for s, tree in trees.items()}
+    files = {s: _labeled([tree.get(name, []) for name in classes]) for s, tree in trees.items()}
     if not any(files.values()):
         raise DataError(f"{data_path}: no class folder with pictures in it")
     return Manifest(data_path, tuple(classes), files, left_out)
 
 
-def list_trees(
+def _list_trees(
     layout: Layout, data_path: Path
 ) -> tuple[dict[Split, dict[str, list[str]]], dict[str, tuple[str, ...]]]:
     """Return the relative names of the pictures by split and class, and of the files left out."""
@@ -229,19 +231,19 @@ def list_trees(
     return trees, {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())}
 
 
-def check_classes(
+def _check_classes(
     trees: dict[Split, dict[str, list[str]]], layout: Layout, classes: Sequence[str]
 ) -> None:
-    """Refuse a split with a class that is not known."""
+    """Refuse a split with an unknown class."""
     for split, tree in trees.items():
-        strange = sorted(set(tree) - set(classes))
-        if strange:
+        unknown = sorted(set(tree) - set(classes))
+        if unknown:
             known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-            raise DataError(f"{layout.trees[split]}: class {strange[0]!r} is not among the "
+            raise DataError(f"{layout.trees[split]}: class {unknown[0]!r} is not among the "
                             f"training classes ({known})")  # fmt: skip
 
 
-def subset(
+def _subset(
     files: tuple[File, ...], wanted: int | None, n_classes: int, purpose: str
 ) -> tuple[File, ...]:
     """Return a stratified subset of ``wanted`` files, or all of them."""
@@ -256,7 +258,7 @@ def subset(
     return tuple(file for file in files if file.path in kept)
 
 
-def labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
+def _labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
     """Return the files of all classes with their labels."""
     return tuple(File(name, label) for label, names in enumerate(by_class) for name in names)
 
@@ -271,11 +273,10 @@ def _name_rank(purpose: str) -> Callable[[str], bytes]:
     return rank
 
 
-def fingerprint(path: Path) -> str:
-    """Return a short text that changes with a file's content: its size, and a hash of its ends.
+def _fingerprint(path: Path) -> str:
+    """Return a string that changes with a file's content; empty if it cannot be read.
 
-    Raises:
-        DataError: the file cannot be read.
+    It holds the file's size and a hash of its two ends.
     """
     try:
         with path.open("rb") as file:
@@ -285,26 +286,19 @@ def fingerprint(path: Path) -> str:
             if size > HASHED:
                 file.seek(max(HASHED, size - HASHED))
                 content += file.read(HASHED)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError:
+        return ""
     return f"{size}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
 
-def fingerprints(paths: Sequence[Path], num_workers: int) -> list[str]:
-    """Return the fingerprint of every file; none of one that cannot be read."""
-
-    def one(path: Path) -> str:
-        try:
-            return fingerprint(path)
-        except DataError:
-            return ""
-
+def _fingerprints(paths: Sequence[Path], num_workers: int) -> list[str]:
+    """Return the fingerprint of every file."""
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        return list(pool.map(one, paths))
+        return list(pool.map(_fingerprint, paths))
 
 
 def verify(manifest: Manifest, splits: Iterable[Split], num_workers: int) -> None:
-    """Refuse data whose files changed since the manifest was made.
+    """Refuse a folder whose files changed since the manifest was made.
 
     Raises:
         DataError: files are missing or were replaced; some are named.
@@ -312,7 +306,7 @@ def verify(manifest: Manifest, splits: Iterable[Split], num_workers: int) -> Non
     missing: list[str] = []
     replaced: list[str] = []
     for split in splits:
-        now = fingerprints(manifest.paths(split), num_workers)
+        now = _fingerprints(manifest.paths(split), num_workers)
         for file, found in zip(manifest.files.get(split, ()), now, strict=True):
             if found != file.fingerprint:
                 (replaced if found else missing).append(file.path)
@@ -323,8 +317,8 @@ def verify(manifest: Manifest, splits: Iterable[Split], num_workers: int) -> Non
     ]
     if changes:
         raise DataError(
-            f"{manifest.root}: the data changed since the run began: {', '.join(changes)}: restore "
-            "these files, give --data_path their new place, or start a new run"
+            f"{manifest.root}: the files changed since the run started: {', '.join(changes)}: "
+            "restore them, set --data_path to their new location, or start a new run"
         )
 
 
@@ -332,33 +326,33 @@ def choose_manifest(
     data: DataConfig, trained: DataConfig, known: Manifest | None, split: Split,
     classes: Sequence[str],
 ) -> Manifest:  # fmt: skip
-    """Return which pictures a trained model is to be scored on.
+    """Return the pictures to evaluate a trained model on.
 
-    The folder that it was trained on, or a copy of it, goes by the run's manifest; without one
-    (a file of weights), it is cut again. Any other folder is taken whole.
+    For the folder that it was trained on, or a copy of it, that is the run's manifest; without one
+    (a file of weights), the folder is split again. Of any other folder, all pictures are used.
 
     Args:
-        data: the settings with the folder to score.
+        data: the settings with the folder to evaluate on.
         trained: the settings of the model's training.
         known: the manifest of the model's run.
-        split: the split to score.
+        split: the split to evaluate on.
         classes: the model's classes.
 
     Raises:
         DataError: the folder of the run has changed, or does not have the model's classes.
     """
     if known is None:
-        if trained.dataset == "folder" and is_same(data.data_path, trained.data_path):
+        if trained.dataset == "folder" and _is_same(data.data_path, trained.data_path):
             return scan(data.data_path, data.validation_images)
         return scan_whole(data.data_path, classes)
     here = replace(known, root=data.data_path)
     complete = all(path.is_file() for s in SPLITS for path in here.paths(s))
-    if is_same(data.data_path, known.root) or complete:
+    if _is_same(data.data_path, known.root) or complete:
         verify(here, [split], data.num_workers)
         return here
     whole = scan_whole(data.data_path, classes)
     learned = {file.fingerprint for file in known.files.get("train", ())}
-    found = fingerprints(whole.paths(split), data.num_workers)
+    found = _fingerprints(whole.paths(split), data.num_workers)
     overlap = sum(bool(text) and text in learned for text in found)
     if overlap:
         log.warning("%s: the model was trained on %d of these %d pictures (equal content)",
@@ -366,13 +360,13 @@ def choose_manifest(
     return whole
 
 
-def is_same(path: Path, other: Path) -> bool:
+def _is_same(path: Path, other: Path) -> bool:
     """Return whether two paths are the same folder."""
     return path.resolve() == other.resolve()
 
 
 def count_added(manifest: Manifest) -> int:
-    """Return how many pictures are in the folder that the manifest does not know."""
+    """Return how many pictures of the folder are not in the manifest."""
     known = {file.path for files in manifest.files.values() for file in files}
     known.update(name for names in manifest.left_out.values() for name in names)
     found = (path.relative_to(manifest.root).as_posix() for path in walk_files(manifest.root)
@@ -381,12 +375,12 @@ def count_added(manifest: Manifest) -> int:
 
 
 def summary(manifest: Manifest) -> str:
-    """Return what is left out, counted by reason, in one line; nothing if nothing is."""
+    """Return one line that counts the files left out by reason; empty if there are none."""
     counted = [f"{len(names)} {reason}" for reason, names in manifest.left_out.items()]
     return f"left out: {', '.join(counted)}" if counted else ""
 
 
 def class_counts(manifest: Manifest) -> list[tuple[str, list[int]]]:
-    """Return for each class how many training, validation and test pictures it has."""
+    """Return the number of training, validation and test pictures of each class."""
     counts = [Counter(manifest.labels(split)) for split in SPLITS]
     return [(name, [c[label] for c in counts]) for label, name in enumerate(manifest.classes)]
