@@ -16,17 +16,15 @@ from torch.nn import functional as F
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import DataError, OutputError
-from vitrail.explain import inspection_plot
+from vitrail.explain import inspection
 from vitrail.explain.inspection import (
-    attention_distance,
-    attention_entropy,
+    draw_insides,
     head_statistics,
     inspect_model,
     patch_distances,
     patch_filters,
     position_similarity,
 )
-from vitrail.explain.inspection_plot import draw_insides
 from vitrail.model import VisionTransformer
 from vitrail.weights.pretrained import load
 
@@ -165,8 +163,9 @@ def test_looking_at_everything_alike(tiny_model: ModelConfig) -> None:
     assert heads.entropy_LA.flatten().tolist() == pytest.approx([math.log(36)] * 6)
     assert heads.distance_LA.flatten().tolist() == pytest.approx([insides.distance_uniform] * 6)
     assert heads.distance_half_LA.abs().max() < 1e-4
-    torch.testing.assert_close(attention_distance(model, images_BCHW), heads.distance_LA)
-    torch.testing.assert_close(attention_entropy(model, images_BCHW), heads.entropy_LA)
+    each = head_statistics(model, images_BCHW)
+    torch.testing.assert_close(each.distance_BLA.mean(0), heads.distance_LA)
+    torch.testing.assert_close(each.entropy_BLA.mean(0), heads.entropy_LA)
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:
@@ -180,7 +179,7 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:
 def test_entropy_of_the_reference_systems_attention(reference: Path) -> None:
     expected = np.load(reference / "layer3-dim32_expected.npz")
     model = load(reference / "layer3-dim32.pt", device="cpu").model
-    entropy_LA = attention_entropy(model, torch.from_numpy(expected["images"]))
+    entropy_LA = head_statistics(model, torch.from_numpy(expected["images"])).entropy_BLA.mean(0)
     attention = expected["attention"].astype(np.float64)  # layers, images, heads, tokens, tokens
     expected_LA = -(attention * np.log(attention)).sum(-1).mean((1, 3))
     np.testing.assert_allclose(entropy_LA.numpy(), expected_LA, atol=1e-4)
@@ -233,10 +232,10 @@ def test_without_images_filters_and_positions_are_still_drawn(
 
 
 def test_large_grids_show_some_patches_evenly() -> None:
-    assert inspection_plot._spread(5) == [0, 1, 2, 3, 4]
-    shown = inspection_plot._spread(40)
+    assert inspection._spread(5) == [0, 1, 2, 3, 4]
+    shown = inspection._spread(40)
     assert (len(shown), shown[0], shown[-1]) == (14, 0, 39)
-    assert inspection_plot._spread(1) == [0]
+    assert inspection._spread(1) == [0]
 
 
 def test_what_cannot_be_inspected_or_written_is_refused(
@@ -244,7 +243,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
 ) -> None:
     model = build(tiny_model)
     with pytest.raises(DataError, match="no images to measure"):
-        attention_distance(model, pictures(tiny_model, 0))
+        head_statistics(model, pictures(tiny_model, 0))
     with pytest.raises(DataError, match="9 images are too few"):
         inspect_model(model, pictures(tiny_model, 9))
     insides = inspect_model(model, pictures(tiny_model))
@@ -255,7 +254,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
 @pytest.mark.slow
 def test_pyplot_is_never_loaded() -> None:
     code = (
-        "import sys, vitrail.explain.inspection_plot, vitrail.explain.map_report; "
+        "import sys, vitrail.explain.inspection, vitrail.explain.map_report; "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

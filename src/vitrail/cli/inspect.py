@@ -49,8 +49,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail inspect``."""
     import json
 
-    from vitrail.explain.inspection import inspect_model
-    from vitrail.explain.inspection_plot import draw_insides
+    from vitrail.explain.inspection import draw_insides, inspect_model
     from vitrail.runtime.files import write_json
 
     options = with_word(parse(InspectOptions, words, prog=prog))

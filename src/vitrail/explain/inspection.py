@@ -5,20 +5,37 @@ As figure 7 of the ViT paper, with the heads' entropy beside it.
 Source: Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5 and appendix D.7.
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.errors import DataError
+from vitrail.evaluation.plots import DARK, LIGHT, save_figure, write_title
 from vitrail.explain.map_metrics import half_width
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import PatchStem
 
 COMPONENTS = 28
 """The number that the paper shows."""
+SHOWN_PATCHES = 14
+"""Similarities are drawn for at most this many patches along each side."""
+LABELED_HEADS = 8
+"""With more heads there is no room for the number of each."""
+POSITION_TITLES = {
+    "learned": "Position embeddings: cosine similarity",
+    "sincos": "Fixed sine positions: cosine similarity",
+    "rope": "Rotary positions: mean cosine between patches",
+}
 
 
 class PatchFilters(NamedTuple):
@@ -33,7 +50,7 @@ class PatchFilters(NamedTuple):
 
 
 class HeadStatistics(NamedTuple):
-    """What the heads do, image by image.
+    """Distance and entropy of the heads, image by image.
 
     Shapes:
         distance_BLA: mean distance in pixels between a patch and those it attends to;
@@ -45,11 +62,11 @@ class HeadStatistics(NamedTuple):
 
 
 class HeadSummary(NamedTuple):
-    """What the heads do, on average over some images.
+    """Distance and entropy of the heads, averaged over some images.
 
     Shapes:
-        distance_LA, in pixels; entropy_LA, in nats: log(tokens) for uniform attention; and half of
-        the 95 % interval of each over the images.
+        distance_LA, in pixels; entropy_LA, in nats: log(tokens) for uniform attention; and half
+        the width of the 95% interval of each over the images.
     """
 
     images: int
@@ -62,10 +79,10 @@ class HeadSummary(NamedTuple):
         """Return plain JSON values."""
         return {
             "images": self.images,
-            "attention_distance_pixels": rounded(self.distance_LA),
-            "attention_distance_half_interval": rounded(self.distance_half_LA),
-            "attention_entropy_nats": rounded(self.entropy_LA),
-            "attention_entropy_half_interval": rounded(self.entropy_half_LA),
+            "attention_distance_pixels": _rounded(self.distance_LA),
+            "attention_distance_half_interval": _rounded(self.distance_half_LA),
+            "attention_entropy_nats": _rounded(self.entropy_LA),
+            "attention_entropy_half_interval": _rounded(self.entropy_half_LA),
         }
 
 
@@ -82,39 +99,39 @@ class Insides:
     distance_uniform: float
     """Mean attention distance of a head with uniform attention, in pixels."""
     heads: HeadSummary | None
-    """None where there were no images to measure the heads on."""
+    """None if there were no images to measure the heads on."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; for positions, only the similarity to the middle patch.
 
-        Without images the values of the heads are missing.
+        Without images, the values of the heads are missing.
         """
         G, J = self.similarity_GJGJ.shape[:2]
         return {
             "tokens": self.tokens,
             "patch_size": self.patch_size,
-            "filter_variance_shares": rounded(self.filters.shares_K),
+            "filter_variance_shares": _rounded(self.filters.shares_K),
             "position": self.position,
-            "similarity_to_middle_patch": rounded(self.similarity_GJGJ[G // 2, J // 2]),
+            "similarity_to_middle_patch": _rounded(self.similarity_GJGJ[G // 2, J // 2]),
             "attention_distance_if_uniform": round(self.distance_uniform, 5),
             **(self.heads.to_json() if self.heads else {}),
         }
 
 
-def rounded(values: Tensor) -> Any:
-    """Return a tensor as nested lists of numbers of five digits after the point."""
+def _rounded(values: Tensor) -> Any:
+    """Return a tensor as nested lists of numbers with five decimals."""
     return values.double().round(decimals=5).tolist()
 
 
 def inspect_model(
     model: VisionTransformer, images_BCHW: Tensor | None, *, chunk: int = 64
 ) -> Insides:
-    """Look inside a model: filters, positions, and how its heads behave on some images.
+    """Return a model's filters, positions, and how its heads behave on some images.
 
     Args:
         model: in evaluation mode.
-        images_BCHW: normalised, on the model's device, at least ten (the paper uses 128); None
-            leaves the heads out.
+        images_BCHW: normalized, on the model's device, at least ten (the paper uses 128); None
+            skips the heads.
         chunk: images per batch.
 
     Raises:
@@ -128,18 +145,14 @@ def inspect_model(
         tokens=G * J + model.config.has_class_token,
         patch_size=model.config.patch_size,
         distance_uniform=float(patch_distances(model).mean()),
-        heads=None if images_BCHW is None else summarize_heads(model, images_BCHW, chunk=chunk),
+        heads=None if images_BCHW is None else _summarize_heads(model, images_BCHW, chunk=chunk),
     )
 
 
-def summarize_heads(
+def _summarize_heads(
     model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
 ) -> HeadSummary:
-    """Return the means of ``head_statistics`` over the images, with their intervals.
-
-    Raises:
-        DataError: there are fewer than ten images.
-    """
+    """Return the means of ``head_statistics`` over the images, with their intervals."""
     each = head_statistics(model, images_BCHW, chunk=chunk)
     return HeadSummary(
         len(images_BCHW),
@@ -151,28 +164,28 @@ def summarize_heads(
 
 
 def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> PatchFilters:
-    """Return the principal components of what the middle patch's token reads off the pixels.
+    """Return the principal components of the filters that compute the middle patch's token.
 
-    The filters are the token's derivatives by the pixels at an image of 0, the mean colour of the
-    data. Of the patch stem they are its weights themselves; of the convolutional stem they show
-    what its layers do together, which reaches over the patch's border. (Max pooling counts as the
-    mean there: on an even image no pixel is the greatest.)
+    The filters are the token's derivatives by the pixels at an image of 0, the mean color of the
+    data. For the patch stem they are its weights; for the convolutional stem they show the
+    combined effect of its layers, which extends beyond the patch. (Max pooling is replaced by the
+    mean there: in a uniform image no pixel is the largest.)
     """
     (height, width), (row, column) = model.config.image_hw, (n // 2 for n in model.config.grid_GJ)
     D = model.config.embed_dim
     gray_CHW = next(model.stem.parameters()).new_zeros(model.config.n_channels, height, width)
     with torch.enable_grad():
-        # One image a filter, so that one backward pass gives all of them.
-        grays_DCHW = gray_CHW.expand(D, -1, -1, -1).clone().requires_grad_()
-        tokens_DDGJ = grays_DCHW
+        # One image per filter, so that one backward pass gives all of them.
+        images_DCHW = gray_CHW.expand(D, -1, -1, -1).clone().requires_grad_()
+        tokens_DDGJ = images_DCHW
         for layer in [model.stem] if isinstance(model.stem, PatchStem) else model.stem:
             pool = isinstance(layer, nn.MaxPool2d)
             tokens_DDGJ = F.avg_pool2d(tokens_DDGJ, 2) if pool else layer(tokens_DDGJ)
-        answers_DD = tokens_DDGJ[:, :, row, column]
-        (filters_DCHW,) = torch.autograd.grad(answers_DD.diagonal().sum(), grays_DCHW)
-    filters_DCHW = crop_to_support(filters_DCHW.float().cpu())
-    centred_DX = filters_DCHW.flatten(1) - filters_DCHW.flatten(1).mean(0)
-    _, strengths_X, directions_XX = torch.linalg.svd(centred_DX.double(), full_matrices=False)
+        outputs_DD = tokens_DDGJ[:, :, row, column]
+        (filters_DCHW,) = torch.autograd.grad(outputs_DD.diagonal().sum(), images_DCHW)
+    filters_DCHW = _crop_to_support(filters_DCHW.float().cpu())
+    centered_DX = filters_DCHW.flatten(1) - filters_DCHW.flatten(1).mean(0)
+    _, strengths_X, directions_XX = torch.linalg.svd(centered_DX.double(), full_matrices=False)
     shares_X = strengths_X**2 / (strengths_X**2).sum().clamp(min=1e-30)
     kept = directions_XX[:components]
     peaks_K1 = kept.gather(1, kept.abs().argmax(1, keepdim=True))  # signs are free: peaks positive
@@ -181,8 +194,8 @@ def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> Pat
     return PatchFilters(tiles_KCHW.permute(0, 2, 3, 1).float(), shares_X[:components].float())
 
 
-def crop_to_support(filters_DCHW: Tensor) -> Tensor:
-    """Cut off the rows and columns of pixels that no filter reads."""
+def _crop_to_support(filters_DCHW: Tensor) -> Tensor:
+    """Remove the rows and columns of pixels that no filter reads."""
     read_HW = (filters_DCHW != 0).any(0).any(0)
     rows, columns = (read_HW.any(along).nonzero().flatten() for along in (1, 0))
     if len(rows) == 0:
@@ -193,15 +206,15 @@ def crop_to_support(filters_DCHW: Tensor) -> Tensor:
 def position_similarity(model: VisionTransformer) -> Tensor:
     """Return the similarity of the model's positions: the cosine between each pair of patches.
 
-    Rotary positions have no table. Theirs is the mean cosine of the angles between two patches
-    over the frequencies: what remains, on average, of the product of a query and an equal key.
+    Rotary positions have no table. Their similarity is the mean over the frequencies of the cosine
+    of the angle between two patches: the average factor on the product of a query and an equal key.
 
     Shapes:
         similarity_GJGJ, from -1 to 1.
     """
     G, J = model.config.grid_GJ
     if model.rotation is not None:
-        table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # a class token stands before them
+        table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # after a class token, if any
     else:
         table_ND = model.position_ND
     # To the CPU first: some devices (MPS) have no float64.
@@ -209,24 +222,14 @@ def position_similarity(model: VisionTransformer) -> Tensor:
     return (unit_ND @ unit_ND.T).float().view(G, J, G, J)
 
 
-def attention_distance(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Tensor:
-    """Return the mean attention distance (L, A) in pixels: see head_statistics()."""
-    return head_statistics(model, images_BCHW, chunk=chunk).distance_BLA.mean(0)
-
-
-def attention_entropy(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Tensor:
-    """Return the mean attention entropy (L, A) in nats: see head_statistics()."""
-    return head_statistics(model, images_BCHW, chunk=chunk).entropy_BLA.mean(0)
-
-
 def head_statistics(
     model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
 ) -> HeadStatistics:
-    """Watch every head on images.
+    """Return the attention distance and entropy of every head on each image.
 
-    Distance: between the middles of patches, weighted by the attention between them, averaged over
-    all patches as queries. A class token has no place: its row and column are left out, and the
-    rest of each row is scaled to sum to 1. Entropy: of whole rows, averaged over all tokens.
+    Distance: between the centers of patches, weighted by the attention between them, averaged over
+    all patches as queries. A class token has no position: its row and column are left out, and the
+    rest of each row is scaled to sum to 1. Entropy: of full rows, averaged over all tokens.
 
     Raises:
         DataError: there are no images.
@@ -249,7 +252,141 @@ def head_statistics(
 
 
 def patch_distances(model: VisionTransformer) -> Tensor:
-    """Return the distance in pixels between the middles of all patches (N, N)."""
+    """Return the distance in pixels between the centers of all patches (N, N)."""
     rows, columns = (torch.arange(n) for n in model.config.grid_GJ)
     places_N2 = torch.cartesian_prod(rows, columns).float() * model.config.patch_size
     return torch.cdist(places_N2, places_N2)
+
+
+# The picture.
+
+
+def draw_insides(insides: Insides, path: Path) -> None:
+    """Draw filters, positions, and the heads' distance and entropy into one PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    heads = insides.heads
+    figure = Figure(figsize=(12, 10.5 if heads else 5.6), layout="constrained")
+    grid = figure.add_gridspec(2 if heads else 1, 2, height_ratios=(1.15, 1) if heads else (1,))
+    filters, similarity = (figure.add_subplot(grid[0, column]) for column in range(2))
+    _draw_filters(filters, insides)
+    figure.colorbar(_draw_similarity(similarity, insides), ax=similarity, shrink=0.7, aspect=25)
+    if heads:
+        distance, entropy = (figure.add_subplot(grid[1, column]) for column in range(2))
+        _draw_both(distance, entropy, insides, heads)
+        figure.supxlabel(
+            f"Heads on {heads.images:,} images, sorted within each layer; bars: 95% intervals",
+            size=9, color=DARK,
+        )  # fmt: skip
+    save_figure(figure, path)
+
+
+def _draw_both(distance: Axes, entropy: Axes, insides: Insides, heads: HeadSummary) -> None:
+    _draw_heads(distance, heads.distance_LA, heads.distance_half_LA)
+    _draw_limit(distance, insides.distance_uniform, "uniform attention over all patches")
+    distance.set_ylabel("pixels")
+    write_title(distance, "Mean attention distance of each head")
+    _draw_heads(entropy, heads.entropy_LA, heads.entropy_half_LA)
+    words = f"uniform attention over all {insides.tokens} tokens"
+    _draw_limit(entropy, math.log(insides.tokens), words)
+    _count_tokens(entropy, insides.tokens)
+    write_title(entropy, "Mean attention entropy of each head")
+
+
+def _draw_filters(axes: Axes, insides: Insides) -> None:
+    tiles_KHWC, shares_K = insides.filters
+    K, H, W, C = tiles_KHWC.shape
+    columns = math.ceil(math.sqrt(K))
+    rows = math.ceil(K / columns)
+    gap = 1 if max(H, W) < 8 else 2
+    sheet = torch.ones(rows * (H + gap) - gap, columns * (W + gap) - gap, C)
+    for index, tile_HWC in enumerate(tiles_KHWC):
+        top, left = index // columns * (H + gap), index % columns * (W + gap)
+        sheet[top : top + H, left : left + W] = tile_HWC
+    axes.imshow(sheet.expand(-1, -1, 3).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_anchor("N")
+    write_title(axes, f"Stem filters: {K} main components, {H} x {W} pixels")
+    share = f"{float(shares_K.sum()):.1%}"
+    axes.text(
+        0, -0.04, f"{share} of the filters' variance, strongest first, row by row",
+        transform=axes.transAxes, va="top", size=9, color=DARK,
+    )  # fmt: skip
+
+
+def _draw_similarity(axes: Axes, insides: Insides) -> AxesImage:
+    """Draw one small map for each patch, at the patch's position."""
+    similarity = insides.similarity_GJGJ
+    rows, columns = (_spread(n) for n in similarity.shape[:2])
+    G, J = similarity.shape[2:]
+    gap = max(1, round(max(G, J) / 8))
+    sheet = torch.full((len(rows) * (G + gap) - gap, len(columns) * (J + gap) - gap), math.nan)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            top, left = i * (G + gap), j * (J + gap)
+            sheet[top : top + G, left : left + J] = similarity[row, column]
+    image = axes.imshow(
+        sheet.numpy(), cmap="viridis", vmin=float(similarity.min()), vmax=1, interpolation="nearest"
+    )
+    # One label per row and column of patches.
+    axes.set_xticks([j * (J + gap) + (J - 1) / 2 for j in range(len(columns))],
+                    [str(n + 1) for n in columns])  # fmt: skip
+    axes.set_yticks([i * (G + gap) + (G - 1) / 2 for i in range(len(rows))],
+                    [str(n + 1) for n in rows])  # fmt: skip
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="patch column", ylabel="patch row")
+    write_title(axes, POSITION_TITLES[insides.position])
+    return image
+
+
+def _spread(count: int) -> list[int]:
+    """Return at most SHOWN_PATCHES indices below count, evenly spread."""
+    shown = min(count, SHOWN_PATCHES)
+    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
+
+
+def _draw_heads(axes: Axes, values_LA: Tensor, half_LA: Tensor) -> None:
+    """Draw a dot for each head over its layer, sorted by value, with the head's number."""
+    L, A = values_LA.shape
+    sorted_LA, heads_LA = values_LA.sort(dim=1)
+    bars_LA = half_LA.gather(1, heads_LA)
+    shades = colormaps["viridis"]([0.85 * rank / max(1, A - 1) for rank in range(A)])
+    for rank in range(A):
+        places_L = [layer + 0.7 * ((rank + 0.5) / A - 0.5) for layer in range(1, L + 1)]
+        values_L, bars_L = sorted_LA[:, rank].tolist(), bars_LA[:, rank].tolist()
+        axes.errorbar(places_L, values_L, bars_L, fmt="o", markersize=7, color=shades[rank])
+        for x, value, bar, head in zip(places_L, values_L, bars_L, heads_LA[:, rank], strict=True):
+            if A <= LABELED_HEADS:
+                axes.annotate(
+                    str(int(head) + 1), (x, value - bar), (0, -5), textcoords="offset points",
+                    ha="center", va="top", size=8, color=DARK,
+                )  # fmt: skip
+    for edge in range(1, L):
+        axes.axvline(edge + 0.5, color=LIGHT, linewidth=0.8)
+    axes.set(xlabel="layer", xlim=(0.5, L + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _draw_limit(axes: Axes, limit: float, words: str) -> None:
+    """Mark the value of a head with uniform attention."""
+    axes.axhline(limit, color=DARK, linewidth=1, linestyle="--")
+    axes.annotate(
+        words, (0.99, limit), (0, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", size=8, color=DARK,
+    )  # fmt: skip
+    axes.set_ylim(0, 1.12 * max(limit, axes.dataLim.y1) or 1)
+
+
+def _count_tokens(axes: Axes, tokens: int) -> None:
+    """Label the right axis with the number of tokens whose uniform attention has that entropy."""
+    counts = [2**power for power in range(tokens.bit_length())]
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([math.log(n) for n in counts], [str(n) for n in counts])
+    right.set_ylabel("effective number of tokens")
+    axes.set_ylabel("nats")
