@@ -24,7 +24,7 @@ from speed.jobs import QUICK, REFERENCE, TITLES, Amounts, Recipe, Workload
 from speed.report import below, comparison_json, comparison_table
 from speed.workers import python_of
 from vitrail.cli import guarded
-from vitrail.cli.console import out, say
+from vitrail.cli.console import out, print_err
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import require, require_range
@@ -109,7 +109,7 @@ def command(words: Sequence[str]) -> int:
     try:
         grow(options) if options.growth else measure(options)
     except KeyboardInterrupt:
-        say("stopped")
+        print_err("stopped")
         return 130
     return 0
 
@@ -131,7 +131,7 @@ def measure(options: BenchOptions) -> None:
         reference_path=reference_path,
         data_path=options.data_path,
     )
-    found = compare(bench, say)
+    found = compare(bench, print_err)
     machine = describe(device)
     out.print(comparison_table(found, title(options, device, machine)))
     for line in below(found, sizes(found)):
@@ -144,12 +144,12 @@ def grow(options: BenchOptions) -> None:
     device, plot = choose_device(options.device).type, options.plot or PLOT
     rounds = options.rounds or GROWTH_ROUNDS
     points = measure_growth(
-        options.recipe, device=device, rounds=rounds, quick=options.quick, say=say
+        options.recipe, device=device, rounds=rounds, quick=options.quick, say=print_err
     )
     plot_growth(points, plot)
     machine = describe(device)
     out.print(growth_table(points, title(options, device, machine)))
-    say(f"plot saved to {plot}")
+    print_err(f"plot saved to {plot}")
     about = {"preset": options.preset, "device": device, "machine": machine}
     print(json.dumps(growth_json(points, **about)))
 

@@ -106,12 +106,12 @@ def test_hub_ids_stay_as_they_are_typed() -> None:
     """As a path, hf:OWNER/NAME would become hf:OWNER\\NAME on Windows."""
     from vitrail.cli.convert import ConvertOptions
     from vitrail.cli.info import InfoOptions
-    from vitrail.cli.options import ModelOptions, ModelWord
+    from vitrail.cli.options import ModelArgument, ModelOptions
     from vitrail.cli.parsing import parse
     from vitrail.cli.push import PushOptions
 
     for kind, words, name in (
-        (ModelOptions, "--model_path hf:a/b", "model_path"), (ModelWord, "hf:a/b", "model"),
+        (ModelOptions, "--model_path hf:a/b", "model_path"), (ModelArgument, "hf:a/b", "model"),
         (ConvertOptions, "hf:a/b c", "source"), (InfoOptions, "hf:a/b", "model"),
         (PushOptions, "hf:a/b c/d", "model"),
     ):  # fmt: skip

@@ -211,7 +211,7 @@ def use_files(folder: Path, made: list[str]) -> None:
         console.err, before = Console(file=told, width=79, highlight=False), console.err
         try:
             for path in made:
-                console.say(f"vitrail: {path}: cannot be read")
+                console.print_err(f"vitrail: {path}: cannot be read")
         finally:
             console.err = before
     require_harmless(told.getvalue(), "what is said")

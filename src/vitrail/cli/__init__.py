@@ -60,21 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(_dispatch, sys.argv[1:] if argv is None else argv)
 
 
-def _dispatch(words: Sequence[str]) -> int:
+def _dispatch(args: Sequence[str]) -> int:
     """Print --help or --version, or run a command."""
-    if not words or words[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help"):
         lines = (f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
         print(USAGE.format(commands="\n".join(lines)), end="")
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if args else 2
+    if args[0] == "--version":
         import vitrail
 
         print(f"vitrail {vitrail.__version__}")
         return 0
-    return run(words[0], words[1:])
+    return run(args[0], args[1:])
 
 
-def run(command: str, words: Sequence[str]) -> int:
+def run(command: str, args: Sequence[str]) -> int:
     """Run one command; exceptions are left to the caller."""
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
@@ -83,7 +83,7 @@ def run(command: str, words: Sequence[str]) -> int:
         _refuse_many_processes(command)
     module = importlib.import_module(f"vitrail.cli.{command}")
     process.limit_spinning()
-    return int(module.command(words))
+    return int(module.command(args))
 
 
 def _refuse_many_processes(command: str) -> None:
@@ -103,17 +103,17 @@ def exit_code(error: VitrailError) -> int:
     return 1 if isinstance(error, TrainingError) else 2
 
 
-def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:
     """Run a command; turn every exception into one line on standard error and an exit code.
 
     ``--debug`` prints the traceback instead.
     """
     process.keep_freed_memory()
     _accept_any_character()
-    debug = DEBUG in words
-    words = [word for word in words if word != DEBUG]
+    debug = DEBUG in args
+    args = [arg for arg in args if arg != DEBUG]
     try:
-        code = command(words)
+        code = command(args)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that a full disk behind a pipe is reported, too
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
@@ -123,11 +123,11 @@ def guarded(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> in
         sys.stdout = None
         return 1
     except Exception as error:  # noqa: BLE001 (the edge of the program)
-        return _conclude(error, words, debug=debug)
+        return _conclude(error, args, debug=debug)
     return code
 
 
-def _conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
+def _conclude(error: Exception, args: Sequence[str], *, debug: bool) -> int:
     """Report an exception on standard error and return the exit code."""
     from vitrail.cli import failures
 
@@ -141,7 +141,7 @@ def _conclude(error: Exception, words: Sequence[str], *, debug: bool) -> int:
         if not debug:
             print(f"vitrail: {error}", file=sys.stderr)
         return exit_code(error)
-    return failures.explain(error)[1] if debug else failures.report(error, words)
+    return failures.explain(error)[1] if debug else failures.report(error, args)
 
 
 def _accept_any_character() -> None:

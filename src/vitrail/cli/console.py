@@ -11,12 +11,12 @@ out = Console(highlight=False)
 err = Console(highlight=False, stderr=True)
 
 
-def say(message: str) -> None:
+def print_err(message: str) -> None:
     """Print a message that is not the result."""
     err.print(clean(message), markup=False, soft_wrap=True)
 
 
-def tell(message: str, **style: Any) -> None:
+def print_out(message: str, **style: Any) -> None:
     """Print a part of the result as text."""
     out.print(clean(message), markup=False, soft_wrap=True, **style)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vitrail.cli.console import tell
+from vitrail.cli.console import print_out
 from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
@@ -38,7 +38,7 @@ class ConvertOptions:
     layout: Literal["vitrail", "timm", "huggingface", "google", "reference"] = "vitrail"
     """Format of DEST."""
     n_attention_heads: int | None = None
-    """Number of attention heads, for weights whose files do not say it."""
+    """Number of attention heads, for weights whose files do not record it."""
     image_size: int | tuple[int, int] | None = None
     """New image size in pixels; learned positions are resized. Default: unchanged."""
     n_classes: int | None = None
@@ -48,9 +48,9 @@ class ConvertOptions:
     preparation: Preparation = field(default_factory=Preparation)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail convert``."""
-    options = parse(ConvertOptions, words, prog=prog)
+    options = parse(ConvertOptions, args, prog=prog)
     if options.n_classes is not None and not options.new_head:
         raise ConfigError("--n_classes needs a new head: give --new_head too")
     from vitrail.weights.pretrained import read, remodel, save
@@ -95,4 +95,4 @@ def _report(found: "Source", options: ConvertOptions) -> None:
         *_silent(found, options.layout),
         "  all other tensors read unchanged" if found.notes else "  all tensors read unchanged",
     ]
-    tell("\n".join(lines))
+    print_out("\n".join(lines))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vitrail.cli.console import err, out, say, tell
+from vitrail.cli.console import err, out, print_err, print_out
 from vitrail.cli.options import (
     STDIN,
     DataOptions,
@@ -106,9 +106,9 @@ class ExplainOptions(ModelOptions):
         return asked.parent if _is_file_name(asked) else asked
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail explain``."""
-    options = parse(ExplainOptions, words, prog=prog)
+    options = parse(ExplainOptions, args, prog=prog)
     _check(options)
     names = list_pictures(options.pictures)
     classifier = load_model(options)
@@ -139,7 +139,7 @@ def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOp
     if broken and not subjects:
         raise PictureError(broken[0])
     for message in broken:
-        say(f"vitrail: {message}")
+        print_err(f"vitrail: {message}")
     paths = name_files(options, [subject.name for subject in subjects])
     _check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
     for subject, path in zip(subjects, paths, strict=True):
@@ -157,9 +157,9 @@ def _draw(
     save(explanation, path, Look(**vars(options.drawing)))
     last = explanation.frames[-1]
     style = {True: "green", False: "bold red", None: ""}[last.right]
-    tell(f"{printable(subject.name)}: {printable(last.says)}", style=style)
+    print_out(f"{printable(subject.name)}: {printable(last.says)}", style=style)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
-    tell(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
+    print_out(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
 
 
 def _describe(explanation: "Explanation", path: Path) -> str:
@@ -288,7 +288,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     methods = _list_methods(options.method) or METHODS
     images = load_split(classifier, **options.data.to_load()).sample(options.images)
     log_test_use(classifier, split, folder, "vitrail explain --score", len(images))
-    say(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
+    print_err(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
         task = progress.add_task("scoring", total=STEPS * (len(methods) + len(CONTROLS)))
@@ -303,7 +303,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     write_json(folder / "scores.json", {**about, "scores": [each.to_json() for each in scores]})
     out.print(score_table(scores))
     plot_scores(folder / "scores.png", scores)
-    say(f"scores.png and scores.json in {folder}/")
+    print_err(f"scores.png and scores.json in {folder}/")
     return 0
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from vitrail.cli.console import number_table, out, say, tell
-from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
+from vitrail.cli.console import number_table, out, print_err, print_out
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 
@@ -23,7 +23,7 @@ PROG = "vitrail export"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class ExportOptions(ModelWord):
+class ExportOptions(ModelArgument):
     """Export a model to a file that other programs run, checked against torch at three batch sizes.
 
     vitrail predict --model_path FILE.onnx runs it without torch.
@@ -44,9 +44,9 @@ class ExportOptions(ModelWord):
     data: DataOptions = field(default_factory=DataOptions)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail export``."""
-    options = with_word(parse(ExportOptions, words, prog=prog))
+    options = with_argument(parse(ExportOptions, args, prog=prog))
     path = _check(options)
     classifier = load_model(options)
     path = path or _default_path(options, Path(classifier.source))
@@ -108,7 +108,7 @@ def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) ->
     from vitrail.runtime.files import replace_file
 
     images = measured_images(classifier, options) if options.int8 else None
-    say("exporting and checking (up to a minute)")
+    print_err("exporting and checking (up to a minute)")
     proto, difference = to_onnx(classifier, _settings_of(options))
     content = proto.SerializeToString()
     if images is None:
@@ -154,7 +154,7 @@ def _quantise_and_measure(
     )
     replace_file(path, small)
     _show(agreement, {"float32": len(large), "int8": len(small)}, options.data.split)
-    say(f"int8 model in {path}")
+    print_err(f"int8 model in {path}")
 
 
 def _show(agreement: "Agreement", sizes: dict[str, int], split: str) -> None:
@@ -163,7 +163,9 @@ def _show(agreement: "Agreement", sizes: dict[str, int], split: str) -> None:
     for name, accuracy in agreement.accuracy.items():
         table.add_row(name, f"{accuracy:.2%}", f"{sizes[name] / 1e6:.2f} MB")
     out.print(table)
-    tell(f"{agreement.images:,} images; {agreement.same_class:.2%} get the same class from both")
+    print_out(
+        f"{agreement.images:,} images; {agreement.same_class:.2%} get the same class from both"
+    )
 
 
 def _report(path: Path, size: int, difference: float) -> None:
@@ -171,7 +173,7 @@ def _report(path: Path, size: int, difference: float) -> None:
     from vitrail.export.graph import CHECKED_BATCHES
 
     batches = ", ".join(map(str, CHECKED_BATCHES))
-    tell(
+    print_out(
         f"{path}: {size / 1e6:.2f} MB; differs from torch by at most {difference:.1e} "
         f"(batches of {batches})"
     )

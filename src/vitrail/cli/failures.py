@@ -34,11 +34,11 @@ PLACES = {
 """What to do about an error of the system; for all others, ANOTHER_PLACE."""
 
 
-def report(error: Exception, words: Sequence[str]) -> int:
+def report(error: Exception, args: Sequence[str]) -> int:
     """Print one line about an exception, write its traceback to a file; return the exit code."""
     message, code = explain(error)
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    path = _write_traceback(error, words)
+    path = _write_traceback(error, args)
     where = f" (traceback: {path})" if path else ""
     print(f"vitrail: {printable(message + notes)}{where}", file=sys.stderr)
     return code
@@ -86,11 +86,11 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _write_traceback(error: Exception, words: Sequence[str]) -> str:
+def _write_traceback(error: Exception, args: Sequence[str]) -> str:
     """Write the traceback to the system's folder of temporary files; return the path, or ""."""
     head = (
         f"vitrail {version('vitrail')}, Python {platform.python_version()}, {platform.platform()}\n"
-        f"arguments: {shlex.join(words)}\n\n"
+        f"arguments: {shlex.join(args)}\n\n"
     )
     text = head + "".join(traceback.format_exception(error))
     try:

@@ -9,7 +9,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.cli.console import out, say, tell
+from vitrail.cli.console import out, print_err, print_out
 from vitrail.cli.parsing import parse
 from vitrail.config.presets import PRESETS
 from vitrail.errors import CheckpointError, printable
@@ -28,14 +28,14 @@ class InfoOptions:
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Model to describe: a run folder, weights, a bundled name or hf:OWNER/NAME."""
     n_attention_heads: int | None = None
-    """Number of attention heads, for weights whose files do not say it."""
+    """Number of attention heads, for weights whose files do not record it."""
     output_path: Path = Path("output")
     """Folder that contains the run folders."""
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail info``."""
-    options = parse(InfoOptions, words, prog=prog)
+    options = parse(InfoOptions, args, prog=prog)
     if options.model is None:
         _show_machine()
         _show_presets()
@@ -110,9 +110,9 @@ def _show_runs(output_path: Path) -> int:
     if folders:
         out.print(table)
     else:
-        tell(f"No runs in {output_path}/ yet: vitrail train --preset quick")
+        print_out(f"No runs in {output_path}/ yet: vitrail train --preset quick")
     for problem in corrupt:
-        say(f"vitrail: {problem}")
+        print_err(f"vitrail: {problem}")
     return 1 if corrupt else 0
 
 

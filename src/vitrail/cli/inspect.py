@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import number_table, out, say
+from vitrail.cli.console import number_table, out, print_err
 from vitrail.cli.options import (
     DataOptions,
-    ModelWord,
+    ModelArgument,
     check_images,
     load_model,
     log_test_use,
-    with_word,
+    with_argument,
 )
 from vitrail.cli.parsing import parse
 from vitrail.errors import DataError
@@ -30,7 +30,7 @@ PROG = "vitrail inspect"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class InspectOptions(ModelWord):
+class InspectOptions(ModelArgument):
     """Show what is inside a model: filters, positions, attention distance and entropy of the heads.
 
     For example: vitrail inspect output/quick
@@ -45,14 +45,14 @@ class InspectOptions(ModelWord):
     data: DataOptions = field(default_factory=DataOptions)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail inspect``."""
     import json
 
     from vitrail.explain.inspection import draw_insides, inspect_model
     from vitrail.runtime.files import write_json
 
-    options = with_word(parse(InspectOptions, words, prog=prog))
+    options = with_argument(parse(InspectOptions, args, prog=prog))
     check_images(options.images)
     classifier = load_model(options)
     images_BCHW, missing = _load_images(classifier, options)
@@ -64,9 +64,9 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         print(json.dumps(numbers))
     elif insides.heads:
         _show(insides.heads)
-    say(f"insides.png and insides.json in {options.output_path}/")
+    print_err(f"insides.png and insides.json in {options.output_path}/")
     if missing:
-        say(f"vitrail: filters and positions only, since there are no images: {missing}")
+        print_err(f"vitrail: filters and positions only, since there are no images: {missing}")
     return 1 if missing else 0
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from vitrail.cli.console import say
+from vitrail.cli.console import print_err
 from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
 
@@ -32,23 +32,23 @@ FEWEST_IMAGES = 10
 
 @dataclass(frozen=True)
 class Preparation:
-    """How pictures are prepared for a model, where its files do not say it or say it wrongly."""
+    """How pictures are prepared for a model, where its files do not record it, or record it wrongly."""
 
     mean: tuple[float, float, float] | None = None
-    """Per-channel mean to subtract, with pixels scaled to 0..1. Default: as the weights say."""
+    """Per-channel mean to subtract, with pixels scaled to 0..1. Default: from the weights."""
     std: tuple[float, float, float] | None = None
-    """Per-channel standard deviation to divide by. Default: as the weights say."""
+    """Per-channel standard deviation to divide by. Default: from the weights."""
     fit: Literal["crop", "pad", "squash"] | None = None
-    """Fit pictures of another shape by cropping, padding or stretching. Default: as the weights
-    say."""
+    """Fit pictures of another shape by cropping, padding or stretching. Default: from the
+    weights."""
     interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] | None = (
         None
     )
-    """Filter for resizing pictures. Default: as the weights say."""
+    """Filter for resizing pictures. Default: from the weights."""
     crop_pct: float | None = None
-    """Fraction of each side to keep around the center. Default: as the weights say."""
+    """Fraction of each side to keep around the center. Default: from the weights."""
     pixel_range: tuple[float, float] | None = None
-    """Values of black and white in 16-bit and floating-point pictures. Default: as the weights say,
+    """Values of black and white in 16-bit and floating-point pictures. Default: from the weights,
     else from the pictures."""
 
     def given(self) -> dict[str, Any]:
@@ -65,24 +65,24 @@ class ModelOptions:
     """Run folder, weights, bundled name or hf:OWNER/NAME. Default: the newest run, else the
     bundled model. A path that could be a name starts with ./"""
     n_attention_heads: int | None = None
-    """Number of attention heads, for weights whose files do not say it."""
+    """Number of attention heads, for weights whose files do not record it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto tries cuda, then mps, then cpu."""
     preparation: Preparation = field(default_factory=Preparation)
 
 
 @dataclass(frozen=True)
-class ModelWord(ModelOptions):
+class ModelArgument(ModelOptions):
     """The same for commands whose only positional argument is the model."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Same as --model_path."""
 
 
-Options = TypeVar("Options", bound=ModelWord)
+Options = TypeVar("Options", bound=ModelArgument)
 
 
-def with_word(options: Options) -> Options:
+def with_argument(options: Options) -> Options:
     """Return the options with the positional model as --model_path.
 
     Raises:
@@ -114,11 +114,11 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
     if path is None:
         path = default_model(runs)
         what = "newest run" if isinstance(path, Path) else "bundled model"
-        say(f"no --model_path given: using the {what}, {path}")
+        print_err(f"no --model_path given: using the {what}, {path}")
     given = options.preparation.given()
     model = load(path, n_attention_heads=options.n_attention_heads, device=options.device, **given)
     for note in model.notes:
-        say(f"{path}: {note}")
+        print_err(f"{path}: {note}")
     return model
 
 
@@ -127,9 +127,9 @@ def is_onnx(path: str | None) -> bool:
     return path is not None and path.lower().endswith(".onnx")
 
 
-def is_model(word: str) -> bool:
+def is_model(arg: str) -> bool:
     """Return whether an argument can only be meant as a model."""
-    path = Path(word)
+    path = Path(arg)
     try:
         if path.is_dir():
             run = (path / "checkpoints").is_dir() and (path / "config.json").is_file()
@@ -138,7 +138,7 @@ def is_model(word: str) -> bool:
             return path.name.lower().endswith(MODEL_ENDINGS)
     except OSError:  # for example, a name that is too long: the search reports it
         return False
-    return word in bundled.names() or word.startswith("hf:")
+    return arg in bundled.names() or arg.startswith("hf:")
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def log_test_use(
     if split == "test":
         note = log_test_use_of(classifier.source, folder, purpose, images)
         if note:
-            say(note)
+            print_err(note)
 
 
 def load_image(
@@ -207,7 +207,7 @@ Pictures = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metava
 """The type of the positional arguments that name pictures."""
 
 
-def list_pictures(words: Sequence[str]) -> list[str]:
+def list_pictures(args: Sequence[str]) -> list[str]:
     """Return the names of all pictures that the arguments stand for; ``-`` is standard input.
 
     The plots in run folders are no pictures to classify: a search of a folder above them leaves
@@ -217,26 +217,26 @@ def list_pictures(words: Sequence[str]) -> list[str]:
         ConfigError: an argument is a model.
         PictureError: an argument stands for no picture.
     """
-    for word in words:
-        if not word:
+    for arg in args:
+        if not arg:
             raise PictureError("'' is an empty name: give a picture, a folder or a glob")
-        if is_model(word):
-            raise ConfigError(f"{word} is a model, not a picture: give --model_path {word}")
-    return [name for word in words for name in ([word] if word == STDIN else _search(word))]
+        if is_model(arg):
+            raise ConfigError(f"{arg} is a model, not a picture: give --model_path {arg}")
+    return [name for arg in args for name in ([arg] if arg == STDIN else _search(arg))]
 
 
-def _search(word: str) -> list[str]:
+def _search(arg: str) -> list[str]:
     """Return the names of the pictures that one argument stands for."""
     from vitrail.data.layout import find_pictures  # here, since --help need not load Pillow
 
-    found, root = find_pictures([word]), Path(word)
+    found, root = find_pictures([arg]), Path(arg)
     runs = {path: _run_above(path, root) for path in found}
     plots = [path for path in found if runs[path]]
     if plots:
         folders = ", ".join(sorted({str(runs[path]) for path in plots}))
         if len(plots) == len(found):
-            raise PictureError(f"{word}: its only pictures are the plots of runs: {folders}")
-        say(f"{word}: skipped {len(plots)} plots of runs: {folders}")
+            raise PictureError(f"{arg}: its only pictures are the plots of runs: {folders}")
+        print_err(f"{arg}: skipped {len(plots)} plots of runs: {folders}")
     return [str(path) for path in found if not runs[path]]
 
 

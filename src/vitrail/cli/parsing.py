@@ -30,28 +30,28 @@ _entered: list[Any] = []
 
 
 def parse(
-    kind: type[Options], words: Sequence[str], *, prog: str, default: Options | None = None
+    kind: type[Options], args: Sequence[str], *, prog: str, default: Options | None = None
 ) -> Options:
     """Return the dataclass that the arguments describe; ``--help`` prints and exits.
 
     Raises:
         ConfigError: an unknown flag (the nearest is offered), or a value that does not fit.
     """
-    options, unknown = parse_known(kind, words, prog=prog, default=default)
+    options, unknown = parse_known(kind, args, prog=prog, default=default)
     if unknown:
-        word = unknown[0]
-        what = "flag" if word.startswith("-") else "argument"
+        arg = unknown[0]
+        what = "flag" if arg.startswith("-") else "argument"
         flags = [f"--{name}" for name in _field_names(kind)]
-        if "--model_path" in flags and is_model(word):
-            raise ConfigError(f"{word} is a model: give --model_path {word}")
-        hint = nearest(word.partition("=")[0].replace("-", "_").replace("__", "--", 1), flags)
-        raise ConfigError(f"unknown {what} {word}{hint}: {prog} --help lists all")
+        if "--model_path" in flags and is_model(arg):
+            raise ConfigError(f"{arg} is a model: give --model_path {arg}")
+        hint = nearest(arg.partition("=")[0].replace("-", "_").replace("__", "--", 1), flags)
+        raise ConfigError(f"unknown {what} {arg}{hint}: {prog} --help lists all")
     return options
 
 
 def parse_known(
     kind: type[Options],
-    words: Sequence[str],
+    args: Sequence[str],
     *,
     prog: str,
     default: Options | None = None,
@@ -63,7 +63,7 @@ def parse_known(
         with contextlib.redirect_stderr(errors):
             options, unknown = tyro.cli(
                 kind,
-                args=list(words),
+                args=list(args),
                 prog=prog,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 use_underscores=True,

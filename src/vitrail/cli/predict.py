@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import out, say, tell
+from vitrail.cli.console import out, print_err, print_out
 from vitrail.cli.options import STDIN, ModelOptions, Pictures, is_onnx, list_pictures, load_model
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, PictureError, printable
@@ -55,9 +55,9 @@ class PredictOptions(ModelOptions):
 Answer = tuple[str, "list[Prediction]"]
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail predict``."""
-    options = parse(PredictOptions, words, prog=prog)
+    options = parse(PredictOptions, args, prog=prog)
     _check(options)
     names = list_pictures(options.pictures)
     classifier = _load_classifier(options)
@@ -67,9 +67,9 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
             broken[0] if len(broken) == 1 else f"{broken[0]} (and {len(broken) - 1} more)"
         )
     for message in broken:
-        say(f"vitrail: {message}")
+        print_err(f"vitrail: {message}")
     if not (options.json or options.csv):
-        tell(describe_classes(classifier))
+        print_out(describe_classes(classifier))
     print_answers(answers, options)
     return 1 if broken else 0
 

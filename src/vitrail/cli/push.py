@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vitrail.cli.console import say, tell
+from vitrail.cli.console import print_err, print_out
 from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
 from vitrail.errors import CheckpointError, ConfigError
@@ -34,13 +34,13 @@ class PushOptions:
     private: bool = False
     """Make the model private, if it is new."""
     n_attention_heads: int | None = None
-    """Number of attention heads, for weights whose files do not say it."""
+    """Number of attention heads, for weights whose files do not record it."""
     preparation: Preparation = field(default_factory=Preparation)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail push``."""
-    options = parse(PushOptions, words, prog=prog)
+    options = parse(PushOptions, args, prog=prog)
     from vitrail.weights import hub
     from vitrail.weights.model_card import write_hub_folder
     from vitrail.weights.pretrained import OWN, read
@@ -49,7 +49,7 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
     heads, given = options.n_attention_heads, options.preparation.given()
     found = read(options.model, n_attention_heads=heads, preparation=given)
     for note in found.notes:
-        say(f"{options.model}: {note}")
+        print_err(f"{options.model}: {note}")
     licence = options.license or ("mit" if found.layout == OWN else None)
     if licence is None:
         raise ConfigError(
@@ -60,13 +60,13 @@ def command(words: Sequence[str], *, prog: str = PROG) -> int:
         raise CheckpointError(f"{options.model}: weights without a head cannot classify")
     result = _read_result(Path(options.model))
     if result is None:
-        say(f"{options.model}: not a finished run: its card will have no results")
+        print_err(f"{options.model}: not a finished run: its card will have no results")
     with tempfile.TemporaryDirectory() as folder:
         write_hub_folder(Path(folder), found, options.hub_id, licence=licence, result=result)
         address = hub.upload(Path(folder), options.hub_id, private=options.private)
     name = options.hub_id.removeprefix(hub.PREFIX)
-    tell(f"{address}  (license {licence})")
-    tell(f"Try next: vitrail info {hub.PREFIX}{name}")
+    print_out(f"{address}  (license {licence})")
+    print_out(f"Try next: vitrail info {hub.PREFIX}{name}")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from vitrail.cli import guarded, train
-from vitrail.cli.console import out, say, tell
+from vitrail.cli.console import out, print_err, print_out
 from vitrail.cli.options import DataOptions, ModelOptions, load_image, load_model
 from vitrail.cli.parsing import parse
 from vitrail.cli.test import TestOptions, score, show
@@ -45,40 +45,40 @@ def train_command() -> int:
     return guarded(run_train, sys.argv[1:])
 
 
-def run_train(words: Sequence[str]) -> int:
+def run_train(args: Sequence[str]) -> int:
     """Translate the flags that have another name in Vitrail, and train."""
     process.limit_spinning()
-    words = [_spell_out(word) for word in words]
-    words, stamp = _take_value(words, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
-    if not any(_named(word, "--resume") for word in words):
+    args = [_spell_out(arg) for arg in args]
+    args, stamp = _take_value(args, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
+    if not any(_named(arg, "--resume") for arg in args):
         chosen = {"--preset": "reference", "--model_path": "model"}
         for flag, value in chosen.items():
-            if not any(_named(word, flag) for word in words):
-                words = [*words, flag, value]
-    return train.command(words, prog="python train.py", name=stamp)
+            if not any(_named(arg, flag) for arg in args):
+                args = [*args, flag, value]
+    return train.command(args, prog="python train.py", name=stamp)
 
 
-def _spell_out(word: str) -> str:
+def _spell_out(arg: str) -> str:
     """Return ``-lr`` as ``--learning_rate``."""
-    return "--learning_rate" + word.removeprefix("-lr") if _named(word, "-lr") else word
+    return "--learning_rate" + arg.removeprefix("-lr") if _named(arg, "-lr") else arg
 
 
-def _named(word: str, flag: str) -> bool:
+def _named(arg: str, flag: str) -> bool:
     """Return whether an argument is this flag, in either spelling, with or without a value."""
-    return word.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
+    return arg.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
 
 
-def _take_value(words: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
+def _take_value(args: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
     """Remove a flag with its value; return the other arguments, and the value."""
-    left, value, words = [], default, list(words)
-    while words:
-        word = words.pop(0)
-        if not _named(word, flag):
-            left.append(word)
-        elif "=" in word:
-            value = word.partition("=")[2]
-        elif words:
-            value = words.pop(0)
+    left, value, args = [], default, list(args)
+    while args:
+        arg = args.pop(0)
+        if not _named(arg, flag):
+            left.append(arg)
+        elif "=" in arg:
+            value = arg.partition("=")[2]
+        elif args:
+            value = args.pop(0)
         else:
             raise ConfigError(f"{flag} requires a value")
     return left, value
@@ -147,10 +147,10 @@ def test_command() -> int:
     return guarded(run_test, sys.argv[1:])
 
 
-def run_test(words: Sequence[str]) -> int:
+def run_test(args: Sequence[str]) -> int:
     """Load the model, check the flags against it, and run the mode."""
     process.limit_spinning()
-    options = parse(ReferenceTestOptions, words, prog="python test.py")
+    options = parse(ReferenceTestOptions, args, prog="python test.py")
     if options.mode == "custom" and options.image_path is None:
         raise ConfigError("--mode custom requires --image_path FILE")
     heads = options.n_attention_heads
@@ -192,7 +192,7 @@ def _test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: P
     metrics = scored.metrics
     show(metrics)
     out.print(f"Test acc: {metrics.accuracy:.2%}\tTest loss: {metrics.loss:.4f}")
-    say(f"plots and metrics.json in {folder}/")
+    print_err(f"plots and metrics.json in {folder}/")
     if scored.problems:
         return scored.report_problems()
     _show_picture(folder / "confusion_matrix.png", options)
@@ -235,7 +235,7 @@ def _say_result(start: str, top: "list[Prediction]") -> None:
 
     best, *others = (f"{printable(p.name)} {p.probability:.1%}" for p in top)
     line = f"{printable(start.rstrip())}{start[len(start.rstrip()) :]}{best}(output)\tthen "
-    tell(line + ", ".join(others))
+    print_out(line + ", ".join(others))
 
 
 def _show_picture(path: Path, options: ReferenceTestOptions) -> None:
@@ -247,4 +247,4 @@ def _show_picture(path: Path, options: ReferenceTestOptions) -> None:
     screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
     with Image.open(path) as image:
         if not (screen and ImageShow.show(image, title=path.name)):
-            say(f"no screen to show the picture on; it is in {path}")
+            print_err(f"no screen to show the picture on; it is in {path}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vitrail.cli.console import err, out, say, tell
+from vitrail.cli.console import err, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import read_toml
 from vitrail.config.presets import get_preset
@@ -52,22 +52,22 @@ class SweepOptions(Config, SearchOptions):
     """
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail sweep``."""
     from vitrail.optional import need
 
-    start, _ = parse_known(SearchOptions, words, prog=prog, add_help=False)
+    start, _ = parse_known(SearchOptions, args, prog=prog, add_help=False)
     base = get_preset(start.preset)
     if start.config is not None:
         base = read_toml(start.config, base)
     defaults = SweepOptions(**vars(start), **vars(base))
-    options = parse(SweepOptions, words, prog=prog, default=defaults)
+    options = parse(SweepOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     need("optuna")
     folder = _study_folder(options, settings)
     stopped, completed = _search(options, settings, folder)
     if stopped:
-        say("interrupted; run the same command to continue")
+        print_err("interrupted; run the same command to continue")
         return 128 + stopped
     if not completed:
         raise TrainingError("no trial completed: the table above gives the reasons")
@@ -99,9 +99,9 @@ def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int,
         try:
             for trial in sweep.run():
                 if trial is not None:
-                    say(Outcome.of(trial).line())
+                    print_err(Outcome.of(trial).line())
                 elif not waiting:
-                    say("waiting for the trials of other processes")
+                    print_err("waiting for the trials of other processes")
                 waiting = trial is None
                 if stop.signal:
                     break
@@ -114,7 +114,7 @@ def _shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
     """Show a trial's events as vitrail train does, until a signal asks to stop."""
     from vitrail.cli.display import TrainingDisplay
 
-    say(f"{run.folder}")
+    print_err(f"{run.folder}")
     with TrainingDisplay(run, err) as display:
         for event in run.train():
             display.show(event)
@@ -135,20 +135,20 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     trials = report.outcomes(sweep.study)
     report.write_csv(trials, sweep.folder / "trials.csv")
     out.print(report.trial_table(trials))
-    say(f"all trials in {sweep.folder / 'trials.csv'}")
+    print_err(f"all trials in {sweep.folder / 'trials.csv'}")
     shares = report.importances(sweep.study)
     complete = [trial for trial in trials if trial.state == "complete"]
     if shares:
         report.plot_importances(shares, len(complete), sweep.folder / "importance.png")
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        say(f"importance of the settings, in {sweep.folder / 'importance.png'}: {listed}")
+        print_err(f"importance of the settings, in {sweep.folder / 'importance.png'}: {listed}")
     else:
-        say("no plot of the settings' importance: it takes two complete trials that differ")
+        print_err("no plot of the settings' importance: it takes two complete trials that differ")
     if complete:
         best = apply(settings, complete[0].params)
-        words = report.flags(get_preset(options.preset), best)
-        tell(
-            f"\nTry next:\n  vitrail train --preset {options.preset} {words}\n"
+        flags = report.flags(get_preset(options.preset), best)
+        print_out(
+            f"\nTry next:\n  vitrail train --preset {options.preset} {flags}\n"
             f"  vitrail test --model_path {complete[0].folder}"
         )
     return len(complete)

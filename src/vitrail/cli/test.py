@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
-from vitrail.cli.console import out, say
-from vitrail.cli.options import DataOptions, ModelWord, load_model, log_test_use, with_word
+from vitrail.cli.console import out, print_err
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
 
@@ -22,7 +22,7 @@ PROG = "vitrail test"
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class TestOptions(ModelWord):
+class TestOptions(ModelArgument):
     """Evaluate a model on a data set. Default: the test split of its own.
 
     For example: vitrail test output/quick --split validation --json
@@ -47,16 +47,16 @@ class TestOptions(ModelWord):
         require_range(self, "num_workers", 0)
 
 
-def command(words: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail test``."""
-    options = with_word(parse(TestOptions, words, prog=prog))
+    options = with_argument(parse(TestOptions, args, prog=prog))
     classifier = load_model(options)
     scored = score(classifier, options)
     if options.json:
         print(json.dumps(scored.metrics.to_json()))
     else:
         show(scored.metrics)
-        say(f"plots and metrics.json in {scored.folder}/")
+        print_err(f"plots and metrics.json in {scored.folder}/")
     return scored.report_problems()
 
 
@@ -70,7 +70,7 @@ class Scored(NamedTuple):
     def report_problems(self) -> int:
         """Print which plots are missing, if any; return the exit code."""
         for problem in self.problems:
-            say(f"vitrail: {problem}")
+            print_err(f"vitrail: {problem}")
         return 1 if self.problems else 0
 
 

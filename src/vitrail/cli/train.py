@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from vitrail.cli import STARTED, exit_code
-from vitrail.cli.console import count, err, number_table, out, say, tell
+from vitrail.cli.console import count, err, number_table, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
@@ -68,10 +68,10 @@ class TrainOptions(Config, StartOptions):
     """
 
 
-def command(words: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
+def command(args: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
     """Run ``vitrail train``; ``name`` is the default name of the run folder."""
     with _joined_processes() as on_leader:
-        start, settings = on_leader(read, words, prog)
+        start, settings = on_leader(read, args, prog)
         if start.resume is not None:
             return _resume(start.resume, settings)
         manifest = on_leader(_list_data, settings)
@@ -104,18 +104,18 @@ def _joined_processes() -> Iterator[Callable[..., Any]]:
             out.quiet, err.quiet = quiet
 
 
-def read(words: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
+def read(args: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
     """Return where the settings come from, and the settings."""
-    start, _ = parse_known(StartOptions, words, prog=prog, add_help=False)
+    start, _ = parse_known(StartOptions, args, prog=prog, add_help=False)
     if start.resume is None:
         start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
         given = {} if start.config is None else toml_sections(start.config)
         base = from_json(given, get_preset(start.preset))
-        base = _start_from_weights(base, given, words, prog)
+        base = _start_from_weights(base, given, args, prog)
     else:
         base = _read_settings(start)
     defaults = TrainOptions(**vars(start), **vars(base))
-    options = parse(TrainOptions, words, prog=prog, default=defaults)
+    options = parse(TrainOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
         _refuse_changes(base, settings, start.resume)
@@ -135,13 +135,13 @@ def _read_settings(start: StartOptions) -> Config:
 
 
 def _start_from_weights(
-    base: Config, given: dict[str, dict[str, Any]], words: Sequence[str], prog: str
+    base: Config, given: dict[str, dict[str, Any]], args: Sequence[str], prog: str
 ) -> Config:
     """Return the settings with the model of --init, if it is given.
 
     The model of the weights overrides the preset's; the TOML file overrides both.
     """
-    asked, _ = parse_known(InitOptions, words, prog=prog, add_help=False)
+    asked, _ = parse_known(InitOptions, args, prog=prog, add_help=False)
     init = asked.init or base.training.init
     if not init:
         return base
@@ -181,7 +181,7 @@ def _show_manifest(manifest: "Manifest") -> None:
 
     counts = class_counts(manifest)
     totals = _add_columns(counts)
-    say(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
+    print_err(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
     table = number_table("class", *SPLITS)
     shown = counts if len(counts) <= SHOWN_CLASSES else counts[: SHOWN_CLASSES - 1]
     for name, row in shown:
@@ -192,9 +192,9 @@ def _show_manifest(manifest: "Manifest") -> None:
     table.add_row("total", *(f"{number:,}" for number in totals))
     err.print(table)
     if line := summary(manifest):
-        say(line)
+        print_err(line)
     if not totals[SPLITS.index("test")]:
-        say("There is no test split: the run will have no test score.")
+        print_err("There is no test split: the run will have no test score.")
 
 
 def _add_columns(counts: "Sequence[tuple[str, Sequence[int]]]") -> list[int]:
@@ -223,7 +223,7 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
         raise
     del held
     for notice in run.notices:
-        say(notice)
+        print_err(notice)
     return follow(run)
 
 
@@ -246,15 +246,15 @@ def _resume(folder: Path, settings: Config) -> int:
     from vitrail.training.run import Run
 
     if distributed.on_leader((folder / "result.json").is_file):
-        say(
+        print_err(
             f"{folder}: this run is finished, its result is in {folder / 'result.json'}; to train "
             f"longer, start another run from its weights: vitrail train --init {folder}"
         )
         return 0
     run = Run.resume(folder, settings)
     for notice in run.notices:
-        say(notice)
-    say(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
+        print_err(notice)
+    print_err(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
     return follow(run)
 
 
@@ -280,7 +280,7 @@ def follow(run: Any) -> int:
             with stop.at_once():  # everything is saved; only the test and the plots are missing
                 result = run.finish()
     except Stopped as reason:
-        say(f"stopped and saved; resume with: vitrail train --resume {run.folder}")
+        print_err(f"stopped and saved; resume with: vitrail train --resume {run.folder}")
         return 128 + reason.signal
     except OutputError as error:
         raise TrainingError(f"{error}; resume with: vitrail train --resume {run.folder}") from error
@@ -303,7 +303,7 @@ def _describe(run: Any) -> None:
     data = run.config.data
     name = data.data_path if data.dataset == "folder" else data.dataset
     processes = f"{distributed.count()} processes on " if distributed.count() > 1 else ""
-    say(
+    print_err(
         f"{run.folder}: {parameters:,} parameters on {name}, "
         f"{run.train_images:,} training images{', ' if splits else ''}{splits}; "
         f"{processes}{run.device.type}, {run.precision}, "
@@ -321,7 +321,7 @@ def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
             f"in {result['seconds']:,.1f} s of training ({count(result['epochs'], 'epoch')})"
         )
 
-    tell(f"\n{run.folder}", style="bold")
+    print_out(f"\n{run.folder}", style="bold")
     table = number_table("", "accuracy", "loss")
     for split in ("validation", "test"):
         if result[split]:
@@ -329,15 +329,15 @@ def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     if table.row_count:
         out.print(table)
     if not result["test"]:
-        tell("There is no test split, so there is no test score.")
-    tell(
+        print_out("There is no test split, so there is no test score.")
+    print_out(
         f"{count(result['epochs'], 'epoch')} in {result['seconds']:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
         f"evaluation), {result['images_per_second']:,.0f} images/s; "
         f"best epoch: {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {run.folder}/"
     )
-    tell(
+    print_out(
         "\nTry next:\n"
         f"  vitrail test --model_path {run.folder}\n"
         f"  vitrail predict --model_path {run.folder} PICTURE\n"
