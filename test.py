@@ -1,4 +1,4 @@
-"""Test as the reference implementation does: ``python test.py --mode cifar|cifar-single|custom``."""
+"""Test as the reference implementation does: ``python test.py --mode cifar`` (or other modes)."""
 
 import sys
 

@@ -27,6 +27,7 @@ class ExportOptions(ModelArgument):
     """Export a model to a file that other programs run, checked against torch at three batch sizes.
 
     vitrail predict --model_path FILE.onnx runs it without torch.
+
     For example: vitrail export output/quick --raw --output_path shapes.onnx
     """
 

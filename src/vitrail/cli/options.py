@@ -32,7 +32,7 @@ FEWEST_IMAGES = 10
 
 @dataclass(frozen=True)
 class Preparation:
-    """How pictures are prepared for a model, where its files do not record it, or record it wrongly."""
+    """How pictures are prepared for a model, where its files do not say it or are wrong."""
 
     mean: tuple[float, float, float] | None = None
     """Per-channel mean to subtract, with pixels scaled to 0..1. Default: from the weights."""

@@ -22,6 +22,7 @@ class PushOptions:
     """Upload a model to the Hugging Face hub: weights, settings, and a generated model card.
 
     Log in first: hf auth login, or set the variable HF_TOKEN.
+
     For example: vitrail push output/quick me/shapes --private
     """
 

@@ -64,6 +64,7 @@ class TrainOptions(Config, StartOptions):
     """Train a Vision Transformer.
 
     Any flag below overrides the preset's value; --batch_size and --batch-size are the same flag.
+
     For example: vitrail train --preset fast --epochs 6 --folder_name six
     """
 
