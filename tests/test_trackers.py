@@ -206,7 +206,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
     with Trackers(asking(wandb=True, mlflow=True), tmp_path, problems) as trackers:
         trackers.write(ROW)
         trackers.write({**ROW, "step": 12})
-    assert problems == ["mlflow: the server is gone; nothing more is sent to it from step 9 on"]
+    assert problems == ["mlflow: the server is gone; nothing was sent to it from step 9 on"]
     assert [step for _, step in wandb.logged] == [9, 12]
     assert mlflow.statuses[-1] == "FAILED"
     assert wandb.exit_codes == [0]
@@ -240,7 +240,7 @@ def test_a_tracker_that_cannot_start_closes_those_that_have(
 @pytest.mark.parametrize("content", ["", "[]", '{"wandb": 3}', "\x00"])
 def test_a_damaged_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_path: Path) -> None:
     (tmp_path / "trackers.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"trackers\.json: damaged.*: remove the file"):
+    with pytest.raises(CheckpointError, match=r"trackers\.json: corrupt.*: remove the file"):
         Trackers(asking(wandb=True), tmp_path, [])
 
 
@@ -254,7 +254,7 @@ def test_a_run_whose_tracker_fails_has_its_result(
         pass
     run.finish()
     assert (tmp_path / "a/result.json").exists()
-    assert run.problems == ["mlflow: the server is gone; nothing more is sent to it from step 3 on"]
+    assert run.problems == ["mlflow: the server is gone; nothing was sent to it from step 3 on"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
