@@ -11,7 +11,6 @@ from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.model import VisionTransformer
 from vitrail.model.layers import (
-    Block,
     Dropout,
     DropPath,
     PatchStem,
@@ -20,7 +19,7 @@ from vitrail.model.layers import (
     rotation_tables,
     sincos_table,
 )
-from vitrail.model.vit import initialise
+from vitrail.model.vit import Block, initialize
 
 CHOICES = {
     "pool": ("cls", "mean"),
@@ -142,7 +141,7 @@ def test_initialisation_is_the_references(tiny_model: ModelConfig) -> None:
 def test_weights_are_normal_with_the_tails_of_a_normal_distribution() -> None:
     for layer in (nn.Linear(200, 250), PatchStem(3, 1000, 4)):
         torch.manual_seed(1)
-        initialise(layer)
+        initialize(layer)
         weights = layer.weight.flatten() / 0.02
         assert len(weights) > 45_000
         # Shares of a normal distribution: 0.3173 beyond one deviation, 0.0455 beyond two.

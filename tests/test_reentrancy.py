@@ -202,7 +202,7 @@ def test_an_error_in_the_middle_leaves_the_process_unchanged(
     work: Callable[[World], None], call: int, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Raised in the first or second attention, inside every context manager around the model."""
-    from vitrail.model.layers import Attention
+    from vitrail.model.vit import Attention
 
     forward, calls = Attention.forward, 0
 

@@ -1,4 +1,4 @@
-"""Weights for a model that differs from theirs: another image size, other classes."""
+"""Load weights into a model, also one with another image size or other classes (fine-tuning)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,83 +8,81 @@ from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
 from vitrail.model.vit import VisionTransformer
 
-FREE = ("image_size", "n_classes", "dropout", "drop_path")
-"""Settings in which a model may differ from the one its weights come from."""
+ADAPTABLE = ("image_size", "n_classes", "dropout", "drop_path")
+"""Settings in which a model may differ from the one that its weights come from."""
 
 
 def adapt(
-    model: VisionTransformer, theirs: ModelConfig, weights: dict[str, Tensor], *, new_head: bool
+    model: VisionTransformer, source: ModelConfig, weights: dict[str, Tensor], *, new_head: bool
 ) -> list[str]:
-    """Put weights into a model of another image size or number of classes; say what was changed.
+    """Load weights into a model with another image size or other classes; return the changes.
 
-    Learned positions are resized; with ``new_head`` the head keeps the weights it has.
+    Learned positions are resized. With ``new_head``, the head keeps the weights it has.
 
     Raises:
-        CheckpointError: the models differ in more, or in the classes without ``new_head``.
+        CheckpointError: the models differ otherwise, or in the classes without ``new_head``.
     """
-    ours, notes, own = model.config, [], model.state_dict()
-    free = {*FREE, "head"} if new_head else set(FREE)
+    target, notes, own = model.config, [], model.state_dict()
+    free = {*ADAPTABLE, "head"} if new_head else set(ADAPTABLE)
     differing = [
-        f"{name} {there}, not {getattr(ours, name)}"
-        for name, there in vars(theirs).items()
-        if name not in free and there != getattr(ours, name)
+        f"{name} {value}, not {getattr(target, name)}"
+        for name, value in vars(source).items()
+        if name not in free and value != getattr(target, name)
     ]
     if differing:
-        raise CheckpointError(f"the weights are of another model: {', '.join(differing[:3])}")
+        raise CheckpointError(f"the weights are for another model: {', '.join(differing[:3])}")
     weights = dict(weights)
-    if theirs.grid_GJ != ours.grid_GJ and "position_ND" in weights:
+    if source.grid_GJ != target.grid_GJ and "position_ND" in weights:
         weights["position_ND"] = resize_positions(
-            weights["position_ND"], theirs.grid_GJ, ours.grid_GJ
+            weights["position_ND"], source.grid_GJ, target.grid_GJ
         )
         notes.append(
-            f"positions resized from {theirs.grid_GJ[0]} x {theirs.grid_GJ[1]} patches to "
-            f"{ours.grid_GJ[0]} x {ours.grid_GJ[1]}"
+            f"positions resized from {source.grid_GJ[0]} x {source.grid_GJ[1]} patches to "
+            f"{target.grid_GJ[0]} x {target.grid_GJ[1]}"
         )
     if new_head:
         head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
         weights = {n: t for n, t in weights.items() if not n.startswith("head.")} | head
-        notes.append(f"a new head for {ours.n_classes} classes")
-    elif theirs.n_classes != ours.n_classes:
-        there = f"a head for {theirs.n_classes} classes" if theirs.n_classes else "no head"
+        notes.append(f"a new head for {target.n_classes} classes")
+    elif source.n_classes != target.n_classes:
+        head_of = f"a head for {source.n_classes} classes" if source.n_classes else "no head"
         raise CheckpointError(
-            f"the weights have {there}, not one for {ours.n_classes}: give --new_head to begin a "
-            "new one"
+            f"the weights have {head_of}, but the model has {target.n_classes}: give "
+            "--new_head to train a new one"
         )
-    fit(model, weights)
+    _load(model, weights)
     return notes
 
 
-def build(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransformer:
-    """Return the model with these weights. Nothing is drawn, so no generator is moved.
+def build_model(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransformer:
+    """Return a model with these weights. No random number is drawn.
 
-    The claims of ``config`` are held against the weights before anything of their size is made.
+    The config is compared with the weights before memory for the model is allocated.
 
     Raises:
-        CheckpointError: names, shapes or kinds of numbers differ; it names the first.
+        CheckpointError: names, shapes or dtypes differ; the message has the first ones.
     """
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(blocks) != config.n_layers:
-        raise CheckpointError(f"{len(blocks)} layers, but it claims {config.n_layers}")
+        raise CheckpointError(
+            f"the weights have {len(blocks)} layers, but n_layers is {config.n_layers}"
+        )
     with torch.device("meta"):
         model = VisionTransformer(config)
-    fit(model, weights)
+    _load(model, weights)
     return model
 
 
-def fit(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
-    """Put weights into the model they describe.
-
-    Raises:
-        CheckpointError: names, shapes or kinds of numbers differ; it names the first.
-    """
+def _load(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
+    """Load weights that fit the model."""
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights))
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if wrong:
-        raise CheckpointError(f"weights do not fit the model they describe: {wrong[:3]}")
-    strange = [n for n, t in weights.items() if t.is_floating_point() != own[n].is_floating_point()]
-    if strange:
-        raise CheckpointError(f"weights are not numbers of the right kind: {strange[:3]}")
+        raise CheckpointError(f"names or shapes of weights do not match the model: {wrong[:3]}")
+    wrong = [n for n, t in weights.items() if t.is_floating_point() != own[n].is_floating_point()]
+    if wrong:
+        raise CheckpointError(f"weights have the wrong dtype: {wrong[:3]}")
     if any(tensor.is_meta for tensor in own.values()):
         weights = {name: tensor.to(own[name].dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -95,11 +93,11 @@ def fit(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
 def resize_positions(
     position_ND: Tensor, from_GJ: tuple[int, int], to_GJ: tuple[int, int]
 ) -> Tensor:
-    """Return the positions of another grid of patches, interpolated bicubically.
+    """Return the positions for another grid of patches, by bicubic interpolation.
 
-    The grids cover the same picture (corners are not aligned); outside, the border goes on.
+    Both grids cover the same area (corners are not aligned); the border is replicated.
 
-    Source: Keys 1981, with a = -0.75; as Dosovitskiy et al. 2021, section 3.2, do for fine-tuning.
+    Source: Keys 1981, with a = -0.75; as in Dosovitskiy et al. 2021, section 3.2, for fine-tuning.
     """
     table_1DGJ = position_ND.T.unflatten(1, from_GJ)[None]
     resized_1DGJ = F.interpolate(table_1DGJ, to_GJ, mode="bicubic", align_corners=False)

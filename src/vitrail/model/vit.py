@@ -1,11 +1,11 @@
-"""A Vision Transformer for small images, from scratch.
+"""The Vision Transformer. Read this file from top to bottom; its building blocks are in layers.py.
 
-One legend of shapes for the whole project:
+A tensor's name ends in its shape, one letter per dimension:
 
     B images      C channels      H W pixels         P patch side
     G J patch rows and columns    N = G * J patches  T tokens (N, or N + 1 with a class token)
     D width       A heads         K = D / A head width               M hidden width of the MLP
-    L blocks      Y classes
+    L blocks      Y classes       F frequencies (any others are explained where they occur)
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929.
 """
@@ -13,31 +13,131 @@ Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.119
 from collections.abc import Container, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.model.layers import (
-    Block,
     ConvStem,
     Dropout,
-    LinearHead,
-    MLPHead,
+    DropPath,
     PatchStem,
     Rotation,
+    rotate,
     rotation_tables,
     sincos_table,
 )
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention: ``softmax(Q K^T / sqrt(K)) V`` in each head, then a projection.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1 and section 3.2.2.
+    """
+
+    def __init__(self, embed_dim: int, n_attention_heads: int) -> None:
+        super().__init__()
+        self.n_attention_heads = n_attention_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out_projection = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self, tokens_BTD: Tensor, rotation: Rotation | None, keep_attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return new tokens (B, T, D) and, if ``keep_attention``, the attention (B, A, T, T)."""
+        B, T, D = tokens_BTD.shape
+        A = self.n_attention_heads
+        qkv_BT3AK = self.qkv(tokens_BTD).view(B, T, 3, A, D // A)
+        # Contiguous, since products of strided matrices take longer (docs/log.md).
+        q_BATK, k_BATK, v_BATK = (x.transpose(1, 2).contiguous() for x in qkv_BT3AK.unbind(2))
+        if rotation is not None:
+            q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
+
+        attention_BATT = None
+        if keep_attention or not tokens_BTD.is_cuda:
+            # On a CPU, two plain products train faster than the fused kernel (docs/log.md).
+            scaled_q_BATK = q_BATK * k_BATK.shape[-1] ** -0.5
+            attention_BATT = (scaled_q_BATK @ k_BATK.transpose(-2, -1)).softmax(dim=-1)
+            mixed_BATK = attention_BATT @ v_BATK
+        else:
+            mixed_BATK = F.scaled_dot_product_attention(q_BATK, k_BATK, v_BATK)
+
+        mixed_BTD = mixed_BATK.transpose(1, 2).reshape(B, T, D)
+        return self.out_projection(mixed_BTD), attention_BATT if keep_attention else None
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU in between, applied to each token."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.approximate = "tanh" if hidden_act == "gelu_tanh" else "none"
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Return new tokens (B, T, D)."""
+        hidden_BTM = F.gelu(self.fc1(tokens_BTD), approximate=self.approximate)
+        return self.fc2(hidden_BTM)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: two residual branches, attention and MLP.
+
+    Source: Dosovitskiy et al. 2021, arXiv:2010.11929, equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_attention_heads: int,
+        hidden_dim: int,
+        *,
+        dropout: float,
+        drop_path: float,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, layer_norm_eps)
+        self.attention = Attention(embed_dim, n_attention_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, layer_norm_eps)
+        self.mlp = MLP(embed_dim, hidden_dim, hidden_act)
+        self.dropout = Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, tokens_BTD: Tensor, rotation: Rotation | None = None, keep_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return new tokens (B, T, D) and, if ``keep_attention``, the attention (B, A, T, T)."""
+        mixed_BTD, attention_BATT = self.attention(self.norm1(tokens_BTD), rotation, keep_attention)
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(mixed_BTD))
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.mlp(self.norm2(tokens_BTD))))
+        return tokens_BTD, attention_BATT
+
+
+class MLPHead(nn.Module):
+    """Linear, Tanh, Linear: the head of the reference, and of the ViT paper in pre-training."""
+
+    def __init__(self, embed_dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, embed_dim)
+        self.fc2 = nn.Linear(embed_dim, n_classes)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        """Return the logits (B, Y)."""
+        return self.fc2(torch.tanh(self.fc1(pooled_BD)))  # type: ignore[no-any-return]
+
+
 class VisionTransformer(nn.Module):
-    """Images in, logits out; and, if asked for, the attention of every block.
+    """Patch embedding, transformer blocks, and a linear classifier or small MLP.
 
     Shapes:
-        images_BCHW, normalised -> logits_BY
+        images_BCHW, normalized -> logits_BY
 
     Raises:
-        ConfigError: the number of classes is 0 (it was to be taken from data).
+        ConfigError: the number of classes is 0, i.e. to be taken from a dataset.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,9 +179,9 @@ class VisionTransformer(nn.Module):
             for index in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
-        self.head = (MLPHead if config.head == "mlp" else LinearHead)(D, config.n_classes)
-        if not next(self.parameters()).is_meta:  # else the weights come from a file
-            self.apply(initialise)
+        self.head = (MLPHead if config.head == "mlp" else nn.Linear)(D, config.n_classes)
+        if not next(self.parameters()).is_meta:  # otherwise weights are loaded
+            self.apply(initialize)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B, Y)."""
@@ -90,44 +190,11 @@ class VisionTransformer(nn.Module):
             tokens_BTD = output_BTD
         return self.classify(tokens_BTD)
 
-    def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the logits and the attention of each block, the very tensors that were used.
-
-        Shapes:
-            images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. With
-            a class token, it is token 0; the patches follow row by row.
-        """
-        tokens_BTD = self.embed(images_BCHW)
-        every_layer = range(1, self.config.n_layers + 1)
-        attentions = []
-        for _, output_BTD, attention_BATT in self.run_blocks(
-            tokens_BTD, keep_attention=every_layer
-        ):
-            assert attention_BATT is not None
-            attentions.append(attention_BATT)
-            tokens_BTD = output_BTD
-        return self.classify(tokens_BTD), tuple(attentions)
-
-    def run_blocks(
-        self, tokens_BTD: Tensor, *, keep_attention: Container[int] = ()
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Run one block at a time; after each, yield its layer and what it returned.
-
-        Shapes:
-            tokens_BTD, as from ``embed`` -> layer (from 1), tokens_BTD, attention_BATT (None for
-            layers that are not in ``keep_attention``)
-        """
-        for layer, block in enumerate(self.blocks, start=1):
-            tokens_BTD, attention_BATT = block(
-                tokens_BTD, self.rotation, keep_attention=layer in keep_attention
-            )
-            yield layer, tokens_BTD, attention_BATT
-
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return the tokens the first block reads (B, T, D).
+        """Return the input of the first block: tokens (B, T, D) of the patches.
 
         Raises:
-            ConfigError: the images are not (B, C, H, W) of the model's size.
+            ConfigError: the images do not have the model's shape.
         """
         C, (H, W) = self.config.n_channels, self.config.image_hw
         if images_BCHW.ndim != 4 or images_BCHW.shape[1:] != (C, H, W):
@@ -142,8 +209,23 @@ class VisionTransformer(nn.Module):
         class_token_B1D = class_token_D.expand(tokens_BND.shape[0], 1, -1)
         return self.dropout(torch.cat([class_token_B1D, tokens_BND], dim=1))  # type: ignore[no-any-return]
 
+    def run_blocks(
+        self, tokens_BTD: Tensor, *, keep_attention: Container[int] = ()
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Run the blocks one by one, and yield the tokens (and attention) that each one returns.
+
+        Shapes:
+            tokens_BTD, as from ``embed`` -> layer (from 1), tokens_BTD, attention_BATT (None for
+            layers that are not in ``keep_attention``)
+        """
+        for layer, block in enumerate(self.blocks, start=1):
+            tokens_BTD, attention_BATT = block(
+                tokens_BTD, self.rotation, keep_attention=layer in keep_attention
+            )
+            yield layer, tokens_BTD, attention_BATT
+
     def classify(self, tokens_BTD: Tensor) -> Tensor:
-        """Return the logits (B, Y) read off the tokens that a block left."""
+        """Return the logits (B, Y) for the tokens that a block returned."""
         if not self.config.fc_norm:
             tokens_BTD = self.norm(tokens_BTD)
         if self.config.pool == "cls":
@@ -151,20 +233,38 @@ class VisionTransformer(nn.Module):
         pooled_BD = tokens_BTD[:, int(self.config.has_class_token) :].mean(dim=1)
         return self.head(self.norm(pooled_BD) if self.config.fc_norm else pooled_BD)  # type: ignore[no-any-return]
 
+    def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the logits and the attention of each block: the tensors used, for autograd, too.
+
+        Shapes:
+            images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. The
+            class token, if any, is token 0; the patches follow row by row.
+        """
+        tokens_BTD = self.embed(images_BCHW)
+        every_layer = range(1, self.config.n_layers + 1)
+        attentions = []
+        for _, output_BTD, attention_BATT in self.run_blocks(
+            tokens_BTD, keep_attention=every_layer
+        ):
+            assert attention_BATT is not None
+            attentions.append(attention_BATT)
+            tokens_BTD = output_BTD
+        return self.classify(tokens_BTD), tuple(attentions)
+
     @property
     def rotation(self) -> Rotation | None:
-        """Cosines and sines (T, K) of rotary positions, where the model has them."""
+        """Cosines and sines (T, K) of rotary positions, or None."""
         return (self.cosines_TK, self.sines_TK) if self.config.position == "rope" else None  # type: ignore[return-value]
 
 
-def initialise(module: nn.Module) -> None:
-    """Draw a module's own weights: normal with standard deviation 0.02, and zero biases.
+def initialize(module: nn.Module) -> None:
+    """Initialize a module's own weights: normal with standard deviation 0.02, and zero biases.
 
-    (The reference implementation and timm write ``trunc_normal_(std=0.02)``. It cuts at -2 and 2,
-    which is 100 standard deviations: nothing is ever cut.)
+    The reference implementation and timm use ``trunc_normal_(std=0.02)``, which is equivalent:
+    it truncates at -2 and 2, i.e. at 100 standard deviations.
 
-    The convolutional stem takes He's standard deviation instead, so that its activations do not
-    shrink. (Its white patches are fitted to images later: ConvStem.whiten.)
+    The convolutional stem has He initialization instead, so that its activations do not shrink.
+    Its whitened patches are fitted to images later (ConvStem.whiten).
 
     Source: He et al. 2015, arXiv:1502.01852, equation 10.
     """

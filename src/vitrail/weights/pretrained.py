@@ -23,7 +23,7 @@ from vitrail.config.settings import (
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.classifier import Classifier
 from vitrail.model import VisionTransformer
-from vitrail.model.finetune import adapt, build
+from vitrail.model.finetune import adapt, build_model
 from vitrail.runtime import rng
 from vitrail.runtime.devices import choose_device
 from vitrail.weights import bundled, hub
@@ -104,7 +104,7 @@ def load(
             f"vitrail train --init {source} --new_head"
         )
     try:
-        model = build(found.info.config.model, found.weights)
+        model = build_model(found.info.config.model, found.weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     return Classifier(
