@@ -29,7 +29,7 @@ def main(out: str, *curves: str) -> None:
     for label, accuracy in PUBLISHED.items():
         axes.axhline(accuracy, color="0.6", linestyle="--", linewidth=1)
         at = axes.get_yaxis_transform()
-        words = f"{label}: {accuracy} %"
+        words = f"{label}: {accuracy}%"
         axes.text(0.99, accuracy - 0.6, words, transform=at, ha="right", va="top", fontsize=8)
     colours: dict[str, str] = {}
     for curve in curves:

@@ -26,7 +26,7 @@ def row(name: str, runs: list[Path]) -> str:
     spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
     epochs = ", ".join(dict.fromkeys(str(result["epochs"]) for result in results))
     figures = [f"{mean(result[key] for result in results):,.0f}" for key in ("seconds", SPEED)]
-    cells = [name, str(len(runs)), f"{mean(scores):.2f}{spread} %", *figures, epochs, device]
+    cells = [name, str(len(runs)), f"{mean(scores):.2f}{spread}%", *figures, epochs, device]
     return f"| {' | '.join(cells)} |"
 
 

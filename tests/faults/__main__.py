@@ -97,9 +97,9 @@ def write_record(folder: Path, rows: list[tuple[Tally, float]], seconds: float) 
 
 
 README = """\
-# Faults survived
+# Fault injection
 
-**Claim.** Nothing that was saved is lost, and no wrong model is ever loaded, whatever happens.
+**Claim.** No saved data are lost, and no corrupt model is loaded, under any injected fault.
 
     make faults        # python -m faults --record records/faults writes this folder
 
@@ -109,11 +109,10 @@ Commit {commit}; {versions}. {machine}; {minutes:.1f} minutes.
 |---|---|---|---|
 {table}
 
-A try is survived when every checkpoint on the disk is whole and right, and the run, gone on with,
-ends with weights, moving average, optimizer, losses of all updates, metrics, best epoch and test
-scores equal to the bit to those of a run that nobody disturbed. (After its folder was removed, a
-run has lost its earlier epochs: there, losses and state are compared.) What each fault does is told
-in `tests/faults/`.
+A run survives a fault if every checkpoint on disk is complete and correct, and the resumed run ends
+with weights, moving average, optimizer state, losses of all updates, metrics, best epoch and test
+scores bit-for-bit equal to those of an undisturbed run. (A run whose folder was removed has lost
+its earlier epochs; there, losses and state are compared.) The faults are in `tests/faults/`.
 """
 
 if __name__ == "__main__":
