@@ -17,7 +17,7 @@ from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
 from vitrail.inference.top_k import rank
-from vitrail.optional import EXTRAS, need
+from vitrail.optional import EXTRAS, import_optional
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -188,7 +188,7 @@ def test_a_missing_library_names_its_extra(library: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, library, None)
     wanted = rf'{library} is not installed: pip install -e "\.\[{EXTRAS[library]}\]"'
     with pytest.raises(ConfigError, match=wanted):
-        need(library)
+        import_optional(library)
 
 
 def test_a_broken_library_is_not_called_missing(
@@ -197,10 +197,10 @@ def test_a_broken_library_is_not_called_missing(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half_there.py").write_text("import lost_part")
     with pytest.raises(ConfigError, match="half_there lacks lost_part"):
-        need("half_there")
+        import_optional("half_there")
     (tmp_path / "odd.py").write_text("from json import nothing")
     with pytest.raises(ConfigError, match="odd cannot be imported: cannot import name 'nothing'"):
-        need("odd")
+        import_optional("odd")
 
 
 @pytest.mark.parametrize(

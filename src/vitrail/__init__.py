@@ -3,7 +3,7 @@
     classifier = vitrail.load("output/quick")
     classifier.predict("cat.png")
 
-The public names are loaded on first use, so that importing the package costs nothing.
+Public names are loaded on first use, so that importing the package is fast.
 """
 
 import importlib

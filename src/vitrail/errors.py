@@ -1,26 +1,14 @@
-"""The exceptions Vitrail raises itself.
-
-    VitrailError                 anything below; str(error) is one line for the user
-    ├── ConfigError              a setting that cannot be: what, its value, the remedy
-    ├── DataError                data missing, damaged or not what they claim to be
-    │   └── PictureError         one picture file that cannot be read
-    ├── CheckpointError          weights missing, truncated, altered or foreign
-    ├── OutputError              a folder that cannot be written
-    ├── ExportError              an exported file that does not compute what the model does
-    └── TrainingError            training cannot go on (a loss that is not finite)
-
-The library raises these; only the command line turns them into words and exit codes.
-"""
+"""Vitrail's exceptions. The library raises them; only the CLI turns them into exit codes."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class VitrailError(Exception):
-    """Base of all of Vitrail's own exceptions.
+    """Base class. The message is one line for the user: what is wrong, its value, the remedy.
 
-    Names of files, classes and settings come from strangers: in the message nothing is left of
-    them that would break the line or command a terminal.
+    Names of files, classes and settings can come from untrusted files, so the message is stripped
+    of characters that could break the line or send commands to a terminal.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -28,19 +16,19 @@ class VitrailError(Exception):
 
 
 class ConfigError(VitrailError):
-    """A setting that cannot be."""
+    """An invalid setting or argument."""
 
 
 class DataError(VitrailError):
-    """Data that are missing, damaged or not what they claim to be."""
+    """A dataset that is missing, corrupt or of another format."""
 
 
 class PictureError(DataError):
-    """One picture file that cannot be read."""
+    """An image file that cannot be read."""
 
 
 class CheckpointError(VitrailError):
-    """Weights that are missing, truncated, altered or foreign."""
+    """Weights that are missing, truncated, modified or of another model."""
 
 
 class OutputError(VitrailError):
@@ -48,15 +36,15 @@ class OutputError(VitrailError):
 
 
 class ExportError(VitrailError):
-    """An exported file that does not compute what the model does."""
+    """An exported file whose outputs differ from the model's."""
 
 
 class TrainingError(VitrailError):
-    """Training that cannot go on."""
+    """Training that cannot continue, e.g. after a loss that is not finite."""
 
 
 def printable(text: str) -> str:
-    """Return the text with every control or invisible character shown as the replacement sign."""
+    """Return the text with control and invisible characters replaced by U+FFFD."""
     return "".join(
         character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
     )
@@ -76,11 +64,11 @@ SYNONYMS = {
     "output_dir": "output_path", "out": "output_path", "name": "folder_name",
     "weights": "model_path", "checkpoint": "model_path", "ckpt": "model_path", "topk": "top_k",
 }  # fmt: skip
-"""What other systems call a setting: what it is called here."""
+"""Names of settings in other systems, and the names here."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known word nearest to a mistyped one, or nothing."""
+    """Return `` (did you mean 'x'?)`` for the known word most similar to ``word``, or ''."""
     known = list(known)
     name = word.removeprefix("--")
     synonym = word.removesuffix(name) + SYNONYMS.get(name, "")

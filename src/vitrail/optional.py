@@ -1,4 +1,4 @@
-"""Libraries that only some commands need, imported when they do."""
+"""Optional libraries, imported only by the commands that need them."""
 
 import importlib
 from types import ModuleType
@@ -13,14 +13,14 @@ EXTRAS = {
     "optuna": "sweep",
     "tensorboard": "track",
 }
-"""The extra that brings a library; others are the user's own to install."""
+"""The extra that installs a library. Libraries without an extra are installed by the user."""
 
 
-def need(module: str) -> ModuleType:
-    """Import a module of an optional library.
+def import_optional(module: str) -> ModuleType:
+    """Return a module of an optional library.
 
     Raises:
-        ConfigError: the library is not installed (the message says how to), or is broken.
+        ConfigError: the library is not installed (the message says how to) or broken.
     """
     library = module.partition(".")[0]
     wanted = f'-e ".[{EXTRAS[library]}]"' if library in EXTRAS else library

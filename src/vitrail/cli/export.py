@@ -72,10 +72,10 @@ def _check(options: ExportOptions) -> Path | None:
             f"output_path is {options.output_path}: give a file that ends in {ending}"
         )
     if options.format == "onnx":
-        from vitrail.optional import need
+        from vitrail.optional import import_optional
 
         for module in ("onnx", "onnxscript", "onnxruntime"):
-            need(module)
+            import_optional(module)
     return options.output_path
 
 

@@ -55,7 +55,7 @@ class SweepOptions(Config, SearchOptions):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail sweep``."""
-    from vitrail.optional import need
+    from vitrail.optional import import_optional
 
     start, _ = parse_known(SearchOptions, args, prog=prog, add_help=False)
     base = get_preset(start.preset)
@@ -64,7 +64,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     defaults = SweepOptions(**vars(start), **vars(base))
     options = parse(SweepOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
-    need("optuna")
+    import_optional("optuna")
     folder = _study_folder(options, settings)
     stopped, completed = _search(options, settings, folder)
     if stopped:

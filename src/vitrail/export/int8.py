@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitrail.data.images import ImageSet, normalize
 from vitrail.export.onnx_file import label, runner
-from vitrail.optional import need
+from vitrail.optional import import_optional
 
 
 def quantise(proto: Any) -> Any:
@@ -21,8 +21,8 @@ def quantise(proto: Any) -> Any:
     products of attention, the stem and the norms stay in float32. The integers use 7 bits: with 8,
     processors without VNNI instructions overflow in the middle of a product.
     """
-    quantization = need("onnxruntime.quantization")
-    onnx = need("onnx")
+    quantization = import_optional("onnxruntime.quantization")
+    onnx = import_optional("onnx")
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     with TemporaryDirectory() as folder:
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"

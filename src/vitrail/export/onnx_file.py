@@ -16,7 +16,7 @@ from vitrail.errors import ConfigError, ExportError
 from vitrail.export.graph import EXAMPLE_BATCH, ExportSettings, Graph, check
 from vitrail.inference.classifier import Classifier
 from vitrail.inference.onnx_classifier import FACES, write_metadata
-from vitrail.optional import need
+from vitrail.optional import import_optional
 
 LARGEST = 2**31
 """A protobuf message, which an ONNX file is, holds less than 2 GiB."""
@@ -34,7 +34,7 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
     if size >= LARGEST:
         raise ConfigError(f"the weights have {size:,} bytes: an ONNX file holds less than 2 GiB")
     for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module)
+        import_optional(module)
     names = [FACES[settings.face]]
     if settings.attention:
         names += [f"attention_{layer + 1}" for layer in range(len(graph.model.blocks))]
@@ -56,7 +56,7 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
 
 def label(proto: Any, metadata: dict[str, str]) -> None:
     """Write what the file says of itself, and who made it, into an ONNX model."""
-    need("onnx.helper").set_model_props(proto, metadata)
+    import_optional("onnx.helper").set_model_props(proto, metadata)
     proto.producer_name, proto.producer_version = "vitrail", version("vitrail")
     for node in proto.graph.node:
         # Stack traces of the export: lines of code and paths of this machine.
@@ -69,7 +69,7 @@ def runner(content: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
     Raises:
         ExportError: ONNX Runtime refuses the file.
     """
-    runtime = need("onnxruntime")
+    runtime = import_optional("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     try:

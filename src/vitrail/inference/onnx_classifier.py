@@ -32,7 +32,7 @@ from vitrail.data.framing import channel_scale, framing, stack_pictures
 from vitrail.data.pictures import Pictures
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.top_k import Prediction, rank
-from vitrail.optional import need
+from vitrail.optional import import_optional
 
 FACES = {"images": "logits", "raw": "probabilities"}
 """Name of the input -> name of the first output."""
@@ -196,7 +196,7 @@ def load_onnx(
         CheckpointError: there is no such file, or it is damaged or foreign.
         ConfigError: onnxruntime is not installed, or has no such device.
     """
-    runtime, path = need("onnxruntime"), Path(path)
+    runtime, path = import_optional("onnxruntime"), Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     options = runtime.SessionOptions()
@@ -233,7 +233,7 @@ def choose_providers(device: str, available: Sequence[str]) -> list[str]:
 
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Return what onnxruntime raises; its exceptions have no base of their own."""
-    state = need("onnxruntime.capi.onnxruntime_pybind11_state")
+    state = import_optional("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = vars(state).values()
     return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))
 

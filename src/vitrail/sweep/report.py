@@ -17,7 +17,7 @@ from vitrail.config.settings import Config
 from vitrail.errors import printable
 from vitrail.evaluation.plots import BLUE, save_figure, tidy, write_title
 from vitrail.evaluation.tables import percent
-from vitrail.optional import need
+from vitrail.optional import import_optional
 from vitrail.runtime.files import replace_file
 
 LISTED_TRIALS = 20
@@ -112,7 +112,7 @@ def importances(study: Any) -> dict[str, float]:
 
     Source: Watanabe et al. 2023, "PED-ANOVA", arXiv:2304.10255.
     """
-    optuna = need("optuna")
+    optuna = import_optional("optuna")
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len({trial.value for trial in complete}) < 2:
         return {}

@@ -20,7 +20,7 @@ import torch
 
 from vitrail.config.settings import Config, require
 from vitrail.errors import ConfigError, DataError, OutputError, TrainingError
-from vitrail.optional import need
+from vitrail.optional import import_optional
 from vitrail.runtime.rng import derive_seed
 from vitrail.sweep.space import Value, apply, parse_space, signature
 from vitrail.training.loop import Update
@@ -78,7 +78,7 @@ class Sweep:
     def __init__(
         self, base: Config, settings: SweepSettings, folder: Path, *, events: Events = Run.train
     ) -> None:
-        self.optuna = need("optuna")
+        self.optuna = import_optional("optuna")
         check(base, settings)
         self.base, self.folder, self.events = base, folder, events
         self.wanted, self.space = settings.trials, parse_space(settings.search)
@@ -232,7 +232,7 @@ def open_study(url: str, name: str, pruner: Any) -> Any:
         ConfigError: the URL is of no database that can be used here.
         OutputError: the database cannot be opened.
     """
-    optuna, errors = need("optuna"), need("sqlalchemy.exc")
+    optuna, errors = import_optional("optuna"), import_optional("sqlalchemy.exc")
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
     for attempt in range(5):
         try:

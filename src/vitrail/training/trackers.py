@@ -19,7 +19,7 @@ import numpy as np
 from vitrail.config.settings import Config, RunConfig
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, OutputError
-from vitrail.optional import need
+from vitrail.optional import import_optional
 from vitrail.runtime import distributed
 from vitrail.runtime.files import write_json
 
@@ -51,7 +51,7 @@ class TensorBoard:
     run_id = None
 
     def __init__(self, config: Config, folder: Path, known: str | None) -> None:  # noqa: ARG002
-        need("tensorboard")
+        import_optional("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -73,7 +73,7 @@ class Wandb:
     """A run of Weights & Biases."""
 
     def __init__(self, config: Config, folder: Path, known: str | None) -> None:
-        self.wandb = need("wandb")
+        self.wandb = import_optional("wandb")
         self.run_id = known or secrets.token_hex(4)
         remedy = "run wandb login, or set WANDB_MODE=offline"
         with _starting("wandb", self.wandb.errors.Error, remedy):
@@ -104,7 +104,7 @@ class Mlflow:
     STATUS: Mapping[End, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
     def __init__(self, config: Config, folder: Path, known: str | None) -> None:
-        mlflow = need("mlflow")
+        mlflow = import_optional("mlflow")
         remedy = "set MLFLOW_TRACKING_URI, e.g. sqlite:///mlflow.db"
         with _starting("mlflow", mlflow.exceptions.MlflowException, remedy):
             self.client = mlflow.MlflowClient()
@@ -149,7 +149,7 @@ def check_trackers(config: RunConfig) -> None:
     """
     for name in KINDS:
         if getattr(config, name):
-            need(name)
+            import_optional(name)
 
 
 class Trackers:

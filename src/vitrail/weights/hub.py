@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import CheckpointError, OutputError, VitrailError
-from vitrail.optional import need
+from vitrail.optional import import_optional
 
 PREFIX = "hf:"
 """What a hub id begins with wherever a model is named, so that it is never taken for a path."""
@@ -62,7 +62,7 @@ def hub_api() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    return need("huggingface_hub").HfApi(library_name="vitrail")
+    return import_optional("huggingface_hub").HfApi(library_name="vitrail")
 
 
 @contextlib.contextmanager
