@@ -163,10 +163,10 @@ def test_free_memory_is_the_least_of_what_the_limits_leave(
     ):
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.group_memory() == 1900
+    assert memory._group_memory() == 1900
     monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory, "machine_memory", lambda: 2000)
-    monkeypatch.setattr(memory, "address_space", lambda: None)
+    monkeypatch.setattr(memory, "_machine_memory", lambda: 2000)
+    monkeypatch.setattr(memory, "_address_space", lambda: None)
     assert memory.available_memory() == 1900
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_memory() == 2000

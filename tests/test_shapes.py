@@ -84,10 +84,10 @@ def test_an_object_differs_from_the_ground_beside_it(shapes: ImageSet) -> None:
     beside_B1HW = F.max_pool2d(mask_B1HW, 5, stride=1, padding=2) - mask_B1HW
     raw_BCHW = shapes.raw_BCHW.float()
 
-    def mean_colour(weight_B1HW: torch.Tensor) -> torch.Tensor:
+    def mean_color(weight_B1HW: torch.Tensor) -> torch.Tensor:
         return (raw_BCHW * weight_B1HW).sum((2, 3)) / weight_B1HW.sum((2, 3))
 
-    contrast_B = (mean_colour(mask_B1HW) - mean_colour(beside_B1HW)).abs().sum(1)
+    contrast_B = (mean_color(mask_B1HW) - mean_color(beside_B1HW)).abs().sum(1)
     assert contrast_B.quantile(0.01) > 60
 
 
@@ -97,9 +97,9 @@ def test_pixels_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) 
     assert accuracy_of_ridge(*pixels, sets) < 0.45
 
 
-def test_colours_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
-    colours, unseen_colours = (s.raw_BCHW.float().mean((2, 3)) for s in (shapes, unseen))
-    nearest_B = torch.cdist(unseen_colours, colours).argmin(1)
+def test_colors_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
+    colors, unseen_colors = (s.raw_BCHW.float().mean((2, 3)) for s in (shapes, unseen))
+    nearest_B = torch.cdist(unseen_colors, colors).argmin(1)
     assert (shapes.labels_B[nearest_B] == unseen.labels_B).float().mean() < 0.16
 
 

@@ -1,4 +1,4 @@
-"""Step -> batch."""
+"""The batches of a run as a function of the step: order, augmentation, mixing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from vitrail.runtime import rng
 
 
 class Batch(NamedTuple):
-    """What one update learns from.
+    """The input of one training step.
 
     Shapes:
-        images_BCHW: normalised; targets_BY: class probabilities; labels_B: int64, the class of
+        images_BCHW: normalized; targets_BY: class probabilities; labels_B: int64, the class of
         each image before any mixing.
     """
 
@@ -31,9 +31,9 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a run as a function of the step: ``batches(step)``.
 
-    The whole set lies on the training device as bytes. An epoch visits every image once; its last
-    batch may be smaller. What step s gives depends on s and the seed only, not on what was asked
-    before.
+    The whole data set is kept on the training device as bytes. An epoch visits every image once;
+    its last batch may be smaller. A batch depends on the step and the seed only, not on earlier
+    calls.
 
     Raises:
         DataError: there are no images.
@@ -58,29 +58,29 @@ class Batches:
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.device, self.mean, self.std = device, mean, std
         self.steps_per_epoch = -(-len(images) // batch_size)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._latest: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch of update ``step``, counted from 0 over all epochs."""
+        """Return the batch of a step, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        indices_B = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        indices_B = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         generator = rng.generator(self.seed, "augment", step)
-        raw_BCHW = self.augment(self.raw_BCHW[indices_B], generator)
+        raw_BCHW = self._augment(self.raw_BCHW[indices_B], generator)
         labels_B = self.labels_B[indices_B]
         images_BCHW = normalize(raw_BCHW, self.mean, self.std)
         targets_BY = F.one_hot(labels_B, self.n_classes).float()
-        return Batch(*self.mix(images_BCHW, targets_BY, generator), labels_B)
+        return Batch(*self._mix(images_BCHW, targets_BY, generator), labels_B)
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the order of an epoch; the latest is remembered."""
-        if self._order[0] != epoch:
+    def _order(self, epoch: int) -> Tensor:
+        """Return the order of an epoch; the latest is cached."""
+        if self._latest[0] != epoch:
             generator = rng.generator(self.seed, "order", epoch)
             order_B = torch.randperm(len(self.labels_B), generator=generator)
-            self._order = (epoch, order_B.to(self.device))
-        return self._order[1]
+            self._latest = (epoch, order_B.to(self.device))
+        return self._latest[1]
 
-    def augment(self, raw_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """Change the bytes of the images."""
+    def _augment(self, raw_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment the bytes of the images."""
         config = self.config
         if config.crop_padding:
             raw_BCHW = random_crop(raw_BCHW, generator, config.crop_padding)
@@ -93,14 +93,14 @@ class Batches:
             raw_BCHW = random_erasing(raw_BCHW, generator, config.random_erasing)
         return raw_BCHW
 
-    def mix(
+    def _mix(
         self, images_BCHW: Tensor, targets_BY: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mix the images of the batch with one another; with both kinds on, take one at random."""
-        kinds = [(mixup, self.config.mixup), (cutmix, self.config.cutmix)]
-        wanted = [(mix, alpha) for mix, alpha in kinds if alpha]
-        if not wanted:
+        """Mix the images of the batch by mixup or cutmix; if both are enabled, by one at random."""
+        methods = [(mixup, self.config.mixup), (cutmix, self.config.cutmix)]
+        enabled = [(mix, alpha) for mix, alpha in methods if alpha]
+        if not enabled:
             return images_BCHW, targets_BY
-        pick = int(torch.randint(len(wanted), (), generator=generator))
-        mix, alpha = wanted[pick]
+        pick = int(torch.randint(len(enabled), (), generator=generator))
+        mix, alpha = enabled[pick]
         return mix(images_BCHW, targets_BY, generator, alpha)

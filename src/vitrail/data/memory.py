@@ -1,4 +1,4 @@
-"""How much memory is free, and whether a data set fits into it."""
+"""How much memory is free, and whether a data set fits in it."""
 
 import os
 import sys
@@ -13,10 +13,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def require_memory(count: int, image_hw: tuple[int, int], n_channels: int) -> None:
-    """Refuse to decode more images than fit into memory.
+    """Refuse to decode more images than fit in memory.
 
     Raises:
-        DataError: they cannot fit; the message has the numbers.
+        DataError: they do not fit; the message gives both sizes.
     """
     height, width = image_hw
     needed, free = int(count * height * width * n_channels * DECODING), available_memory()
@@ -28,47 +28,47 @@ def require_memory(count: int, image_hw: tuple[int, int], n_channels: int) -> No
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process can still allocate; None where the system does not say.
+    """Return the number of bytes that this process can still allocate; None if it is unknown.
 
-    That is the least of what the machine has free, what the control group allows (containers), and
-    what the limit on address space (``ulimit -v``) leaves.
+    That is the minimum of the machine's free memory, the rest of the control group's limit
+    (containers), and the rest of the address space's limit (``ulimit -v``).
     """
     if not sys.platform.startswith("linux"):
         return None
-    limits = [machine_memory(), group_memory(), address_space()]
+    limits = [_machine_memory(), _group_memory(), _address_space()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def machine_memory() -> int | None:
+def _machine_memory() -> int | None:
     """Return MemAvailable of /proc/meminfo."""
-    for line in read("/proc/meminfo").splitlines():
+    for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
 
 
-def group_memory() -> int | None:
-    """Return what the control group (version 2) still allows; cached files do not count as used."""
-    limit, used = read(CGROUP / "memory.max").strip(), read(CGROUP / "memory.current").strip()
+def _group_memory() -> int | None:
+    """Return the rest of the control group's limit (version 2); the file cache is not counted."""
+    limit, used = _read(CGROUP / "memory.max").strip(), _read(CGROUP / "memory.current").strip()
     if not (limit.isdecimal() and used.isdecimal()):
         return None
-    statistics = dict(line.split() for line in read(CGROUP / "memory.stat").splitlines())
+    statistics = dict(line.split() for line in _read(CGROUP / "memory.stat").splitlines())
     return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
 
 
-def address_space() -> int | None:
-    """Return what the limit on address space leaves."""
+def _address_space() -> int | None:
+    """Return the rest of the limit on address space."""
     import resource  # not on Windows
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = read("/proc/self/statm").split()
+    pages = _read("/proc/self/statm").split()
     if limit == resource.RLIM_INFINITY or not pages:
         return None
     return max(0, limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def read(path: str | Path) -> str:
-    """Return the content of a file of the system; nothing if it is not there."""
+def _read(path: str | Path) -> str:
+    """Return the content of a system file; empty if it does not exist."""
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError):

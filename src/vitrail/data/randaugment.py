@@ -1,9 +1,9 @@
 """RandAugment on whole batches of bytes: each image draws its own operations.
 
-Every operation is a function ``(raw_BCHW, strength_B) -> raw_BCHW`` on uint8, with Pillow's
-arithmetic, so that the results are Pillow's to the byte; the strengths are torchvision's. They lie
-on the CPU as float64, and only whole numbers and float32 go to the images' device: not every device
-has float64, and so all of them see the same pictures.
+Every operation is a function ``(raw_BCHW, strength_B) -> raw_BCHW`` on uint8 with Pillow's
+arithmetic, so that the results equal Pillow's to the byte; the strengths are torchvision's. They
+are computed on the CPU in float64, and only integers and float32 are moved to the images' device:
+not every device has float64, and the results are the same on all of them.
 
 Source: Cubuk et al. 2020, arXiv:1909.13719.
 """
@@ -34,7 +34,7 @@ def rand_augment(
         sign_B = torch.randint(2, (len(raw_BCHW),), generator=generator) * 2 - 1
         for number, (name, operation) in enumerate(OPERATIONS.items()):
             chosen = (op_B == number).nonzero().flatten()
-            if len(chosen) == 0 or operation is identity:
+            if len(chosen) == 0 or operation is _identity:
                 continue
             value, signed = strength(name, magnitude, side_hw)
             strength_B = value * (sign_B[chosen] if signed else torch.ones(len(chosen))).double()
@@ -44,10 +44,10 @@ def rand_augment(
 
 
 def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float, bool]:
-    """Return how strong an operation is at a magnitude, and whether its sign is drawn.
+    """Return the strength of an operation at a magnitude, and whether its sign is random.
 
-    In slope (shear), pixels (translate), degrees (rotate), factor - 1 (brightness, color, contrast,
-    sharpness), bits kept (posterize), first byte inverted (solarize).
+    Units: slope (shear), pixels (translate), degrees (rotate), factor - 1 (brightness, color,
+    contrast, sharpness), bits kept (posterize), lowest inverted value (solarize).
     """
     if name == "Posterize":
         return 8.0 - round(magnitude / (BINS - 1) * 4), False
@@ -65,42 +65,22 @@ def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float
     return value, name in highest
 
 
-def identity(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+def _identity(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
     """Leave the images as they are."""
     return raw_BCHW
 
 
-def shear_x(raw_BCHW: Tensor, slope_B: Tensor) -> Tensor:
-    """Push each row sideways, in proportion to its height below the top."""
-    return affine(raw_BCHW, xy=slope_B)
-
-
-def shear_y(raw_BCHW: Tensor, slope_B: Tensor) -> Tensor:
-    """Push each column down, in proportion to its distance from the left."""
-    return affine(raw_BCHW, yx=slope_B)
-
-
-def translate_x(raw_BCHW: Tensor, pixels_B: Tensor) -> Tensor:
-    """Move the images right by whole pixels."""
-    return affine(raw_BCHW, x=-pixels_B.trunc())
-
-
-def translate_y(raw_BCHW: Tensor, pixels_B: Tensor) -> Tensor:
-    """Move the images down by whole pixels."""
-    return affine(raw_BCHW, y=-pixels_B.trunc())
-
-
-def rotate(raw_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
-    """Turn the images counter-clockwise about their middle."""
+def _rotate(raw_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
+    """Rotate the images counterclockwise about their center."""
     height, width = raw_BCHW.shape[-2:]
     radians_B = -degrees_B * (math.pi / 180)
     cos_B, sin_B = radians_B.cos(), radians_B.sin()
     x_B = width / 2 - cos_B * (width / 2) - sin_B * (height / 2)
     y_B = height / 2 + sin_B * (width / 2) - cos_B * (height / 2)
-    return affine(raw_BCHW, xx=cos_B, xy=sin_B, x=x_B, yx=-sin_B, yy=cos_B, y=y_B)
+    return _affine(raw_BCHW, xx=cos_B, xy=sin_B, x=x_B, yx=-sin_B, yy=cos_B, y=y_B)
 
 
-def affine(
+def _affine(
     raw_BCHW: Tensor,
     *,
     xx: Tensor | float = 1.0,
@@ -110,9 +90,9 @@ def affine(
     yy: Tensor | float = 1.0,
     y: Tensor | float = 0.0,
 ) -> Tensor:
-    """Fetch each pixel from ``(xx X + xy Y + x, yx X + yy Y + y)``: nearest, black outside.
+    """Sample each pixel at ``(xx X + xy Y + x, yx X + yy Y + y)``: nearest, black outside.
 
-    Pixel centres lie at half coordinates; coordinates are fixed-point numbers, as in Pillow.
+    Pixel centers are at half-integer coordinates; coordinates are fixed-point, as in Pillow.
     """
     B, C, H, W = raw_BCHW.shape
     columns_W = torch.arange(W, device=raw_BCHW.device)
@@ -132,61 +112,51 @@ def affine(
     return fetched_BCHW * inside_BHW[:, None]
 
 
-def brightness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
-    """Blend with black."""
-    return blend(torch.zeros_like(raw_BCHW), raw_BCHW, change_B)
-
-
-def color(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
-    """Blend with the gray image."""
-    return blend(to_gray(raw_BCHW).expand_as(raw_BCHW), raw_BCHW, change_B)
-
-
-def contrast(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
-    """Blend with the mean gray of the image."""
+def _contrast(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend the image with its mean gray."""
     gray_B1HW = to_gray(raw_BCHW).int()
     sum_B111, count = gray_B1HW.sum(dim=(2, 3), keepdim=True), gray_B1HW[0].numel()
     mean_B111 = (2 * sum_B111 + count) // (2 * count)
-    return blend(mean_B111.to(torch.uint8).expand_as(raw_BCHW), raw_BCHW, change_B)
+    return _blend(mean_B111.to(torch.uint8).expand_as(raw_BCHW), raw_BCHW, change_B)
 
 
-def sharpness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
-    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the border is left alone."""
+def _sharpness(raw_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, except at the border."""
     if min(raw_BCHW.shape[-2:]) < 3:
         return raw_BCHW
     values_BCHW = raw_BCHW.float()
     sum_BCHW = F.avg_pool2d(values_BCHW, 3, stride=1) * 9 + 4 * values_BCHW[..., 1:-1, 1:-1]
     smooth_BCHW = raw_BCHW.clone()
     smooth_BCHW[..., 1:-1, 1:-1] = (sum_BCHW.round() / 13 + 0.5).floor().to(torch.uint8)
-    return blend(smooth_BCHW, raw_BCHW, change_B)
+    return _blend(smooth_BCHW, raw_BCHW, change_B)
 
 
-def posterize(raw_BCHW: Tensor, bits_B: Tensor) -> Tensor:
-    """Keep the highest bits of every byte."""
+def _posterize(raw_BCHW: Tensor, bits_B: Tensor) -> Tensor:
+    """Keep the most significant bits of every byte."""
     mask_B = 256 - 2 ** (8 - bits_B.long())
     return raw_BCHW & mask_B.to(torch.uint8).view(-1, 1, 1, 1).to(raw_BCHW.device)
 
 
-def solarize(raw_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
-    """Invert the bytes from a threshold on."""
+def _solarize(raw_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
+    """Invert the bytes at or above a threshold."""
     threshold_B111 = threshold_B.float().view(-1, 1, 1, 1).to(raw_BCHW.device)
     return torch.where(raw_BCHW < threshold_B111, raw_BCHW, 255 - raw_BCHW)
 
 
-def auto_contrast(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
-    """Stretch each channel to run from 0 to 255."""
+def _auto_contrast(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+    """Stretch each channel to the range 0 to 255."""
     pixels_BCN = raw_BCHW.flatten(2)
     low_BC1 = pixels_BCN.amin(2, keepdim=True).cpu().double()
     high_BC1 = pixels_BCN.amax(2, keepdim=True).cpu().double()
-    # A tensor divided by a tensor is rounded once; a number divided by one is not.
+    # A tensor divided by a tensor is rounded once; a number divided by a tensor is not.
     scale_BC1 = torch.full_like(low_BC1, 255) / (high_BC1 - low_BC1)
     bytes_256 = torch.arange(256, dtype=torch.float64)
     table_BC256 = (bytes_256 * scale_BC1 - low_BC1 * scale_BC1).clamp(0, 255)
-    return look_up(raw_BCHW, torch.where(high_BC1 <= low_BC1, bytes_256, table_BC256))
+    return _look_up(raw_BCHW, torch.where(high_BC1 <= low_BC1, bytes_256, table_BC256))
 
 
-def equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
-    """Give every channel a flat histogram."""
+def _equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
+    """Equalize the histogram of every channel."""
     B, C, H, W = raw_BCHW.shape
     pixels_BCN = raw_BCHW.flatten(2).long()
     counts_BC256 = torch.zeros(B, C, 256, dtype=torch.int32, device=raw_BCHW.device)
@@ -196,17 +166,17 @@ def equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
     below_BC256 = counts_BC256.cumsum(2) - counts_BC256
     table_BC256 = (below_BC256 + step_BC1 // 2) // step_BC1.clamp(min=1)
     bytes_256 = torch.arange(256, device=raw_BCHW.device)
-    return look_up(raw_BCHW, torch.where(step_BC1 == 0, bytes_256, table_BC256.clamp(max=255)))
+    return _look_up(raw_BCHW, torch.where(step_BC1 == 0, bytes_256, table_BC256.clamp(max=255)))
 
 
-def look_up(raw_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
+def _look_up(raw_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
     """Replace every byte by its entry in the table of its image and channel."""
     table_BC256 = table_BC256.to(torch.uint8).to(raw_BCHW.device)
     return table_BC256.gather(2, raw_BCHW.flatten(2).long()).view_as(raw_BCHW)
 
 
-def blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
-    """Go from one image to the other by 1 + change, beyond it where that is above 1."""
+def _blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
+    """Interpolate between two images by 1 + change; extrapolate if that is above 1."""
     factor_B111 = (1 + change_B).float().view(-1, 1, 1, 1).to(from_BCHW.device)
     start_BCHW = from_BCHW.float()
     mixed_BCHW = start_BCHW + factor_B111 * (to_BCHW.float() - start_BCHW)
@@ -214,18 +184,20 @@ def blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Identity": identity,
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
-    "Rotate": rotate,
-    "Brightness": brightness,
-    "Color": color,
-    "Contrast": contrast,
-    "Sharpness": sharpness,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "AutoContrast": auto_contrast,
-    "Equalize": equalize,
+    "Identity": _identity,
+    "ShearX": lambda raw_BCHW, slope_B: _affine(raw_BCHW, xy=slope_B),
+    "ShearY": lambda raw_BCHW, slope_B: _affine(raw_BCHW, yx=slope_B),
+    "TranslateX": lambda raw_BCHW, pixels_B: _affine(raw_BCHW, x=-pixels_B.trunc()),
+    "TranslateY": lambda raw_BCHW, pixels_B: _affine(raw_BCHW, y=-pixels_B.trunc()),
+    "Rotate": _rotate,
+    "Brightness": lambda raw_BCHW, change_B: _blend(torch.zeros_like(raw_BCHW), raw_BCHW, change_B),
+    "Color": lambda raw_BCHW, change_B: _blend(
+        to_gray(raw_BCHW).expand_as(raw_BCHW), raw_BCHW, change_B
+    ),
+    "Contrast": _contrast,
+    "Sharpness": _sharpness,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
 }
