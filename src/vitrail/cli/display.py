@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -14,16 +13,16 @@ from vitrail.training.run import EpochEnd, Run
 PLAIN_SECONDS = 30.0
 """Time between two lines within an epoch, without a terminal."""
 SPEED_SECONDS = 5.0
-"""Training time over which the speed shown is averaged."""
+"""Training time over which the speed is averaged."""
 SLOW_PERIODS = 2
-"""Periods in a row below half of the best speed after which the display gives a reason."""
+"""Consecutive periods below half of the best speed, after which the display gives a reason."""
 SLOW = "another program seems to be using the processor"
 
 
 class SpeedMeter:
-    """Images per second of training, over periods of SPEED_SECONDS, and whether it has collapsed.
+    """Images per second of training over SPEED_SECONDS, and whether the speed has dropped.
 
-    Evaluation and writing between epochs do not count, so that short epochs have a speed, too.
+    The time for evaluation and writing between epochs does not count.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class SpeedMeter:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the speed has stayed below half of its own best for some periods."""
+        """Whether the speed has been below half of its maximum for SLOW_PERIODS."""
         return self.slow_periods >= SLOW_PERIODS
 
     def skip(self) -> None:
@@ -79,12 +78,7 @@ class TrainingDisplay:
         self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def show(self, event: Update | EpochEnd) -> None:

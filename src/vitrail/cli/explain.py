@@ -75,9 +75,11 @@ class ExplainOptions(ModelOptions):
     images: int = 200
     """Number of images for --score."""
     method: str | None = None
-    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; several: a,b; or all."""
+    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; several: a,b; or all.
+    Default: rollout; with --score, all."""
     frames: str | None = None
-    """What varies between frames: rollout, layers, heads, queries or training."""
+    """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
+    the method."""
     format: Literal["gif", "webp", "png", "html"] | None = None
     """Output format. Default: from the extension of --output_path, else gif."""
     output_path: Path | None = None

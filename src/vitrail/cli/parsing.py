@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -146,14 +147,15 @@ def _with_home(options: Any) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """Return the message in tyro's error box as one line."""
+    """Return the message in tyro's error box as one line, without the choice None."""
     lines = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╰╯─ ")
         if not text:
             break
         lines.append(text)
-    return " ".join(lines) or "these flags cannot be read"
+    text = re.sub(r"\{None\}\||'None', |, 'None'", "", " ".join(lines))
+    return text or "these flags cannot be read"
 
 
 def _field_names(kind: Any) -> Iterator[str]:

@@ -44,7 +44,7 @@ class StartOptions:
     """Where the settings come from; every other flag overrides them."""
 
     preset: str = ""
-    """A complete configuration by name (vitrail info lists them). Default: quick."""
+    """A complete configuration by name (vitrail info lists them)."""
     config: Path | None = None
     """A TOML file of settings, which override the preset's."""
     resume: Path | None = None
