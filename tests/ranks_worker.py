@@ -26,7 +26,7 @@ from vitrail.config.settings import Config
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet
 from vitrail.errors import DataError, OutputError, VitrailError
-from vitrail.evaluation.metrics import shared_logits
+from vitrail.evaluation.metrics import predict_logits
 from vitrail.model import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.training.loop import Update, train
@@ -129,7 +129,7 @@ def scores(batch_size: int) -> Tensor:
     """Return the logits of ten images."""
     images, model = noise(10, (8, 12), 5), start(BASE).model
     mean = std = (0.5, 0.5, 0.5)
-    return shared_logits(
+    return predict_logits(
         model, images, mean=mean, std=std, device=torch.device("cpu"), batch_size=batch_size
     )
 

@@ -108,6 +108,9 @@ def predict_logits(
 ) -> Tensor:
     """Run the model, already on ``device``, over all images in order.
 
+    The ranks of a run share the batches, so that the logits equal those of a single process bit
+    for bit; every rank returns the logits of all images.
+
     Shapes:
         returns logits_BY, float32, on the CPU
 
@@ -116,39 +119,17 @@ def predict_logits(
     """
     if len(images) == 0:
         raise DataError("there are no images to evaluate: give at least one")
+    mine_BCHW = images.raw_BCHW[distributed.rows(len(images), chunk=batch_size)]
+    if not len(mine_BCHW):  # more ranks than batches
+        return distributed.join_rows(None)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     chunks = []
     with evaluating(model), torch.inference_mode(), half:
         together = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
-        for raw_BCHW in torch.split(images.raw_BCHW, together):
+        for raw_BCHW in torch.split(mine_BCHW, together):
             chunks.append(model(normalize(raw_BCHW.to(device), mean, std)))
     # Outside of inference mode, so that the result is an ordinary tensor.
-    return torch.cat(chunks).float().cpu()
-
-
-def shared_logits(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    batch_size: int = 500,
-) -> Tensor:
-    """Do the same with the images split among the ranks; every rank returns the logits of all.
-
-    Each rank takes whole batches, so that the logits equal those of a single process bit for bit.
-    """
-    mine = distributed.rows(len(images), chunk=batch_size)
-    part = dataclasses.replace(
-        images, raw_BCHW=images.raw_BCHW[mine], labels_B=images.labels_B[mine]
-    )
-    if len(images) and not len(part):  # more ranks than batches
-        return distributed.join_rows(None)
-    logits_BY = predict_logits(
-        model, part, mean=mean, std=std, device=device, batch_size=batch_size
-    )
-    return distributed.join_rows(logits_BY)
+    return distributed.join_rows(torch.cat(chunks).float().cpu())
 
 
 def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:

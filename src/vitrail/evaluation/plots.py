@@ -5,6 +5,7 @@ They use matplotlib's Figure directly, never pyplot: no window, no global state.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,8 @@ def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list
     Returns:
         one line for each plot that failed: a failed plot must not lose the numbers.
     """
-    draw: dict[str, Callable[[Path], object]] = {
-        "graph_loss.png": lambda path: plot_curve(rows, "loss", path),
-        "graph_accuracy.png": lambda path: plot_curve(rows, "accuracy", path),
-    }
-    problems = draw_each(draw, folder)
+    curves = {f"graph_{name}.png": partial(plot_curve, rows, name) for name in ("loss", "accuracy")}
+    problems = draw_each(curves, folder)
     return problems if metrics is None else problems + plot_metrics(metrics, folder)
 
 
@@ -242,11 +240,11 @@ def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
     Returns:
         one line for each plot that failed.
     """
-    draw: dict[str, Callable[[Path], object]] = {
-        "confusion_matrix.png": lambda path: plot_confusion(metrics, path),
-        "calibration.png": lambda path: plot_calibration(metrics, path),
+    plots = {
+        "confusion_matrix.png": partial(plot_confusion, metrics),
+        "calibration.png": partial(plot_calibration, metrics),
     }
-    return draw_each(draw, folder)
+    return draw_each(plots, folder)
 
 
 def draw_each(draw: Mapping[str, Callable[[Path], object]], folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
-from vitrail.evaluation.metrics import Metrics, measure, quick_scores, shared_logits
+from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
 from vitrail.evaluation.plots import draw_each, plot_run
 from vitrail.explain.attention_snapshots import choose_watched, draw_attention
 from vitrail.inference.classifier import Classifier
@@ -315,7 +315,7 @@ class Run:
     def _logits(self, model: nn.Module, images: ImageSet) -> Tensor:
         """Return the logits of all images, computed by all ranks together."""
         data = self.config.data
-        return shared_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+        return predict_logits(model, images, mean=data.mean, std=data.std, device=self.device)
 
     def _draw_attention(self, row: EpochRow) -> Path | None:
         """Draw the attention maps of this epoch if ``attention_epochs`` asks for it."""
