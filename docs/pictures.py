@@ -17,7 +17,7 @@ import vitrail
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_splits
 from vitrail.data.shapes import load_shapes
-from vitrail.explain.render import dim, normalise, place
+from vitrail.explain.draw import dim, normalize, place
 
 COLUMNS = 7
 
@@ -42,7 +42,7 @@ def main(model: str, out: str, data_path: str | None = None) -> None:
     axes = figure.subplots(2, COLUMNS)
     for index, raw_HWC in enumerate(test_images(data_path)):
         rollout = classifier.explain(raw_HWC)
-        map_GJ = normalise(rollout.maps_FGJ, "frame")[-1]
+        map_GJ = normalize(rollout.maps_FGJ, "frame")[-1]
         axes[0, index].imshow(raw_HWC)
         axes[0, index].set_title(rollout.frames[-1].says, fontsize=13)
         axes[1, index].imshow(dim(raw_HWC, place(map_GJ, (32, 32), (32, 32), "crop")))

@@ -19,12 +19,12 @@ from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, DataError
+from vitrail.explain.draw import BLACK, GREEN, RED
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
 from vitrail.explain.page import describe
 from vitrail.explain.sheet import caption, page_data
-from vitrail.explain.text import GREEN, INK, RED
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.foreign import FILES
@@ -129,7 +129,7 @@ def test_a_wrong_answer_looks_wrong(
 ) -> None:
     best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
     ends = {"": "%", best: "% ✓", second: f"% ✗ {second}"}
-    inks = {"": INK, best: GREEN, second: RED}
+    inks = {"": BLACK, best: GREEN, second: RED}
     for label, end in ends.items():
         explained = draw(classifier.subject(picture, label=label), MapSettings(method="rollout"))
         assert all(frame.says.endswith(end) for frame in explained.frames)
@@ -191,7 +191,7 @@ def test_other_endings_and_looks_are_refused(
     explained = classifier.explain(picture)
     with pytest.raises(ConfigError, match=r"ends in \.gif"):
         explained.save(tmp_path / "x.bmp")
-    for look in ({"alpha": 2}, {"normalise": "all"}, {"colormap": "jet"}, {"style": "x"}):
+    for look in ({"alpha": 2}, {"normalize": "all"}, {"colormap": "jet"}, {"style": "x"}):
         with pytest.raises(ConfigError):
             explained.save(tmp_path / "x.gif", **look)
     with pytest.raises(ConfigError, match="draws the rollout"):
@@ -223,8 +223,8 @@ def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> Non
     last = explain(run_folder, picture)[-1]
     changes = (
         "--method relevance", "--method attention", "--method gradcam", "--frames heads",
-        "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalise picture",
-        "--normalise none", "--colormap viridis", "--alpha 0.2", "--style reference",
+        "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalize picture",
+        "--normalize none", "--colormap viridis", "--alpha 0.2", "--style reference",
         "--fit squash",
         "--layers 1-2", "--method rollout,relevance",
     )  # fmt: skip
@@ -372,7 +372,7 @@ def test_drawings_with_other_settings_have_other_names() -> None:
         "--method attention", "--method attention --frames heads", "--frames heads",
         "--method relevance --class ring", "--method rollout,relevance", "--fusion max",
         "--discard_ratio 0.5", "--fit squash", "--alpha 0.2", "--colormap viridis",
-        "--normalise none", "--duration 100", "--loop 2", "--format png", "--format html",
+        "--normalize none", "--duration 100", "--loop 2", "--format png", "--format html",
         "--format html --class ring",
     ]  # fmt: skip
     names = []
@@ -533,7 +533,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --method gradcam --frames layers", ["frames layers cannot show method gradcam"]),
         ("cat.png --method all --frames layers", ["leave out --frames"]),
         ("cat.png --frames laiers", ["did you mean 'layers'"]),
-        ("cat.png --colormap jet", ["no colour map 'jet'"]),
+        ("cat.png --colormap jet", ["no color map 'jet'"]),
         ("cat.png --duration 1", ["durations are"]),
         ("cat.png --format gif --output_path x.png", ["--format gif contradicts x.png"]),
         ("cat.png --output_path x.bmp", ["x.bmp"]),

@@ -17,7 +17,7 @@ from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.explain.attention_snapshots import WATCHED, choose_watched, draw_attention
-from vitrail.explain.text import GREEN, RED
+from vitrail.explain.draw import GREEN, RED
 from vitrail.model import VisionTransformer
 from vitrail.training.run import Run
 from vitrail.training.trackers import Trackers

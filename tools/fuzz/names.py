@@ -27,8 +27,8 @@ from vitrail.errors import DataError
 from vitrail.evaluation.metrics import CalibrationBin, Metrics
 from vitrail.evaluation.plots import plot_confusion
 from vitrail.evaluation.tables import confusion_table, metrics_table
+from vitrail.explain.draw import draw_caption, drawable
 from vitrail.explain.page import PageData, make_page
-from vitrail.explain.text import draw_caption, drawable
 from vitrail.inference.classifier import Prediction
 from vitrail.runtime.files import write_json
 

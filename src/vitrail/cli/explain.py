@@ -46,7 +46,7 @@ class DrawingOptions:
 
     style: Literal["vitrail", "reference"] = "vitrail"
     """reference: as the reference implementation draws: the picture dimmed by its rollout."""
-    normalise: Literal["frame", "picture", "none"] = "frame"
+    normalize: Literal["frame", "picture", "none"] = "frame"
     """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
     colormap: str = "magma"
     """magma, inferno, plasma, viridis or cividis."""

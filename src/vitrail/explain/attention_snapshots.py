@@ -12,10 +12,10 @@ from vitrail.config.settings import Config
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.metrics import evaluating
-from vitrail.explain import render
+from vitrail.explain import draw
+from vitrail.explain.draw import BLACK, GREEN, RED
 from vitrail.explain.explanation import RIGHT, WRONG
 from vitrail.explain.methods import MapSettings, compute_maps
-from vitrail.explain.text import GREEN, INK, RED
 
 WATCHED = 8
 """Images that are drawn."""
@@ -52,11 +52,11 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
     for column, guess in enumerate(guesses):
         raw_HWC = images.raw_BCHW[column].permute(1, 2, 0).expand(-1, -1, 3).numpy()
         size_hw = (raw_HWC.shape[0], raw_HWC.shape[1])
-        map_GJ = render.normalise(maps.values_BLGJ[column, -1:].cpu().numpy(), "frame")[0]
-        seen_HWC = render.dim(raw_HWC, render.place(map_GJ, size_hw, size_hw, config.data.fit))
+        map_GJ = draw.normalize(maps.values_BLGJ[column, -1:].cpu().numpy(), "frame")[0]
+        seen_HWC = draw.dim(raw_HWC, draw.place(map_GJ, size_hw, size_hw, config.data.fit))
         label = int(images.labels_B[column])
         mark, ink = (RIGHT, GREEN) if guess == label else (WRONG, RED)
-        upper = raw_HWC, images.classes[label][:14], INK
+        upper = raw_HWC, images.classes[label][:14], BLACK
         lower = seen_HWC, f"{mark} {images.classes[guess][:12]}", ink
         for axis, (picture_HWC, title, color) in zip(axes[:, column], (upper, lower), strict=True):
             axis.imshow(picture_HWC)

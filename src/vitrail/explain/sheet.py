@@ -10,26 +10,29 @@ import torch
 from PIL import Image
 
 from vitrail.config.settings import require
-from vitrail.explain.explanation import Explanation, Frame, maps_of
-from vitrail.explain.gif import encode_png, reference_frames, save_animation
-from vitrail.explain.methods import METHODS, MapSettings, early_logits
-from vitrail.explain.page import PageData, write_page
-from vitrail.explain.render import (
+from vitrail.explain.draw import (
+    BLACK,
+    GREEN,
+    RED,
     SCALES,
     Colormap,
-    Normalisation,
+    Normalization,
     Panel,
-    colours,
+    colormap_bytes,
     compose,
     limits,
     mark_patch,
-    normalise,
+    normalize,
     overlay,
     place,
+    reference_frames,
     show,
     shown_box,
 )
-from vitrail.explain.text import GREEN, INK, RED
+from vitrail.explain.explanation import Explanation, Frame, maps_of
+from vitrail.explain.gif import encode_png, save_animation
+from vitrail.explain.methods import METHODS, MapSettings, early_logits
+from vitrail.explain.page import PageData, write_page
 from vitrail.runtime.files import replace_file
 
 ONE_ROW = 5
@@ -43,7 +46,7 @@ class Look:
 
     style: Literal["vitrail", "reference"] = "vitrail"
     """seed draws frames as the reference system does: the picture dimmed by its rollout."""
-    normalise: Normalisation = "frame"
+    normalize: Normalization = "frame"
     """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
     colormap: Colormap = "magma"
     """Colors of the values; all color maps are perceptually uniform."""
@@ -56,16 +59,16 @@ class Look:
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: give a number from 0 to 1")
-        known = get_args(Normalisation)
+        known = get_args(Normalization)
         require(
-            self.normalise in known,
-            f"normalise is {self.normalise!r}: give {', '.join(known)}",
+            self.normalize in known,
+            f"normalize is {self.normalize!r}: give {', '.join(known)}",
         )
         require(
             self.style in ("vitrail", "reference"),
             f"style is {self.style!r}: give vitrail, reference",
         )
-        colours(self.colormap)
+        colormap_bytes(self.colormap)
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
@@ -94,15 +97,15 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
 
 def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     """Draw each frame as the picture and beside it the map over it."""
-    maps_FGJ = normalise(explanation.maps_FGJ, look.normalise)
-    low_F, high_F = limits(explanation.maps_FGJ, look.normalise)
+    maps_FGJ = normalize(explanation.maps_FGJ, look.normalize)
+    low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
     return [
         compose(
             [[Panel(original(explanation, frame, columns=2), "picture"),
               Panel(painted(explanation, map_GJ, look, columns=2), frame.title)]],
             caption=caption(explanation, frame.says),
             ink=ink(frame),
-            colorbar=(look.colormap, float(low), float(high), SCALES[look.normalise]),
+            colorbar=(look.colormap, float(low), float(high), SCALES[look.normalize]),
         )
         for frame, map_GJ, low, high in zip(
             explanation.frames, maps_FGJ, low_F, high_F, strict=True
@@ -112,7 +115,7 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
 
 def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
     """Draw all frames on one sheet, the picture first."""
-    frames, maps_FGJ = explanation.frames, normalise(explanation.maps_FGJ, look.normalise)
+    frames, maps_FGJ = explanation.frames, normalize(explanation.maps_FGJ, look.normalize)
     columns = explanation.columns or (len(frames) + 1 if len(frames) < ONE_ROW else 4)
     panels = [
         Panel(painted(explanation, map_GJ, look, columns=columns, query=frame.query),
@@ -126,13 +129,13 @@ def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
         titles = ("", *explanation.row_titles) if explanation.row_titles else ()
     else:
         rows = in_rows([first, *panels], columns)
-    low_F, high_F = limits(explanation.maps_FGJ, look.normalise)
-    ends = (0.0, 1.0) if look.normalise == "frame" else (float(low_F[0]), float(high_F[0]))
+    low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
+    ends = (0.0, 1.0) if look.normalize == "frame" else (float(low_F[0]), float(high_F[0]))
     return compose(
         rows,
         caption=caption(explanation, frames[-1].says),
         ink=ink(frames[-1]),
-        colorbar=(look.colormap, *ends, SCALES[look.normalise]),
+        colorbar=(look.colormap, *ends, SCALES[look.normalize]),
         row_titles=titles,
     )
 
@@ -210,7 +213,7 @@ def caption(explanation: Explanation, says: str) -> str:
 
 def ink(frame: Frame) -> str:
     """Return the color of what the model says: red where the label is another class."""
-    return {True: GREEN, False: RED, None: INK}[frame.right]
+    return {True: GREEN, False: RED, None: BLACK}[frame.right]
 
 
 def draw_seed(explanation: Explanation) -> list[Image.Image]:

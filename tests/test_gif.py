@@ -8,15 +8,23 @@ import pytest
 from PIL import Image, ImageSequence
 
 from vitrail.errors import ConfigError, OutputError
-from vitrail.explain.gif import quantise, reference_frames, reference_masks, save_animation, strip
-from vitrail.explain.render import Panel, compose, overlay, place, show
-from vitrail.explain.text import RED
+from vitrail.explain.draw import (
+    RED,
+    Panel,
+    compose,
+    overlay,
+    place,
+    reference_frames,
+    reference_masks,
+    show,
+)
+from vitrail.explain.gif import quantize, save_animation, strip
 
 RANDOM = np.random.default_rng(4)
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """A picture of many colours: soft ramps, a bright disc and a little noise."""
+    """A picture of many colors: soft ramps, a bright disc and a little noise."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     disc = ((x - 0.6) ** 2 + (y - 0.4) ** 2 < 0.04) * 90
     channels = [200 * x + 20, 230 * y + 10 + disc, 240 - 200 * x * y]
@@ -33,7 +41,7 @@ def moving_frames(n_frames: int, picture_HWC: np.ndarray) -> list[Image.Image]:
         size_hw = (shown_HWC.shape[0], shown_HWC.shape[1])
         painted_HWC = overlay(shown_HWC, place(map_GJ, size_hw, (20, 28), "squash"))
         panels = [Panel(shown_HWC, "picture"), Panel(painted_HWC, f"layer {frame + 1}")]
-        frames.append(compose([panels], caption="cat 93.2 %", colorbar=("magma", 0, 1, "map")))
+        frames.append(compose([panels], caption="cat 93.2%", colorbar=("magma", 0, 1, "map")))
     return frames
 
 
@@ -47,11 +55,11 @@ def read_back(path: Path) -> tuple[np.ndarray, list[int]]:
     return np.stack([pixels for pixels, _ in pairs]), [duration for _, duration in pairs]
 
 
-def plain_frames(colours: Sequence[int | tuple[int, int, int]]) -> list[Image.Image]:
-    return [Image.new("RGB", (13, 7), (c, c, c) if isinstance(c, int) else c) for c in colours]
+def plain_frames(colors: Sequence[int | tuple[int, int, int]]) -> list[Image.Image]:
+    return [Image.new("RGB", (13, 7), (c, c, c) if isinstance(c, int) else c) for c in colors]
 
 
-def test_a_gif_keeps_still_what_is_still_and_uses_its_colours(tmp_path: Path) -> None:
+def test_a_gif_keeps_still_what_is_still_and_uses_its_colors(tmp_path: Path) -> None:
     frames = moving_frames(7, picture(285, 399))
     save_animation(frames, tmp_path / "a.gif", durations_ms=500)
     shown_FHWC, durations = read_back(tmp_path / "a.gif")
@@ -95,27 +103,27 @@ def local_palettes(content: bytes) -> list[bool]:
 
 
 def test_every_frame_is_kept_even_if_nothing_changed(tmp_path: Path) -> None:
-    colours = [(250, 3, 7), (250, 3, 7), (0, 99, 1), (0, 99, 1), (0, 99, 1)]
-    save_animation(plain_frames(colours), tmp_path / "a.gif", durations_ms=[100, 20, 30, 40, 50])
+    colors = [(250, 3, 7), (250, 3, 7), (0, 99, 1), (0, 99, 1), (0, 99, 1)]
+    save_animation(plain_frames(colors), tmp_path / "a.gif", durations_ms=[100, 20, 30, 40, 50])
     shown_FHWC, durations = read_back(tmp_path / "a.gif")
     assert durations == [100, 20, 30, 40, 50]
-    assert [tuple(frame[3, 5].tolist()) for frame in shown_FHWC] == colours
+    assert [tuple(frame[3, 5].tolist()) for frame in shown_FHWC] == colors
     assert (shown_FHWC == shown_FHWC[:, :1, :1]).all()
 
 
-def test_few_colours_are_kept_as_they_are() -> None:
-    colours_KC = RANDOM.permutation(64)[:60, None] * 4 + np.array([[1, 2, 3]])
-    frame_HWC = colours_KC[RANDOM.integers(0, 60, (31, 41))].astype(np.uint8)
-    palette_KC, (first_HW, again_HW) = quantise([frame_HWC, frame_HWC])
+def test_few_colors_are_kept_as_they_are() -> None:
+    colors_KC = RANDOM.permutation(64)[:60, None] * 4 + np.array([[1, 2, 3]])
+    frame_HWC = colors_KC[RANDOM.integers(0, 60, (31, 41))].astype(np.uint8)
+    palette_KC, (first_HW, again_HW) = quantize([frame_HWC, frame_HWC])
     assert np.array_equal(palette_KC[first_HW], frame_HWC)
     assert np.array_equal(first_HW, again_HW)
 
 
-def test_a_picture_of_plain_areas_and_all_colours_fits_the_palette() -> None:
+def test_a_picture_of_plain_areas_and_all_colors_fits_the_palette() -> None:
     noise_HWC = RANDOM.integers(0, 256, (300, 301, 3), dtype=np.uint8)
     for stripe in range(100):
         noise_HWC[2 * stripe : 2 * stripe + 2] = RANDOM.integers(0, 256, 3)
-    palette_KC, (entries_HW,) = quantise([noise_HWC])
+    palette_KC, (entries_HW,) = quantize([noise_HWC])
     assert len(palette_KC) <= 255
     assert entries_HW.max() < len(palette_KC)
     away = np.abs(palette_KC[entries_HW].astype(int) - noise_HWC)
@@ -177,7 +185,7 @@ def test_refuses_what_cannot_be_saved(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_seed_masks_are_the_references(reference: Path) -> None:
+def test_reference_masks_are_the_references(reference: Path) -> None:
     with np.load(reference / "layer3-dim32_expected.npz") as expected:
         attention_LBATT, rollout_BLGJ = expected["attention"], expected["rollout"]
     for image in range(attention_LBATT.shape[1]):
@@ -189,7 +197,7 @@ def test_seed_masks_are_the_references(reference: Path) -> None:
         assert np.abs(reference_masks(np.stack(flows)) - rollout_BLGJ[image]).max() < 1e-4
 
 
-def test_seed_masks_divide_by_each_maximum_alone() -> None:
+def test_reference_masks_divide_by_each_maximum_alone() -> None:
     rollout_LGJ = np.array([[[0.1, 0.2, 0.4]], [[0.02, 0.01, 0.005]], [[0.0, 0.0, 0.0]]])
     assert reference_masks(rollout_LGJ).tolist() == [
         [[0.25, 0.5, 1]],
@@ -198,11 +206,11 @@ def test_seed_masks_divide_by_each_maximum_alone() -> None:
     ]
 
 
-def test_seed_frames_are_two_panels_of_equal_contrast() -> None:
+def test_reference_frames_are_two_panels_of_equal_contrast() -> None:
     picture_HWC = np.full((20, 28, 3), 200, dtype=np.uint8)
     rising_GJ = np.arange(35.0).reshape(5, 7)
     rollout_LGJ = np.stack([rising_GJ, 60 + rising_GJ, 900 + rising_GJ[::-1, ::-1]])
-    frames = reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %")
+    frames = reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0%")
     first_HWC, second_HWC, third_HWC = (np.asarray(frame).astype(int) for frame in frames)
     rows, columns = np.nonzero((first_HWC == 200).all(axis=2))
     top, left = rows[0], columns[0]
@@ -226,19 +234,19 @@ def second_gap(row_WC: np.ndarray) -> int:
     return int(np.nonzero((row_WC != 255).any(axis=1))[0][0])
 
 
-def test_seed_frames_tell_label_prediction_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_frames_tell_label_prediction_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
 
     def note(panels: list[list[Panel]], *, caption: str, ink: str) -> Image.Image:
         told.append([*(panel.title for panel in panels[0]), caption.splitlines()[0], ink])
         return Image.new("RGB", (3, 2))
 
-    monkeypatch.setattr("vitrail.explain.gif.compose", note)
+    monkeypatch.setattr("vitrail.explain.draw.compose", note)
     picture_HWC, rollout_LGJ = picture(8, 12), RANDOM.random((3, 2, 3))
-    reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0 %", ink=RED,
+    reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0%", ink=RED,
                 layers=(2, 3, 6))  # fmt: skip
     assert told == [
-        ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0 %", RED]
+        ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0%", RED]
         for layer in (2, 3, 6)
     ]
     told.clear()

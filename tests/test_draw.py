@@ -5,23 +5,29 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFont
 from torch.nn import functional
 
 from vitrail.data.framing import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError
-from vitrail.explain import render
-from vitrail.explain.render import (
+from vitrail.explain import draw
+from vitrail.explain.draw import (
     Colormap,
     Panel,
     compose,
+    cut,
     dim,
+    drawable,
     limits,
+    line_height,
+    load_font,
     mark_patch,
-    normalise,
+    normalize,
     overlay,
     place,
     show,
     shown_box,
+    wrap,
 )
 
 RANDOM = np.random.default_rng(8)
@@ -54,7 +60,7 @@ def test_the_box_is_where_fitting_takes_its_pixels(
     inside_HW = fitted_HWC[:, :, 2] == 200  # not the black of padding
     for channel, (start, end), axis in ((0, (left, right), 1), (1, (top, bottom), 0)):
         step = (end - start) / size_hw[axis]
-        at = start + (np.arange(size_hw[axis]) + 0.5) * step - 0.5  # picture pixel of each centre
+        at = start + (np.arange(size_hw[axis]) + 0.5) * step - 0.5  # picture pixel of each center
         at_HW = np.broadcast_to(at[:, None] if axis == 0 else at, size_hw)
         # Antialiasing keeps a ramp as it is, but for the picture's own edges.
         free_HW = inside_HW & (at_HW > step) & (at_HW < picture_hw[axis] - 1 - step)
@@ -67,8 +73,8 @@ def test_the_box_is_where_fitting_takes_its_pixels(
 
 
 def within(start: float, end: float, length: int, cells: int) -> np.ndarray:
-    centres = start + (np.arange(cells) + 0.5) * (end - start) / cells
-    inside: np.ndarray = (centres > 0) & (centres < length)
+    centers = start + (np.arange(cells) + 0.5) * (end - start) / cells
+    inside: np.ndarray = (centers > 0) & (centers < length)
     return inside
 
 
@@ -81,18 +87,18 @@ def test_the_box_of_what_fits_is_the_picture() -> None:
     assert seen_box((1, 1000), (32, 32), "pad")[1::2] == (-16, 16)  # one row of the model's
 
 
-def test_each_normalisation() -> None:
-    assert normalise(MAPS_FGJ, "frame").tolist() == [
+def test_each_normalization() -> None:
+    assert normalize(MAPS_FGJ, "frame").tolist() == [
         [[0, 1, 0.5]],
         [[0, 1, 0.25]],
         [[0, 0, 0]],
     ]
-    assert normalise(MAPS_FGJ, "picture").tolist() == [
+    assert normalize(MAPS_FGJ, "picture").tolist() == [
         [[0, 0.25, 0.125]],
         [[0.5, 1, 0.625]],
         [[0.375, 0.375, 0.375]],
     ]
-    assert normalise(MAPS_FGJ / 4 - 0.5, "none").tolist() == [
+    assert normalize(MAPS_FGJ / 4 - 0.5, "none").tolist() == [
         [[0, 0.25, 0]],
         [[0.75, 1, 1]],
         [[0.5, 0.5, 0.5]],
@@ -158,7 +164,7 @@ def test_the_box_does_not_change_with_the_size_shown() -> None:
     assert np.abs(read_HW.reshape(101, 4, 67, 4).mean(axis=(1, 3)) - shown_HW).max() < 0.01
 
 
-def test_overlays_show_the_colour_where_the_map_is_high_and_the_picture_where_low() -> None:
+def test_overlays_show_the_color_where_the_map_is_high_and_the_picture_where_low() -> None:
     picture_HWC = np.full((1, 4, 3), 100, dtype=np.uint8)
     picture_HWC[0, 3] = (255, 0, 0)
     map_HW = np.array([[0, 1, np.nan, np.nan]], dtype=np.float32)
@@ -166,14 +172,14 @@ def test_overlays_show_the_colour_where_the_map_is_high_and_the_picture_where_lo
     assert low == [84, 50, 92]  # half of (68, 1, 84) over gray 100
     assert high == [215, 198, 52]  # three quarters of (253, 231, 37)
     assert gray == [187] * 3  # veiled
-    assert len(set(red)) == 1  # and without colour
+    assert len(set(red)) == 1  # and without color
     assert overlay(picture_HWC, map_HW, alpha=0)[0, 1].tolist() == [100] * 3
     assert overlay(picture_HWC, map_HW, alpha=1, colormap="viridis")[0, 0].tolist() == [68, 1, 84]
 
 
 @pytest.mark.parametrize("colormap", get_args(Colormap))
-def test_colour_maps_rise_evenly_in_lightness(colormap: str) -> None:
-    table = render.colours(colormap) / 255
+def test_color_maps_rise_evenly_in_lightness(colormap: str) -> None:
+    table = draw.colormap_bytes(colormap) / 255
     linear = np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4)
     lightness = np.cbrt(linear @ (0.2126, 0.7152, 0.0722))
     steps = np.diff(lightness[8:])
@@ -182,10 +188,10 @@ def test_colour_maps_rise_evenly_in_lightness(colormap: str) -> None:
     assert (steps > -0.003).all()
 
 
-def test_refuses_an_unknown_colour_map_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'virids' \(did you mean 'viridis'\?\): choose among"):
-        render.colours("virids")
-    with pytest.raises(ConfigError, match="no colour map 'jet'"):
+def test_refuses_an_unknown_color_map_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'virids' \(did you mean 'viridis'\?\): one of"):
+        draw.colormap_bytes("virids")
+    with pytest.raises(ConfigError, match="no color map 'jet'"):
         overlay(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1)), colormap="jet")
 
 
@@ -254,15 +260,15 @@ def test_titles_caption_and_bar_add_only_around_the_panels() -> None:
     plain = compose([[Panel(picture_HWC)]])
     bar = ("magma", 0.0, 0.03125, "attention")
     parts = {"title": compose([[Panel(picture_HWC, "cat.png")]]),
-             "caption": compose([[Panel(picture_HWC)]], caption="cat 93.2 %\nrollout"),
+             "caption": compose([[Panel(picture_HWC)]], caption="cat 93.2%\nrollout"),
              "colorbar": compose([[Panel(picture_HWC)]], colorbar=bar),
              "row title": compose([[Panel(picture_HWC)]], row_titles=["layer 1"])}  # fmt: skip
     for name, sheet in parts.items():
         wider = (sheet.width > plain.width, sheet.height > plain.height)
         assert wider == ((True, False) if name == "row title" else (False, True)), name
     drawn_HWC = np.array(parts["colorbar"])[plain.height :]
-    for colour in render.colours("magma")[[3, 128, 252]].astype(int):
-        assert np.abs(drawn_HWC.astype(int) - colour).sum(axis=2).min() < 12
+    for color in draw.colormap_bytes("magma")[[3, 128, 252]].astype(int):
+        assert np.abs(drawn_HWC.astype(int) - color).sum(axis=2).min() < 12
 
 
 def test_nothing_moves_with_the_words() -> None:
@@ -271,7 +277,7 @@ def test_nothing_moves_with_the_words() -> None:
     sheets = [
         np.array(compose([[Panel(picture_HWC, title)]], caption=caption))
         for title, caption in (
-            ("a", "cat 93.2 %"),
+            ("a", "cat 93.2%"),
             ("Ägypten " * 30, "word " * 80),
             ("gqÅ", "x\ny"),
         )
@@ -289,7 +295,7 @@ def test_the_bar_does_not_move_with_its_values() -> None:
         np.array(compose([panels], colorbar=("viridis", low, high, "each map on its own scale")))
         for low, high in ((0.0108, 0.0413), (0.00953, 0.5), (0, 1), (-1.234e-12, 1.234e12))
     ]
-    bright = render.colours("viridis")[200]
+    bright = draw.colormap_bytes("viridis")[200]
     places = [np.nonzero((abs(s.astype(int) - bright) < 3).all(axis=2)) for s in sheets]
     assert places[0][0].size
     assert (
@@ -305,3 +311,28 @@ def test_panels_of_several_sizes_share_a_sheet() -> None:
     ]
     sheet = compose(rows, caption="a", colorbar=("cividis", -1e-7, 12345.678, "long " * 90))
     assert sheet.width >= 1800
+
+
+# Text
+
+
+def test_letters_that_cannot_be_drawn_become_the_replacement_sign() -> None:
+    assert drawable("Žába 93% · … ж α") == "Žába 93% · … ж α"
+    assert drawable("a\x00b\u202ec\n\U0001f98ad 漢") == "a�b�c��d �"
+    font = load_font(17)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    assert font.getlength("�") > 0
+
+
+def test_long_words_are_cut_and_lines_wrapped() -> None:
+    font = load_font(15)
+    assert cut("cat", font, 300) == "cat"
+    short = cut("a" * 200, font, 120)
+    assert short.endswith("…")
+    assert 100 < font.getlength(short) <= 120
+    assert cut("cat", font, 1) == "…"
+    lines = wrap("the quick brown fox\x07 jumps over " + "z" * 99, font, 130)
+    assert " ".join(lines[:-1]) == "the quick brown fox� jumps over"
+    assert lines[-1].endswith("…")
+    assert all(font.getlength(line) <= 130 for line in lines)
+    assert line_height(font) >= 15
