@@ -25,7 +25,7 @@ from vitrail.config.settings import Config
 from vitrail.data.batches import Batches
 from vitrail.data.datasets import load_splits
 from vitrail.data.images import ImageSet
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.training.loop import train
 from vitrail.training.state import TrainingState

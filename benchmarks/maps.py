@@ -22,9 +22,8 @@ from speed.worker import peak_mib
 from speed.workers import interleave
 from vitrail.config.presets import get_preset
 from vitrail.explain.methods import Maps, MapSettings, compute_maps, read_maps
-from vitrail.model import VisionTransformer
 from vitrail.model.layers import rotate
-from vitrail.model.vit import Block
+from vitrail.model.vit import Block, VisionTransformer
 from vitrail.runtime.environment import describe_environment
 from vitrail.runtime.process import keep_freed_memory
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from vitrail.config.presets import get_preset
 from vitrail.data.batches import Batches
 from vitrail.data.datasets import load_splits
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.files import write_json
 from vitrail.runtime.process import keep_freed_memory

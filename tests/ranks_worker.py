@@ -27,7 +27,7 @@ from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet
 from vitrail.errors import DataError, OutputError, VitrailError
 from vitrail.evaluation.metrics import predict_logits
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.training.loop import Update, train
 from vitrail.training.state import TrainingState

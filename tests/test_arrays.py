@@ -19,7 +19,7 @@ from vitrail.data.images import ImageSet
 from vitrail.data.pictures import read_picture
 from vitrail.errors import ConfigError, PictureError, VitrailError
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 GRAY = RGB[:, :, 0]

@@ -17,8 +17,8 @@ from layouts import GRID, SIDE, D, L, N, make_state, plain_logits
 from vitrail.cli import main
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.model import VisionTransformer
 from vitrail.model.finetune import resize_positions
+from vitrail.model.vit import VisionTransformer
 from vitrail.weights.formats import convert, restate, timm
 from vitrail.weights.formats.foreign import read_state
 from vitrail.weights.formats.sizes import forward_mul

@@ -18,7 +18,7 @@ from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError, ExportError
 from vitrail.export.graph import CHECKED_BATCHES, EXAMPLE_BATCH, ExportSettings, Graph, check
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 VARIANTS = {
     "cls": {"pool": "cls", "position": "learned", "stem": "patch", "head": "mlp"},

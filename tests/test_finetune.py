@@ -17,8 +17,8 @@ from vitrail.config.settings import Config, ModelConfig, TrainingConfig
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.model import VisionTransformer
 from vitrail.model.finetune import resize_positions
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed
 from vitrail.training.loop import set_training_mode, train
 from vitrail.training.optim import make_optimizers

@@ -16,7 +16,7 @@ from layouts import make_state
 from vitrail.cli import main
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import write_json
 from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
 

@@ -25,7 +25,7 @@ from vitrail.explain.inspection import (
     patch_filters,
     position_similarity,
 )
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.weights.pretrained import load
 
 

@@ -18,7 +18,7 @@ from vitrail.config.settings import AugmentConfig, Config
 from vitrail.data.augment import random_crop, random_erasing
 from vitrail.data.images import ImageSet, normalize
 from vitrail.explain.methods import METHODS
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import devices
 from vitrail.training.run import Run
 from vitrail.weights import pretrained

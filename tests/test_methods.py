@@ -25,7 +25,7 @@ from vitrail.explain.methods import (
     compute_maps,
     early_logits,
 )
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 MakeModel = Callable[..., VisionTransformer]
 CLASSES = torch.tensor([6, 0, 3, 3, 1])

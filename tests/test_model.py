@@ -9,7 +9,6 @@ from torch import nn
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
-from vitrail.model import VisionTransformer
 from vitrail.model.layers import (
     Dropout,
     DropPath,
@@ -19,7 +18,7 @@ from vitrail.model.layers import (
     rotation_tables,
     sincos_table,
 )
-from vitrail.model.vit import Block, initialize
+from vitrail.model.vit import Block, VisionTransformer, initialize
 
 CHOICES = {
     "pool": ("cls", "mean"),

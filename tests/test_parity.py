@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vitrail
 from vitrail.config.settings import Config, ModelConfig
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.weights.checkpoint import CheckpointInfo
 from vitrail.weights.formats.foreign import write_foreign
 

@@ -17,7 +17,7 @@ from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.framing import Framing, fit_picture, seen_box
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.weights.checkpoint import CheckpointInfo, load_weights_file, save_weights_file
 
 SIDE = 15

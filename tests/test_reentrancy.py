@@ -36,7 +36,7 @@ from vitrail.evaluation import metrics
 from vitrail.explain import inspection, map_metrics
 from vitrail.explain.methods import METHODS
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.training.run import Run
 from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, save_weights_file

@@ -33,7 +33,7 @@ from vitrail.explain.map_metrics import (
     t_quantile,
 )
 from vitrail.explain.map_report import plot_scores, score_table
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 PLACE = (1, 3)
 """The one patch, by row and column, that ``OnePatch`` looks at; the grid has 3 x 5 patches."""

@@ -18,7 +18,7 @@ from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.explain.attention_snapshots import WATCHED, choose_watched, draw_attention
 from vitrail.explain.draw import GREEN, RED
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.training.run import Run
 from vitrail.training.trackers import Trackers
 

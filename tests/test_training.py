@@ -12,8 +12,8 @@ from vitrail.config.settings import AugmentConfig, Config, ModelConfig, Training
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet
 from vitrail.errors import DataError
-from vitrail.model import VisionTransformer
 from vitrail.model.layers import BatchNorm
+from vitrail.model.vit import VisionTransformer
 from vitrail.training.loop import train
 from vitrail.training.optim import make_optimizers
 from vitrail.training.state import TrainingState

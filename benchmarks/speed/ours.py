@@ -27,7 +27,7 @@ from vitrail.data.images import ImageSet
 from vitrail.evaluation.metrics import measure as score
 from vitrail.evaluation.metrics import predict_logits
 from vitrail.explain.methods import MapSettings, compute_maps
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.process import keep_freed_memory
 from vitrail.training.loop import train

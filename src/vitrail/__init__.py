@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vitrail.config.settings import Config, ModelConfig
     from vitrail.errors import VitrailError
     from vitrail.inference.classifier import Classifier, Prediction
-    from vitrail.model import VisionTransformer
+    from vitrail.model.vit import VisionTransformer
     from vitrail.training.run import Run
     from vitrail.weights.pretrained import load
 
@@ -38,7 +38,7 @@ _HOMES = {
     "ModelConfig": "vitrail.config.settings",
     "Prediction": "vitrail.inference.classifier",
     "Run": "vitrail.training.run",
-    "VisionTransformer": "vitrail.model",
+    "VisionTransformer": "vitrail.model.vit",
     "VitrailError": "vitrail.errors",
     "get_preset": "vitrail.config.presets",
     "load": "vitrail.weights.pretrained",

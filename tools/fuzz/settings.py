@@ -12,7 +12,7 @@ from fuzz.engine import Target, require
 from vitrail.config.files import from_json, read_json, read_toml, to_json
 from vitrail.config.presets import PRESETS
 from vitrail.config.settings import Config
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 VALUES: tuple[Any, ...] = (
     None,

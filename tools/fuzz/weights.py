@@ -22,7 +22,7 @@ from fuzz.engine import FaultError, Target, require
 from fuzz.settings import set_values
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.training.run_folder import newest_valid, read_rows
 from vitrail.training.state import TrainingState
 from vitrail.weights.checkpoint import (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
     from vitrail.explain.methods import MapSettings
     from vitrail.inference.classifier import Classifier
-    from vitrail.model import VisionTransformer
+    from vitrail.model.vit import VisionTransformer
 
 PROG = "vitrail explain"
 ALL = "all"

@@ -22,7 +22,7 @@ from vitrail.explain.methods import (
     compute_maps,
     pick,
 )
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]
 """What varies between frames; ``methods`` and ``single`` follow from the method."""

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from vitrail.errors import DataError
 from vitrail.evaluation.plots import DARK, LIGHT, save_figure, write_title
 from vitrail.explain.map_metrics import half_width
-from vitrail.model import VisionTransformer
 from vitrail.model.layers import PatchStem
+from vitrail.model.vit import VisionTransformer
 
 COMPONENTS = 28
 """The number that the paper shows."""

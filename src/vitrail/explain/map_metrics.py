@@ -21,7 +21,7 @@ from vitrail.config.settings import require_range
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
 from vitrail.explain.methods import METHODS, MapSettings, Method, compute_maps
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
 Fill = Literal["mean", "blur"]

@@ -16,7 +16,7 @@ from vitrail.config.settings import require, require_range
 from vitrail.errors import CheckpointError, ConfigError, nearest
 from vitrail.explain import formulas
 from vitrail.explain.formulas import HeadFusion
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 Method = Literal["attention", "rollout", "gradient_rollout", "relevance", "gradcam", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -29,7 +29,7 @@ from vitrail.explain.methods import (
     settings_of_all,
 )
 from vitrail.inference.top_k import Prediction, rank
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 
 __all__ = ["Classifier", "Picture", "Prediction"]
 

@@ -1,5 +1,1 @@
-"""The Vision Transformer, from scratch."""
-
-from vitrail.model.vit import VisionTransformer
-
-__all__ = ["VisionTransformer"]
+"""The Vision Transformer."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.config.settings import Config
 from vitrail.data.batches import Batch, Batches
 from vitrail.errors import TrainingError
-from vitrail.model import VisionTransformer
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.runtime.devices import choose_compile, choose_precision
 from vitrail.training.optim import set_learning_rate

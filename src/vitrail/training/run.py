@@ -19,8 +19,8 @@ from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_s
 from vitrail.evaluation.plots import draw_each, plot_run
 from vitrail.explain.attention_snapshots import choose_watched, draw_attention
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
 from vitrail.model.layers import ConvStem
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.runtime.devices import choose_compile, choose_precision, choose_rank_device
 from vitrail.runtime.environment import describe_environment

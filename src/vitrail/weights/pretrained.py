@@ -22,8 +22,8 @@ from vitrail.config.settings import (
 )
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.classifier import Classifier
-from vitrail.model import VisionTransformer
 from vitrail.model.finetune import adapt, build_model
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.devices import choose_device
 from vitrail.weights import bundled, hub
