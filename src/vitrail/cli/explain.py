@@ -220,7 +220,8 @@ def _list_checkpoints(
     classifier: "Classifier", wanted: bool, device: str
 ) -> "list[tuple[str, VisionTransformer]]":
     """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
-    from vitrail.training.run_folder import is_run_folder, read_rows
+    from vitrail.training.run_folder import checkpoint_folders, is_run_folder, read_rows
+    from vitrail.weights.checkpoint import step_of
     from vitrail.weights.pretrained import load
 
     source = Path(classifier.source)
@@ -228,11 +229,8 @@ def _list_checkpoints(
         return []
     epochs = {row["step"]: row["epoch"] for row in read_rows(source)}
     loaded = []
-    for folder in sorted((source / "checkpoints").glob("step-*")):
-        number = folder.name.removeprefix("step-")
-        if not number.isdecimal():
-            continue
-        step = int(number)
+    for folder in checkpoint_folders(source / "checkpoints"):
+        step = step_of(folder) or 0
         title = f"epoch {epochs[step]}" if step in epochs else f"update {step}"
         loaded.append((title, load(folder, device=device).model))
     return loaded

@@ -1,1 +1,1 @@
-"""How weights are learnt; nothing here knows of disks or screens."""
+"""Training: the loop, optimizers and schedule; runs, their folders and trackers."""
