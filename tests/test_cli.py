@@ -149,7 +149,7 @@ def test_a_reader_that_has_gone_is_no_traceback(here: Path) -> None:
 # --- train ----------------------------------------------------------------------------------------
 
 
-def test_training_tells_the_result_and_what_to_try_next(
+def test_training_prints_the_result_and_what_to_try_next(
     capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     assert main(["train", *TINY, "--epochs", "2", "--embed-dim", "16", "--warmup_epochs", "0"]) == 0
@@ -164,7 +164,7 @@ def test_training_tells_the_result_and_what_to_try_next(
     assert config["model"]["pool"] == "mean"  # the preset's
 
 
-def test_a_toml_file_goes_over_the_preset_and_flags_over_both(
+def test_a_toml_file_overrides_the_preset_and_flags_override_both(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "my.toml").write_text("embed_dim = 16\n[training]\nepochs = 1\nbatch_size = 20\n")
@@ -543,7 +543,7 @@ def test_data_of_other_classes_are_refused(
 # --- predict --------------------------------------------------------------------------------------
 
 
-def test_a_broken_picture_among_many_is_told_and_the_rest_go_on(
+def test_a_broken_picture_among_many_is_reported_and_the_rest_classified(
     weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["predict", str(pictures), "--model_path", str(weights), "--top_k", "2"]

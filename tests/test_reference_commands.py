@@ -1,4 +1,4 @@
-"""``train.py`` and ``test.py``: all the flags of the reference system, and none of its faults."""
+"""``train.py`` and ``test.py``: all the flags of the reference implementation, none of its bugs."""
 
 import json
 import shlex
@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def weights(here: Path, cifar_folder: Path) -> Path:
-    """What ``train.py`` leaves where the reference's flags say."""
+    """What ``train.py`` writes to where the flags of the reference say."""
     assert run_train([*SMALL, "--device", "cpu", "--folder_name", "a"]) == 0
     (path,) = here.glob("model/a/*.safetensors")
     return path
@@ -68,7 +68,9 @@ def test_every_flag_of_train_does_what_it_says(here: Path, cifar_folder: Path) -
     assert result["test"]["images"] == 20
 
 
-def test_defaults_are_the_seed_preset_named_by_the_minute(here: Path, cifar_folder: Path) -> None:
+def test_defaults_are_the_reference_preset_named_by_the_minute(
+    here: Path, cifar_folder: Path
+) -> None:
     small = shlex.split("--embed_dim 12 --n_attention_heads 3 --patch_size 16 --epochs 2")
     assert run_train([*small, "-lr", "0.002", "--timestamp", "2024-10-30-12-00"]) == 0
     folder = here / "output/2024-10-30-12-00"
@@ -119,11 +121,11 @@ def test_flags_of_the_architecture_are_held_against_the_file(
 ) -> None:
     Image.new("RGB", (9, 9)).save(here / "cat.png")
     words = ["--mode", "custom", "--image_path", "cat.png", "--model_path", str(weights)]
-    told = shlex.split(
+    right = shlex.split(
         "--image_size 32 --n_channels 3 --patch_size 8 --n_classes 10 --embed_dim 12 "
         "--n_layers 1 --n_attention_heads 3 --forward_mul 2 --dropout 0.1"
     )
-    assert run_test([*words, *told]) == 0
+    assert run_test([*words, *right]) == 0
     assert "--n_layers is 6, but" in wrong([*words, "--n_layers", "6"], capsys)
     assert "3 attention heads, not 4" in wrong([*words, "--n_attention_heads", "4"], capsys)
 
