@@ -47,18 +47,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Archive:
-    """The official layout of one data set."""
+    """The official layout of one data set; the files have their MD5."""
 
     folder: str
     tar: str
     tar_md5: str
     urls: tuple[str, ...]
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    meta: tuple[str, ...]
+    train: dict[str, str]
+    test: dict[str, str]
+    meta: dict[str, str]
     label_key: str
     n_classes: int
-    md5: dict[str, str]
+
+    @property
+    def md5(self) -> dict[str, str]:
+        """The MD5 of every file."""
+        return self.train | self.test | self.meta
 
 
 CIFAR10 = Archive(
@@ -70,19 +74,17 @@ CIFAR10 = Archive(
         "https://huggingface.co/datasets/liangnanying/cifar-10-python/resolve/main/cifar-10-python.tar.gz",
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     ),
-    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
-    test=("test_batch",),
-    meta=(),
-    label_key="labels",
-    n_classes=10,
-    md5={
+    train={
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
         "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
         "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
         "data_batch_4": "634d18415352ddfa80567beed471001a",
         "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
     },
+    test={"test_batch": "40351d587109b95175f43aff81a1287e"},
+    meta={},
+    label_key="labels",
+    n_classes=10,
 )
 CIFAR100 = Archive(
     folder="cifar-100-python",
@@ -93,16 +95,11 @@ CIFAR100 = Archive(
         "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/main/cifar-100-python.tar.gz",
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     ),
-    train=("train",),
-    test=("test",),
-    meta=("meta",),
+    train={"train": "16019d7e3df5f24257cddd939b257f8d"},
+    test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    meta={"meta": "7973b15100ade9c7d40fb424638fde48"},
     label_key="fine_labels",
     n_classes=100,
-    md5={
-        "train": "16019d7e3df5f24257cddd939b257f8d",
-        "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-        "meta": "7973b15100ade9c7d40fb424638fde48",
-    },
 )
 ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -117,7 +114,7 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
         DataError: it cannot be found or downloaded, is corrupt, or would run code.
     """
     archive = ARCHIVES[name]
-    files: tuple[str, ...] = getattr(archive, which)
+    files = archive.train if which == "train" else archive.test
     parts = _read_parts(archive, (*files, *archive.meta), data_path)
     batches = [read_batch(parts[file], archive) for file in files]
     raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])

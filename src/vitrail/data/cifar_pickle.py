@@ -25,7 +25,8 @@ VALUES = frozenset((
     "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
 ))  # fmt: skip
 """Instructions that put their argument on the stack; strings of Python 2 are read as Latin-1."""
-CORRUPT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError)
+CORRUPT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError,
+           RuntimeError)  # fmt: skip
 """What carrying out the instructions of a corrupt pickle raises."""
 
 
