@@ -1,25 +1,25 @@
 .PHONY: check format test slow faults fuzz bench
 
-check:  ## what must be clean before a commit
+check:  ## run before every commit
 	ruff check .
 	ruff format --check .
 	mypy
 
-format:  ## mend what can be mended by machine
+format:  ## fix what can be fixed automatically
 	ruff check --fix .
 	ruff format .
 
 test:  ## the default tests, under 3 minutes on 2 cores
 	pytest
 
-slow:  ## the tests that take minutes
+slow:  ## the long tests
 	pytest -m slow --timeout=1800
 
-faults:  ## every fault many times, one table; RECORD=records/faults writes it there
+faults:  ## inject every fault many times; RECORD=records/faults writes the record
 	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))
 
-fuzz:  ## hostile input, 20,000 cases a target; by coverage where atheris is installed
+fuzz:  ## fuzz every reader, 20,000 cases per target; guided by coverage if atheris is installed
 	PYTHONPATH=tools:$$PYTHONPATH python -m fuzz --cases 20000 --keep output/fuzz
 
-bench:  ## a first look at speed and memory; PEERS=FOLDER (benchmarks/peers.sh) measures others too
+bench:  ## speed and memory, quickly; PEERS=FOLDER (benchmarks/peers.sh) compares other systems
 	python benchmarks/bench.py --quick $(if $(PEERS),--peers $(PEERS))

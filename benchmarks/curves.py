@@ -1,4 +1,4 @@
-"""Accuracy against minutes of training: one line a metrics file, seeds of one run in one colour.
+"""Accuracy against minutes of training: one line a metrics file, seeds of one run in one color.
 
     python benchmarks/curves.py docs/pictures/curves.png "fast=records/fast/metrics-fast.jsonl" ...
 
@@ -31,14 +31,14 @@ def main(out: str, *curves: str) -> None:
         at = axes.get_yaxis_transform()
         words = f"{label}: {accuracy}%"
         axes.text(0.99, accuracy - 0.6, words, transform=at, ha="right", va="top", fontsize=8)
-    colours: dict[str, str] = {}
+    colors: dict[str, str] = {}
     for curve in curves:
         name, path = curve.split("=", 1)
-        colour = colours.get(name) or f"C{len(colours)}"
+        color = colors.get(name) or f"C{len(colors)}"
         minutes, accuracies = read_curve(Path(path))
-        label = None if name in colours else name
-        axes.plot(minutes, accuracies, ".-", color=colour, label=label)
-        colours[name] = colour
+        label = None if name in colors else name
+        axes.plot(minutes, accuracies, ".-", color=color, label=label)
+        colors[name] = color
     axes.set_xscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

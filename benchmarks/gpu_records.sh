@@ -3,17 +3,17 @@
 #
 #     bash benchmarks/gpu_records.sh [--dry_run] [--output FOLDER] [--stages "check measure ..."]
 #
-# --dry_run   everything this does, at tiny sizes, on the CPU, on the drawn shapes: a rehearsal
-# --output    where everything goes (gpu-records; with --dry_run gpu-records-dry)
-# --stages    some of: setup check measure train gather (all, in this order)
+# --dry_run   a rehearsal: all stages at tiny sizes, on the CPU, on the synthetic shapes
+# --output    output folder (default: gpu-records; with --dry_run gpu-records-dry)
+# --stages    some of: setup check measure train gather (default: all, in this order)
 #
-# PYTHON      interpreter to use (python3); an environment is made if it lacks something
-# WHEELS      folder of wheels, for a machine without the package index
-# PEERS       environment of benchmarks/peers.sh, to measure beside the others
-# DATA        where CIFAR-10 is (data)
+# PYTHON      interpreter (default: python3); an environment is created if it lacks a package
+# WHEELS      folder of wheels, for a machine without access to a package index
+# PEERS       environment made by benchmarks/peers.sh, to compare other systems
+# DATA        folder of CIFAR-10 (default: data)
 #
-# Run it again after it was cut off: runs that ended are left alone, the one cut off goes on. The
-# order of runs, and what each is good for: docs/how-to/gpu-records.md.
+# Run it again after an interruption: finished runs are kept, the interrupted one is resumed.
+# docs/how-to/gpu-records.md explains the runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,7 +36,7 @@ if [ $dry = yes ]; then
     bench=("${shape[@]}" --batch_size 8 --quick --rounds 1)
     tiny=("${shape[@]}" --dataset shapes --num_train_images 80 --num_test_images 40
         --validation_images 50 --batch_size 40 --warmup_epochs 0)
-    check=(--steps 60 --batch_size 40 --embed_dim 32 --n_layers 2)
+    check=(--steps 40 --batch_size 40 --embed_dim 32 --n_layers 2)
 fi
 output=${output:-gpu-records$([ $dry = no ] || echo -dry)}
 mkdir -p "$output/logs"
@@ -46,12 +46,12 @@ vitrail() { "$python" -m vitrail "$@"; }
 
 say() { printf '\n== %s\n' "$*"; }
 
-complete() { # has this interpreter all that Vitrail needs?
+complete() { # does this interpreter have all dependencies?
     "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, matplotlib, pooch' \
         2>/dev/null
 }
 
-preset() { # the preset's name; a rehearsal takes another one for a preset that is not there yet
+preset() { # the preset's name; a rehearsal replaces a missing preset
     if "$python" -c "import sys; from vitrail.config.presets import PRESETS; sys.exit('$1' not in PRESETS)"
     then echo "$1"
     elif [ $dry = yes ]; then echo reference
@@ -71,14 +71,14 @@ PYTHON
     fi
 }
 
-measure() { # NAME PRESET [FLAGS]: the table to look at, the JSON line to keep
+measure() { # NAME PRESET [FLAGS]: keep the table and the JSON line
     local name=$1 && shift
     "$python" benchmarks/bench.py --preset "$@" --device $device "${peers[@]}" "${bench[@]}" |
         tee "$output/bench-$name.txt"
     tail -n 1 "$output/bench-$name.txt" >"$output/bench-$name.json"
 }
 
-run() { # NAME FLAGS: train, or go on, or leave alone what has ended
+run() { # NAME FLAGS: train or resume, unless finished
     local name=$1 folder=$output/runs/$1 && shift
     [ ! -f "$folder/result.json" ] || return 0
     say "train $name: $*"
@@ -88,7 +88,7 @@ run() { # NAME FLAGS: train, or go on, or leave alone what has ended
     vitrail train "${words[@]}" 2>&1 | tee -a "$output/logs/$name.log"
 }
 
-epochs_in() { # SECONDS NAME: whole epochs in so many seconds, at the speed bench-NAME.json has
+epochs_in() { # SECONDS NAME: epochs that fit into a time at the speed in bench-NAME.json
     [ $dry = no ] || { echo 1 && return; }
     "$python" - "$1" "$output/bench-$2.json" <<'PYTHON'
 import json, sys
@@ -98,7 +98,7 @@ print(max(1, int(float(sys.argv[1]) * max(row["images_per_second"] for row in ou
 PYTHON
 }
 
-reached() { # NAME ACCURACY: did the run's validation accuracy get there?
+reached() { # NAME ACCURACY: did the run reach this validation accuracy?
     "$python" - "$output/runs/$1/metrics.jsonl" "$2" <<'PYTHON'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
@@ -117,7 +117,7 @@ train() {
     [ $dry = no ] || rest=(--epochs 1 --monitor validation)
     for seed in $seeds; do run "base-s$seed" --preset "$base" --seed $seed "${rest[@]}"; done
     run strongest-s1 --preset "$base" --seed 1 "${rest[@]}" --epochs "$(epochs_in 1700 base)"
-    # Time to 94 %: halve the time until it is not reached, then two more seeds of the shortest.
+    # Time to 94%: halve the time until 94% is missed, then two more seeds of the shortest.
     if vitrail train --help | grep -q stop_at_accuracy; then stop=(--stop_at_accuracy $goal)
     elif [ $dry = no ]; then echo "gpu_records.sh: train has no --stop_at_accuracy" >&2 && exit 1
     fi
