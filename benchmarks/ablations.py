@@ -1,9 +1,9 @@
-"""What is each part of a recipe worth? Train without it, several seeds, look at validation.
+"""Ablation of a preset: train without each of its parts, with several seeds.
 
     python benchmarks/ablations.py RECORD_FOLDER --preset fast --seeds 0 1 2
 
-Writes runs.jsonl, a line a run, as they end, and prints a table at the end; runs that are in the
-file already are not done again. The test split is not touched.
+Appends each finished run to runs.jsonl and prints a table of validation accuracy at the end; runs
+that are in the file already are skipped. The test split is not used.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ Change = Callable[[Config], Config]
 
 
 def part(name: str, **fields: Any) -> Change:
-    """Return what changes fields of one part of a configuration."""
+    """Return a function that changes fields of one section of a configuration."""
     return lambda config: dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **fields)}
     )
 
 
 def unchanged(config: Config) -> Config:
-    """Return the recipe as it is."""
+    """Return the recipe unchanged."""
     return config
 
 
@@ -66,7 +66,7 @@ PATCHES = {  # what no setting changes
 
 @dataclass
 class Options:
-    """What to leave out of what, and where to put what came of it."""
+    """The preset, its variants, and the folder of the results."""
 
     record: tyro.conf.Positional[Path]
     preset: str = "fast"
@@ -78,7 +78,7 @@ class Options:
 
 
 def score(options: Options, name: str, seed: int) -> dict[str, Any]:
-    """Train once, and return what the last epoch came to."""
+    """Train once and return the metrics of the last epoch."""
     config = VARIANTS[name](get_preset(options.preset))
     config = dataclasses.replace(
         config,
@@ -97,7 +97,7 @@ def score(options: Options, name: str, seed: int) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print what each variant reached, and how far that is from the recipe as it is."""
+    """Print the accuracy of each variant and its difference from the full recipe."""
     table = Table(title="Validation accuracy in %", title_justify="left")
     for column in ("variant", "runs", "accuracy", "deviation", "difference", "seconds"):
         table.add_column(column, justify="left" if column == "variant" else "right")
@@ -116,7 +116,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Train what is not yet in the record, and print the table."""
+    """Train the runs that are missing in the record, and print the table."""
     options = tyro.cli(Options)
     for name in options.variants:
         if name not in VARIANTS:
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def read_lines(record: Path) -> list[dict[str, Any]]:
-    """Return the runs done already."""
+    """Return the finished runs."""
     lines = record.read_text().splitlines() if record.exists() else []
     return [json.loads(line) for line in lines]
 

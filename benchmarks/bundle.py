@@ -15,7 +15,7 @@ from vitrail.weights.model_card import without_paths
 from vitrail.weights.pretrained import read
 
 ALL_TOGETHER = 12 * 2**20
-"""Bytes that the bundled weights may have together."""
+"""Maximum size of all bundled weights together."""
 
 
 def main() -> None:

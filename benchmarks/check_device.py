@@ -1,10 +1,10 @@
-"""Does a device compute what the CPU computes? To be asked before anything is timed on it.
+"""Compare a device's results with the CPU's, before anything is timed on it.
 
     python benchmarks/check_device.py --device cuda --preset reference --steps 100
 
-Logits, gradients and a short loss curve: float32 there against float32 here, then bfloat16 there
-against float32 there. Dropout and RandAugment are off, so that all learn the same, and soon. Ends
-with code 1 if a difference is above its bound, or if the loss does not fall.
+Logits, gradients and a short loss curve: float32 on the device against the CPU, then bfloat16
+against float32 on the device. Dropout and RandAugment are off, so that all runs are comparable. The
+exit code is 1 if a difference exceeds its bound or the loss does not decrease.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def outcomes(
 
 
 def difference(name: str, got: Tensor, expected: Tensor) -> float:
-    """Return how far two outcomes are apart."""
+    """Return the difference of two outcomes."""
     if name == "loss curve":
         return (got - expected).abs().mean().item()
     return ((got - expected).norm() / expected.norm()).item()
@@ -82,12 +82,12 @@ def main(
     """Compare a device with the CPU.
 
     Args:
-        device: the device in question.
-        preset: name of the preset whose model and recipe it is, on the drawn shapes.
+        device: the device to check.
+        preset: preset to train on the synthetic shapes.
         steps: updates of the loss curve.
         batch_size: images in one update.
-        embed_dim: another width than the preset's.
-        n_layers: another depth than the preset's.
+        embed_dim: overrides the preset's width.
+        n_layers: overrides the preset's depth.
     """
     base = get_preset(preset)
     model = {"dropout": 0.0, "drop_path": 0.0}

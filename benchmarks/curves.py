@@ -1,9 +1,9 @@
-"""Accuracy against minutes of training: one line a metrics file, seeds of one run in one color.
+"""Plot accuracy over minutes of training: a line per metrics file, a color per run.
 
     python benchmarks/curves.py docs/pictures/curves.png "fast=records/fast/metrics-fast.jsonl" ...
 
-A line's name may be given several times, for seeds. Minutes are of training, without start-up and
-evaluation; accuracy is on validation, or on test where a run watched that.
+A name may be given several times, for seeds. Minutes exclude start-up and evaluation; accuracy is
+on validation data, or on test data if the run monitored it.
 """
 
 import json
@@ -16,14 +16,14 @@ PUBLISHED = {"reference, 6 layers, 200 epochs": 78.31, "reference, 12 layers, 20
 
 
 def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Return minutes and accuracy in per cent after each epoch."""
+    """Return minutes and accuracy in percent after each epoch."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     watched = next(k for k in ("validation_accuracy", "test_accuracy") if k in rows[0])
     return [row["seconds"] / 60 for row in rows], [100 * row[watched] for row in rows]
 
 
 def main(out: str, *curves: str) -> None:
-    """Draw them."""
+    """Draw the plot."""
     figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for label, accuracy in PUBLISHED.items():

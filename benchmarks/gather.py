@@ -1,8 +1,8 @@
-"""What a record needs of finished runs: their small files, and a table of means and spreads.
+"""Collect what a record needs of finished runs: their small files and a table of means and spreads.
 
     python benchmarks/gather.py output/ records/NAME
 
-Runs whose names differ in a last ``-sN`` only are seeds of the same thing.
+Runs whose names differ only in a final ``-sN`` are seeds of the same configuration.
 """
 
 import json
@@ -19,7 +19,7 @@ HEAD = "| run | seeds | test accuracy | seconds | images/s | epochs | device |"
 
 
 def row(name: str, runs: list[Path]) -> str:
-    """Return one line of the table: the runs of one name."""
+    """Return one row of the table: all seeds of one configuration."""
     results = [read(run / "result.json") for run in runs]
     device = read(runs[0] / "env.json")["device"]
     scores = [100 * result["test"]["accuracy"] for result in results]

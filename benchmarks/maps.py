@@ -1,9 +1,9 @@
-"""Speed and memory of maps in batches, beside calls one by one that catch attention with hooks.
+"""Speed and memory of maps in batches, compared with single calls that record attention with hooks.
 
     python benchmarks/maps.py --images 10000 --rounds 3
 
-The map is the attention of the last layer, heads averaged, as the head reads it. The first row is
-what the others are held against: what tools around a model do that keeps no attention.
+The map is the attention of the last layer, averaged over heads, as the head reads it. The first row
+is the baseline: what tools do for a model that does not return its attention.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# An environment with the systems that `benchmarks/bench.py --peers FOLDER` measures beside Vitrail.
+# Create an environment with the systems that `benchmarks/bench.py --peers FOLDER` measures.
 #
 #     bash benchmarks/peers.sh FOLDER [REFERENCE]
 #
-# FOLDER      the virtual environment to make, or to bring up to date
-# REFERENCE   a clone of the reference system to copy; cloned from GitHub unless given
+# FOLDER      the virtual environment to create or update
+# REFERENCE   a clone of the reference implementation to copy; default: cloned from GitHub
 #
-# PYTHON names the interpreter whose torch is measured (default: python). The environment sees that
-# interpreter's own packages, so that all systems run on the very same torch and nothing large is
-# installed twice; Vitrail's environment stays as it is.
+# PYTHON names the interpreter whose torch is measured (default: python). The environment uses that
+# interpreter's packages, so that all systems run on the same torch and nothing large is installed
+# twice; Vitrail's environment is not changed.
 set -euo pipefail
 
 folder=${1:?usage: bash benchmarks/peers.sh FOLDER [REFERENCE]}
@@ -31,7 +31,7 @@ pip install --quiet --no-deps \
 pip install --quiet transformers==5.24.0 tqdm==4.70.1 scikit-learn==1.9.1
 
 # The package index's torchvision is built for CUDA. Beside a CPU torch it lacks two operators that
-# no system here calls, and without them it does not import: they are declared at start.
+# no system here calls, but cannot be imported without them: sitecustomize.py declares them.
 import_all='import torchvision, timm, vit_pytorch, transformers, sklearn.metrics'
 if ! "$folder/bin/python" -c 'import torchvision' 2>/dev/null; then
     cat >"$site/sitecustomize.py" <<'PYTHON'
@@ -53,6 +53,6 @@ elif [ ! -d "$folder/reference" ]; then
     git -C "$folder/reference" checkout --quiet "$commit"
 fi
 [ -f "$folder/reference/model.py" ] ||
-    { echo "peers.sh: $folder/reference has no model.py: not the reference system" >&2; exit 2; }
+    { echo "peers.sh: $folder/reference has no model.py: not the reference implementation" >&2; exit 2; }
 
 echo "ready: python benchmarks/bench.py --peers $folder"

@@ -1,9 +1,9 @@
-"""Does bfloat16 learn what float32 learns? Loss of every update in both formats, several seeds.
+"""Compare training in bfloat16 and float32: the loss of every update, with several seeds.
 
     python benchmarks/precision.py RECORD_FOLDER --epochs 2 --num_train_images 20000
 
-Draws the running mean of the losses and tells how far the formats are apart, beside how far the
-seeds are. The test split is not touched.
+Plots the running mean of the losses and prints the difference between precisions and between
+seeds. The test split is not used.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ FORMATS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 @dataclass
 class Options:
-    """What to train, and where to put what came of it."""
+    """The preset, its training, and the folder of the results."""
 
     record: tyro.conf.Positional[Path]
     preset: str = "reference"
@@ -48,7 +48,7 @@ class Options:
 
 
 def losses(options: Options, precision: Precision, seed: int) -> list[float]:
-    """Train, and return the loss of every update."""
+    """Train and return the loss of every update."""
     config = get_preset(options.preset)
     config = dataclasses.replace(
         config,
