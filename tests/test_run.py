@@ -1,4 +1,4 @@
-"""A run: its folder, stopping and going on to the bit, what stops it."""
+"""A run: its folder, bit-for-bit resuming, and what stops it."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_going_on_is_never_having_stopped(
+def test_resuming_equals_never_having_stopped(
     tiny_run: Config, tmp_path: Path, stop_at: int, optimizer: str
 ) -> None:
     training = dataclasses.replace(tiny_run.training, optimizer=optimizer)
@@ -99,7 +99,7 @@ def test_training_learns_and_accumulating_changes_nothing(tiny_run: Config, tmp_
     assert losses[0][-1] < losses[0][0]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tiny_run: Config, tmp_path: Path) -> None:
+def test_a_corrupt_newest_checkpoint_is_skipped(tiny_run: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(
         tiny_run, run=dataclasses.replace(tiny_run.run, keep_checkpoints=0)
     )
@@ -180,7 +180,7 @@ def test_without_validation_the_weights_file_has_the_references_name(
     ("validation_images", "every", "saved"),
     [(0, 1, [3, 6, 9]), (0, 2, [6, 9]), (0, 3, [9]), (10, 3, [3, 9])],
 )
-def test_checkpoints_are_saved_every_so_many_epochs_and_at_the_end(
+def test_checkpoints_are_saved_every_n_epochs_and_at_the_end(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     validation_images: int, every: int, saved: list[int],
 ) -> None:  # fmt: skip
@@ -214,7 +214,7 @@ def test_a_run_stops_after_the_epoch_that_is_accurate_enough(
             assert written.name.endswith("-000.safetensors")
 
 
-def test_events_tell_each_epoch_once(tiny_run: Config, tmp_path: Path) -> None:
+def test_each_epoch_is_one_event(tiny_run: Config, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     events = list(Run.start(tiny_run, tmp_path / "a").train())
     assert [e.row["epoch"] for e in events if isinstance(e, EpochEnd)] == [1, 2, 3]
@@ -255,7 +255,7 @@ def test_resuming_where_no_run_is_makes_nothing(tiny_run: Config, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_go_on_from_is_one_clear_error(tiny_run: Config, tmp_path: Path) -> None:
+def test_nothing_to_resume_is_one_clear_error(tiny_run: Config, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run folder"):
         Run.resume(tmp_path, tiny_run)
     (tmp_path / "checkpoints").mkdir()

@@ -69,7 +69,7 @@ def test_a_run_keeps_the_manifest_of_its_data(config: Config, tmp_path: Path) ->
     assert result["test"]["images"] == sizes["test"]  # type: ignore[index]
 
 
-def test_resume_goes_by_the_manifest(config: Config, tmp_path: Path) -> None:
+def test_resume_uses_the_files_of_the_manifest(config: Config, tmp_path: Path) -> None:
     run_to_the_end(config, tmp_path / "run")
     pictures = config.data.data_path
     for number in range(40):
@@ -86,7 +86,7 @@ def test_resume_goes_by_the_manifest(config: Config, tmp_path: Path) -> None:
     assert resume(tmp_path / "run", data_path=tmp_path / "moved").train_images == run.train_images
 
 
-def test_a_run_without_a_test_split_ends_well(config: Config, tmp_path: Path) -> None:
+def test_a_run_without_a_test_split_has_a_result(config: Config, tmp_path: Path) -> None:
     (tmp_path / "splits").mkdir()
     shutil.copytree(config.data.data_path, tmp_path / "splits/train")
     shutil.copytree(config.data.data_path, tmp_path / "splits/val")
@@ -106,7 +106,7 @@ def test_a_run_without_a_test_split_ends_well(config: Config, tmp_path: Path) ->
         Run.start(dataclasses.replace(config, data=data, run=monitored), tmp_path / "other")
 
 
-def test_testing_takes_the_split_of_the_run_or_another_folder_whole(
+def test_testing_uses_the_split_of_the_run_or_all_of_another_folder(
     config: Config, tmp_path: Path
 ) -> None:
     run_to_the_end(config, tmp_path / "run")

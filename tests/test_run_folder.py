@@ -1,4 +1,4 @@
-"""What faults left in a run folder, one by one, and how going on mends it."""
+"""Run folders after faults of all kinds, and how resuming repairs them."""
 
 import dataclasses
 import os
@@ -39,6 +39,7 @@ from vitrail.weights.checkpoint import (
     load_weights,
     read_pointer,
     save_checkpoint,
+    step_of,
     write_pointer,
 )
 
@@ -94,13 +95,13 @@ def test_best_is_named_again_after_a_kill_before_it_was(
     write_pointer(checkpoints, "BEST", other)
     run = Run.resume(folder, config)
     assert read_pointer(checkpoints, "BEST") == best
-    assert run.best["step"] == int(best.name[5:])
+    assert run.best["step"] == step_of(best)
     assert run.notices == []
 
 
 @pytest.mark.parametrize("name", ["LAST", "BEST"])
 @pytest.mark.parametrize("content", [b"", b"step-0000006 0123456789abcdef\n", b"\xff\x00"])
-def test_an_altered_pointer_is_refused_and_mended(
+def test_an_altered_pointer_is_refused_and_repaired(
     copied: tuple[Path, Config], name: str, content: bytes
 ) -> None:
     folder, config = copied
@@ -153,7 +154,7 @@ def test_a_lost_best_gives_its_place_to_the_best_that_is_left(
     assert any(lost.name in notice for notice in run.notices)
 
 
-def test_what_a_kill_left_is_cleared_or_put_back(copied: tuple[Path, Config]) -> None:
+def test_what_a_kill_left_incomplete_is_removed_or_restored(copied: tuple[Path, Config]) -> None:
     checkpoints = copied[0] / "checkpoints"
     whole = {path.name for path in checkpoints.iterdir()}
     (checkpoints / "step-0000009").rename(checkpoints / ".old-step-0000009")
@@ -200,7 +201,7 @@ def test_a_file_that_cannot_be_written_leaves_no_half(
     assert path.read_text() == "old"
 
 
-def test_stopped_before_the_first_checkpoint_it_begins_again(
+def test_a_run_without_a_checkpoint_starts_over(
     finished: tuple[Path, Config], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -281,7 +282,7 @@ def test_checkpoints_are_ordered_by_number_not_by_letters(tmp_path: Path) -> Non
     for step in (9_999_999, 10_000_000, 5):
         (tmp_path / f"step-{step:07}").mkdir()
     (tmp_path / "step-x").mkdir()
-    steps = [int(path.name[5:]) for path in checkpoint_folders(tmp_path)]
+    steps = [step_of(path) for path in checkpoint_folders(tmp_path)]
     assert steps == [5, 9_999_999, 10_000_000]
 
 
@@ -360,7 +361,7 @@ def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
         pass
 
 
-def test_a_folder_is_let_go_however_often_it_is_held(tmp_path: Path) -> None:
+def test_release_undoes_any_number_of_holds(tmp_path: Path) -> None:
     held = hold(tmp_path), hold(tmp_path)
     assert lock_of(tmp_path).is_locked
     release(tmp_path)

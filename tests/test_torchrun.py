@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vitrail.config.files import read_json
-from vitrail.weights.checkpoint import load_training, load_weights, read_pointer
+from vitrail.weights.checkpoint import load_training, load_weights, read_pointer, step_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -124,10 +124,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_fo
     two.send_signal(signal.SIGTERM)
     assert two.wait() != 0
     assert "resume with: vitrail train --resume output/quick" in said(tmp_path)
-    stopped = int(read_pointer(checkpoints, "LAST").name.removeprefix("step-"))
+    stopped = step_of(read_pointer(checkpoints, "LAST"))
     assert stopped < EPOCHS * STEPS
     one = start(tmp_path, "--resume", "output/quick", processes=1)
-    while int(read_pointer(checkpoints, "LAST").name.removeprefix("step-")) == stopped:
+    while step_of(read_pointer(checkpoints, "LAST")) == stopped:
         assert one.poll() is None, said(tmp_path)
         time.sleep(0.01)
     one.send_signal(signal.SIGTERM)

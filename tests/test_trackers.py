@@ -1,4 +1,4 @@
-"""What goes to TensorBoard, wandb and MLflow; stand-ins take the place of the latter two."""
+"""What is sent to TensorBoard, wandb and MLflow; the latter two are fakes."""
 
 import dataclasses
 import json
@@ -198,7 +198,7 @@ def test_a_run_that_does_not_come_to_its_end_is_not_called_finished(
     assert mlflow.statuses[-1] == status
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
+def test_a_tracker_that_fails_is_dropped_and_the_others_continue(
     wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
 ) -> None:
     problems: list[str] = []
@@ -238,7 +238,7 @@ def test_a_tracker_that_cannot_start_closes_those_that_have(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"wandb": 3}', "\x00"])
-def test_a_damaged_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_path: Path) -> None:
+def test_a_corrupt_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_path: Path) -> None:
     (tmp_path / "trackers.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"trackers\.json: corrupt.*: remove the file"):
         Trackers(asking(wandb=True), tmp_path, [])
@@ -267,7 +267,7 @@ def test_a_tracker_that_is_not_installed_is_reported_before_the_run_begins(
     assert not (tmp_path / "a").exists()
 
 
-def test_attention_is_drawn_every_so_many_epochs(tiny_run: Config, tmp_path: Path) -> None:
+def test_attention_is_drawn_every_n_epochs(tiny_run: Config, tmp_path: Path) -> None:
     run = Run.start(from_json({"run": {"attention_epochs": 2}}, tiny_run), tmp_path)
     for _ in run.train():
         pass
@@ -299,7 +299,7 @@ def test_watched_images_are_spread_over_the_split() -> None:
         choose_watched(images.take(torch.arange(0)), 1)
 
 
-def test_the_picture_has_a_column_an_image(tiny_model: Any, tmp_path: Path) -> None:
+def test_the_picture_has_a_column_per_image(tiny_model: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(Config(), model=dataclasses.replace(tiny_model, n_channels=1))
     raw_BCHW = torch.randint(0, 256, (3, 1, 20, 28), dtype=torch.uint8)
     images = ImageSet(raw_BCHW, torch.tensor([0, 6, 2]), tuple("abcde$g"))
@@ -313,7 +313,7 @@ def test_the_picture_has_a_column_an_image(tiny_model: Any, tmp_path: Path) -> N
     assert np.ptp(picture_HWC) > 0
 
 
-def test_the_titles_of_the_picture_tell_right_from_wrong(tiny_model: Any, tmp_path: Path) -> None:
+def test_titles_distinguish_right_from_wrong_predictions(tiny_model: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(Config(), model=tiny_model)
     model = VisionTransformer(config.model).eval()
     raw_BCHW = torch.zeros(1, 3, 20, 28, dtype=torch.uint8)

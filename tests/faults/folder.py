@@ -12,7 +12,7 @@ from torch import Tensor
 
 from faults.child import WORDS, Child
 from vitrail.training.run_folder import checkpoint_folders
-from vitrail.weights.checkpoint import load_info, load_training, load_weights, read_pointer
+from vitrail.weights.checkpoint import load_info, load_training, load_weights, read_pointer, step_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def train_whole(cwd: Path, *words: str) -> Truth:
     child = Child(cwd, *WORDS, *words, "--folder_name", "run", "--keep_checkpoints", "0")
     assert child.wait() == 0, child.errors
     run = cwd / "output/run"
-    states = {int(folder.name[5:]): tensors(folder) for folder in folders(run)}
+    states = {step_of(folder): tensors(folder) for folder in folders(run)}
     best = read_pointer(run / "checkpoints", "BEST").name
     return Truth(rows(run), losses(cwd), result(run), best, states)
 
@@ -91,7 +91,7 @@ def require_sound(run: Path, truth: Truth) -> int:
     """Hold all that bears a checkpoint's name against the truth; return the newest one's step."""
     newest = 0
     for folder in folders(run):
-        step = int(folder.name[5:])
+        step = step_of(folder)
         state = tensors(folder)
         if step in truth.states:
             require_equal(state, truth.states[step], folder.name)
