@@ -44,7 +44,7 @@ def main(model: str, out: str, data_path: str | None = None) -> None:
         rollout = classifier.explain(raw_HWC)
         map_GJ = normalize(rollout.maps_FGJ, "frame")[-1]
         axes[0, index].imshow(raw_HWC)
-        axes[0, index].set_title(rollout.frames[-1].says, fontsize=13)
+        axes[0, index].set_title(rollout.frames[-1].prediction, fontsize=13)
         axes[1, index].imshow(dim(raw_HWC, place(map_GJ, (32, 32), (32, 32), "crop")))
         for row in axes[:, index]:
             row.set_axis_off()

@@ -112,8 +112,8 @@ def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:
     )
     assert np.array_equal(default.maps_FGJ, first.maps_FGJ)
     assert not np.array_equal(default.maps_FGJ, other.maps_FGJ)
-    assert other.frames[0].says.startswith(top)
-    assert f"explained: {last}" in other.frames[0].says
+    assert other.frames[0].prediction.startswith(top)
+    assert f"explained: {last}" in other.frames[0].prediction
 
 
 def count_pixels(drawn: np.ndarray, color: str) -> int:
@@ -132,7 +132,7 @@ def test_a_wrong_answer_looks_wrong(
     inks = {"": BLACK, best: GREEN, second: RED}
     for label, end in ends.items():
         explained = draw(classifier.subject(picture, label=label), MapSettings(method="rollout"))
-        assert all(frame.says.endswith(end) for frame in explained.frames)
+        assert all(frame.prediction.endswith(end) for frame in explained.frames)
         path = explained.save(tmp_path / f"x.{ending}", style=style)
         last = frames_of(path)[-1] if ending == "gif" else np.asarray(Image.open(path))
         below = last[-last.shape[0] // 8 :]  # the caption; a map may have any color
@@ -154,7 +154,7 @@ def test_every_kind_of_frame_knows_whether_it_is_right(
             compare(subject, [attention, rollout]),
         ]  # fmt: skip
         for explained in explanations:
-            assert {frame.right for frame in explained.frames} == {right}, explained.kind
+            assert {frame.correct for frame in explained.frames} == {right}, explained.kind
 
 
 def test_a_page_names_the_label(classifier: Classifier, picture: str) -> None:

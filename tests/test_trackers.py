@@ -16,7 +16,7 @@ from vitrail.config.settings import Config
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrail.explain.attention_snapshots import WATCHED, choose_watched, draw_attention
+from vitrail.explain.attention_snapshots import IMAGES, choose_images, draw_attention
 from vitrail.explain.draw import GREEN, RED
 from vitrail.model.vit import VisionTransformer
 from vitrail.training.run import Run
@@ -292,11 +292,11 @@ def test_tensorboard_gets_the_picture(tmp_path: Path) -> None:
 def test_watched_images_are_spread_over_the_split() -> None:
     raw_BCHW = torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
     images = ImageSet(raw_BCHW, torch.arange(30), tuple(map(str, range(30))))
-    assert choose_watched(images, 1).labels_B.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
-    assert choose_watched(images.take(torch.arange(5)), 1).labels_B.tolist() == [0, 1, 2, 3, 4]
-    assert len(choose_watched(images.take(torch.arange(0)), 0)) == 0
+    assert choose_images(images, 1).labels_B.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
+    assert choose_images(images.take(torch.arange(5)), 1).labels_B.tolist() == [0, 1, 2, 3, 4]
+    assert len(choose_images(images.take(torch.arange(0)), 0)) == 0
     with pytest.raises(ConfigError, match="attention_epochs draws validation images"):
-        choose_watched(images.take(torch.arange(0)), 1)
+        choose_images(images.take(torch.arange(0)), 1)
 
 
 def test_the_picture_has_a_column_per_image(tiny_model: Any, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_the_picture_has_a_column_per_image(tiny_model: Any, tmp_path: Path) -> 
     assert picture_HWC.shape[:2] == (304, round(3 * 1.6 * 80))
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
-    assert WATCHED == 8
+    assert IMAGES == 8
     assert np.ptp(picture_HWC) > 0
 
 

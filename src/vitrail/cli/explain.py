@@ -158,8 +158,8 @@ def _draw(
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, Look(**vars(options.drawing)))
     last = explanation.frames[-1]
-    style = {True: "green", False: "bold red", None: ""}[last.right]
-    print_out(f"{printable(subject.name)}: {printable(last.says)}", style=style)
+    style = {True: "green", False: "bold red", None: ""}[last.correct]
+    print_out(f"{printable(subject.name)}: {printable(last.prediction)}", style=style)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
     print_out(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
 

@@ -1,4 +1,4 @@
-"""What a model looks at in the same few images while it learns."""
+"""Pictures of what a model attends to in the same few images during training."""
 
 import textwrap
 from pathlib import Path
@@ -14,30 +14,30 @@ from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.metrics import evaluating
 from vitrail.explain import draw
 from vitrail.explain.draw import BLACK, GREEN, RED
-from vitrail.explain.explanation import RIGHT, WRONG
+from vitrail.explain.explanation import CORRECT, WRONG
 from vitrail.explain.methods import MapSettings, compute_maps
 
-WATCHED = 8
-"""Images that are drawn."""
+IMAGES = 8
+"""Number of images."""
 
 
-def choose_watched(validation: ImageSet, every: int) -> ImageSet:
+def choose_images(validation: ImageSet, every: int) -> ImageSet:
     """Return the images to draw: the same in every epoch, spread evenly over the split.
 
     Raises:
-        ConfigError: pictures are asked for (``every`` is not 0), and there is no validation image.
+        ConfigError: pictures are wanted (``every`` is not 0), but there is no validation image.
     """
     if every and not len(validation):
         raise ConfigError("attention_epochs draws validation images: give validation_images")
-    spread_B = torch.linspace(0, max(0, len(validation) - 1), WATCHED).long().unique()
+    spread_B = torch.linspace(0, max(0, len(validation) - 1), IMAGES).long().unique()
     return validation.take(spread_B[: len(validation)])
 
 
 def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Path) -> Path:
-    """Draw each image, and below it the rollout of the attention through all blocks; return path.
+    """Draw each image, and below it its attention rollout through all blocks; return path.
 
-    The title of an image is its label; the title of its map is the prediction, marked as right or
-    wrong.
+    The title of an image is its label; the title of its map is the prediction, marked as correct
+    or wrong.
 
     Raises:
         OutputError: the file cannot be written.
@@ -55,7 +55,7 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
         map_GJ = draw.normalize(maps.values_BLGJ[column, -1:].cpu().numpy(), "frame")[0]
         seen_HWC = draw.dim(raw_HWC, draw.place(map_GJ, size_hw, size_hw, config.data.fit))
         label = int(images.labels_B[column])
-        mark, ink = (RIGHT, GREEN) if guess == label else (WRONG, RED)
+        mark, ink = (CORRECT, GREEN) if guess == label else (WRONG, RED)
         upper = raw_HWC, images.classes[label][:14], BLACK
         lower = seen_HWC, f"{mark} {images.classes[guess][:12]}", ink
         for axis, (picture_HWC, title, color) in zip(axes[:, column], (upper, lower), strict=True):

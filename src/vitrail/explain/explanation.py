@@ -1,4 +1,4 @@
-"""One picture before one model -> frames of maps -> a picture, an animation or a page."""
+"""One picture and one model -> frames of maps -> a picture, an animation or a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,19 +28,19 @@ Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "
 """What varies between frames; ``methods`` and ``single`` follow from the method."""
 ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
 
-RIGHT, WRONG = "✓", "✗"
+CORRECT, WRONG = "✓", "✗"
 
 Checkpoints = Sequence[tuple[str, VisionTransformer]]
-"""The models of a run, each with its title, e.g. ("epoch 3", model)."""
+"""The models of a run, each with its title, for example ("epoch 3", model)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One picture before one model.
+    """One picture and the model that it is shown to.
 
     Shapes:
-        image_1CHW, normalised; raw_HWC, bytes, what the model sees of the picture; picture_HWC,
-        bytes, the picture in its own size.
+        image_1CHW, normalized; raw_HWC, bytes, what the model sees of the picture; picture_HWC,
+        bytes, the picture at its own size.
     """
 
     model: VisionTransformer
@@ -51,7 +51,7 @@ class Subject:
     classes: tuple[str, ...]
     name: str = "picture"
     label: str = ""
-    """The true class, where it is known."""
+    """The true class, if known."""
 
     def __repr__(self) -> str:
         height, width = self.picture_HWC.shape[:2]
@@ -61,7 +61,7 @@ class Subject:
         """Return a class's index.
 
         Raises:
-            ConfigError: the model has no such class; the nearest is offered.
+            ConfigError: the model has no such class; the nearest is suggested.
         """
         hint = nearest(name, self.classes) if isinstance(name, str) else ""
         require(
@@ -73,18 +73,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Frame:
-    """One map, what it shows, and what its model says of the picture."""
+    """One map, its title, and the model's prediction for the picture."""
 
     map_GJ: np.ndarray
     title: str
-    says: str
-    """The predicted class and its probability; ✓, or ✗ and the label, where the label is known."""
+    prediction: str
+    """The predicted class and its probability; then ✓, or ✗ and the label, if it is known."""
     query: tuple[int, int] | None = None
-    right: bool | None = None
-    """Whether the predicted class is the label; None where the label is not known."""
+    correct: bool | None = None
+    """Whether the predicted class is the label; None if the label is not known."""
 
     def __repr__(self) -> str:
-        return f"Frame({self.title!r}, {self.says!r})"
+        return f"Frame({self.title!r}, {self.prediction!r})"
 
 
 @dataclass(frozen=True)
@@ -96,50 +96,50 @@ class Explanation:
     kind: Kind
     frames: tuple[Frame, ...]
     class_index: int
-    """The class explained: the one asked for or predicted."""
+    """The explained class: the given or the predicted one."""
     columns: int | None = None
-    """Columns of the whole as one picture, where the frames are a grid (heads, queries)."""
+    """Columns of the sheet, if the frames are a grid (heads, queries)."""
     row_titles: tuple[str, ...] = ()
 
     @property
     def maps_FGJ(self) -> np.ndarray:
-        """The maps, one a frame, a value a patch, not normalised."""
+        """The maps, one per frame, one value per patch, not normalized."""
         return np.stack([frame.map_GJ for frame in self.frames])
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What each map is."""
+        """The title of each map."""
         return tuple(frame.title for frame in self.frames)
 
     def __repr__(self) -> str:
         method = "all methods" if self.kind == "methods" else self.settings.method
-        said = printable(self.frames[-1].says)
+        prediction = printable(self.frames[-1].prediction)
         number = f"{len(self.frames)} map{'s' if len(self.frames) > 1 else ''}"
-        return f"Explanation({self.subject.name!r}, {method}, {number}, {said})"
+        return f"Explanation({self.subject.name!r}, {method}, {number}, {prediction})"
 
     def _repr_html_(self) -> str:
-        from vitrail.explain.notebook import to_html
+        from vitrail.explain.sheet import to_html
 
         return to_html(self)
 
     def _repr_png_(self) -> bytes:
-        from vitrail.explain.notebook import to_png
+        from vitrail.explain.sheet import to_png
 
         return to_png(self)
 
     def save(self, path: str | Path, **look: Any) -> Path:
-        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``drawing.Look``."""
-        # Here, since matplotlib takes a second and computing maps does not need it.
+        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``sheet.Look``."""
+        # Imported here, since matplotlib takes a second and computing maps does not need it.
         from vitrail.explain.sheet import Look, save
 
         return save(self, Path(path), Look(**look))
 
 
 def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
-    """Return method and kind where one of them follows from the other, or both are left out.
+    """Return method and kind; a missing one follows from the other.
 
     Raises:
-        ConfigError: the two do not go together.
+        ConfigError: the two cannot be combined.
     """
     if kind is None:
         by_method: dict[Method, Kind] = dict.fromkeys(ACCUMULATING, "rollout")
@@ -185,16 +185,15 @@ def explain(
     _, chosen = choose(settings.method, kind)
     index = None if class_name is None else subject.find_class(class_name)
     if chosen == "heads":
-        return by_head(subject, settings, index)
+        return _by_head(subject, settings, index)
     if chosen == "queries":
-        return by_query(subject, settings, index)
+        return _by_query(subject, settings, index)
     if chosen == "training":
-        return by_checkpoint(subject, settings, index, checkpoints)
+        return _by_checkpoint(subject, settings, index, checkpoints)
     maps = maps_of(subject, subject.model, settings, index)
-    words = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
-    (says, right), query = prediction(subject, maps), settings.query
+    titles = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
     frames = tuple(
-        Frame(map_GJ.numpy(), words[chosen].format(layer), says, query, right)
+        _frame(subject, maps, map_GJ, titles[chosen].format(layer), settings.query)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
     )
     return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
@@ -203,13 +202,12 @@ def explain(
 def compare(
     subject: Subject, settings: Sequence[MapSettings], *, class_name: str | None = None
 ) -> Explanation:
-    """Compute the last map of several methods, a frame each."""
+    """Compute the last map of several methods, one frame each."""
     index = None if class_name is None else subject.find_class(class_name)
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
-        Frame(maps.values_BLGJ[0, -1].numpy(), each.method, says, each.query, right)
+        _frame(subject, maps, maps.values_BLGJ[0, -1], each.method, each.query)
         for each, maps in zip(settings, all_maps, strict=True)
-        for says, right in [prediction(subject, maps)]
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
 
@@ -222,18 +220,17 @@ def maps_of(
     return compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B)
 
 
-def by_head(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
-    """One frame a head, layer by layer."""
+def _by_head(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
+    """One frame per head, layer by layer."""
     require(settings.fusion == "mean", "frames heads shows every head alone: leave out fusion")
     config = subject.model.config
     layers = pick("layer", settings.layers, config.n_layers)
     heads = pick("head", settings.heads, config.n_attention_heads)
     maps = maps_of(subject, subject.model, replace(settings, heads=None), index)
     maps_LAGJ = attention_by_head(subject.model, subject.image_1CHW, query=settings.query)[0]
-    says, right = prediction(subject, maps)
     frames = tuple(
-        Frame(maps_LAGJ[layer - 1, head - 1].numpy(), f"layer {layer}, head {head}", says,
-              settings.query, right)
+        _frame(subject, maps, maps_LAGJ[layer - 1, head - 1], f"layer {layer}, head {head}",
+               settings.query)
         for layer in layers
         for head in heads
     )  # fmt: skip
@@ -241,8 +238,8 @@ def by_head(subject: Subject, settings: MapSettings, index: int | None) -> Expla
     return Explanation(subject, settings, "heads", frames, int(maps.classes_B[0]), len(heads), rows)
 
 
-def by_query(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
-    """One frame a patch, as the query: of one layer's attention, or of the whole rollout."""
+def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
+    """One frame per patch as the query: of one layer's attention, or of the full rollout."""
     require(settings.query is None, "frames queries goes through all patches: leave out query")
     require(settings.heads is None, "frames queries fuses all heads: leave out heads")
     require(settings.discard_ratio == 0, "frames queries discards nothing: leave out discard_ratio")
@@ -255,46 +252,46 @@ def by_query(subject: Subject, settings: MapSettings, index: int | None) -> Expl
         subject.model, subject.image_1CHW, layer=layer, fusion=settings.fusion
     )[0]
     maps = maps_of(subject, subject.model, settings, index)
-    (says, right), columns = prediction(subject, maps), subject.model.config.grid_GJ[1]
-    of = "rollout" if layer is None else f"layer {layer}"
-    queries = [divmod(number, columns) for number in range(len(maps_NGJ))]
+    source, columns = "rollout" if layer is None else f"layer {layer}", maps_NGJ.shape[2]
     frames = tuple(
-        Frame(map_GJ.numpy(), f"{of}, from patch {row}, {column}", says, (row, column), right)
-        for map_GJ, (row, column) in zip(maps_NGJ, queries, strict=True)
+        _frame(subject, maps, map_GJ, f"{source}, from patch {row}, {column}", (row, column))
+        for number, map_GJ in enumerate(maps_NGJ)
+        for row, column in [divmod(number, columns)]
     )
     return Explanation(subject, settings, "queries", frames, int(maps.classes_B[0]), columns)
 
 
-def by_checkpoint(
+def _by_checkpoint(
     subject: Subject, settings: MapSettings, index: int | None, checkpoints: Checkpoints
 ) -> Explanation:
-    """One frame a checkpoint of the run, each with what the model said then."""
+    """One frame per checkpoint of the run, each with its prediction."""
     require(
         len(checkpoints) > 1,
         f"frames training needs a run folder with several checkpoints, not {len(checkpoints)}: "
         "train with --keep_checkpoints 0 to keep all",
     )
-    frames, chosen = [], index
-    for title, model in checkpoints:
-        maps = maps_of(subject, model, settings, index)
-        (says, right), map_GJ = prediction(subject, maps), maps.values_BLGJ[0, -1].numpy()
-        frames.append(Frame(map_GJ, title, says, settings.query, right))
-        chosen = int(maps.classes_B[0])
-    assert chosen is not None
-    return Explanation(subject, settings, "training", tuple(frames), chosen)
+    all_maps = [maps_of(subject, model, settings, index) for _, model in checkpoints]
+    frames = tuple(
+        _frame(subject, maps, maps.values_BLGJ[0, -1], title, settings.query)
+        for (title, _), maps in zip(checkpoints, all_maps, strict=True)
+    )
+    return Explanation(subject, settings, "training", frames, int(all_maps[-1].classes_B[0]))
 
 
-def prediction(subject: Subject, maps: Maps) -> tuple[str, bool | None]:
-    """Return what the model says of the picture, and whether that is its label, if it has one.
+def _frame(
+    subject: Subject, maps: Maps, map_GJ: Tensor, title: str, query: tuple[int, int] | None
+) -> Frame:
+    """Return a frame with the prediction of the model that ``maps`` are of.
 
-    The text also names the class that is explained, where it is not the predicted one.
+    The prediction also names the explained class if that is not the predicted one.
     """
     probabilities_Y = maps.logits_BY[0].softmax(0)
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
-    said = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
-    right = subject.classes[top] == subject.label if subject.label else None
-    if right is not None:
-        said += f" {RIGHT}" if right else f" {WRONG} {subject.label}"
+    prediction = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
+    correct = subject.classes[top] == subject.label if subject.label else None
+    if correct is not None:
+        prediction += f" {CORRECT}" if correct else f" {WRONG} {subject.label}"
     if explained != top:
-        said += f"   (explained: {subject.classes[explained]} {probabilities_Y[explained]:.1%})"
-    return said, right
+        name = subject.classes[explained]
+        prediction += f"   (explained: {name} {probabilities_Y[explained]:.1%})"
+    return Frame(map_GJ.numpy(), title, prediction, query, correct)

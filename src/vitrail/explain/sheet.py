@@ -1,21 +1,23 @@
 """An explanation -> a file: one picture, an animation, or the interactive page."""
 
+import base64
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vitrail.config.settings import require
+from vitrail.config.fields import Checked
+from vitrail.config.settings import require, require_range
 from vitrail.explain.draw import (
     BLACK,
     GREEN,
     RED,
     SCALES,
-    Colormap,
     Normalization,
     Panel,
     colormap_bytes,
@@ -30,26 +32,26 @@ from vitrail.explain.draw import (
     shown_box,
 )
 from vitrail.explain.explanation import Explanation, Frame, maps_of
-from vitrail.explain.gif import encode_png, save_animation
+from vitrail.explain.gif import encode_gif, encode_png, same_size, save_animation
 from vitrail.explain.methods import METHODS, MapSettings, early_logits
 from vitrail.explain.page import PageData, write_page
 from vitrail.runtime.files import replace_file
 
-ONE_ROW = 5
-"""Fewer panels than this fill one row; more are broken into rows of four."""
 SUFFIXES = (".gif", ".webp", ".png", ".html")
+ANIMATED = ("rollout", "layers", "training")
+"""Kinds that a notebook shows animated; the others are grids or a single map."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Look(Checked):
     """How maps are drawn and animated."""
 
     style: Literal["vitrail", "reference"] = "vitrail"
-    """seed draws frames as the reference system does: the picture dimmed by its rollout."""
+    """reference: as the reference implementation draws: the picture dimmed by its rollout."""
     normalize: Normalization = "frame"
     """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
-    colormap: Colormap = "magma"
-    """Colors of the values; all color maps are perceptually uniform."""
+    colormap: str = "magma"
+    """magma, inferno, plasma, viridis or cividis."""
     alpha: float = 0.6
     """Opacity of the map over the picture, 0 to 1."""
     duration: int = 500
@@ -58,26 +60,16 @@ class Look:
     """How often an animation repeats; 0 means forever."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.alpha <= 1, f"alpha is {self.alpha}: give a number from 0 to 1")
-        known = get_args(Normalization)
-        require(
-            self.normalize in known,
-            f"normalize is {self.normalize!r}: give {', '.join(known)}",
-        )
-        require(
-            self.style in ("vitrail", "reference"),
-            f"style is {self.style!r}: give vitrail, reference",
-        )
-        colormap_bytes(self.colormap)
+        super().__post_init__()
+        require_range(self, "alpha", 0, 1)
+        colormap_bytes(self.colormap)  # refuses an unknown one
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
-    """Write the format of the file's extension: .gif or .webp moves, .png is one picture.
-
-    A .html file is the interactive page.
+    """Write the format of the file's extension: an animation (.gif, .webp), a picture or a page.
 
     Raises:
-        ConfigError: another extension, or a look that does not fit the explanation.
+        ConfigError: another extension, or a look that the explanation does not support.
         OutputError: the file cannot be written.
     """
     suffix = path.suffix.lower()
@@ -86,7 +78,9 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
         require(look.style == "vitrail", "style reference is a picture or an animation, not a page")
         write_page(path, page_data(explanation))
     elif look.style == "reference":
-        save_animation(draw_seed(explanation), path, durations_ms=look.duration, loop=look.loop)
+        save_animation(
+            _draw_reference(explanation), path, durations_ms=look.duration, loop=look.loop
+        )
     elif suffix == ".png":
         replace_file(path, encode_png(draw_sheet(explanation, look)))
     else:
@@ -96,15 +90,15 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
 
 
 def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
-    """Draw each frame as the picture and beside it the map over it."""
+    """Draw each frame: the picture, and beside it the picture with the map over it."""
     maps_FGJ = normalize(explanation.maps_FGJ, look.normalize)
     low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
     return [
         compose(
-            [[Panel(original(explanation, frame, columns=2), "picture"),
-              Panel(painted(explanation, map_GJ, look, columns=2), frame.title)]],
-            caption=caption(explanation, frame.says),
-            ink=ink(frame),
+            [[Panel(_original(explanation, frame, columns=2), "picture"),
+              Panel(_painted(explanation, map_GJ, look, columns=2), frame.title)]],
+            caption=caption(explanation, frame.prediction),
+            ink=_ink(frame),
             colorbar=(look.colormap, float(low), float(high), SCALES[look.normalize]),
         )
         for frame, map_GJ, low, high in zip(
@@ -116,51 +110,50 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
 def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
     """Draw all frames on one sheet, the picture first."""
     frames, maps_FGJ = explanation.frames, normalize(explanation.maps_FGJ, look.normalize)
-    columns = explanation.columns or (len(frames) + 1 if len(frames) < ONE_ROW else 4)
+    columns = explanation.columns or (len(frames) + 1 if len(frames) < 5 else 4)
     panels = [
-        Panel(painted(explanation, map_GJ, look, columns=columns, query=frame.query),
-              short_title(explanation, frame))
+        Panel(_painted(explanation, map_GJ, look, columns=columns, query=frame.query),
+              _short_title(explanation, frame))
         for frame, map_GJ in zip(frames, maps_FGJ, strict=True)
     ]  # fmt: skip
-    first = Panel(original(explanation, frames[0], columns=columns), "picture")
+    first = Panel(_original(explanation, frames[0], columns=columns), "picture")
     titles: Sequence[str] = ()
     if explanation.columns:
-        rows = [[first], *in_rows(panels, columns)]
+        rows = [[first], *_in_rows(panels, columns)]
         titles = ("", *explanation.row_titles) if explanation.row_titles else ()
     else:
-        rows = in_rows([first, *panels], columns)
+        rows = _in_rows([first, *panels], columns)
     low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
     ends = (0.0, 1.0) if look.normalize == "frame" else (float(low_F[0]), float(high_F[0]))
     return compose(
         rows,
-        caption=caption(explanation, frames[-1].says),
-        ink=ink(frames[-1]),
+        caption=caption(explanation, frames[-1].prediction),
+        ink=_ink(frames[-1]),
         colorbar=(look.colormap, *ends, SCALES[look.normalize]),
         row_titles=titles,
     )
 
 
-def short_title(explanation: Explanation, frame: Frame) -> str:
-    """Return a panel's title on a sheet, where its row and place say a part of it."""
+def _short_title(explanation: Explanation, frame: Frame) -> str:
+    """Return a panel's title on a sheet, without what its row and position show."""
     if explanation.kind == "heads":
         return frame.title.partition(", ")[2]
     if explanation.kind == "training":
-        return f"{frame.title}: {frame.says}"
+        return f"{frame.title}: {frame.prediction}"
     return "" if explanation.kind == "queries" else frame.title
 
 
-def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
-    """Break panels into rows."""
+def _in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
     return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
 
 
-def original(explanation: Explanation, frame: Frame, *, columns: int) -> np.ndarray:
-    """Return the picture as it is shown, the query marked where there is one."""
+def _original(explanation: Explanation, frame: Frame, *, columns: int) -> np.ndarray:
+    """Return the picture as drawn, with the query outlined."""
     shown_HWC = show(explanation.subject.picture_HWC, columns=columns)
-    return mark(explanation, shown_HWC, frame.query)
+    return _mark(explanation, shown_HWC, frame.query)
 
 
-def painted(
+def _painted(
     explanation: Explanation,
     map_GJ: np.ndarray,
     look: Look,
@@ -168,37 +161,35 @@ def painted(
     columns: int,
     query: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Return a map of 0..1 over the picture as it is shown."""
+    """Return a map of 0..1 over the picture as drawn."""
     subject = explanation.subject
     shown_HWC = show(subject.picture_HWC, columns=columns)
     map_HW = place(
-        map_GJ, picture_hw(subject.picture_HWC), subject.model.config.image_hw, subject.fit,
-        shown_hw=picture_hw(shown_HWC),
+        map_GJ, _size(subject.picture_HWC), subject.model.config.image_hw, subject.fit,
+        shown_hw=_size(shown_HWC),
     )  # fmt: skip
     painted_HWC = overlay(shown_HWC, map_HW, colormap=look.colormap, alpha=look.alpha)
-    return mark(explanation, painted_HWC, query)
+    return _mark(explanation, painted_HWC, query)
 
 
-def mark(
+def _mark(
     explanation: Explanation, shown_HWC: np.ndarray, query: tuple[int, int] | None
 ) -> np.ndarray:
-    """Frame the query's patch, if there is a query."""
+    """Outline the query's patch, if there is a query."""
     if query is None:
         return shown_HWC
     subject, config = explanation.subject, explanation.subject.model.config
-    box = shown_box(
-        picture_hw(subject.picture_HWC), config.image_hw, subject.fit, picture_hw(shown_HWC)
-    )
+    box = shown_box(_size(subject.picture_HWC), config.image_hw, subject.fit, _size(shown_HWC))
     return mark_patch(shown_HWC, query, config.grid_GJ, box)
 
 
-def picture_hw(picture_HWC: np.ndarray) -> tuple[int, int]:
+def _size(picture_HWC: np.ndarray) -> tuple[int, int]:
     """Return height and width."""
     return picture_HWC.shape[0], picture_HWC.shape[1]
 
 
-def caption(explanation: Explanation, says: str) -> str:
-    """Return what the model says, and below it what is shown."""
+def caption(explanation: Explanation, prediction: str) -> str:
+    """Return the prediction, and below it what is shown."""
     settings, subject = explanation.settings, explanation.subject
     method = "all methods" if explanation.kind == "methods" else settings.method
     parts = [f"{subject.name}: {method.replace('_', ' ')}"]
@@ -208,16 +199,16 @@ def caption(explanation: Explanation, says: str) -> str:
         parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
     if subject.label:
         parts.append(f"label: {subject.label}")
-    return f"{says}\n{', '.join(parts)}"
+    return f"{prediction}\n{', '.join(parts)}"
 
 
-def ink(frame: Frame) -> str:
-    """Return the color of what the model says: red where the label is another class."""
-    return {True: GREEN, False: RED, None: BLACK}[frame.right]
+def _ink(frame: Frame) -> str:
+    """Return the color of the prediction: red if the label is another class."""
+    return {True: GREEN, False: RED, None: BLACK}[frame.correct]
 
 
-def draw_seed(explanation: Explanation) -> list[Image.Image]:
-    """Draw the reference system's frames."""
+def _draw_reference(explanation: Explanation) -> list[Image.Image]:
+    """Draw the reference implementation's frames."""
     settings, subject = explanation.settings, explanation.subject
     require(
         explanation.kind == "rollout" and settings.method == "rollout",
@@ -228,25 +219,27 @@ def draw_seed(explanation: Explanation) -> list[Image.Image]:
         subject.raw_HWC,
         explanation.maps_FGJ,
         title=subject.label,
-        prediction=explanation.frames[-1].says,
-        ink=ink(explanation.frames[-1]),
+        prediction=explanation.frames[-1].prediction,
+        ink=_ink(explanation.frames[-1]),
         layers=layers,
     )
 
 
 def page_data(explanation: Explanation) -> PageData:
-    """Work out all that the interactive page shows, whatever the explanation's own method."""
+    """Compute everything that the interactive page shows, whatever the explanation's method."""
     subject, index = explanation.subject, explanation.class_index
     model, config = subject.model, subject.model.config
     maps = {
         method: maps_of(subject, model, MapSettings(method=method), index) for method in METHODS
     }
     logits_Y = maps["attention"].logits_BY[0]
+    with torch.inference_mode():
+        _, attentions = model.forward_with_attention(subject.image_1CHW)
     return PageData(
         picture_png=encode_png(Image.fromarray(show(subject.picture_HWC))),
         box=shown_box(
-            picture_hw(subject.picture_HWC), config.image_hw, subject.fit,
-            picture_hw(show(subject.picture_HWC)),
+            _size(subject.picture_HWC), config.image_hw, subject.fit,
+            _size(show(subject.picture_HWC)),
         ),
         grid_GJ=config.grid_GJ,
         class_token=config.has_class_token,
@@ -254,7 +247,7 @@ def page_data(explanation: Explanation) -> PageData:
         classes=subject.classes,
         logits_Y=logits_Y.numpy(),
         early_logits_LY=early_logits(model, subject.image_1CHW)[0].numpy(),
-        attention_LATT=attention_of(explanation),
+        attention_LATT=torch.cat(attentions).cpu().numpy(),
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
         label=subject.label,
@@ -262,10 +255,18 @@ def page_data(explanation: Explanation) -> PageData:
     )  # fmt: skip
 
 
-def attention_of(explanation: Explanation) -> np.ndarray:
-    """Return the attention of every layer and head, (L, A, T, T)."""
-    subject = explanation.subject
-    with torch.inference_mode():
-        _, attentions = subject.model.forward_with_attention(subject.image_1CHW)
-    stacked: np.ndarray = torch.cat(attentions).cpu().numpy()
-    return stacked
+def to_png(explanation: Explanation) -> bytes:
+    """Return all frames on one sheet, as a PNG file, for a notebook."""
+    return encode_png(draw_sheet(explanation, Look()))
+
+
+def to_html(explanation: Explanation) -> str:
+    """Return an image tag for a notebook, animated if the frames are a sequence."""
+    look = Look()
+    if explanation.kind in ANIMATED and len(explanation.frames) > 1:
+        frames = same_size(draw_frames(explanation, look))
+        kind, content = "gif", encode_gif(frames, [look.duration] * len(frames), look.loop)
+    else:
+        kind, content = "png", to_png(explanation)
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(repr(explanation))}" src="data:image/{kind};base64,{data}">'

@@ -17,7 +17,7 @@ from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
 from vitrail.evaluation.plots import draw_each, plot_run
-from vitrail.explain.attention_snapshots import choose_watched, draw_attention
+from vitrail.explain.attention_snapshots import choose_images, draw_attention
 from vitrail.inference.classifier import Classifier
 from vitrail.model.layers import ConvStem
 from vitrail.model.vit import VisionTransformer
@@ -111,7 +111,7 @@ class Run:
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
             raise ConfigError("stop_at_accuracy needs validation images: give validation_images")
-        self.watched = choose_watched(splits["validation"], config.run.attention_epochs)
+        self.watched = choose_images(splits["validation"], config.run.attention_epochs)
         self.notices: list[str] = []
         self.problems: list[str] = []
         """What failed without ending the run, one line each."""
