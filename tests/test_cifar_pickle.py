@@ -65,6 +65,19 @@ def test_allows_no_other_global(module: str, name: str) -> None:
         load_arrays(b"\x80\x04" + text(module) + text(name) + b"\x93.", "a file")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x04](K\x01" + b"K\x02" * 9_000 + b"e]\x93.", "corrupt"),  # two lists
+        (b"cos\n" + b"x" * 9_000 + b"\n.", "it would run os.x+, which"),
+    ],
+)
+def test_a_refusal_is_short(content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as refused:
+        load_arrays(content, "a file")
+    assert len(str(refused.value)) < 200
+
+
 def test_encodes_to_latin1_only() -> None:
     evil = pickle.dumps(Call(pickle.codecs.encode, "text", "rot13"), protocol=2)
     with pytest.raises(DataError, match=r"^a file: corrupt: not a complete pickle \(ValueError\)$"):

@@ -139,8 +139,9 @@ def _find(module: str, name: str) -> Any:
     Raises:
         DataError: it is another name.
     """
+    _require(type(module) is type(name) is str, "a name that is not text")
     if f"{module}.{name}" not in ALLOWED:
-        raise DataError(f"it would run {module}.{name}, which no data file needs")
+        raise DataError(f"it would run {module:.50}.{name:.50}, which no data file needs")
     return ALLOWED[f"{module}.{name}"]
 
 
