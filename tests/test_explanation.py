@@ -533,7 +533,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --method gradcam --frames layers", ["frames layers cannot show method gradcam"]),
         ("cat.png --method all --frames layers", ["leave out --frames"]),
         ("cat.png --frames laiers", ["did you mean 'layers'"]),
-        ("cat.png --colormap jet", ["no color map 'jet'"]),
+        ("cat.png --colormap jet", ["'jet' for argument '--colormap'"]),
         ("cat.png --duration 1", ["durations are"]),
         ("cat.png --format gif --output_path x.png", ["--format gif contradicts x.png"]),
         ("cat.png --output_path x.bmp", ["x.bmp"]),

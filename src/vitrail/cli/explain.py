@@ -23,6 +23,7 @@ from vitrail.cli.options import (
     log_test_use,
 )
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Look
 from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:
@@ -38,24 +39,6 @@ UNSUPPORTED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json"
 """Extensions that people give to files, but that no explanation is written as."""
 CLASSLESS = {"attention", "rollout"}
 """Methods whose maps are the same for every class."""
-
-
-@dataclass(frozen=True)
-class DrawingOptions:
-    """How the maps are drawn."""
-
-    style: Literal["vitrail", "reference"] = "vitrail"
-    """reference: as the reference implementation draws: the picture dimmed by its rollout."""
-    normalize: Literal["frame", "picture", "none"] = "frame"
-    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
-    colormap: str = "magma"
-    """magma, inferno, plasma, viridis or cividis."""
-    alpha: float = 0.6
-    """Opacity of the map over the picture, 0 to 1."""
-    duration: int = 500
-    """Milliseconds per frame of an animation."""
-    loop: int = 0
-    """How often an animation repeats; 0 means forever."""
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -96,7 +79,7 @@ class ExplainOptions(ModelOptions):
     """How the heads are combined."""
     discard_ratio: float = 0.0
     """Fraction of each layer's lowest attention entries that a rollout drops."""
-    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    drawing: Look = field(default_factory=Look)
     data: DataOptions = field(default_factory=DataOptions)
 
     @property
@@ -153,10 +136,10 @@ def _draw(
     classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions
 ) -> None:
     """Explain one picture and report what was drawn."""
-    from vitrail.explain.sheet import Look, save
+    from vitrail.explain.sheet import save
 
     explanation = _explain_one(classifier, subject, options)
-    save(explanation, path, Look(**vars(options.drawing)))
+    save(explanation, path, options.drawing)
     last = explanation.frames[-1]
     style = {True: "green", False: "bold red", None: ""}[last.correct]
     print_out(f"{printable(subject.name)}: {printable(last.prediction)}", style=style)

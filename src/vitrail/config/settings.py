@@ -12,6 +12,9 @@ from typing import Any, Literal, TypedDict
 from vitrail.config.fields import Checked
 from vitrail.errors import ConfigError
 
+Normalization = Literal["frame", "picture", "none"]
+Colormap = Literal["magma", "inferno", "plasma", "viridis", "cividis"]
+"""All perceptually uniform; cividis looks the same with every kind of color vision."""
 Split = Literal["train", "validation", "test"]
 LARGEST = 1e38
 """Largest value of a pixel (nearly the largest in float32)."""
@@ -410,6 +413,28 @@ class RunConfig(Checked):
             value = getattr(self, name)
             plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a name without folders")
+
+
+@dataclass(frozen=True)
+class Look(Checked):
+    """How the maps of what a model looked at are drawn."""
+
+    style: Literal["vitrail", "reference"] = "vitrail"
+    """reference: as the reference implementation draws, the picture dimmed by its rollout."""
+    normalize: Normalization = "frame"
+    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
+    colormap: Colormap = "magma"
+    """Colors of the values. All color maps are perceptually uniform."""
+    alpha: float = 0.6
+    """Opacity of the map over the picture, 0 to 1."""
+    duration: int = 500
+    """Milliseconds per frame of an animation."""
+    loop: int = 0
+    """How often an animation repeats; 0 means forever."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "alpha", 0, 1)
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from vitrail.config.settings import Colormap, Normalization
 from vitrail.data.framing import Fit, seen_box
 from vitrail.errors import ConfigError, nearest
-
-Normalization = Literal["frame", "picture", "none"]
-Colormap = Literal["magma", "inferno", "plasma", "viridis", "cividis"]
-"""All are perceptually uniform; cividis looks the same with every kind of color vision."""
 
 SCALES: dict[Normalization, str] = {
     "frame": "each map on its own scale, lowest to highest",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.config.settings import require
+from vitrail.config.settings import Look, require
 from vitrail.data.framing import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.explain.methods import (
@@ -128,9 +128,9 @@ class Explanation:
         return to_png(self)
 
     def save(self, path: str | Path, **look: Any) -> Path:
-        """Write a .gif, .webp, .png or .html file; ``look`` are fields of ``sheet.Look``."""
+        """Write a .gif, .webp, .png or .html file; ``look`` are the fields of ``Look``."""
         # Imported here, since matplotlib takes a second and computing maps does not need it.
-        from vitrail.explain.sheet import Look, save
+        from vitrail.explain.sheet import save
 
         return save(self, Path(path), Look(**look))
 

@@ -3,24 +3,19 @@
 import base64
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vitrail.config.fields import Checked
-from vitrail.config.settings import require, require_range
+from vitrail.config.settings import Look, require
 from vitrail.explain.draw import (
     BLACK,
     GREEN,
     RED,
     SCALES,
-    Normalization,
     Panel,
-    colormap_bytes,
     compose,
     limits,
     mark_patch,
@@ -40,29 +35,6 @@ from vitrail.runtime.files import replace_file
 SUFFIXES = (".gif", ".webp", ".png", ".html")
 ANIMATED = ("rollout", "layers", "training")
 """Kinds that a notebook shows animated; the others are grids or a single map."""
-
-
-@dataclass(frozen=True)
-class Look(Checked):
-    """How maps are drawn and animated."""
-
-    style: Literal["vitrail", "reference"] = "vitrail"
-    """reference: as the reference implementation draws: the picture dimmed by its rollout."""
-    normalize: Normalization = "frame"
-    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
-    colormap: str = "magma"
-    """magma, inferno, plasma, viridis or cividis."""
-    alpha: float = 0.6
-    """Opacity of the map over the picture, 0 to 1."""
-    duration: int = 500
-    """Milliseconds per frame of an animation."""
-    loop: int = 0
-    """How often an animation repeats; 0 means forever."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "alpha", 0, 1)
-        colormap_bytes(self.colormap)  # refuses an unknown one
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
