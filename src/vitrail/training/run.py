@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.config.files import to_json
-from vitrail.config.settings import Config, RunConfig, Split, complete_config
+from vitrail.config.settings import Config, Split, complete_config
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
@@ -95,7 +95,9 @@ class Run:
         fresh: bool = True,
         manifest: Manifest | None = None,
     ) -> None:
-        _require_ready(config.run)
+        check_trackers(config.run)  # fails now rather than after hours of training
+        if config.run.model_path is not None:
+            distributed.on_leader(require_writable, config.run.model_path)
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.lock = hold(folder)
         self.device = choose_rank_device(config.run.device)
@@ -432,18 +434,6 @@ class Run:
             "compiled": self.compiled,
             "test": metrics and metrics.to_json(),
         }
-
-
-def _require_ready(run: RunConfig) -> None:
-    """Check what would otherwise fail late: the trackers, and the place for the weights.
-
-    Raises:
-        ConfigError: a tracker is not installed.
-        OutputError: the weights could not be written.
-    """
-    check_trackers(run)
-    if run.model_path is not None:
-        distributed.on_leader(require_writable, run.model_path)
 
 
 def _speed(images: int, seconds: float) -> float:

@@ -101,42 +101,37 @@ class TrainingState:
             CheckpointError: it belongs to another model or optimizer.
         """
         try:
-            self._restore(weights, tensors, numbers)
+            self.eval_model.load_state_dict(weights)
+            if self.average is not None:
+                self.model.load_state_dict(_under(tensors, "model"))
+                self.average.n_averaged.copy_(tensors["average.count"])
+            for number, optimizer in enumerate(self.optimizers):
+                _restore_optimizer(optimizer, _under(tensors, f"optimizer.{number}"))
+            tally = Tally(**numbers["tally"])
+            self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+            self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
         except RESTORE_ERRORS as error:
             reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
                 f"the saved training state does not match the settings: {reason:.200}"
             ) from error
 
-    def _restore(
-        self,
-        weights: Mapping[str, Tensor],
-        tensors: Mapping[str, Tensor],
-        numbers: Mapping[str, Any],
-    ) -> None:
-        self.eval_model.load_state_dict(weights)
-        if self.average is not None:
-            self.model.load_state_dict(_under(tensors, "model"))
-            self.average.n_averaged.copy_(tensors["average.count"])
-        for number, optimizer in enumerate(self.optimizers):
-            slots: dict[int, dict[str, Tensor]] = {}
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for name, tensor in _under(tensors, f"optimizer.{number}").items():
-                index, slot = name.split(".")
-                same = tensor.shape in ((), parameters[int(index)].shape)
-                if not (same and tensor.is_floating_point()):
-                    raise ValueError(f"{slot} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-                slots.setdefault(int(index), {})[slot] = tensor
-            expected = SLOTS.get(type(optimizer).__name__)
-            complete = len(slots) == len(parameters) and all(
-                set(s) == expected for s in slots.values()
-            )
-            if slots and expected and not complete:
-                raise ValueError(f"{type(optimizer).__name__} lacks some of {sorted(expected)}")
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        tally = Tally(**numbers["tally"])
-        self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
-        self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
+
+def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the state of every parameter from tensors named ``INDEX.SLOT``."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in tensors.items():
+        index, slot = name.split(".")
+        same = tensor.shape in ((), parameters[int(index)].shape)
+        if not (same and tensor.is_floating_point()):
+            raise ValueError(f"{slot} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+        slots.setdefault(int(index), {})[slot] = tensor
+    expected = SLOTS.get(type(optimizer).__name__)
+    complete = len(slots) == len(parameters) and all(set(s) == expected for s in slots.values())
+    if slots and expected and not complete:
+        raise ValueError(f"{type(optimizer).__name__} lacks some of {sorted(expected)}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
 def _warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
