@@ -161,7 +161,7 @@ def test_a_six_by_four_model_with_a_big_photo_stays_under_two_megabytes(class_to
     assert embedded(page.decode())["size"] == [1100, 1200]
 
 
-def test_colour_maps_are_matplotlibs() -> None:
+def test_color_maps_are_matplotlibs() -> None:
     page = make_page(make_data()).decode()
     for name in ("magma", "viridis", "cividis"):
         found = re.search(rf'{name}: "([0-9a-f]+)"', page)

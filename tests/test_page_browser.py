@@ -120,7 +120,7 @@ def test_with_mean_pooling_all_patches_are_asked(open_page: Open) -> None:
     assert_shows(page, data.attention_LATT[3].mean(0).mean(0))
     page.keyboard.press("d")
     assert_shows(page, data.attention_LATT[3].mean(0).mean(0))
-    assert page.inner_text("#answer").endswith("Select a patch to see what looks at it.")
+    assert page.inner_text("#answer").endswith("Select a patch to see what attends to it.")
 
 
 def test_a_mean_beside_a_class_token_leaves_it_out(open_page: Open) -> None:
@@ -135,7 +135,7 @@ def test_hovering_asks_a_patch_and_leaving_lets_go(open_page: Open) -> None:
     page = open_page(data)
     hover(page, 4)
     assert_shows(page, data.attention_LATT[3].mean(0)[5, 1:])
-    assert page.inner_text("#answer").startswith("The patch at row 2, column 2 looks most at")
+    assert page.inner_text("#answer").startswith("The patch at row 2, column 2 attends most to")
     page.hover("h1")
     assert_shows(page, data.attention_LATT[3].mean(0)[0, 1:])
 
@@ -154,10 +154,10 @@ def test_clicking_keeps_a_patch_until_it_is_clicked_again(open_page: Open) -> No
 def test_the_other_direction_shows_what_looks_at_a_patch(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
-    choose(page, "is looked at by")
+    choose(page, "attended to by")
     hover(page, 1)
     assert_shows(page, data.attention_LATT[3].mean(0)[1:, 2])
-    assert "is looked at most by" in page.inner_text("#answer")
+    assert "receives the most attention from" in page.inner_text("#answer")
 
 
 def test_layers_and_heads_by_slider_choice_row_and_thumbnail(open_page: Open) -> None:
@@ -230,7 +230,7 @@ def test_every_key(open_page: Open) -> None:
         press("m")
     assert seen == NAMES
     press("c")
-    assert checked(page, "colours") == "viridis"
+    assert checked(page, "colors") == "viridis"
     for key, box in (("s", "smooth"), ("g", "lines"), ("h", "shown")):
         before = page.is_checked(f"#{box}")
         press(key)
@@ -259,7 +259,7 @@ def test_the_tab_key_reaches_the_patches_and_every_control(open_page: Open) -> N
         reached.add(page.evaluate(f"{active}.id || {active}.name || {active}.classList[0]"))
         if reached == {"cell"}:
             assert page.inner_text("#answer").startswith("The patch at row 2, column 2")
-    assert {"cell", "layer", "play", "end", "method", "head", "way", "colours"} <= reached
+    assert {"cell", "layer", "play", "end", "method", "head", "way", "colors"} <= reached
     assert {"strength", "shown", "smooth", "lines", "shared"} <= reached
 
 
@@ -273,7 +273,7 @@ def test_sliders_keep_their_arrows_and_keys_can_be_switched_off(open_page: Open)
     page.uncheck("#shortcuts")
     page.keyboard.press("m")
     page.keyboard.press("Control+c")
-    assert (checked(page, "method"), checked(page, "colours")) == ("attention", "magma")
+    assert (checked(page, "method"), checked(page, "colors")) == ("attention", "magma")
 
 
 def test_the_strongest_patch_has_the_colour_maps_brightest_colour(open_page: Open) -> None:

@@ -1,7 +1,7 @@
-"""Formulas that turn attention into maps: tensors in, tensors out, no model here.
+"""Formulas that turn attention into maps: tensors in, tensors out, no model.
 
-Shapes: the legend is in model/vit.py. A flow (B, T, T) says how much of each token (column) has
-reached each token (row); flow_BLTT has one for every truncation, after block 1, 2, ... L.
+Shapes: the legend is in model/vit.py. A flow (B, T, T) is how much of each token (column) has
+reached each token (row); flow_BLTT has one after each block 1, 2, ... L.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,10 @@ def fuse_heads(attention_BATT: Tensor, fusion: HeadFusion) -> Tensor:
 def discard_lowest(attention_BTT: Tensor, share: float, *, class_token: bool) -> Tensor:
     """Zero the lowest ``share`` of each image's entries, 0 <= share < 1.
 
-    All T * T entries of an image are ranked together and their number is rounded down. Kept all
-    the same are a token's attention to the class token, where there is one (column 0), and entries
-    equal to the lowest that is kept, so that nothing depends on the order of equals.
+    All T * T entries of an image are ranked together, and the number to zero is rounded down. A
+    token's attention to the class token, if there is one (column 0), is always kept, and so are
+    entries equal to the lowest that is kept, so that the result does not depend on the order of
+    ties.
 
     Source: Gildenblat 2020, "Exploring Explainability for Vision Transformers" (vit-explain).
     """
@@ -50,13 +51,14 @@ def rollout(fused: Sequence[Tensor]) -> Tensor:
     for the residual branch) with each row divided by its sum.
 
     Shapes:
-        L tensors fused_BTT, not negative -> flow_BLTT, whose rows sum to 1.
+        L non-negative tensors fused_BTT -> flow_BLTT, whose rows sum to 1.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
     """
     flows: list[Tensor] = []
     for fused_BTT in fused:
-        step_BTT = fused_BTT + identity(fused_BTT)
+        T, dtype, device = fused_BTT.shape[-1], fused_BTT.dtype, fused_BTT.device
+        step_BTT = fused_BTT + torch.eye(T, dtype=dtype, device=device)
         step_BTT = step_BTT / step_BTT.sum(dim=-1, keepdim=True)
         flows.append(step_BTT @ flows[-1] if flows else step_BTT)
     return torch.stack(flows, dim=1)
@@ -71,11 +73,11 @@ def gradient_rollout(
 ) -> Tensor:
     """Return the rollout of attention weighted by the gradient of a class's logit.
 
-    As ``rollout``, with ``A_l = (mean over heads of gradient_l * attention_l)+`` in place of the
+    Like ``rollout``, with ``A_l = (mean over heads of gradient_l * attention_l)+`` instead of the
     fused attention; ``discard_ratio`` and ``class_token`` are those of ``discard_lowest``.
 
     Shapes:
-        L tensors attention_BATT and their gradients, both from the first block on -> flow_BLTT.
+        L tensors attention_BATT and their gradients, starting at the first block -> flow_BLTT.
 
     Source: Gildenblat 2020 (vit-explain), "Gradient Attention Rollout". That code pairs each
     layer's attention with another layer's gradient and divides columns by row sums; this does not.
@@ -96,11 +98,11 @@ def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tens
     """Return how relevant each token is to each other token for a class, after each block.
 
     ``R_l = R_(l-1) + mean over heads of (gradient_l * attention_l)+ @ R_(l-1)`` with ``R_0 = I``;
-    what is returned is ``R_l - I``. The paper reads the class token's row, where the identity is 0
-    at every patch. In a patch's own row it is 1 and would hide everything else.
+    the result is ``R_l - I``. The paper reads the class token's row, where the identity is 0 at
+    every patch. In a patch's own row it is 1 and would hide everything else.
 
     Shapes:
-        L tensors attention_BATT and their gradients, both from the first block on ->
+        L tensors attention_BATT and their gradients, starting at the first block ->
         relevance_BLTT.
 
     Source: Chefer et al. 2021, arXiv:2103.15679, equations 5 and 6.
@@ -108,14 +110,9 @@ def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tens
     gained: list[Tensor] = []
     for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True):
         step_BTT = (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
-        # With G = R - I the step is G + A (G + I): small values are never rounded beside a 1.
+        # With G = R - I the step is G + A (G + I): small values are never added to 1 and rounded.
         gained.append(gained[-1] + step_BTT @ gained[-1] + step_BTT if gained else step_BTT)
     return torch.stack(gained, dim=1)
-
-
-def identity(flow_BTT: Tensor) -> Tensor:
-    """Return the identity matrix (T, T) that goes with these matrices."""
-    return torch.eye(flow_BTT.shape[-1], dtype=flow_BTT.dtype, device=flow_BTT.device)
 
 
 def read_query(
@@ -126,12 +123,11 @@ def read_query(
     query: tuple[int, int] | None,
     mean_pool: bool | None = None,
 ) -> Tensor:
-    """Return what one token has taken from each patch, as a picture of patches.
+    """Return what one token has taken from each patch, as a grid of patches.
 
-    ``query`` is a patch's (row, column), counted from 0 at the top left; None takes what the head
-    reads, the class token's row or, with mean pooling, the mean of the patches' rows. (A mean is
-    what is read where there is no class token, unless ``mean_pool`` says otherwise.) What was
-    taken from the class token is left out.
+    ``query`` is a patch's (row, column), counted from 0 at the top left; None selects what the head
+    reads: the class token's row or, with mean pooling, the mean of the patches' rows. (Without a
+    class token it is always the mean.) What was taken from the class token is left out.
 
     Shapes:
         flow_BxTT, with any leading dimensions (layers, heads) -> maps_BxGJ.

@@ -1,8 +1,8 @@
 """One picture and all that a model attended to in it, as one page that needs no server.
 
-``page.html`` beside this file is the whole page: structure, style and script. Here the numbers are
-made small and filled in. The page asks any patch itself, with the attention of every layer and
-head; what needs gradients or more passes comes as ready maps.
+``page.html`` beside this file is the whole page: structure, style and script. This module encodes
+the numbers compactly and inserts them. The page computes the maps of any patch itself, from the
+attention of every layer and head; maps that need gradients or more forward passes are stored.
 """
 
 import base64
@@ -24,22 +24,22 @@ from vitrail.errors import ConfigError, printable
 from vitrail.runtime.files import replace_file
 
 SHOWN_CLASSES = 5
-"""Classes with a bar each."""
+"""Number of classes with a bar."""
 LARGEST_PNG = 400_000
-"""A larger picture, in bytes, is written anew as JPEG."""
+"""A PNG with more bytes is converted to JPEG."""
 LARGEST_JPEG = 1_000_000
 JPEG_QUALITIES = (90, 75, 60, 40, 20)
-"""The first that makes the picture small enough is taken, or the last."""
+"""The first quality whose file is small enough is used, or the last."""
 
 
 @dataclass(frozen=True)
 class PageData:
-    """What the page shows: one picture, and what one model computed of it.
+    """What the page shows: one picture, and what one model computed for it.
 
-    The maps are those of the whole picture, as the head reads it, heads averaged: for attention and
-    rollout, which the page knows of every patch and head from the attention, they are welcome but
-    not needed. ``box`` is what the model saw, (left, top, right, bottom) in the picture's pixels;
-    with padding it is larger than the picture. ``explained`` is the class whose maps these are, or
+    The maps are those of the whole picture, as the head reads it, averaged over heads. Attention
+    and rollout are optional, since the page computes them for every patch and head from the
+    attention. ``box`` is what the model saw, (left, top, right, bottom) in the picture's pixels;
+    with padding it is larger than the picture. ``explained`` is the class that the maps explain, or
     None for the predicted one.
 
     Shapes:
@@ -47,7 +47,7 @@ class PageData:
         the method has no layers.
 
     Raises:
-        ConfigError: sizes that do not agree.
+        ConfigError: the shapes do not match.
     """
 
     picture_png: bytes
@@ -62,22 +62,22 @@ class PageData:
     title: str
     explained: int | None = None
     label: str = ""
-    """The true class, where it is known."""
+    """The true class, if known."""
     mean_pool: bool = False
-    """Whether the answer is read from the mean of the patches although there is a class token."""
+    """Whether the head reads the mean of the patches although there is a class token."""
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
         n_tokens = self.grid_GJ[0] * self.grid_GJ[1] + self.class_token
-        check("logits_Y", self.logits_Y, (n_classes,))
-        check("early_logits_LY", self.early_logits_LY, (n_layers, n_classes))
-        check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
+        _check("logits_Y", self.logits_Y, (n_classes,))
+        _check("early_logits_LY", self.early_logits_LY, (n_layers, n_classes))
+        _check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
         for name, map_LGJ in self.maps.items():
             layers = 1 if len(map_LGJ) == 1 else n_layers
-            check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ))
+            _check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ))
 
 
-def check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Refuse an array of another shape, or with values that are not finite."""
     if array.shape != shape:
         raise ConfigError(f"{name} has shape {array.shape}, not {shape}")
@@ -88,7 +88,7 @@ def check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def write_page(path: Path, data: PageData) -> int:
-    """Write the page, whole or not at all; return its size in bytes.
+    """Write the page atomically; return its size in bytes.
 
     Raises:
         OutputError: it cannot be written.
@@ -101,20 +101,20 @@ def write_page(path: Path, data: PageData) -> int:
 def make_page(data: PageData) -> bytes:
     """Return the page as UTF-8."""
     template = (resources.files("vitrail.explain") / "page.html").read_text("utf-8")
-    picture, (width, height) = encode_picture(data.picture_png)
+    picture, (width, height) = _encode_picture(data.picture_png)
     filled = {
-        "POLICY": content_policy(template),
+        "POLICY": _content_policy(template),
         "TITLE": html.escape(printable(data.title)),
         "PICTURE": picture,
-        "DATA": embeddable(describe(data) | {"size": [width, height]}),
+        "DATA": _embeddable(describe(data) | {"size": [width, height]}),
     }
-    # One pass: a title that looks like a mark of the template stays a title.
-    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: filled[mark[1]], template)
+    # In one pass: a title that looks like a placeholder stays a title.
+    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda placeholder: filled[placeholder[1]], template)
     return page.encode()
 
 
-def content_policy(template: str) -> str:
-    """Return the policy under which only the page's own style and script run, and nothing loads."""
+def _content_policy(template: str) -> str:
+    """Return the policy that allows the page's own style and script only, and no requests."""
     allowed = {"style": "", "script": ""}
     for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", template, flags=re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -126,7 +126,7 @@ def content_policy(template: str) -> str:
 
 
 def describe(data: PageData) -> dict[str, Any]:
-    """Return all that the script needs, ready for JSON."""
+    """Return everything that the script needs, as JSON values."""
     n_layers, n_heads = data.attention_LATT.shape[:2]
     predicted = int(data.logits_Y.argmax())
     explained = predicted if data.explained is None else data.explained
@@ -140,18 +140,18 @@ def describe(data: PageData) -> dict[str, Any]:
         "heads": n_heads,
         "attention": encode_attention(data.attention_LATT),
         "maps": {
-            name: {"layers": len(map_LGJ), "values": encode_bytes(map_LGJ.astype("<f4"))}
+            name: {"layers": len(map_LGJ), "values": _encode_bytes(map_LGJ.astype("<f4"))}
             for name, map_LGJ in data.maps.items()
         },
         "explained": printable(data.classes[explained]),
         "label": printable(data.label),
         "right": data.classes[predicted] == data.label,
-        "predictions": [top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
+        "predictions": [_top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
     }
 
 
-def top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the most probable classes, the most probable first."""
+def _top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the most probable classes, in descending order."""
     powers_Y = np.exp(logits_Y.astype(np.float64) - logits_Y.max())
     probabilities_Y = powers_Y / powers_Y.sum()
     best = np.argsort(-probabilities_Y, kind="stable")[:SHOWN_CLASSES]
@@ -162,32 +162,32 @@ def top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[str
 
 
 def encode_attention(attention_LATT: np.ndarray) -> str:
-    """Return the attention in a byte an entry: the root of its share of the row's largest.
+    """Return the attention in bytes: the square root of each entry's ratio to its row's maximum.
 
-    The root keeps small entries apart. Row sums need not be kept: they are 1, so that a row is its
+    The root separates small entries. Row sums need not be stored: they are 1, so that a row is its
     squared bytes divided by their sum.
     """
     largest_LAT1 = attention_LATT.max(axis=-1, keepdims=True)
     roots_LATT = np.sqrt(attention_LATT / largest_LAT1)
-    return encode_bytes(np.rint(255 * roots_LATT).astype(np.uint8))
+    return _encode_bytes(np.rint(255 * roots_LATT).astype(np.uint8))
 
 
-def encode_bytes(array: np.ndarray) -> str:
-    """Return an array's bytes in base 64."""
+def _encode_bytes(array: np.ndarray) -> str:
+    """Return an array's bytes in base64."""
     return base64.b64encode(array.tobytes()).decode()
 
 
-def encode_picture(picture_png: bytes) -> tuple[str, tuple[int, int]]:
+def _encode_picture(picture_png: bytes) -> tuple[str, tuple[int, int]]:
     """Return the picture as a data URL, and its width and height."""
     with Image.open(io.BytesIO(picture_png)) as image:
         if len(picture_png) <= LARGEST_PNG:
             kind, content = "png", picture_png
         else:
-            kind, content = "jpeg", as_jpeg(image.convert("RGB"))
+            kind, content = "jpeg", _as_jpeg(image.convert("RGB"))
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", image.size
 
 
-def as_jpeg(image: Image.Image) -> bytes:
+def _as_jpeg(image: Image.Image) -> bytes:
     """Return the picture as a JPEG that is small enough."""
     content = b""
     for quality in JPEG_QUALITIES:
@@ -199,8 +199,8 @@ def as_jpeg(image: Image.Image) -> bytes:
     return content
 
 
-def embeddable(value: Any) -> str:
-    """Return JSON that no text inside can turn into markup."""
+def _embeddable(value: Any) -> str:
+    """Return JSON in which no text can turn into markup."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
