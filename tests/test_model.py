@@ -247,11 +247,15 @@ def test_the_stem_halves_first(patch_size: int, channels: tuple[int, ...], pooli
         stem_channels=channels,
     )  # fmt: skip
     stem = VisionTransformer(config).stem
-    pooled = [isinstance(m, torch.nn.MaxPool2d) for m in stem.children()]
-    assert sum(pooled) == poolings
-    assert not any(pooled[3 * poolings + poolings + 2 :])  # the first ones
-    assert stem(torch.randn(2, 3, 16, 24)).shape == (2, 12, 16 // patch_size, 24 // patch_size)
     convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
+    heights: list[int] = []
+    for convolution in convolutions:
+        convolution.register_forward_hook(
+            lambda _m, _i, out_BCGJ: heights.append(out_BCGJ.shape[2])
+        )
+    assert stem(torch.randn(2, 3, 16, 24)).shape == (2, 12, 16 // patch_size, 24 // patch_size)
+    later = [8 // 2 ** min(number, poolings) for number in range(len(convolutions) - 1)]
+    assert heights == [8, *later], "each of the first convolutions is followed by a pooling"
     widths = channels or {2: (12,), 4: (12,), 8: (6, 12)}[patch_size]
     assert [c.out_channels for c in convolutions] == [48, *widths, 12]
 
