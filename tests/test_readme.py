@@ -30,7 +30,14 @@ def test_it_is_short_and_begins_with_a_command() -> None:
     assert first <= 25
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "records/README.md"])
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/**/*.md", "records/**/*.md", "tests/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
     for link in links:
