@@ -168,7 +168,7 @@ def test_downloads_into_the_cache(
     assert not (tmp_path / "data").exists()
 
 
-def test_tells_the_way_out_where_nothing_can_be_had(
+def test_explains_what_to_do_if_the_download_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = dataclasses.replace(cifar.ARCHIVES["cifar10"], urls=("http://127.0.0.1:1/x",) * 3)
@@ -207,15 +207,15 @@ def test_reads_files_pickled_again_and_says_so(
     assert len(caplog.messages) == len(archive.test | archive.meta)
 
 
-def test_a_flip_or_a_cut_of_an_official_file_is_damage(
+def test_a_changed_or_truncated_official_file_is_corrupt(
     tiny: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     files = tiny["cifar10"]
-    sound = files["data_batch_3"]
-    middle = len(sound) // 2
-    flipped = sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :]
-    for damaged in (flipped, sound[:middle]):
-        data_path = in_folder(tmp_path, "cifar-10-batches-py", files | {"data_batch_3": damaged})
+    valid = files["data_batch_3"]
+    middle = len(valid) // 2
+    flipped = valid[:middle] + bytes([valid[middle] ^ 1]) + valid[middle + 1 :]
+    for corrupt in (flipped, valid[:middle]):
+        data_path = in_folder(tmp_path, "cifar-10-batches-py", files | {"data_batch_3": corrupt})
         with pytest.raises(DataError, match=r"/data_batch_3: corrupt: wrong checksum, not the "):
             load_cifar("cifar10", "train", data_path=data_path)
         assert len(load_cifar("cifar10", "test", data_path=data_path)) == 4
@@ -267,11 +267,11 @@ def test_refuses_an_archive_with_another_checksum(
         load_cifar("cifar10", "test", data_path=data_path)
 
 
-def test_names_the_file_that_a_folder_lacks(
+def test_names_the_missing_file_of_a_folder(
     tiny: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     data_path = in_folder(tmp_path, "cifar-10-batches-py", tiny["cifar10"])
     (data_path / "cifar-10-batches-py" / "test_batch").unlink()
-    for part in ("train", "test"):  # a run needs both: it must not find out at its end
+    for part in ("train", "test"):  # a run needs both, and must report it at the start
         with pytest.raises(DataError, match=r"cifar-10-batches-py/test_batch: no such file"):
             load_cifar("cifar10", part, data_path=data_path)  # type: ignore[arg-type]

@@ -85,8 +85,8 @@ def test_encodes_to_latin1_only() -> None:
 
 
 def test_every_truncation_is_refused() -> None:
-    whole = pickle.dumps(CONTENT, protocol=2)
-    cuts = [whole[:length] for length in range(len(whole))]
+    complete = pickle.dumps(CONTENT, protocol=2)
+    cuts = [complete[:length] for length in range(len(complete))]
     for content in cuts:
         with pytest.raises(DataError, match=r"^a file: corrupt: not a complete pickle"):
             load_arrays(content, "a file")

@@ -100,7 +100,7 @@ def test_turns_gray_as_pillow_does(parts: dict[str, ImageSet]) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_goes_to_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_cifar(*words: str, data_path: Path) -> ImageSet:
@@ -113,7 +113,7 @@ def test_goes_to_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(dataset, "train", Path("there")), (dataset, "test", Path("there"))]
 
 
-def test_goes_to_folders(tmp_path: Path) -> None:
+def test_loads_folders(tmp_path: Path) -> None:
     for name, level in (("dark", 20), ("light", 200)):
         (tmp_path / name).mkdir()
         for number in range(11):

@@ -1,4 +1,4 @@
-"""Downloads from mirrors that cut, lie, ignore and fall silent."""
+"""Downloads from mirrors that break off, send wrong bytes, ignore ranges or do not answer."""
 
 import hashlib
 import re
@@ -68,7 +68,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def test_downloads_a_file_whole(site: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_downloads_a_file(site: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     target = tmp_path / "a" / "new folder" / "set.tar.gz"
     assert fetch([f"{site}/good"], target, md5=MD5) == target
     assert target.read_bytes() == CONTENT
@@ -76,7 +76,7 @@ def test_downloads_a_file_whole(site: str, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("", f"downloading {site}/good\n")
 
 
-def test_the_next_mirror_goes_on_where_the_last_was_cut(site: str, tmp_path: Path) -> None:
+def test_the_next_mirror_resumes(site: str, tmp_path: Path) -> None:
     target = fetch([f"{site}/cut", f"{site}/good"], tmp_path / "set", md5=MD5)
     assert target.read_bytes() == CONTENT
     (first, nothing), (second, wanted) = Mirror.asked
@@ -84,7 +84,7 @@ def test_the_next_mirror_goes_on_where_the_last_was_cut(site: str, tmp_path: Pat
     assert 0 < int(re.findall(r"\d+", wanted)[0]) <= CUT
 
 
-def test_the_next_call_goes_on_where_the_last_was_cut(site: str, tmp_path: Path) -> None:
+def test_the_next_call_resumes(site: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^set could not be downloaded; tried .*/cut \(cut off\)$"):
         fetch([f"{site}/cut"], tmp_path / "set", md5=MD5)
     partial = tmp_path / "set.part"
@@ -96,18 +96,18 @@ def test_the_next_call_goes_on_where_the_last_was_cut(site: str, tmp_path: Path)
     assert (tmp_path / "set").read_bytes() == CONTENT
 
 
-def test_starts_again_where_a_mirror_ignores_ranges(site: str, tmp_path: Path) -> None:
+def test_starts_over_if_a_mirror_ignores_ranges(site: str, tmp_path: Path) -> None:
     (tmp_path / "set.part").write_bytes(CONTENT[:CUT])
     assert fetch([f"{site}/no-range"], tmp_path / "set", md5=MD5).read_bytes() == CONTENT
     assert Mirror.asked == [("/no-range", f"bytes={CUT}-")]
 
 
-def test_a_part_that_is_whole_is_taken(site: str, tmp_path: Path) -> None:
+def test_a_complete_partial_file_is_used(site: str, tmp_path: Path) -> None:
     (tmp_path / "set.part").write_bytes(CONTENT)
     assert fetch([f"{site}/good"], tmp_path / "set", md5=MD5).read_bytes() == CONTENT
 
 
-def test_wrong_bytes_are_thrown_away(site: str, tmp_path: Path) -> None:
+def test_wrong_bytes_are_discarded(site: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"/wrong \(wrong checksum\)$"):
         fetch([f"{site}/wrong"], tmp_path / "set", md5=MD5)
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +115,7 @@ def test_wrong_bytes_are_thrown_away(site: str, tmp_path: Path) -> None:
     assert (tmp_path / "set").read_bytes() == CONTENT
 
 
-def test_tells_all_that_was_tried(
+def test_reports_every_mirror_that_was_tried(
     site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "ANSWER_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""The cut between training and validation: fixed, exact, stratified."""
+"""The split between training and validation: fixed, exact, stratified."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ def split_indices(labels: torch.Tensor, given: int | None) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, 14), (0, 0), (1, 1), (37, 37), (140, 140)])
-def test_cuts_exactly_and_loses_no_image(given: int | None, wanted: int) -> None:
+def test_splits_exactly_and_loses_no_image(given: int | None, wanted: int) -> None:
     train, validation = split_indices(unequal_labels(), given)
     assert len(validation) == wanted
     assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(141))
@@ -48,7 +48,7 @@ def test_the_largest_fractions_are_rounded_up() -> None:
     assert labels[validation].bincount(minlength=5).tolist() == [0, 0, 1, 3, 10]
 
 
-def test_is_the_same_for_ever() -> None:
+def test_never_changes() -> None:
     labels = torch.arange(50_000) * 7 % 10
     _, validation = split_indices(labels, None)
     assert labels[validation].bincount().tolist() == [500] * 10
@@ -63,6 +63,6 @@ def test_does_not_depend_on_what_was_drawn_before() -> None:
     assert torch.equal(split_indices(labels, 20)[1], first)
 
 
-def test_refuses_to_leave_nothing_to_train_on() -> None:
+def test_refuses_to_hold_out_every_image() -> None:
     with pytest.raises(ConfigError, match=r"^validation_images is 141, but there are 141 "):
         split_indices(unequal_labels(), 141)

@@ -64,7 +64,7 @@ def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
     assert trees(tmp_path) == {"train": "."}
 
 
-def test_other_folders_beside_splits_are_reported(tmp_path: Path) -> None:
+def test_other_folders_next_to_splits_are_reported(tmp_path: Path) -> None:
     make(tmp_path, "train/cat/1.png", "test/cat/1.png", "extra/cat/1.png")
     assert [path.name for path in find_layout(tmp_path).unused] == ["extra"]
 

@@ -1,4 +1,4 @@
-"""Any picture -> RGB bytes."""
+"""Any picture file -> RGB bytes."""
 
 import contextlib
 import io

@@ -26,7 +26,7 @@ VIT = {"num_attention_heads": 3, "layer_norm_eps": 1e-6, "image_size": SIDE}
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture of smooth noise, whose every pixel tells where it was."""
+    """A picture of smooth noise, in which every pixel encodes its position."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (height // 25 + 2, width // 25 + 2, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -304,7 +304,7 @@ def test_the_transformers_library_agrees(tmp_path: Path) -> None:
     assert np.abs(theirs.transpose(1, 2, 0) - ours).max() < 0.02
 
 
-def test_a_margin_is_cut_from_every_picture_and_told_to_the_maps() -> None:
+def test_a_margin_is_cropped_from_every_picture_and_known_to_the_maps() -> None:
     framing = Framing("crop", "nearest", 0.5)
     picture_HWC = np.zeros((40, 80, 3), np.uint8)
     picture_HWC[10:30, 30:50] = 255
@@ -346,9 +346,9 @@ def test_every_command_that_loads_weights_has_the_flags(
 ) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for flag in ("--mean", "--std", "--fit", "--interpolation", "--crop_pct"):
-        assert flag in told, flag
+        assert flag in printed, flag
 
 
 def test_the_flags_of_convert_are_written_into_the_file(tmp_path: Path) -> None:

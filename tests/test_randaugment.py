@@ -128,7 +128,7 @@ def test_each_image_and_slot_draws_one_operation_uniformly(
     assert abs(torch.cat(signs).mean()) < 0.06
 
 
-def test_the_whole_is_pillows_operations_one_after_another(
+def test_the_result_is_pillows_operations_in_sequence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw_BCHW = pictures(3).repeat(4, 1, 1, 1)

@@ -78,7 +78,7 @@ def test_masks_are_one_object_of_a_fitting_size(shapes: ImageSet) -> None:
     assert share_B.max() < 0.45
 
 
-def test_an_object_differs_from_the_ground_beside_it(shapes: ImageSet) -> None:
+def test_an_object_differs_from_the_background_around_it(shapes: ImageSet) -> None:
     assert shapes.masks_BHW is not None
     mask_B1HW = shapes.masks_BHW[:, None].float()
     beside_B1HW = F.max_pool2d(mask_B1HW, 5, stride=1, padding=2) - mask_B1HW
@@ -91,20 +91,20 @@ def test_an_object_differs_from_the_ground_beside_it(shapes: ImageSet) -> None:
     assert contrast_B.quantile(0.01) > 60
 
 
-def test_pixels_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
+def test_pixels_alone_do_not_reveal_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
     sets = [shapes, unseen]
     pixels = [s.raw_BCHW.float().flatten(1) / 128 - 1 for s in sets]
     assert accuracy_of_ridge(*pixels, sets) < 0.45
 
 
-def test_colors_alone_do_not_tell_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
+def test_colors_alone_do_not_reveal_the_class(shapes: ImageSet, unseen: ImageSet) -> None:
     colors, unseen_colors = (s.raw_BCHW.float().mean((2, 3)) for s in (shapes, unseen))
     nearest_B = torch.cdist(unseen_colors, colors).argmin(1)
     assert (shapes.labels_B[nearest_B] == unseen.labels_B).float().mean() < 0.16
 
 
-def test_the_masks_do_tell_more_than_chance(shapes: ImageSet, unseen: ImageSet) -> None:
-    """The labels belong to the pictures: the area of the object alone tells something."""
+def test_the_masks_reveal_more_than_chance(shapes: ImageSet, unseen: ImageSet) -> None:
+    """The labels belong to the pictures: the area of the object alone is informative."""
     sets = [shapes, unseen]
     areas = [s.masks_BHW.flatten(1).float().mean(1) for s in sets if s.masks_BHW is not None]
     features = [torch.stack([a, a**2, a**3], 1) * 10 for a in areas]

@@ -134,7 +134,7 @@ def _require(condition: bool, otherwise: str) -> None:
 
 
 def _find(module: str, name: str) -> Any:
-    """Return what an allowed name stands for.
+    """Return the object that an allowed name refers to.
 
     Raises:
         DataError: it is another name.

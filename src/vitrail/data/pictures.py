@@ -295,5 +295,5 @@ def _doubles(values_HW: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the values in double precision, a million at a time to save memory."""
     flat = values_HW.reshape(-1)
     for start in range(0, flat.size, 1_000_000):
-        with np.errstate(invalid="ignore"):  # NumPy warns of some NaN in damaged files
+        with np.errstate(invalid="ignore"):  # NumPy warns of some NaN in corrupt files
             yield flat[start : start + 1_000_000].astype(np.float64)
