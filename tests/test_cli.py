@@ -303,20 +303,20 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
     check(pictures, "pictures")
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1])
-    check(weights, "model.safetensors", "not a sound safetensors file")
+    check(weights, "model.safetensors", "not a valid safetensors file")
     weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     check(weights, "model.safetensors: altered")
     torch.save({"layer.weight": torch.ones(2, 3)}, here / "foreign.pt")
     check(here / "foreign.pt", "foreign.pt: weights of no layout known here")
     (here / "code.pt").write_bytes(pickle.dumps(RunsCode()))
-    check(here / "code.pt", "code.pt: not a sound file of weights")
+    check(here / "code.pt", "code.pt: not a valid file of weights")
     assert not (here / "was_run").exists()
     checkpoint = read_pointer(run_folder / "checkpoints", "BEST")
     model = checkpoint / "model.safetensors"
     sound = model.read_bytes()
     model.write_bytes(sound[:-1])
     try:
-        check(run_folder, "model.safetensors: altered or truncated")
+        check(run_folder, "model.safetensors: checksum mismatch")
     finally:
         model.write_bytes(sound)
 

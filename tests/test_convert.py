@@ -21,7 +21,7 @@ from vitrail.model.finetune import resize_positions
 from vitrail.model.vit import VisionTransformer
 from vitrail.weights.formats import convert, restate, timm
 from vitrail.weights.formats.foreign import read_state
-from vitrail.weights.formats.sizes import forward_mul
+from vitrail.weights.formats.rules import forward_mul
 
 LAYOUTS = ("reference", "timm", "huggingface", "google")
 
@@ -171,7 +171,9 @@ def test_half_matching_files_name_their_first_keys(layout: str) -> None:
 
 
 def test_unknown_weights_name_their_first_keys() -> None:
-    with pytest.raises(CheckpointError, match=r"no layout known here .* keys layer\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"unrecognized checkpoint format .*keys: layer\.weight"
+    ):
         convert({"layer.weight": torch.ones(2, 3)})
 
 
@@ -182,7 +184,7 @@ def test_what_vitrail_cannot_compute_is_refused_by_its_key() -> None:
 
 
 def test_a_head_count_is_never_guessed_in_silence() -> None:
-    with pytest.raises(CheckpointError, match="width of 24: give n_attention_heads"):
+    with pytest.raises(CheckpointError, match="width 24: give n_attention_heads"):
         convert(make_state("timm"))
     with pytest.raises(ConfigError, match="n_attention_heads 7"):
         convert(make_state("reference"), n_attention_heads=7)
@@ -196,10 +198,10 @@ def test_a_head_count_is_never_guessed_in_silence() -> None:
 @pytest.mark.parametrize(
     ("changes", "layout", "words"),
     [
-        ({"stem": "conv", "patch_size": 4}, "timm", "no place for stem conv: only patch"),
-        ({"position": "rope"}, "huggingface", "no place for position rope: only learned"),
-        ({"head": "mlp"}, "huggingface", "no place for head mlp"),
-        ({"pool": "mean"}, "huggingface", "no place for pool mean"),
+        ({"stem": "conv", "patch_size": 4}, "timm", "does not support stem conv: only patch"),
+        ({"position": "rope"}, "huggingface", "does not support position rope: only learned"),
+        ({"head": "mlp"}, "huggingface", "does not support head mlp"),
+        ({"pool": "mean"}, "huggingface", "does not support pool mean"),
         ({}, "google", "hidden_act gelu: only gelu_tanh"),
         ({"layer_norm_eps": 1e-4}, "timm", "layer_norm_eps 0.0001: only 1e-05 or 1e-06"),
     ],

@@ -126,7 +126,7 @@ def test_other_files_are_refused(tmp_path: Path, images_file: Path) -> None:
         load_onnx(tmp_path / "none.onnx")
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(images_file.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"damaged\.onnx: not a sound ONNX file"):
+    with pytest.raises(CheckpointError, match=r"damaged\.onnx: not a valid ONNX file"):
         load_onnx(damaged)
     metadata = write_metadata(CONFIG, CLASSES, "images")
     with pytest.raises(CheckpointError, match="its first input is 'x'"):

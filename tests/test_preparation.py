@@ -155,7 +155,7 @@ def test_every_step_of_a_processor_is_done(tmp_path: Path, changes: dict[str, An
         ({"resample": 7}, "resample 7"),
         ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values"),
         ({"do_resize": False, **CROP}, "do_center_crop without do_resize"),
-        ({"image_processor_type": "ConvNextImageProcessor"}, "does not say do_center_crop"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "does not specify do_center_crop"),
     ],
 )
 def test_what_is_not_understood_is_refused(
@@ -193,7 +193,7 @@ def test_timms_steps_are_done(tmp_path: Path, mode: str, share: float) -> None:
 
 def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Path) -> None:
     folder = timm(tmp_path / "timm", {"crop_mode": "border", "interpolation": "random"})
-    with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*by --fit$"):
+    with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*with --fit$"):
         vitrail.load(folder, device="cpu")
     with pytest.raises(CheckpointError, match=r"interpolation 'random'.*by --interpolation$"):
         vitrail.load(folder, fit="pad", crop_pct=1.0, device="cpu")
@@ -230,7 +230,7 @@ def test_wrong_settings_from_python_are_refused() -> None:
         vitrail.load("cifar10", dataset="folder", device="cpu")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="fit is 'stretch'"):
         vitrail.load("cifar10", fit="stretch", device="cpu")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"crop_pct 0\.5 cuts off"):
+    with pytest.raises(ConfigError, match=r"crop_pct 0\.5 crops"):
         vitrail.load("cifar10", fit="pad", crop_pct=0.5, device="cpu")
 
 

@@ -31,11 +31,12 @@ from vitrail.weights.checkpoint import (
     MODEL,
     TRAINING,
     CheckpointInfo,
+    hash_tensors,
     save_checkpoint,
+    seal,
 )
 from vitrail.weights.formats.foreign import write_foreign
 from vitrail.weights.pretrained import load
-from vitrail.weights.sealed import hash_tensors, seal
 
 TINY = ModelConfig(
     image_size=8,

@@ -116,7 +116,7 @@ def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) ->
         replace_file(path, content)
         _report(path, len(content), difference)
         return
-    _quantise_and_measure(classifier, options, path, proto=proto, images=images)
+    _quantize_and_measure(classifier, options, path, proto=proto, images=images)
 
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
@@ -137,14 +137,14 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
     return images
 
 
-def _quantise_and_measure(
+def _quantize_and_measure(
     classifier: "Classifier", options: ExportOptions, path: Path, *, proto: Any, images: "ImageSet"
 ) -> None:
     """Quantize, measure the accuracy before and after, write, and report."""
-    from vitrail.export.int8 import compare, quantise
+    from vitrail.export.int8 import compare, quantize
     from vitrail.runtime.files import replace_file
 
-    small = quantise(proto).SerializeToString()
+    small = quantize(proto).SerializeToString()
     large = proto.SerializeToString()
     agreement = compare(
         {"float32": large, "int8": small},

@@ -51,8 +51,8 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     found = read(options.model, n_attention_heads=heads, preparation=given)
     for note in found.notes:
         print_err(f"{options.model}: {note}")
-    licence = options.license or ("mit" if found.layout == OWN else None)
-    if licence is None:
+    license = options.license or ("mit" if found.layout == OWN else None)
+    if license is None:
         raise ConfigError(
             f"{options.model}: weights of another library have a license of their own: "
             "give --license"
@@ -63,10 +63,10 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     if result is None:
         print_err(f"{options.model}: not a finished run: its card will have no results")
     with tempfile.TemporaryDirectory() as folder:
-        write_hub_folder(Path(folder), found, options.hub_id, licence=licence, result=result)
+        write_hub_folder(Path(folder), found, options.hub_id, license=license, result=result)
         address = hub.upload(Path(folder), options.hub_id, private=options.private)
     name = options.hub_id.removeprefix(hub.PREFIX)
-    print_out(f"{address}  (license {licence})")
+    print_out(f"{address}  (license {license})")
     print_out(f"Try next: vitrail info {hub.PREFIX}{name}")
     return 0
 

@@ -21,12 +21,12 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Which inputs and outputs an exported model has; the names are told in ``onnx_predict``."""
+    """Which inputs and outputs an exported model has (see ``inference.onnx_classifier``)."""
 
     attention: bool = False
     """Give every block's attention as further outputs."""
     raw: bool = False
-    """Take bytes and give probabilities: normalising and softmax are part of the graph."""
+    """Take bytes and give probabilities: normalization and softmax are part of the graph."""
 
     @property
     def face(self) -> str:
@@ -58,7 +58,7 @@ class Graph(nn.Module):
         return (scores_BY.softmax(1) if self.settings.raw else scores_BY, *attentions)
 
     def batch(self, images: int) -> Tensor:
-        """Return so many pictures of noise as the input takes them; always the same."""
+        """Return this many noise pictures as the input takes them; always the same."""
         config = self.model.config
         raw_BHWC = torch.randint(
             256, (images, *config.image_hw, config.n_channels), dtype=torch.uint8,

@@ -14,10 +14,10 @@ from vitrail.export.onnx_file import label, runner
 from vitrail.optional import import_optional
 
 
-def quantise(proto: Any) -> Any:
+def quantize(proto: Any) -> Any:
     """Return the ONNX model with the weights of its linear layers as int8, scaled per channel.
 
-    The tokens are quantised as they come (dynamic quantisation), so no data are needed. The
+    Tokens are quantized at run time (dynamic quantization), so no data is needed. The
     products of attention, the stem and the norms stay in float32. The integers use 7 bits: with 8,
     processors without VNNI instructions overflow in the middle of a product.
     """

@@ -55,7 +55,7 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
 
 
 def label(proto: Any, metadata: dict[str, str]) -> None:
-    """Write what the file says of itself, and who made it, into an ONNX model."""
+    """Write the metadata and the producer into an ONNX model."""
     import_optional("onnx.helper").set_model_props(proto, metadata)
     proto.producer_name, proto.producer_version = "vitrail", version("vitrail")
     for node in proto.graph.node:
@@ -82,7 +82,7 @@ def runner(content: bytes) -> Callable[[Tensor], Sequence[Tensor]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to itself what torch's exporter says of its own insides."""
+    """Suppress the messages of torch's exporter about its internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

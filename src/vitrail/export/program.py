@@ -11,7 +11,7 @@ from vitrail.inference.classifier import Classifier
 from vitrail.inference.onnx_classifier import write_metadata
 
 METADATA = "vitrail.json"
-"""Name of the extra file in a .pt2 that says what an ONNX file's metadata say."""
+"""Name of the extra file in a .pt2 with the metadata that an ONNX file has."""
 
 
 def to_program(classifier: Classifier, settings: ExportSettings) -> tuple[bytes, float]:

@@ -87,7 +87,7 @@ class Classifier:
 
     def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
         """Return what ``predict`` returns, of pictures that ``read`` has read."""
-        probabilities_BY = self.probabilities(self.normalise(raw_BHWC))
+        probabilities_BY = self.probabilities(self.normalize(raw_BHWC))
         return rank(probabilities_BY.numpy(), self.classes, top_k)
 
     def explain(
@@ -130,7 +130,7 @@ class Classifier:
         raw_HWC = raw_1HWC[0]
         return Subject(
             model=self.model,
-            image_1CHW=self.normalise(raw_1HWC),
+            image_1CHW=self.normalize(raw_1HWC),
             raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
             picture_HWC=read_picture(picture, pixel_range=self.config.data.pixel_range),
             fit=framing(self.config.data),
@@ -143,12 +143,12 @@ class Classifier:
         """Turn pictures of any kind and size into what the model reads.
 
         Shapes:
-            images_BCHW, float32, normalised, on the model's device.
+            images_BCHW, float32, normalized, on the model's device.
 
         Raises:
             PictureError: a picture cannot be read.
         """
-        return self.normalise(self.read(pictures))
+        return self.normalize(self.read(pictures))
 
     def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
         """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
@@ -166,7 +166,7 @@ class Classifier:
             background=background,
         )
 
-    def normalise(self, raw_BHWC: np.ndarray) -> Tensor:
+    def normalize(self, raw_BHWC: np.ndarray) -> Tensor:
         """Turn bytes into what the model reads (B, C, H, W), float32, on the model's device."""
         raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
         return normalize(raw_BCHW, self.mean, self.std)

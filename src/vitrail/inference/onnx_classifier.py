@@ -1,6 +1,6 @@
 """Pictures -> predictions by an exported ONNX file. No torch here, so that it starts in a blink.
 
-A file says of itself, in its metadata, all that reading pictures needs:
+A file's metadata contain all that reading pictures needs:
 
     model           the model's settings as JSON: image_size, n_channels, n_classes, ...
     classes         their names, a JSON list in the order of the logits
@@ -11,7 +11,7 @@ A file says of itself, in its metadata, all that reading pictures needs:
     pixel_range     the values of black and white in 16-bit pictures, a JSON list, or null
     preprocessing   the same in words
 
-It has one of two faces. Input ``images`` (B, C, H, W), float32, normalised, gives ``logits``
+It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
 (B, Y); input ``raw`` (B, H, W, C), uint8, gives ``probabilities`` (B, Y). Further outputs
 ``attention_1`` ... ``attention_L`` (B, A, T, T) are the blocks' attention.
 """
@@ -40,12 +40,12 @@ PREPROCESSING = {
     "images": "RGB pictures, fitted to image_size, (value / 255 - mean) / std, float32, "
     "batch x channels x height x width; the output is logits",
     "raw": "RGB pictures, fitted to image_size, uint8, batch x height x width x channels; "
-    "normalising is part of the graph; the output is probabilities",
+    "normalization is part of the graph; the output is probabilities",
 }
 
 
 def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[str, str]:
-    """Return what a file says of itself; nothing in it tells of the machine that wrote it."""
+    """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
     names = ("mean", "std", "crop_pct", "pixel_range")
     data = {name: json.dumps(sections["data"][name]) for name in names}
@@ -156,10 +156,10 @@ class OnnxClassifier:
         """Return the probabilities (B, Y) of one batch.
 
         Raises:
-            CheckpointError: the file does not compute what it says it does.
+            CheckpointError: the file does not compute what its metadata claim.
         """
         face = self.session.get_inputs()[0].name
-        batch = raw_BHWC if face == "raw" else self.normalise(raw_BHWC)
+        batch = raw_BHWC if face == "raw" else self.normalize(raw_BHWC)
         try:
             (scores_BY,) = self.session.run([FACES[face]], {face: batch})
         except runtime_errors() as error:
@@ -171,7 +171,7 @@ class OnnxClassifier:
             )
         return scores_BY if face == "raw" else softmax(scores_BY)
 
-    def normalise(self, raw_BHWC: np.ndarray) -> np.ndarray:
+    def normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Turn bytes into what the model reads (B, C, H, W), float32."""
         data = self.config.data
         scale_C, shift_C = channel_scale(data.mean, data.std, raw_BHWC.shape[3])
@@ -190,7 +190,7 @@ def load_onnx(
     Args:
         path: the file.
         device: cuda needs onnxruntime-gpu; auto takes it where it is there.
-        threads: how many compute; as many as there are cores unless given.
+        threads: number of threads. Default: the number of cores.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged or foreign.
@@ -206,7 +206,7 @@ def load_onnx(
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except runtime_errors() as error:
-        raise CheckpointError(f"{path}: not a sound ONNX file: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a valid ONNX file: {first_line(error)}") from error
     config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
     face = session.get_inputs()[0].name
     if FACES.get(face) != session.get_outputs()[0].name:

@@ -26,7 +26,7 @@ LISTED_TRIALS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One trial, as it is told."""
+    """One trial, as it is reported."""
 
     number: int
     state: str
@@ -53,7 +53,7 @@ class Outcome:
 
     def line(self) -> str:
         """Return the trial in one line."""
-        settings = ", ".join(f"{name} {tell(value)}" for name, value in self.params.items())
+        settings = ", ".join(f"{name} {format_value(value)}" for name, value in self.params.items())
         end = f": {self.error}" if self.error else ""
         return (
             f"trial {self.number} {self.state} after {self.epochs} epochs, "
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def outcomes(study: Any) -> list[Outcome]:
-    """Return all trials of a study that have begun: whole ones first, the best ahead."""
+    """Return all started trials of a study: completed ones first, the best at the top."""
     all_trials = [
         Outcome.of(t) for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING"
     ]
@@ -72,7 +72,7 @@ def outcomes(study: Any) -> list[Outcome]:
     )
 
 
-def tell(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as a flag takes it, numbers in four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -87,7 +87,9 @@ def trial_table(trials: Sequence[Outcome]) -> Table:
     if reasons:
         table.add_column("reason", overflow="fold")
     for trial in trials[:LISTED_TRIALS]:
-        values = [tell(trial.params[name]) if name in trial.params else "" for name in names]
+        values = [
+            format_value(trial.params[name]) if name in trial.params else "" for name in names
+        ]
         row = [str(trial.number), trial.state, percent(trial.accuracy, 2), str(trial.epochs)]
         cells = [*row, *values, *([trial.error] if reasons else [])]
         table.add_row(*(Text(printable(cell)) for cell in cells))
@@ -108,7 +110,7 @@ def write_csv(trials: Sequence[Outcome], path: Path) -> None:
 
 
 def importances(study: Any) -> dict[str, float]:
-    """Return the share of each setting in what made trials good; empty if nothing can be told.
+    """Return the share of each setting in what made trials good; empty if nothing can be computed.
 
     Source: Watanabe et al. 2023, "PED-ANOVA", arXiv:2304.10255.
     """
@@ -128,7 +130,7 @@ def plot_importances(shares: Mapping[str, float], trials: int, path: Path) -> No
     figure = Figure(figsize=(7, 1.4 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.barh(names, [shares[name] for name in names], color=BLUE)
-    axes.set(xlabel=f"share of the importance, from {trials} whole trials", xlim=(0, 1))
+    axes.set(xlabel=f"share of the importance, from {trials} completed trials", xlim=(0, 1))
     tidy(axes)
     write_title(axes, "Which settings matter")
     save_figure(figure, path)

@@ -14,7 +14,7 @@ from vitrail.errors import ConfigError, nearest
 FIXED = {field.name for field in fields(RunConfig)} - {"seed"} | {
     *("dataset", "data_path", "validation_images", "num_test_images", "num_workers")
 }
-"""Settings that say where and on what is measured: they are the same in all trials."""
+"""Settings of where and on what data trials run: they are the same in all trials."""
 
 Value = bool | int | float | str | None
 

@@ -30,7 +30,7 @@ from vitrail.training.run_folder import new_folder
 HEARTBEAT_SECONDS = 5
 """A running trial signs on so often."""
 GRACE_SECONDS = 30
-"""A trial that has not signed on for so long was killed: another process takes it up again."""
+"""A trial without a heartbeat for this long was killed: another process repeats it."""
 RETRIES = 2
 """How often a trial that was killed is taken up again; it may be the reason itself."""
 POLL_SECONDS = 1.0
@@ -53,7 +53,7 @@ class SweepSettings:
     trials: int = 20
     pruner: Pruning = "median"
     storage: str = ""
-    """URL of a database that Optuna knows; SQLite in the study's folder unless given."""
+    """URL of a database that Optuna knows; Default: SQLite in the study's folder."""
 
 
 class Stopped(Exception):  # noqa: N818 (no error: a signal asked for it)
@@ -92,7 +92,7 @@ class Sweep:
         self.agree(signature(base, settings.search))
 
     def seed_sampler(self, number: int) -> None:
-        """Give the study a sampler that draws what the reference and the number of a trial say.
+        """Give the study a sampler that draws by the seed and the number of a trial.
 
         Processes that share a study so draw different trials, and one alone draws the same again.
         """

@@ -11,7 +11,7 @@ DEFAULT = "cifar10"
 
 @dataclass(frozen=True)
 class Card:
-    """What a bundled model is, and how good."""
+    """What a bundled model is and how accurate it is."""
 
     data: str
     """What it was trained on."""
@@ -22,9 +22,9 @@ class Card:
     validation_accuracy: float
     """Share of the validation split, by which it was chosen."""
     parameters: int
-    """How many numbers were learnt."""
+    """Number of learned parameters."""
     record: str
-    """The folder of the repository that tells of the run."""
+    """The folder of the repository that documents the run."""
 
 
 def names() -> list[str]:

@@ -6,11 +6,11 @@
         ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of
         │                        the others and of itself
         ├── model.safetensors    the weights that predict (the moving average, where there is one)
-        └── training.safetensors what only going on needs: optimizers, raw weights
+        └── training.safetensors only needed to resume: optimizers, raw weights
 
-A folder is written under another name, flushed, and renamed: what bears the name is whole. No file
-holds code, and a changed byte is found by its hash. The hashes guard against accidents, not
-against somebody who can write new ones.
+A folder is written under another name, flushed, and renamed, so that a folder is complete. No file
+contains code, and a changed byte is detected by its hash. The hashes protect against accidents,
+not against somebody who can write new ones.
 """
 
 import hashlib
@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError
 from vitrail.runtime.files import flush_folder, replace_file, write_flushed
-from vitrail.weights.sealed import hash_tensors, pack, read_bytes, seal, unpack, unseal
 
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
@@ -43,7 +45,7 @@ LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself; all that test, predict and explain need besides weights."""
+    """The description of a checkpoint: all that test, predict and explain need besides weights."""
 
     config: Config
     classes: tuple[str, ...]
@@ -104,7 +106,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint folder, all of it or nothing.
+    """Write a checkpoint folder, atomically.
 
     Raises:
         OutputError: it cannot be written (no space, no permission).
@@ -142,19 +144,19 @@ def put_in_place(partial: Path, folder: Path, old: Path) -> None:
 
 
 def load_info(folder: Path) -> CheckpointInfo:
-    """Read what the checkpoint says of itself.
+    """Read the description of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, foreign, or bears the name of another one.
+        CheckpointError: it is missing, damaged, of another program, or named as another one.
     """
     info = CheckpointInfo.from_json(read_info(folder), folder / INFO)
     if step_of(folder) not in (None, info.numbers.get("step")):
-        raise CheckpointError(f"{folder / INFO}: tells another number of updates than its folder")
+        raise CheckpointError(f"{folder / INFO}: step does not match the folder name")
     return info
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the number of updates that a checkpoint folder's name tells, if it is such a name."""
+    """Return the step in the name of a checkpoint folder; None for other names."""
     match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
     return int(match[1]) if match else None
 
@@ -169,7 +171,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_training(folder: Path) -> dict[str, Tensor]:
-    """Read what going on needs besides the weights, if its hash is right.
+    """Read what resuming needs besides the weights, if the hash is right.
 
     Raises:
         CheckpointError: it is missing, truncated or altered.
@@ -201,12 +203,14 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         raise CheckpointError(f"{path}: not written by vitrail: it does not describe its model")
     content = unseal(described, path)
     if content.get("sha256") != hash_tensors(tensors):
-        raise CheckpointError(f"{path}: altered: the weights have another sha256 than it says")
+        raise CheckpointError(
+            f"{path}: checksum mismatch: the weights were modified or are corrupt"
+        )
     return CheckpointInfo.from_json(content, path), tensors
 
 
 def describes_itself(path: Path) -> bool:
-    """Tell whether a ``.safetensors`` file is one that save_weights_file() wrote."""
+    """Return whether a ``.safetensors`` file was written by save_weights_file()."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -221,7 +225,7 @@ def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def sign(pointer: str, target: str) -> str:
-    """Return a hash that tells a changed name, and LAST from BEST."""
+    """Return a hash that detects a changed name, and LAST in place of BEST."""
     return hashlib.sha256(f"{pointer} {target}".encode()).hexdigest()[:16]
 
 
@@ -229,12 +233,12 @@ def read_pointer(checkpoints: Path, name: str) -> Path:
     """Return the checkpoint folder that LAST or BEST names.
 
     Raises:
-        CheckpointError: there is no such pointer, it was altered, or it points at nothing.
+        CheckpointError: the pointer is missing, was modified, or names no checkpoint.
     """
     text = read_bytes(checkpoints / name).decode(errors="replace").strip()
     target, space, signature = text.partition(" ")  # no hash where an older version wrote it
     if space and signature != sign(name, target):
-        raise CheckpointError(f"{checkpoints / name}: altered: {text!r:.60}")
+        raise CheckpointError(f"{checkpoints / name}: checksum mismatch: {text!r:.60}")
     if not STEP.fullmatch(target) or not (checkpoints / target).is_dir():
         raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
     return checkpoints / target
@@ -248,18 +252,68 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one file of tensors and hold its hash against checkpoint.json."""
+    """Read one file of tensors and check its hash against checkpoint.json."""
     hashes = read_info(folder).get("sha256")
     content = read_bytes(folder / name)
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(hashes, dict) or hashes.get(name) != digest:
         raise CheckpointError(
-            f"{folder / name}: altered or truncated: its sha256 is {digest[:16]}…"
+            f"{folder / name}: checksum mismatch: modified or truncated (sha256 {digest[:16]}…)"
         )
     return unpack(content, folder / name)
 
 
 def clear(*folders: Path) -> None:
-    """Remove folders that may be there or not."""
+    """Remove folders that may or may not exist."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Return tensors as the bytes of a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return bytes(save_safetensors(plain, metadata))
+
+
+def unpack(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file."""
+    try:
+        return dict(load_safetensors(content))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from error
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Return JSON text that holds its own hash."""
+    return json.dumps({**content, "seal": digest_json(content)}, indent=1)
+
+
+def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
+    """Return what seal() was given, if it is unchanged."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number without end
+        raise CheckpointError(f"{where}: damaged: {error}") from error
+    if not isinstance(content, dict) or "seal" not in content:
+        raise CheckpointError(f"{where}: not a Vitrail checkpoint")
+    if content.pop("seal") != digest_json(content):
+        raise CheckpointError(f"{where}: checksum mismatch: the file was modified or is corrupt")
+    return content
+
+
+def digest_json(content: Any) -> str:
+    """Return the sha256 of a JSON value, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors, in any order."""
+    return hashlib.sha256(pack(dict(sorted(tensors.items())))).hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error

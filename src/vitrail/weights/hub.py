@@ -67,7 +67,7 @@ def hub_api() -> Any:
 
 @contextlib.contextmanager
 def worded(hub_id: str, kind: type[VitrailError]) -> Iterator[None]:
-    """Turn what the hub's client raises into one line of ours."""
+    """Turn an exception of the hub's client into one line."""
     from huggingface_hub import errors
 
     # A failed upload is a RuntimeError; connection errors are those of the HTTP library.

@@ -1,6 +1,6 @@
-"""A model -> the folder that goes on the hub: weights, settings, and a card that tells what it is.
+"""A model -> the folder that goes on the hub: weights, settings, and a model card.
 
-config.json         settings, classes, versions: what model.safetensors says of itself
+config.json         settings, classes, versions: the description in model.safetensors
 model.safetensors   the weights, in a file that describes itself
 README.md           the model card
 """
@@ -28,7 +28,7 @@ ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Data sets by their id on the hub."""
 
 SHOWN = 20
-"""How many class names the card tells."""
+"""Number of class names that the card lists."""
 USE = """```
 pip install -e ".[hub]"  # in a clone of Vitrail's repository
 vitrail predict --model_path HUB_ID PICTURE
@@ -51,7 +51,7 @@ LIMITS = """\
 
 
 def write_hub_folder(
-    folder: Path, source: Source, hub_id: str, *, licence: str, result: dict[str, Any] | None
+    folder: Path, source: Source, hub_id: str, *, license: str, result: dict[str, Any] | None
 ) -> None:
     """Write all that goes on the hub.
 
@@ -59,7 +59,7 @@ def write_hub_folder(
         folder: where to.
         source: the model.
         hub_id: what it will be called.
-        licence: an identifier of the hub's, e.g. ``mit``.
+        license: an identifier of the hub's, e.g. ``mit``.
         result: a finished run's result.json, where there is one.
 
     Raises:
@@ -70,7 +70,7 @@ def write_hub_folder(
     save_weights_file(folder / MODEL, info, source.weights)
     write_json(folder / CONFIG, {"model_type": "vitrail", **info.to_json()})
     name = hub_id.removeprefix(hub.PREFIX)
-    text = front_matter(info, name, licence, result) + body(info, name, licence, result)
+    text = front_matter(info, name, license, result) + body(info, name, license, result)
     replace_file(folder / CARD, text.encode())
 
 
@@ -86,10 +86,10 @@ def without_paths(config: Config) -> Config:
 
 
 def front_matter(
-    info: CheckpointInfo, name: str, licence: str, result: dict[str, Any] | None
+    info: CheckpointInfo, name: str, license: str, result: dict[str, Any] | None
 ) -> str:
     """Return the card's machine-readable part."""
-    hub.hub_api()  # says what to install where it is missing
+    hub.hub_api()  # reports what to install if it is missing
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = info.config.data.dataset
@@ -105,7 +105,7 @@ def front_matter(
         )
         known |= {"model_name": name, "eval_results": [figure], "metrics": ["accuracy"]}
     data = ModelCardData(
-        license=licence,
+        license=license,
         library_name="vitrail",
         pipeline_tag="image-classification",
         tags=["vision-transformer", "image-classification"],
@@ -114,12 +114,12 @@ def front_matter(
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def body(info: CheckpointInfo, name: str, licence: str, result: dict[str, Any] | None) -> str:
+def body(info: CheckpointInfo, name: str, license: str, result: dict[str, Any] | None) -> str:
     """Return the card's part for people."""
     data, training = info.config.data, info.config.training
     start = f", starting from {training.init}" if training.init else ""
     trained = f"""Trained on {DATA[data.dataset]}{start}.
-Pixels, counted 0 to 1, are normalised with mean {list(data.mean)} and standard deviation
+Pixels, scaled to [0, 1], are normalized with mean {list(data.mean)} and standard deviation
 {list(data.std)}; pictures of another shape are fitted by "{data.fit}", resized by the filter
 "{data.interpolation}", and {data.crop_pct:.4g} of each side is kept around the center."""
     sections = {
@@ -128,10 +128,10 @@ Pixels, counted 0 to 1, are normalised with mean {list(data.mean)} and standard 
         "Data": trained,
         "Recipe": recipe(info.config),
         "Limits": LIMITS,
-        "Licence": f"{licence}. The data have terms of their own.",
+        "License": f"{license}. The data set has its own terms.",
     }
-    told = [f"## {title}\n\n{text}" for title, text in sections.items()]
-    parts = [f"# {name}", summary(info), *told]
+    parts_of = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    parts = [f"# {name}", summary(info), *parts_of]
     return "\n" + "\n\n".join(parts) + "\n"
 
 

@@ -82,7 +82,7 @@ def load(
             of Vitrail; weights of the reference system (``.pt``), timm (``.safetensors``, ``.pth``,
             or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
             ``hf:OWNER/NAME``.
-        n_attention_heads: the head count, where the files do not say it. Default: 4 for the
+        n_attention_heads: the head count, where the files do not contain it. Default: 4 for the
             reference's ``.pt``, the usual one of their width for timm's files.
         device: auto, cpu, cuda or mps.
         preparation: how pictures are prepared: ``mean``, ``std``, ``fit``, ``interpolation``,
@@ -123,7 +123,7 @@ def read(
     Args:
         source: as for ``load``.
         n_attention_heads: as for ``load``.
-        preparation: fields of PREPARATION that go over what the files say.
+        preparation: fields of PREPARATION that override the files.
 
     Raises:
         CheckpointError: as ``load``, but weights without a head are welcome.
@@ -177,8 +177,8 @@ def read_own(path: Path) -> Source | None:
             return None
         source = Source(*load_weights_file(folder / MODEL))
         if (folder / CONFIG).exists():  # as on the hub, for people to read
-            told = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
-            if (told.config, told.classes) != (source.info.config, source.info.classes):
+            described = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
+            if (described.config, described.classes) != (source.info.config, source.info.classes):
                 raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
         return source
     return Source(*load_weights_file(path)) if describes_itself(path) else None
@@ -190,8 +190,8 @@ def read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, An
     for name, what in found.refused.items():
         if name not in given:
             raise CheckpointError(
-                f"{path}: its pictures are prepared by {what}, which Vitrail has not: choose what "
-                f"comes nearest by --{name}"
+                f"{path}: its pictures are prepared by {what}, which Vitrail does not support: "
+                f"choose the nearest option with --{name}"
             )
     dataset = "cifar10" if found.layout == "reference" else "folder"
     data = change_data(DataConfig(), {"dataset": dataset, **found.data, **given})
@@ -246,12 +246,12 @@ def start_from(
     Raises:
         CheckpointError: they are of another model, or have a head for other classes.
     """
-    # The model's head count was settled with its weights: files that do not tell it cannot object.
+    # The model's head count was settled with its weights: files without it cannot contradict.
     found = read(training.init, n_attention_heads=model.config.n_attention_heads)
     names = found.info.classes
     if not training.new_head and found.classes_known and names != classes:
         raise CheckpointError(
-            f"{training.init}: its head is for {', '.join(names[:3])}…, the data have "
+            f"{training.init}: its head is for {', '.join(names[:3])}…, the data set has "
             f"{', '.join(classes[:3])}…: give --new_head"
         )
     try:
@@ -284,7 +284,7 @@ def remodel(
 
 
 def save(source: Source, path: Path, layout: str = OWN) -> None:
-    """Write weights as one file of ours (``.safetensors``), or as another system lays them out.
+    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout.
 
     Raises:
         ConfigError: the layout has no place for such a model, or the name is not one of its files.

@@ -1,4 +1,4 @@
-"""Weights of other systems to ours and back: the reference's, timm's, Hugging Face's, Google's."""
+"""Weights of other systems, converted both ways: reference, timm, Hugging Face, Google."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -13,8 +13,7 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.weights.formats.google import GOOGLE
 from vitrail.weights.formats.huggingface import HUGGINGFACE
 from vitrail.weights.formats.reference import REFERENCE
-from vitrail.weights.formats.rules import State, first, read_rules, write_rules
-from vitrail.weights.formats.sizes import Layout
+from vitrail.weights.formats.rules import Layout, State, first, read_rules, write_rules
 from vitrail.weights.formats.timm import TIMM
 from vitrail.weights.formats.unwrap import unwrap
 
@@ -33,13 +32,13 @@ class Converted(NamedTuple):
     notes: list[str]
     """What was assumed, changed or left out."""
     classes: tuple[str, ...]
-    """Names, where its files tell them."""
+    """Names, where its files contain them."""
     data: dict[str, Any]
     """How pictures are prepared: the fields of PREPARATION."""
     assumed: tuple[str, ...]
-    """Which of these its files do not say."""
+    """Which of these its files do not specify."""
     refused: dict[str, str]
-    """Which of these its files say in a way that Vitrail does not have, and how."""
+    """Which of these its files specify in a way that Vitrail does not support, and how."""
 
 
 def is_known(key: str) -> bool:
@@ -47,7 +46,7 @@ def is_known(key: str) -> bool:
     return any(layout.signs.match(key) for layout in LAYOUTS.values())
 
 
-def recognise(state: State) -> Layout:
+def recognize(state: State) -> Layout:
     """Return the layout of a state dict, by the names of its keys.
 
     Raises:
@@ -59,7 +58,8 @@ def recognise(state: State) -> Layout:
     best = max(hits, key=lambda name: hits[name])
     if hits[best] == 0:
         raise CheckpointError(
-            f"weights of no layout known here ({', '.join(LAYOUTS)}); keys {first(list(state))}"
+            f"unrecognized checkpoint format (known: {', '.join(LAYOUTS)}); "
+            f"keys: {first(list(state))}"
         )
     return LAYOUTS[best]
 
@@ -75,17 +75,17 @@ def convert(
     Args:
         state: the tensors, by their names there.
         files: the JSON files that lay beside them, by name.
-        n_attention_heads: where the files do not tell.
+        n_attention_heads: where the files do not contain it.
 
     Raises:
         CheckpointError: keys are missing, unknown or of other shapes; it names the first.
         ConfigError: the head count does not divide the width.
     """
     state, notes = unwrap(state, is_known)
-    layout = recognise(state)
+    layout = recognize(state)
     strange = [k for k, t in state.items() if t.numel() == 0 or not t.is_floating_point()]
     if strange:
-        raise CheckpointError(f"tensors without numbers, or of whole numbers: {first(strange)}")
+        raise CheckpointError(f"empty or integer tensors: {first(strange)}")
     floats = {key: tensor.float() for key, tensor in state.items()}
     found = layout.find(floats, files or {}, n_attention_heads)
     rules = layout.rules(found.config)
@@ -107,7 +107,7 @@ def restate(config: ModelConfig, weights: State, layout: str) -> dict[str, Tenso
     """Return our weights in another layout.
 
     Raises:
-        ConfigError: the layout has no place for such a model.
+        ConfigError: the layout does not support such a model.
     """
     needs, rules = LAYOUTS[layout].needs, LAYOUTS[layout].rules
     weights = dict(weights)
@@ -117,7 +117,7 @@ def restate(config: ModelConfig, weights: State, layout: str) -> dict[str, Tenso
     for name, allowed in needs.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(
-                f"the layout {layout} has no place for {name} {getattr(config, name)}: "
+                f"the layout {layout} does not support {name} {getattr(config, name)}: "
                 f"only {' or '.join(map(str, allowed))}"
             )
     return write_rules(rules(config), weights)
@@ -131,7 +131,7 @@ def template(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def shorten(notes: list[str]) -> list[str]:
-    """Join notes that say the same of several keys."""
+    """Join equal notes on several keys."""
     keys: dict[str, list[str]] = {}
     for note in notes:
         key, _, words = note.partition(": ") if ": " in note else ("", "", note)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.runtime.files import replace_file, write_json
-from vitrail.weights.checkpoint import CheckpointInfo
+from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, unpack
 from vitrail.weights.formats import Converted, convert, huggingface, restate, timm
 from vitrail.weights.formats.processor import write_processor
 from vitrail.weights.formats.torch_pickle import BROKEN, read_pickle
-from vitrail.weights.sealed import pack, read_bytes, unpack
 
 CONFIG, PREPARATION = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -28,14 +27,14 @@ SUFFIXES = {"reference": ".pt", "google": ".npz"}
 FILES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz")
 """Files of weights, by the end of their names."""
 MOST_GROWTH = 20
-"""So many times its size an archive of weights may be when it is unpacked."""
+"""Largest size of an unpacked archive, as a multiple of its size."""
 
 
 def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
     """Read a file or folder of another system.
 
     Raises:
-        CheckpointError: it is damaged, of no known layout, or not wholly of one.
+        CheckpointError: it is damaged, of no known layout, or only partly of one.
         ConfigError: the head count does not divide the width.
     """
     weights, files = find_weights(path)
@@ -47,7 +46,7 @@ def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError,
             MemoryError) as error:  # fmt: skip
-        # It comes from strangers: any value may be of any type, any tensor of any shape.
+        # The file is untrusted: any value may be of any type, any tensor of any shape.
         what = CONFIG if files else "what it holds"
         raise CheckpointError(f"{path}: {what} is not one of a ViT: {error!s:.100}") from error
 
@@ -61,8 +60,8 @@ def find_weights(path: Path) -> tuple[Path, dict[str, Any]]:
             break
     else:
         raise CheckpointError(f"{path}: no {' or '.join(WEIGHTS)} in this folder")
-    told = [path / file for file in (CONFIG, PREPARATION) if (path / file).is_file()]
-    return path / name, {file.name: read_json_object(file) for file in told}
+    beside = [path / file for file in (CONFIG, PREPARATION) if (path / file).is_file()]
+    return path / name, {file.name: read_json_object(file) for file in beside}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -99,16 +98,16 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.asarray(archive[name])) for name in archive.files}
     except (*BROKEN, zipfile.BadZipFile, zlib.error, OSError, SyntaxError) as error:
-        raise CheckpointError(f"{path}: not a sound .npz file: {error!s:.100}") from error
+        raise CheckpointError(f"{path}: not a valid .npz file: {error!s:.100}") from error
 
 
 def write_foreign(
     path: Path, layout: str, info: CheckpointInfo, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a model as another system lays it out: a file, or a folder that tells all.
+    """Write a model as another system lays it out: a file, or a folder with its JSON files.
 
     Raises:
-        ConfigError: the layout has no place for such a model, or the name is not one of its files.
+        ConfigError: the layout does not support such a model, or the name is not one of its files.
         OutputError: it cannot be written.
     """
     wanted = SUFFIXES.get(layout)
@@ -133,10 +132,10 @@ def write_foreign(
 def write_folder(path: Path, layout: str, info: CheckpointInfo, state: dict[str, Tensor]) -> None:
     """Write weights and the JSON files from which timm or Hugging Face builds the model."""
     model, data = info.config.model, info.config.data
-    colours = {"mean": data.mean, "std": data.std}
+    colors = {"mean": data.mean, "std": data.std}
     if model.n_channels == 1:  # as data.images.normalize does
-        colours = {name: (sum(values) / 3,) for name, values in colours.items()}  # type: ignore[misc]
-    about = {**colours, "classes": info.classes, "data": data}
+        colors = {name: (sum(values) / 3,) for name, values in colors.items()}  # type: ignore[misc]
+    about = {**colors, "classes": info.classes, "data": data}
     describe = timm.describe if layout == "timm" else huggingface.describe
     files = {CONFIG: describe(model, about)}
     if layout == "huggingface":

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
-from vitrail.weights.formats.rules import Rule, State, one, tokens
-from vitrail.weights.formats.sizes import (
+from vitrail.weights.formats.rules import (
     Found,
     Layout,
+    Rule,
+    State,
     count_layers,
     forward_mul,
+    one,
     shape,
     square_image,
     square_patch,
+    tokens,
 )
 
 STEM, POSITIONS = "embedding/kernel", "Transformer/posembed_input/pos_embedding"

@@ -12,16 +12,20 @@ from torch import Tensor
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
 from vitrail.weights.formats.processor import read_processor
-from vitrail.weights.formats.rules import Rule, State, same, stacked, tokens
-from vitrail.weights.formats.sizes import (
+from vitrail.weights.formats.rules import (
     Found,
     Layout,
+    Rule,
+    State,
     choose_heads,
     count_layers,
     forward_mul,
+    same,
     shape,
     square_image,
     square_patch,
+    stacked,
+    tokens,
 )
 
 EMBEDDINGS = "vit.embeddings"
@@ -54,7 +58,7 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
     act = about.get("hidden_act", "gelu")
     if act not in ACTS:
         raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
-    told = about.get("num_attention_heads")
+    stated = about.get("num_attention_heads")
     hidden_dim = shape(plain, "vit.encoder.layer.0.intermediate.dense.weight", 2)[0]
     n_classes = len(plain["classifier.weight"]) if "classifier.weight" in plain else 0
     config = ModelConfig(
@@ -64,7 +68,7 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
         patch_size=patch_size,
         embed_dim=embed_dim,
         n_layers=count_layers(plain, r"vit\.encoder\.layer\.(\d+)\."),
-        n_attention_heads=choose_heads(embed_dim, n_attention_heads, told, notes),
+        n_attention_heads=choose_heads(embed_dim, n_attention_heads, stated, notes),
         forward_mul=forward_mul(hidden_dim, embed_dim),
         head="linear",
         hidden_act=ACTS[act],  # type: ignore[arg-type]
@@ -98,11 +102,11 @@ def plain_form(state: State, notes: list[str]) -> State:
 
 
 def image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | tuple[int, int]:
-    """Return the image size that config.json tells, or that of a square."""
-    told = about.get("image_size")
-    if told is None:
+    """Return the image size in config.json, or that of a square."""
+    stated = about.get("image_size")
+    if stated is None:
         return square_image(n_patches, patch_size, POSITIONS)
-    return told if isinstance(told, int) else (int(told[0]), int(told[1]))
+    return stated if isinstance(stated, int) else (int(stated[0]), int(stated[1]))
 
 
 def rules(config: ModelConfig) -> list[Rule]:

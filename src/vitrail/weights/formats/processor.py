@@ -8,7 +8,7 @@ from typing import Any
 
 from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.weights.formats.sizes import WAY_OUT, three
+from vitrail.weights.formats.rules import WAY_OUT, three
 
 FILE = "preprocessor_config.json"
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -22,13 +22,13 @@ SQUARE = ("ViT", "DeiT", "Beit")
 """Processors whose size, if one number, is both sides; others mean the shorter one."""
 COMPLETE = ("do_resize", "do_center_crop", "do_normalize", "size", "resample", "image_mean",
             "image_std")  # fmt: skip
-"""What a processor has to say whose defaults are not those of ViTImageProcessor."""
+"""What a processor must specify if its defaults are not those of ViTImageProcessor."""
 
 
 def read_processor(
     about: dict[str, Any], image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
-    """Return the fields of DataConfig that the file says.
+    """Return the fields of DataConfig that the file specifies.
 
     Raises:
         CheckpointError: it asks for something that Vitrail does not do.
@@ -40,7 +40,7 @@ def read_processor(
             f"{FILE}: {strange[0]} {about[strange[0]]!r:.40}: Vitrail does not do that: {WAY_OUT}"
         )
     if not kind.startswith("ViT") and (gaps := [name for name in COMPLETE if name not in about]):
-        raise CheckpointError(f"{FILE} of a {kind:.60} does not say {gaps[0]}: {WAY_OUT}")
+        raise CheckpointError(f"{FILE} of a {kind:.60} does not specify {gaps[0]}: {WAY_OUT}")
     data = colors(about)
     if (filter_number := about.get("resample")) is not None:
         if filter_number not in range(len(FILTERS)):
@@ -50,7 +50,7 @@ def read_processor(
 
 
 def colors(about: dict[str, Any]) -> dict[str, Any]:
-    """Return mean and std for pixels of 0..1, where the file says them or scales otherwise."""
+    """Return mean and std for pixels of 0..1, where the file specifies them or another scale."""
     factor = float(about.get("rescale_factor", 1 / 255)) if about.get("do_rescale", True) else 1.0
     scale = 255 * factor
     if not about.get("do_normalize", True):
@@ -97,7 +97,7 @@ def geometry(
 
 
 def shortest_edge(size: Any, kind: str) -> int | None:
-    """Return the length of the shorter side after resizing, if the file says that alone."""
+    """Return the length of the shorter side after resizing, if the file specifies that alone."""
     if isinstance(size, int) and not kind.startswith(SQUARE):
         return size
     if isinstance(size, dict) and size.get("shortest_edge") and not size.get("longest_edge"):

@@ -5,19 +5,24 @@ from typing import Any
 
 from vitrail.config.settings import ModelConfig
 from vitrail.data.cifar import CIFAR10_CLASSES
-from vitrail.weights.formats.rules import Rule, State, class_token, positions, same, stacked
-from vitrail.weights.formats.sizes import (
+from vitrail.weights.formats.rules import (
     Found,
     Layout,
+    Rule,
+    State,
+    class_token,
     count_layers,
     forward_mul,
+    positions,
+    same,
     shape,
     square_image,
     square_patch,
+    stacked,
 )
 
 HEADS = 4
-"""The reference's default head count, which its files do not tell."""
+"""The reference's default head count, which its files do not contain."""
 PREPARATION = {
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "fit": "squash", "interpolation": "bilinear",
     "crop_pct": 1.0,

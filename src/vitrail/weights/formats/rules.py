@@ -1,33 +1,41 @@
-"""Tables of names, for both ways: which tensors of ours hold the numbers of which of theirs.
+"""How other systems lay out a Vision Transformer: rules between tensors, sizes read off shapes.
 
-A layout is a list of such rules, so what reads a layout also writes it, and the shapes a file
-should have follow from the shapes of our model.
+A layout is a list of rules that both read and write it; the shapes that a file must have follow
+from the shapes of our model.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
 
 State = Mapping[str, Tensor]
 Move = Callable[..., tuple[Tensor, ...]]
+WAY_OUT = "without that file, --mean, --std, --fit, --interpolation and --crop_pct set it"
+USUAL_HEAD_WIDTH = 64
+USUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+"""Published ViTs of these widths have 16 heads; of other widths, heads of width 64."""
 SHOWN = 3
 """How many wrong keys an error names."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Some of our tensors, some of theirs, and how the numbers move between them."""
+    """Some of our tensors, some of theirs, and the conversion between them."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     read: Move
-    """Theirs in, ours out."""
+    """From their tensors to ours."""
     write: Move
-    """Ours in, theirs out."""
+    """From our tensors to theirs."""
 
 
 def one(ours: str, theirs: str, read: Callable[[Tensor], Tensor], write: Move) -> Rule:
@@ -87,7 +95,7 @@ def tokens(their_class_token: str, their_positions: str) -> Rule:
 def read_rules(
     rules: list[Rule], state: State, template: State, name: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return our tensors, read off theirs, and the keys no rule speaks of.
+    """Return our tensors, read off theirs, and the keys that no rule uses.
 
     Args:
         rules: the layout, for one model.
@@ -107,7 +115,7 @@ def read_rules(
             elif state[key].shape != tensor.shape:
                 wrong.append(f"{key} has shape {tuple(state[key].shape)}, not {(*tensor.shape,)}")
     if wrong:
-        raise CheckpointError(f"not whole weights of the layout {name}: {first(wrong)}")
+        raise CheckpointError(f"incomplete weights of the layout {name}: {first(wrong)}")
     converted: dict[str, Tensor] = {}
     for rule in rules:
         moved = rule.read(*(state[key] for key in rule.theirs))
@@ -129,3 +137,107 @@ def first(words: list[str]) -> str:
     """Return the first few of a list as words, and how many more there are."""
     more = f" (and {len(words) - SHOWN} more)" if len(words) > SHOWN else ""
     return ", ".join(words[:SHOWN]) + more
+
+
+class Found(NamedTuple):
+    """What a state dict was found to be, its keys brought to the layout's plain form."""
+
+    config: ModelConfig
+    state: State
+    notes: list[str]
+    """What was assumed, changed or left out, for the user to read."""
+    classes: tuple[str, ...] = ()
+    data: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's field, never changed)
+    """Fields of DataConfig that its files specify."""
+    usual: dict[str, Any] = {}  # noqa: RUF012
+    """Values of such fields that the other system assumes where its files do not specify them."""
+    refused: dict[str, str] = {}  # noqa: RUF012
+    """Fields of DataConfig whose value in the files is not supported, and that value."""
+
+
+class Layout(NamedTuple):
+    """How one system lays out a Vision Transformer's weights."""
+
+    name: str
+    signs: re.Pattern[str]
+    """Matches the start of keys that no other layout has."""
+    find: Callable[[State, dict[str, Any], int | None], Found]
+    """(state, the folder's JSON files by name, heads asked for) -> what it is."""
+    rules: Callable[[ModelConfig], list[Rule]]
+    needs: dict[str, tuple[Any, ...]]
+    """Settings a model must have to be written in this layout."""
+
+
+def shape(state: State, key: str, dimensions: int) -> torch.Size:
+    """Return the shape of one tensor that must have this many dimensions."""
+    if key not in state:
+        raise CheckpointError(f"{key} is missing")
+    if state[key].ndim != dimensions:
+        raise CheckpointError(
+            f"{key} has shape {tuple(state[key].shape)}, not {dimensions} dimensions"
+        )
+    return state[key].shape
+
+
+def count_layers(state: State, pattern: str) -> int:
+    """Return the number of blocks: how many numbers the pattern captures in the keys."""
+    numbers = [int(found[1]) for key in state if (found := re.match(pattern, key))]
+    if not numbers:
+        raise CheckpointError("no transformer block in it")
+    return len(set(numbers))
+
+
+def square_image(n_patches: int, patch_size: int, key: str) -> int:
+    """Return the side of the square image that has this many patches."""
+    side = math.isqrt(n_patches)
+    if side * side != n_patches:
+        raise CheckpointError(f"{key} has {n_patches} patches: not a square image")
+    return side * patch_size
+
+
+def square_patch(height: int, width: int, key: str) -> int:
+    """Return the side of a patch, which must be square."""
+    if height != width:
+        raise CheckpointError(f"{key} has patches of {height} x {width} pixels: not square")
+    return height
+
+
+def choose_heads(embed_dim: int, asked: int | None, stated: int | None, notes: list[str]) -> int:
+    """Return the number of heads, which shapes do not determine: stated, asked for, or usual.
+
+    Raises:
+        CheckpointError: stated and asked for differ, or neither is given and there is no usual one.
+    """
+    if asked and stated and asked != stated:
+        raise CheckpointError(f"it has {stated} attention heads, not {asked}")
+    if asked or stated:
+        return asked or stated or 0
+    heads = USUAL_HEADS.get(embed_dim, embed_dim // USUAL_HEAD_WIDTH)
+    if not heads or embed_dim % heads:
+        raise CheckpointError(
+            f"the file does not contain the number of attention heads of its width {embed_dim}: "
+            "give n_attention_heads"
+        )
+    notes.append(
+        f"n_attention_heads {heads} is assumed, as usual for width {embed_dim}: the file does not "
+        "contain it"
+    )
+    return heads
+
+
+def forward_mul(hidden_dim: int, embed_dim: int) -> float:
+    """Return the ratio from which the settings work out the hidden width again."""
+    return hidden_dim / embed_dim
+
+
+def three(values: Any, what: str) -> tuple[float, float, float]:
+    """Return a value for each of three channels; gray models have one for all.
+
+    Raises:
+        CheckpointError: there are neither three nor one.
+    """
+    numbers = values if isinstance(values, list | tuple) else [values]
+    if len(numbers) not in (1, 3):
+        raise CheckpointError(f"{what} has {len(numbers)} values: 1 or 3 are needed")
+    red, green, blue = (*map(float, numbers),) * (3 // len(numbers))
+    return red, green, blue

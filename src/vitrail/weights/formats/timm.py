@@ -15,17 +15,21 @@ from torch import Tensor
 from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.weights.formats.processor import FILTERS
-from vitrail.weights.formats.rules import Rule, State, positions, same, tokens
-from vitrail.weights.formats.sizes import (
+from vitrail.weights.formats.rules import (
     Found,
     Layout,
+    Rule,
+    State,
     choose_heads,
     count_layers,
     forward_mul,
+    positions,
+    same,
     shape,
     square_image,
     square_patch,
     three,
+    tokens,
 )
 
 STEM, POSITIONS, CLASS = "patch_embed.proj.weight", "pos_embed", "cls_token"
@@ -35,7 +39,7 @@ USUAL = {
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
     "interpolation": "bicubic", "crop_pct": 0.875,
 }  # fmt: skip
-"""What timm assumes where config.json does not say it (timm/data/config.py)."""
+"""What timm assumes where config.json does not specify it (timm/data/config.py)."""
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 
 
@@ -75,7 +79,7 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
 def preparation(
     pretrained: dict[str, Any], image_hw: tuple[int, int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields of DataConfig that config.json says, and those that Vitrail has not.
+    """Return the fields of DataConfig in config.json, and those with values that are not supported.
 
     timm resizes to whole pixels first, ``floor(side / crop_pct)``, and cuts the middle out.
     """
@@ -101,7 +105,7 @@ def preparation(
 def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
     """Bring variants to timm's plain form, saying so: the function computed stays the same.
 
-    ``n_patches`` is what config.json tells; without it the picture is taken to be square.
+    ``n_patches`` is stated in config.json; without it the picture is assumed to be square.
     """
     for key in [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
         block, layer = key.removesuffix(".gamma").rsplit(".", 1)
@@ -129,25 +133,25 @@ def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]
 
 
 def told_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the image size that config.json tells, if it does."""
-    told = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
-    hw = (told, told) if isinstance(told, int) else tuple(told)
+    """Return the image size in config.json, if it is there."""
+    stated = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
+    hw = (stated, stated) if isinstance(stated, int) else tuple(stated)
     return (hw[0], hw[1]) if len(hw) == 2 else None
 
 
 def image_size(
-    told: tuple[int, int] | None, n_patches: int, patch_size: int
+    stated: tuple[int, int] | None, n_patches: int, patch_size: int
 ) -> int | tuple[int, int]:
-    """Return the image size that was told, if it has so many patches; else that of a square."""
-    if told and (told[0] // patch_size) * (told[1] // patch_size) == n_patches:
-        return told[0] if told[0] == told[1] else told
+    """Return the stated image size, if it has this many patches; else that of a square."""
+    if stated and (stated[0] // patch_size) * (stated[1] // patch_size) == n_patches:
+        return stated[0] if stated[0] == stated[1] else stated
     return square_image(n_patches, patch_size, POSITIONS)
 
 
 def pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
     """Return pool, class_token and fc_norm.
 
-    Where no config.json tells, timm's defaults do: the mean is normed by ``fc_norm``, a class
+    Without config.json, timm's defaults are used: the mean is normed by ``fc_norm``, a class
     token by ``norm``.
     """
     has_class = CLASS in state
@@ -193,7 +197,7 @@ def rules(config: ModelConfig) -> list[Rule]:
 def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json from which ``timm.create_model("local-dir:FOLDER")`` builds it.
 
-    timm can only be told a LayerNorm's epsilon by the name of an architecture that has it.
+    timm sets a LayerNorm's epsilon only through the name of an architecture that has it.
     """
     args = {
         "img_size": list(config.image_hw),

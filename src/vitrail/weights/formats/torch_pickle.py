@@ -1,4 +1,4 @@
-"""Files of torch.save from anybody: only plain tensors are unpickled, never code."""
+"""Files of torch.save: only plain tensors are unpickled, never code."""
 
 import argparse
 import pickle
@@ -95,7 +95,7 @@ def load_plain(path: Path) -> Any:
         what = "damaged, or more than tensors and plain values"
         if name:
             what = f"it holds {name}, which could run code. Save the state dict alone: {SAVE}"
-        raise CheckpointError(f"{path}: not a sound file of weights: {what}") from error
+        raise CheckpointError(f"{path}: not a valid file of weights: {what}") from error
 
 
 def strange_name(path: Path) -> str:
@@ -126,7 +126,7 @@ def refuse_other_than_tensors(state: object, path: Path) -> None:
 def refuse_packed(path: Path) -> None:
     """Refuse what torch.save does not write: no zip file, or one that grows when it is read."""
     if not path.is_file():
-        return  # the reader says what is wrong
+        return  # the reader reports what is wrong
     refuse_old(path)
     try:
         with zipfile.ZipFile(path) as opened:
@@ -139,7 +139,7 @@ def refuse_packed(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error,
             struct.error) as error:  # fmt: skip
         raise CheckpointError(
-            f"{path}: not a sound file of weights: torch.save writes a zip file"
+            f"{path}: not a valid file of weights: torch.save writes a zip file"
         ) from error
 
 
