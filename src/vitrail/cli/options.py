@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from vitrail.cli.console import print_err
+from vitrail.config.settings import FitMode, Interpolation
 from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
 
@@ -38,12 +39,10 @@ class Preparation:
     """Per-channel mean to subtract, with pixels scaled to 0..1. Default: from the weights."""
     std: tuple[float, float, float] | None = None
     """Per-channel standard deviation to divide by. Default: from the weights."""
-    fit: Literal["crop", "pad", "squash"] | None = None
+    fit: FitMode | None = None
     """Fit pictures of another shape by cropping, padding or stretching. Default: from the
     weights."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] | None = (
-        None
-    )
+    interpolation: Interpolation | None = None
     """Filter for resizing pictures. Default: from the weights."""
     crop_pct: float | None = None
     """Fraction of each side to keep around the center. Default: from the weights."""

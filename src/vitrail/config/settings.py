@@ -16,9 +16,11 @@ Normalization = Literal["frame", "picture", "none"]
 Colormap = Literal["magma", "inferno", "plasma", "viridis", "cividis"]
 """All perceptually uniform; cividis looks the same with every kind of color vision."""
 Split = Literal["train", "validation", "test"]
-LARGEST = 1e38
+FitMode = Literal["crop", "pad", "squash"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"]
+MAX_PIXEL = 1e38
 """Largest value of a pixel (nearly the largest in float32)."""
-LIMIT = 1e9
+MAX_SETTING = 1e9
 """Largest value of any setting but the seed; settings can come from untrusted files."""
 
 
@@ -28,9 +30,9 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_range(config: object, names: str, low: float, high: float = LIMIT) -> None:
+def require_range(config: object, names: str, low: float, high: float = MAX_SETTING) -> None:
     """Raise ConfigError if one of these fields is neither None nor from ``low`` to ``high``."""
-    wanted = f"at least {low:g}" if high == LIMIT else f"a number from {low:g} to {high:g}"
+    wanted = f"at least {low:g}" if high == MAX_SETTING else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
         require(value is None or low <= value <= high, f"{name} is {value}: give {wanted}")
@@ -197,11 +199,9 @@ class DataConfig(Checked):
     """Use only the first N test images."""
     num_workers: int = 2
     """Number of threads that decode image files; 0 is the same as 1."""
-    fit: Literal["crop", "pad", "squash"] = "crop"
+    fit: FitMode = "crop"
     """How to fit images whose shape differs from the model's: crop, pad with black, or stretch."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] = (
-        "bilinear"
-    )
+    interpolation: Interpolation = "bilinear"
     """Filter for resizing images. All but nearest are antialiased."""
     crop_pct: float = 1.0
     """Fraction of each side to keep around the center, e.g. 0.875 for 224 of 256 pixels."""
@@ -236,7 +236,7 @@ class DataConfig(Checked):
         if self.pixel_range is not None:
             low, high = self.pixel_range
             require(
-                -LARGEST <= low < high <= LARGEST,
+                -MAX_PIXEL <= low < high <= MAX_PIXEL,
                 f"pixel_range is {low:g} {high:g}: give the value of black, then a larger one",
             )
 
@@ -246,8 +246,8 @@ class Preparation(TypedDict, total=False):
 
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
-    fit: Literal["crop", "pad", "squash"] | None
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"] | None
+    fit: FitMode | None
+    interpolation: Interpolation | None
     crop_pct: float | None
     pixel_range: tuple[float, float] | None
 

@@ -3,25 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from vitrail.config.settings import DataConfig
+from vitrail.config.settings import DataConfig, FitMode
 from vitrail.data.formats import WHITE, Color
 from vitrail.data.pictures import Pictures, PixelRange, list_pictures, read_picture
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-FitWord = Literal["crop", "pad", "squash"]
 
 
 @dataclass(frozen=True)
 class Framing:
     """Which part of a picture the model sees, and how that part is resized."""
 
-    fit: FitWord = "crop"
+    fit: FitMode = "crop"
     """Largest part of the model's aspect ratio (crop), all on black (pad), or stretched."""
     interpolation: str = "bilinear"
     """The filter, as Pillow names it. All of them are antialiased."""
@@ -39,7 +37,7 @@ class Framing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-Fit = FitWord | Framing
+Fit = FitMode | Framing
 """A framing; a word stands for the default framing with this ``fit``."""
 
 
