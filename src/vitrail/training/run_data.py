@@ -31,7 +31,7 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
         changes: data settings that differ from those of the training, such as ``data_path``.
 
     Raises:
-        DataError: the data are missing, or changed since the training.
+        DataError: data are missing, or changed since the training.
     """
     config = classifier.config
     data = dataclasses.replace(config.data, **changes)
@@ -43,7 +43,7 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
 
 
 def load_on_all_ranks(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
-    """Load splits on every rank. Data that may be downloaded are loaded by rank 0 first."""
+    """Load splits on every rank; where a download may be needed, on one rank per machine first."""
     downloads = config.data.dataset.startswith("cifar")
     on_ranks = distributed.first_on_machine if downloads else distributed.each
     return on_ranks(_load, config, manifest, *splits)
