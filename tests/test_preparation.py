@@ -195,7 +195,7 @@ def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Pat
     folder = timm(tmp_path / "timm", {"crop_mode": "border", "interpolation": "random"})
     with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*with --fit$"):
         vitrail.load(folder, device="cpu")
-    with pytest.raises(CheckpointError, match=r"interpolation 'random'.*by --interpolation$"):
+    with pytest.raises(CheckpointError, match=r"interpolation 'random'.*with --interpolation$"):
         vitrail.load(folder, fit="pad", crop_pct=1.0, device="cpu")
     chosen = vitrail.load(folder, fit="squash", interpolation="box", device="cpu").config.data
     assert (chosen.fit, chosen.interpolation) == ("squash", "box")
