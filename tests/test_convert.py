@@ -171,9 +171,7 @@ def test_half_matching_files_name_their_first_keys(layout: str) -> None:
 
 
 def test_unknown_weights_name_their_first_keys() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"unrecognized .*keys: layer\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"unrecognized .*keys: layer\.weight"):
         convert({"layer.weight": torch.ones(2, 3)})
 
 

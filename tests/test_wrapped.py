@@ -157,7 +157,5 @@ def test_files_of_old_torch_say_how_to_write_them_again(tmp_path: Path) -> None:
 
 def test_unknown_weights_under_a_known_prefix_are_still_refused(tmp_path: Path) -> None:
     torch.save({"model.layer.weight": torch.ones(2, 2)}, tmp_path / "a.pth")
-    with pytest.raises(
-        CheckpointError, match=r"unrecognized .*keys: layer\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"unrecognized .*keys: layer\.weight"):
         loaded(tmp_path / "a.pth")
