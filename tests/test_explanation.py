@@ -174,7 +174,7 @@ def test_a_caption_keeps_the_underscores_of_file_names(
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])
-def test_saving_makes_what_the_ending_says(
+def test_saving_writes_the_format_of_the_extension(
     ending: str, classifier: Classifier, picture: str, tmp_path: Path
 ) -> None:
     path = classifier.explain(picture).save(tmp_path / "new" / f"x.{ending}")
@@ -204,7 +204,7 @@ def test_other_endings_and_looks_are_refused(
 # --- on the command line --------------------------------------------------------------------------
 
 
-def test_it_says_what_it_drew_and_where(
+def test_it_prints_what_it_drew_and_where(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()

@@ -234,23 +234,23 @@ def second_gap(row_WC: np.ndarray) -> int:
     return int(np.nonzero((row_WC != 255).any(axis=1))[0][0])
 
 
-def test_reference_frames_tell_label_prediction_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[list[str]] = []
+def test_reference_frames_show_label_prediction_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
 
     def note(panels: list[list[Panel]], *, caption: str, ink: str) -> Image.Image:
-        told.append([*(panel.title for panel in panels[0]), caption.splitlines()[0], ink])
+        drawn.append([*(panel.title for panel in panels[0]), caption.splitlines()[0], ink])
         return Image.new("RGB", (3, 2))
 
     monkeypatch.setattr("vitrail.explain.draw.compose", note)
     picture_HWC, rollout_LGJ = picture(8, 12), RANDOM.random((3, 2, 3))
     reference_frames(picture_HWC, rollout_LGJ, title="cat", prediction="dog 51.0%", ink=RED,
                 layers=(2, 3, 6))  # fmt: skip
-    assert told == [
+    assert drawn == [
         ["Original (cat)", f"Rollout through layer {layer}", "dog 51.0%", RED]
         for layer in (2, 3, 6)
     ]
-    told.clear()
+    drawn.clear()
     reference_frames(picture_HWC, rollout_LGJ)
-    assert [row[:2] for row in told] == [
+    assert [row[:2] for row in drawn] == [
         ["Original", f"Rollout through layer {layer}"] for layer in (1, 2, 3)
     ]

@@ -66,7 +66,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
 
 
 def shown_map(page: Any) -> np.ndarray:
-    """The map in numbers, (G, J); shares where the page says per cent."""
+    """The map in numbers, (G, J); fractions where the page shows percentages."""
     rows = page.eval_on_selector_all(
         "#table tr:not(:first-child)",
         "rows => rows.map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent))",
@@ -174,7 +174,7 @@ def test_layers_and_heads_by_slider_choice_row_and_thumbnail(open_page: Open) ->
     assert_shows(page, data.attention_LATT[2, 4, 0, 1:])
 
 
-def test_the_row_tells_what_each_layer_would_say(open_page: Open) -> None:
+def test_the_row_shows_the_prediction_after_each_layer(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
     best_L = data.early_logits_LY.argmax(1)
@@ -276,17 +276,17 @@ def test_sliders_keep_their_arrows_and_keys_can_be_switched_off(open_page: Open)
     assert (checked(page, "method"), checked(page, "colors")) == ("attention", "magma")
 
 
-def test_the_strongest_patch_has_the_colour_maps_brightest_colour(open_page: Open) -> None:
+def test_the_strongest_patch_has_the_color_maps_brightest_color(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
     map_N = data.attention_LATT[3].mean(0)[0, 1:]
     for name in ("viridis", "cividis", "magma"):
         choose(page, name)
         pixels = page.evaluate(READ_HEAT)
-        colours_N3 = np.array(pixels).reshape(6, 4)[:, :3]
+        colors_N3 = np.array(pixels).reshape(6, 4)[:, :3]
         for patch, level in ((map_N.argmax(), 255), (map_N.argmin(), 0)):
             exact_3 = np.array(matplotlib.colormaps[name](level)[:3]) * 255
-            assert np.abs(colours_N3[patch] - exact_3).max() <= 1
+            assert np.abs(colors_N3[patch] - exact_3).max() <= 1
 
 
 def test_one_scale_for_all_layers_spans_them_all(open_page: Open) -> None:
@@ -325,10 +325,10 @@ def test_a_phone_never_scrolls_sideways_and_taps_ask(
 def test_dark_and_light_differ_and_text_stands_out(open_page: Open) -> None:
     for scheme in ("light", "dark"):
         page = open_page(make_data(), color_scheme=scheme)
-        colours = page.evaluate(
+        colors = page.evaluate(
             "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])"
         )
-        ink, paper = (np.array([int(n) for n in c[4:-1].split(",")]).mean() for c in colours)
+        ink, paper = (np.array([int(n) for n in c[4:-1].split(",")]).mean() for c in colors)
         assert (ink < 60 and paper > 220) if scheme == "light" else (ink > 220 and paper < 60)
 
 

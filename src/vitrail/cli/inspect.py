@@ -49,7 +49,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail inspect``."""
     import json
 
-    from vitrail.explain.inspection import draw_insides, inspect_model
+    from vitrail.explain.inspection import draw_inspection, inspect_model
     from vitrail.runtime.files import write_json
 
     options = with_argument(parse(InspectOptions, args, prog=prog))
@@ -59,7 +59,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     insides = inspect_model(classifier.model, images_BCHW)
     numbers = insides.to_json()
     write_json(options.output_path / "insides.json", numbers)
-    draw_insides(insides, options.output_path / "insides.png")
+    draw_inspection(insides, options.output_path / "insides.png")
     if options.json:
         print(json.dumps(numbers))
     elif insides.heads:

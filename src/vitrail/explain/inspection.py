@@ -87,7 +87,7 @@ class HeadSummary(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Insides:
+class Inspection:
     """Everything that ``vitrail inspect`` shows of a model."""
 
     filters: PatchFilters
@@ -125,7 +125,7 @@ def _rounded(values: Tensor) -> Any:
 
 def inspect_model(
     model: VisionTransformer, images_BCHW: Tensor | None, *, chunk: int = 64
-) -> Insides:
+) -> Inspection:
     """Return a model's filters, positions, and how its heads behave on some images.
 
     Args:
@@ -138,7 +138,7 @@ def inspect_model(
         DataError: there are fewer than ten images.
     """
     G, J = model.config.grid_GJ
-    return Insides(
+    return Inspection(
         filters=patch_filters(model),
         similarity_GJGJ=position_similarity(model),
         position=model.config.position,
@@ -261,21 +261,21 @@ def patch_distances(model: VisionTransformer) -> Tensor:
 # The picture.
 
 
-def draw_insides(insides: Insides, path: Path) -> None:
+def draw_inspection(inspection: Inspection, path: Path) -> None:
     """Draw filters, positions, and the heads' distance and entropy into one PNG.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    heads = insides.heads
+    heads = inspection.heads
     figure = Figure(figsize=(12, 10.5 if heads else 5.6), layout="constrained")
     grid = figure.add_gridspec(2 if heads else 1, 2, height_ratios=(1.15, 1) if heads else (1,))
     filters, similarity = (figure.add_subplot(grid[0, column]) for column in range(2))
-    _draw_filters(filters, insides)
-    figure.colorbar(_draw_similarity(similarity, insides), ax=similarity, shrink=0.7, aspect=25)
+    _draw_filters(filters, inspection)
+    figure.colorbar(_draw_similarity(similarity, inspection), ax=similarity, shrink=0.7, aspect=25)
     if heads:
         distance, entropy = (figure.add_subplot(grid[1, column]) for column in range(2))
-        _draw_both(distance, entropy, insides, heads)
+        _draw_both(distance, entropy, inspection, heads)
         figure.supxlabel(
             f"Heads on {heads.images:,} images, sorted within each layer; bars: 95% intervals",
             size=9, color=DARK,
@@ -283,20 +283,20 @@ def draw_insides(insides: Insides, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_both(distance: Axes, entropy: Axes, insides: Insides, heads: HeadSummary) -> None:
+def _draw_both(distance: Axes, entropy: Axes, inspection: Inspection, heads: HeadSummary) -> None:
     _draw_heads(distance, heads.distance_LA, heads.distance_half_LA)
-    _draw_limit(distance, insides.distance_uniform, "uniform attention over all patches")
+    _draw_limit(distance, inspection.distance_uniform, "uniform attention over all patches")
     distance.set_ylabel("pixels")
     write_title(distance, "Mean attention distance of each head")
     _draw_heads(entropy, heads.entropy_LA, heads.entropy_half_LA)
-    words = f"uniform attention over all {insides.tokens} tokens"
-    _draw_limit(entropy, math.log(insides.tokens), words)
-    _count_tokens(entropy, insides.tokens)
+    words = f"uniform attention over all {inspection.tokens} tokens"
+    _draw_limit(entropy, math.log(inspection.tokens), words)
+    _count_tokens(entropy, inspection.tokens)
     write_title(entropy, "Mean attention entropy of each head")
 
 
-def _draw_filters(axes: Axes, insides: Insides) -> None:
-    tiles_KHWC, shares_K = insides.filters
+def _draw_filters(axes: Axes, inspection: Inspection) -> None:
+    tiles_KHWC, shares_K = inspection.filters
     K, H, W, C = tiles_KHWC.shape
     columns = math.ceil(math.sqrt(K))
     rows = math.ceil(K / columns)
@@ -316,9 +316,9 @@ def _draw_filters(axes: Axes, insides: Insides) -> None:
     )  # fmt: skip
 
 
-def _draw_similarity(axes: Axes, insides: Insides) -> AxesImage:
+def _draw_similarity(axes: Axes, inspection: Inspection) -> AxesImage:
     """Draw one small map for each patch, at the patch's position."""
-    similarity = insides.similarity_GJGJ
+    similarity = inspection.similarity_GJGJ
     rows, columns = (_spread(n) for n in similarity.shape[:2])
     G, J = similarity.shape[2:]
     gap = max(1, round(max(G, J) / 8))
@@ -338,7 +338,7 @@ def _draw_similarity(axes: Axes, insides: Insides) -> AxesImage:
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="patch column", ylabel="patch row")
-    write_title(axes, POSITION_TITLES[insides.position])
+    write_title(axes, POSITION_TITLES[inspection.position])
     return image
 
 

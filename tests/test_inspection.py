@@ -1,4 +1,4 @@
-"""A model's insides on cases worked by hand: filters, positions, distances, entropies."""
+"""Inspecting a model, on cases worked by hand: filters, positions, distances, entropies."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from vitrail.config.settings import ModelConfig
 from vitrail.errors import DataError, OutputError
 from vitrail.explain import inspection
 from vitrail.explain.inspection import (
-    draw_insides,
+    draw_inspection,
     head_statistics,
     inspect_model,
     patch_distances,
@@ -40,7 +40,7 @@ def pictures(config: ModelConfig, count: int = 11) -> Tensor:
 
 
 class Staring:
-    """Attends as it is told: only what head_statistics() reads of a model is there."""
+    """Has the given attention: only what head_statistics() reads of a model is defined."""
 
     def __init__(self, config: ModelConfig, attentions: list[Tensor]) -> None:
         self.config, self.attentions = config, attentions
@@ -205,7 +205,7 @@ def test_insides_are_drawn_and_are_numbers(
 ) -> None:
     config = replace(tiny_model, **changes)
     insides = inspect_model(build(config), pictures(config), chunk=4)
-    draw_insides(insides, tmp_path / "insides.png")
+    draw_inspection(insides, tmp_path / "insides.png")
     with Image.open(tmp_path / "insides.png") as picture:
         assert min(picture.size) > 900
     numbers = insides.to_json()
@@ -221,7 +221,7 @@ def test_without_images_filters_and_positions_are_still_drawn(
 ) -> None:
     model = build(tiny_model)
     insides, whole = inspect_model(model, None), inspect_model(model, pictures(tiny_model))
-    draw_insides(insides, tmp_path / "insides.png")
+    draw_inspection(insides, tmp_path / "insides.png")
     with Image.open(tmp_path / "insides.png") as picture:
         assert picture.width > 900
     numbers, more = insides.to_json(), whole.to_json()
@@ -248,7 +248,7 @@ def test_what_cannot_be_inspected_or_written_is_refused(
         inspect_model(model, pictures(tiny_model, 9))
     insides = inspect_model(model, pictures(tiny_model))
     with pytest.raises(OutputError, match="absent"):
-        draw_insides(insides, tmp_path / "absent" / "insides.png")
+        draw_inspection(insides, tmp_path / "absent" / "insides.png")
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_mass_below_zero_counts_nothing() -> None:
     assert mass_inside(map_1GJ, mask_1HW).item() == pytest.approx(0.5)
 
 
-def test_a_map_that_says_nothing_has_its_mass_everywhere() -> None:
+def test_a_uniform_map_has_its_mass_everywhere() -> None:
     mask_1HW = torch.zeros(1, 12, 20, dtype=torch.bool)
     mask_1HW[0, :3, :8] = True
     for value in (0.0, 0.3, -0.2):
@@ -374,7 +374,7 @@ def test_pointing_has_wilsons_interval() -> None:
     assert estimate == pytest.approx((1, 0.8389, 1), abs=1e-4)
 
 
-def test_table_says_what_it_needs_to(scores: list[Score]) -> None:
+def test_the_table_states_its_intervals_and_tests(scores: list[Score]) -> None:
     table = text_of(scores)
     assert max(map(len, table.splitlines())) <= 80
     words = " ".join(table.split())
