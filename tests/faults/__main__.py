@@ -89,9 +89,9 @@ def write_record(folder: Path, rows: list[tuple[Tally, float]], seconds: float) 
         f"| {t.tried} | {t.survived} | {len(t.lost)} |"
         for t, _ in rows
     ]
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = README.format(
-        commit=commit, versions=told, machine=machine, minutes=seconds / 60, table="\n".join(lines)
+        commit=commit, versions=names, machine=machine, minutes=seconds / 60, table="\n".join(lines)
     )
     (folder / "README.md").write_text(text)
 

@@ -88,7 +88,7 @@ class Child:
         return path.read_text() if path.exists() else ""
 
     def until(self, updates: int, seconds: float = 300) -> None:
-        """Wait until so many updates are logged since its start, or it has ended."""
+        """Wait until it has logged this many updates, or has ended."""
         deadline = time.monotonic() + seconds
         log = self.cwd / f"{self.name}.losses"
         while self.alive and time.monotonic() < deadline:
@@ -165,7 +165,7 @@ def refuse_folders(error: int) -> None:
 
 
 def mark_start(path: Path) -> None:
-    """Make a file when the command begins: from then on a signal is the command's affair."""
+    """Make a file when the command begins: from then on the command handles signals."""
     import vitrail.cli
 
     real = vitrail.cli.run

@@ -88,7 +88,7 @@ CHANGES: list[Change] = [flip_bit, flip_bytes, zero, cut, empty, longer, swap, d
 
 
 @dataclasses.dataclass(frozen=True)
-class Sound:
+class Intact:
     """A finished run in which nothing is damaged, and all it holds."""
 
     folder: Path
@@ -99,7 +99,7 @@ class Sound:
     """The best weights in one file."""
 
 
-def sound_run(folder: Path, config: Config) -> Sound:
+def intact_run(folder: Path, config: Config) -> Intact:
     """Train, keeping every checkpoint, from the first seed whose best epoch is not the last.
 
     Were they the same, a LAST taken for BEST would harm nobody.
@@ -116,7 +116,7 @@ def sound_run(folder: Path, config: Config) -> Sound:
     states = {path.name: tensors(path) for path in folders(run.folder)}
     file = folder / "weights.safetensors"
     save_weights_file(file, load_info(best), load_weights(best))
-    return Sound(run.folder, run.config, states, best.name, file)
+    return Intact(run.folder, run.config, states, best.name, file)
 
 
 def begun(folder: Path, config: Config) -> Run:
@@ -128,17 +128,17 @@ def begun(folder: Path, config: Config) -> Run:
 def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int = 7) -> Tally:
     """Damage a copy of a run in one place each time; ``ends`` of them then train to the end."""
     tally = Tally("A changed byte, a cut, a swap in a checkpoint, LAST or BEST")
-    sound, random_ = sound_run(folder / "sound", config), random.Random(seed)
+    intact, random_ = intact_run(folder / "intact", config), random.Random(seed)
     every = max(1, times // max(1, ends))
     for number in range(times):
         copy = folder / f"copy-{number}"
-        shutil.copytree(sound.folder, copy)
+        shutil.copytree(intact.folder, copy)
         file = folder / f"weights-{number}.safetensors"
-        shutil.copy(sound.file, file)
+        shutil.copy(intact.file, file)
         what, damaged = damage(copy, file, random_, number)
         with tally.trial(f"{number}: {what}"):
-            require_right_or_named(copy, file, damaged, sound)
-            require_recovery(copy, damaged, sound, to_end=number % every == 0)
+            require_right_or_named(copy, file, damaged, intact)
+            require_recovery(copy, damaged, intact, to_end=number % every == 0)
         shutil.rmtree(copy)
         file.unlink()
     return tally
@@ -184,7 +184,7 @@ def named(error: CheckpointError, damaged: list[Path]) -> None:
     assert any(str(path) in str(error) for path in damaged), f"not named: {error}"
 
 
-def require_right_or_named(copy: Path, file: Path, damaged: list[Path], sound: Sound) -> None:
+def require_right_or_named(copy: Path, file: Path, damaged: list[Path], intact: Intact) -> None:
     """Load everything there is: each part is right to the bit, or refused by name."""
     for folder in folders(copy):
         try:
@@ -192,8 +192,8 @@ def require_right_or_named(copy: Path, file: Path, damaged: list[Path], sound: S
         except CheckpointError as error:
             named(error, damaged)
         else:
-            require_equal(state, sound.states[folder.name], folder.name)
-    best = sound.states[sound.best]
+            require_equal(state, intact.states[folder.name], folder.name)
+    best = intact.states[intact.best]
     for load in (
         lambda: dict(pretrained.load(copy, device="cpu").model.state_dict()),
         lambda: load_weights_file(file)[1],
@@ -206,26 +206,26 @@ def require_right_or_named(copy: Path, file: Path, damaged: list[Path], sound: S
             require_equal(weights, {name: best[name] for name in weights}, "the best model")
 
 
-def require_recovery(copy: Path, damaged: list[Path], sound: Sound, *, to_end: bool) -> None:
-    """Resume: from the newest sound checkpoint, told if another was passed over."""
+def require_recovery(copy: Path, damaged: list[Path], intact: Intact, *, to_end: bool) -> None:
+    """Resume from the newest valid checkpoint, with a notice if another was skipped."""
     wrong = []
     for folder in folders(copy):
         try:
             tensors(folder)
         except CheckpointError:
             wrong.append(folder.name)
-    newest = max(set(sound.states) - set(wrong))
-    saved = recover(copy, sound.config)
-    assert saved is not None, "begun again"
-    assert saved.folder.name == newest, f"gone on from {saved.folder.name}, not {newest}"
+    newest = max(set(intact.states) - set(wrong))
+    saved = recover(copy, intact.config)
+    assert saved is not None, "started over"
+    assert saved.folder.name == newest, f"resumed from {saved.folder.name}, not {newest}"
     state = {**saved.weights, **{f"training.{n}": t for n, t in saved.training.items()}}
-    require_equal(state, sound.states[newest], "the resumed state")
-    if newest != max(sound.states):
-        assert any(path.name in " ".join(saved.notices) for path in damaged), "not told"
-    pretrained.load(copy, device="cpu")  # BEST names a sound one again
+    require_equal(state, intact.states[newest], "the resumed state")
+    if newest != max(intact.states):
+        assert any(path.name in " ".join(saved.notices) for path in damaged), "not reported"
+    pretrained.load(copy, device="cpu")  # BEST names a valid one again
     if to_end:
-        run = Run.resume(copy, sound.config)
+        run = Run.resume(copy, intact.config)
         for _ in run.train():
             pass
-        last = max(sound.states)
-        require_equal(tensors(folders(copy)[-1]), sound.states[last], "the end")
+        last = max(intact.states)
+        require_equal(tensors(folders(copy)[-1]), intact.states[last], "the end")

@@ -13,11 +13,11 @@ from pathlib import Path
 from faults.child import STEPS, Plan
 from faults.folder import (
     finish,
-    go_on,
     losses,
     require_end,
     require_one_line,
-    require_sound,
+    require_valid,
+    resume_run,
     undisturbed,
 )
 from faults.kills import chosen, points_of
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int = 1) -> Tally:
-    """Let the system refuse each write, flush, rename and removal once; then go on."""
+    """Let the system refuse each write, flush, rename and removal once; then resume."""
     tally = Tally("An error of the disk at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -35,11 +35,11 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
         cwd = folder / f"point-{number}"
         code = (errno.ENOSPC, errno.EIO, errno.EROFS)[number % 3]
         with tally.trial(f"{errno.errorcode[code]} at point {number} ({name})"):
-            child = go_on(cwd, *words, plan=Plan(fail_at=number, error=code))
+            child = resume_run(cwd, *words, plan=Plan(fail_at=number, error=code))
             if child.wait() != 0:
                 require_one_line(child)
                 assert os.strerror(code) in child.errors, child.errors
-            require_sound(cwd / "output/run", truth)
+            require_valid(cwd / "output/run", truth)
             finish(cwd, truth, *words)
     return tally
 
@@ -52,11 +52,11 @@ def folders_not_flushed(folder: Path, *, epochs: int = 3) -> Tally:
     for code in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
         name = errno.errorcode[code]
         with tally.trial(name):
-            child = go_on(folder / name, *words, plan=Plan(folder_flush=code))
+            child = resume_run(folder / name, *words, plan=Plan(folder_flush=code))
             assert child.wait() == 0, child.errors
             require_end(folder / name, truth)
     with tally.trial("EIO stays an error"):
-        child = go_on(folder / "EIO", *words, plan=Plan(folder_flush=errno.EIO))
+        child = resume_run(folder / "EIO", *words, plan=Plan(folder_flush=errno.EIO))
         require_one_line(child)
         assert os.strerror(errno.EIO) in child.errors, child.errors
     return tally
@@ -77,11 +77,11 @@ def full_disk(folder: Path, *, sizes: int, epochs: int = 3, seed: int = 2) -> Ta
             return tally
         try:
             with tally.trial(f"{kib} KiB"):
-                child = go_on(cwd, *words, plan=Plan(pictures=True))
+                child = resume_run(cwd, *words, plan=Plan(pictures=True))
                 if child.wait() != 0:
                     require_one_line(child)
                     assert "No space left on device" in child.errors, child.errors
-                require_sound(cwd / "output/run", truth)
+                require_valid(cwd / "output/run", truth)
                 mount(cwd / "output", 65536, "remount,")
                 finish(cwd, truth, *words)
         finally:
@@ -118,15 +118,15 @@ def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> T
         plan = Plan(user=user)
         with tally.trial(f"time {number}"):
             updates = random_.randint(1, epochs // 2 * STEPS)
-            child = go_on(cwd, *words, plan=Plan(user=user, slow_after=updates))
+            child = resume_run(cwd, *words, plan=Plan(user=user, slow_after=updates))
             child.until(updates)
             with locked(cwd / "output"):
                 if child.wait() != 0:
                     require_one_line(child)
                     assert "Permission denied" in child.errors, child.errors
-                require_sound(cwd / "output/run", truth)
-                require_one_line(go_on(cwd, *words, plan=plan))
-            child = go_on(cwd, *words, plan=plan)
+                require_valid(cwd / "output/run", truth)
+                require_one_line(resume_run(cwd, *words, plan=plan))
+            child = resume_run(cwd, *words, plan=plan)
             assert child.wait() == 0, child.errors
             require_end(cwd, truth)
     return tally
@@ -151,7 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def removed(folder: Path, *, times: int, epochs: int = 12, seed: int = 4) -> Tally:
-    """Remove the run folder while a run trains: it goes on and saves, or stops with one error."""
+    """Remove the run folder while a run trains: it continues and saves, or stops with one error."""
     tally = Tally("The run folder removed under the run")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -160,12 +160,12 @@ def removed(folder: Path, *, times: int, epochs: int = 12, seed: int = 4) -> Tal
         cwd = folder / f"run-{number}"
         with tally.trial(f"time {number}"):
             updates = random_.randint(1, epochs // 2 * STEPS)
-            child = go_on(cwd, *words, plan=Plan(slow_after=updates))
+            child = resume_run(cwd, *words, plan=Plan(slow_after=updates))
             child.until(updates)
             shutil.rmtree(cwd / "output/run", ignore_errors=True)
             if child.wait() == 0:
                 assert losses(cwd) == truth.losses, "other losses"
-                assert require_sound(cwd / "output/run", truth) == truth.steps, "not saved"
+                assert require_valid(cwd / "output/run", truth) == truth.steps, "not saved"
             else:
                 require_one_line(child)
                 shutil.rmtree(cwd / "output/run", ignore_errors=True)
@@ -181,12 +181,12 @@ def clock(folder: Path, *, times: int) -> Tally:
     for seed in range(times):
         cwd = folder / f"clock-{seed}"
         with tally.trial(f"clock {seed}"):
-            child = go_on(cwd, *words, plan=Plan(clock=seed))
+            child = resume_run(cwd, *words, plan=Plan(clock=seed))
             child.until(2 * STEPS)
             if seed % 2:
                 child.signal(9)
             child.wait()
-            child = go_on(cwd, *words, plan=Plan(clock=seed + 1))
+            child = resume_run(cwd, *words, plan=Plan(clock=seed + 1))
             assert child.wait() == 0, child.errors
             require_end(cwd, truth)
     return tally

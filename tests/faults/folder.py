@@ -1,4 +1,4 @@
-"""What a run folder holds, to the bit."""
+"""The content of a run folder, compared bit for bit."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from vitrail.weights.checkpoint import load_info, load_training, load_weights, r
 
 @dataclass(frozen=True)
 class Truth:
-    """An undisturbed run: what every other one must come to."""
+    """An undisturbed run, whose end every other run must reach."""
 
     rows: list[dict[str, Any]]
     losses: dict[int, str]
@@ -62,18 +62,18 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what depends on the hour."""
+    """Return the lines of metrics.jsonl without durations and dates."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [timeless(json.loads(line)) for line in lines]
 
 
 def result(run: Path) -> dict[str, Any]:
-    """Return result.json without what depends on the hour."""
+    """Return result.json without durations and dates."""
     return timeless(json.loads((run / "result.json").read_text()))
 
 
 def timeless(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out seconds and dates."""
+    """Remove durations and dates."""
     return {k: v for k, v in values.items() if "second" not in k and k != "finished"}
 
 
@@ -87,8 +87,8 @@ def losses(cwd: Path) -> dict[int, str]:
     return found
 
 
-def require_sound(run: Path, truth: Truth) -> int:
-    """Hold all that bears a checkpoint's name against the truth; return the newest one's step."""
+def require_valid(run: Path, truth: Truth) -> int:
+    """Compare every checkpoint with the truth; return the step of the newest."""
     newest = 0
     for folder in folders(run):
         step = step_of(folder)
@@ -103,9 +103,9 @@ def require_sound(run: Path, truth: Truth) -> int:
 
 
 def require_end(cwd: Path, truth: Truth, *, best: bool = True) -> None:
-    """Hold a run that came to its end against the truth."""
+    """Compare a finished run with the truth."""
     run = cwd / "output/run"
-    assert require_sound(run, truth) == truth.steps, "the last checkpoint is missing"
+    assert require_valid(run, truth) == truth.steps, "the last checkpoint is missing"
     assert losses(cwd) == truth.losses, "other losses"
     if best:
         assert rows(run) == truth.rows, "other metrics"
@@ -122,16 +122,16 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor], what: str) -
     assert not wrong, f"{what}: not equal: {wrong[:3]}"
 
 
-def go_on(cwd: Path, *words: str, **plan: Any) -> Child:
-    """Start the run of a folder, or go on with it, as a user would."""
+def resume_run(cwd: Path, *words: str, **plan: Any) -> Child:
+    """Start the run of a folder, or resume it, as a user would."""
     if (cwd / "output/run/config.json").exists():
         return Child(cwd, "train", "--resume", "output/run", **plan)
     return Child(cwd, *WORDS, *words, "--folder_name", "run", **plan)
 
 
 def finish(cwd: Path, truth: Truth, *words: str, best: bool = True) -> None:
-    """Go on to the end without any fault, and hold it against the truth."""
-    child = go_on(cwd, *words)
+    """Resume to the end without any fault, and compare with the truth."""
+    child = resume_run(cwd, *words)
     assert child.wait() == 0, child.errors
     require_end(cwd, truth, best=best)
 
@@ -139,7 +139,7 @@ def finish(cwd: Path, truth: Truth, *words: str, best: bool = True) -> None:
 def require_one_line(child: Child, *, codes: tuple[int, ...] = (1, 2)) -> None:
     """Demand that a command ended with one clear error."""
     code = child.wait()
-    told = [line for line in child.errors.splitlines() if line.startswith("vitrail: ")]
+    errors = [line for line in child.errors.splitlines() if line.startswith("vitrail: ")]
     assert "Traceback" not in child.errors, child.errors[-2000:]
     assert code in codes, f"exit code {code}: {child.errors[-500:]}"
-    assert len(told) == 1, f"{len(told)} errors: {child.errors[-500:]}"
+    assert len(errors) == 1, f"{len(errors)} errors: {child.errors[-500:]}"

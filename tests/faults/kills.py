@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from faults.child import STEPS, WORDS, Child, Plan
-from faults.folder import finish, go_on, require_sound, undisturbed
+from faults.folder import finish, require_valid, resume_run, undisturbed
 from faults.tally import Tally
 
 RECIPES = {"AdamW, moving average": (), "Muon": ("--optimizer", "muon", "--ema_decay", "0")}
@@ -22,14 +22,14 @@ def storm(
     recipe: str = "AdamW, moving average",
     seed: int,
 ) -> Tally:
-    """Kill one run again and again, at random moments, and go on with it each time."""
+    """Kill one run again and again, at random moments, and resume it each time."""
     tally = Tally(f"SIGKILL at random moments of one run ({recipe})")
     # At most three epochs a life: the run does not end before the last kill.
     words = (*RECIPES[recipe], "--epochs", str(epochs or 3 * kills + 1))
     truth = undisturbed(*words)
     cwd, random_, newest = folder / "storm", random.Random(seed), 0
     while tally.tried < kills:
-        child = go_on(cwd, *words, plan=Plan(slow_after=3 * STEPS))
+        child = resume_run(cwd, *words, plan=Plan(slow_after=3 * STEPS))
         child.until(random_.randint(0, 3 * STEPS))
         time.sleep(random_.uniform(0, 0.03))
         if not child.alive:
@@ -37,7 +37,7 @@ def storm(
         with tally.trial(f"kill {tally.tried + 1}"):
             child.signal(signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL, child.errors
-            step = require_sound(cwd / "output/run", truth)
+            step = require_valid(cwd / "output/run", truth)
             assert step >= newest, f"update {newest} was saved and is lost"
             newest = step
     with tally.trial("the end"):
@@ -56,16 +56,16 @@ def points_of(*words: str) -> list[str]:
 
 
 def every_point(folder: Path, *, epochs: int, only: int | None = None, seed: int = 0) -> Tally:
-    """Kill a run at each point, from a fresh start each time, then let it go on to its end."""
+    """Kill a run at each point, from a fresh start each time, then resume it to its end."""
     tally = Tally("SIGKILL at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
     for number, name in chosen(points_of(*words), only, seed):
         cwd = folder / f"point-{number}"
         with tally.trial(f"point {number} ({name})"):
-            child = go_on(cwd, *words, plan=Plan(kill_at=number))
+            child = resume_run(cwd, *words, plan=Plan(kill_at=number))
             assert child.wait() == -signal.SIGKILL, f"not killed: {child.errors}"
-            require_sound(cwd / "output/run", truth)
+            require_valid(cwd / "output/run", truth)
             finish(cwd, truth, *words)
     return tally
 

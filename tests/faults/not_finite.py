@@ -138,15 +138,15 @@ def hidden(run: Run) -> list[tuple[str, Tensor]]:
 
 def require_stopped(run: Run, words: str) -> None:
     """Demand that training stops, and names the last good checkpoint."""
-    told = error_of(lambda: next(iter(run.train())))
-    assert words in told, told
-    assert f"the last good checkpoint is {folders(run.folder)[-1]}" in told, told
+    message = error_of(lambda: next(iter(run.train())))
+    assert words in message, message
+    assert f"the last good checkpoint is {folders(run.folder)[-1]}" in message, message
 
 
 def require_not_saved(run: Run) -> None:
     """Demand that what is broken is not saved."""
-    told = error_of(run.save)
-    assert "not finite" in told, told
+    message = error_of(run.save)
+    assert "not finite" in message, message
 
 
 def error_of(action: Callable[[], Any]) -> str:

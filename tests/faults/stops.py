@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, once and twice; two runs told to write the same folder."""
+"""SIGTERM and SIGINT, once and twice; two runs writing to the same folder."""
 
 import random
 import signal
@@ -9,10 +9,10 @@ from faults.child import STEPS, WORDS, Child, Plan
 from faults.folder import (
     finish,
     folders,
-    go_on,
     losses,
     require_one_line,
-    require_sound,
+    require_valid,
+    resume_run,
     undisturbed,
 )
 from faults.tally import Tally
@@ -28,7 +28,7 @@ def asked(folder: Path, *, times: int, epochs: int | None = None, seed: int = 5)
     truth = undisturbed(*words)
     cwd, random_ = folder / "asked", random.Random(seed)
     for number in range(times):
-        child = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS))
+        child = resume_run(cwd, *words, plan=Plan(slow_after=2 * STEPS))
         child.until(random_.randint(1, 2 * STEPS))
         time.sleep(random_.uniform(0, 0.02))
         if not child.alive:
@@ -43,7 +43,7 @@ def asked(folder: Path, *, times: int, epochs: int | None = None, seed: int = 5)
             assert seconds < STOPPING_SECONDS, f"{seconds:.1f} s to stop"
             assert "vitrail train --resume output/run" in child.errors, child.errors
             assert "Traceback" not in child.errors, child.errors
-            newest = require_sound(cwd / "output/run", truth)
+            newest = require_valid(cwd / "output/run", truth)
             assert newest == max(losses(cwd)), "an update was not saved"
     with tally.trial("the end"):
         assert tally.tried > times, f"only {tally.tried - 1} signals before the end"
@@ -60,7 +60,7 @@ def early(folder: Path, *, times: int, epochs: int = 2, seed: int = 6) -> Tally:
     for number in range(times):
         cwd = folder / f"early-{number}"
         with tally.trial(f"time {number}"):
-            child = go_on(cwd, *words)
+            child = resume_run(cwd, *words)
             while child.alive and not (cwd / "000.ready").exists():
                 time.sleep(0.001)  # the signals before belong to Python, not to us
             time.sleep(random_.uniform(0, 0.1))
@@ -82,7 +82,7 @@ def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
         cwd = folder / f"twice-{number}"
         with tally.trial(f"time {number}"):
             wanted = (signal.SIGTERM, signal.SIGINT)[number % 2]
-            child = go_on(cwd, *words, plan=Plan(slow_save=True))
+            child = resume_run(cwd, *words, plan=Plan(slow_save=True))
             child.until(2 * STEPS)
             (cwd / "slow").touch()
             while child.alive and not (cwd / "saving").exists():
@@ -95,7 +95,7 @@ def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
             assert code == -wanted, f"exit code {code}: {child.errors}"
             seconds = time.monotonic() - began
             assert seconds < STOPPING_SECONDS / 2, f"{seconds:.1f} s to stop"
-            require_sound(cwd / "output/run", truth)
+            require_valid(cwd / "output/run", truth)
             (cwd / "slow").unlink()
             finish(cwd, truth, *words)
     return tally
@@ -109,9 +109,9 @@ def two_runs(folder: Path, *, times: int, epochs: int = 12) -> Tally:
     for number in range(times):
         cwd = folder / f"two-{number}"
         with tally.trial(f"time {number}"):
-            first = go_on(cwd, *words, plan=Plan(slow_after=2 * STEPS, pause=5.0))
+            first = resume_run(cwd, *words, plan=Plan(slow_after=2 * STEPS, pause=5.0))
             first.until(2 * STEPS)
-            second = go_on(cwd)
+            second = resume_run(cwd)
             require_one_line(second, codes=(2,))
             assert "in use by another run" in second.errors, second.errors
             assert first.alive, first.errors
@@ -135,12 +135,12 @@ def race(folder: Path, *, times: int, epochs: int = 2) -> Tally:
             assert codes == [0, 2], f"exit codes {codes}: {[child.errors for child in both]}"
             (loser,) = (child for child in both if child.wait() == 2)
             require_one_line(loser, codes=(2,))
-            assert require_sound(cwd / "output/run", truth) == truth.steps, "not saved"
+            assert require_valid(cwd / "output/run", truth) == truth.steps, "not saved"
             assert len(folders(cwd / "output/run")) <= 2, "two runs' checkpoints"
     return tally
 
 
 def fresh(cwd: Path, name: str, *words: str) -> Child:
-    """Start a run in a folder that others are told to take, too."""
+    """Start a run in a folder that others try to use, too."""
     output = ("--output_path", str(cwd / "output"), "--folder_name", "run")
     return Child(cwd / name, *WORDS, *words, *output)
