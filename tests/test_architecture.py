@@ -77,7 +77,6 @@ def statements(path: Path) -> list[str]:
 REPEATED = {
     frozenset({"cli/explain.py", "explain/sheet.py"}),
     frozenset({"inference/classifier.py", "inference/onnx_classifier.py"}),
-    frozenset({"weights/formats/google.py", "weights/formats/reference.py"}),
 }
 """Pairs of files that still share six lines; none may be added."""
 

@@ -26,7 +26,7 @@ from vitrail.cli import guarded
 from vitrail.config.presets import PRESETS, get_preset
 from vitrail.config.settings import AugmentConfig, ModelConfig, TrainingConfig
 from vitrail.errors import ConfigError
-from vitrail.weights.formats import convert
+from vitrail.weights.formats.convert import convert
 
 BENCHMARKS = Path(ours.__file__).parents[1]
 

@@ -96,10 +96,10 @@ def test_a_missing_file_is_named(checkpoint: Path, name: str) -> None:
         load_all(checkpoint)
 
 
-def test_an_altered_setting_is_refused(checkpoint: Path) -> None:
+def test_a_modified_setting_is_refused(checkpoint: Path) -> None:
     path = checkpoint / "checkpoint.json"
     path.write_text(path.read_text().replace('"n_attention_heads": 4', '"n_attention_heads": 8'))
-    with pytest.raises(CheckpointError, match="altered"):
+    with pytest.raises(CheckpointError, match="checksum mismatch"):
         load_info(checkpoint)
 
 

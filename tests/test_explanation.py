@@ -27,7 +27,7 @@ from vitrail.explain.page import describe
 from vitrail.explain.sheet import caption, page_data
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
-from vitrail.weights.formats.foreign import FILES
+from vitrail.weights.formats.convert import FILES
 
 TINY = shlex.split(
     "--patch_size 8 --embed_dim 16 --n_layers 3 --n_attention_heads 2 --batch_size 40 "

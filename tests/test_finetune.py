@@ -26,7 +26,7 @@ from vitrail.training.run import Run
 from vitrail.training.state import TrainingState
 from vitrail.weights import pretrained
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
-from vitrail.weights.formats import convert
+from vitrail.weights.formats.convert import convert
 
 TINY = shlex.split(
     "--batch_size 40 --num_train_images 80 --num_test_images 30 --validation_images 50 "
@@ -245,7 +245,7 @@ def test_a_head_for_other_classes_is_refused(tiny_model: ModelConfig, here: Path
     model = VisionTransformer(tiny_model)
     save_weights_file(here / "own.safetensors", info, model.state_dict())
     training = TrainingConfig(init="own.safetensors")
-    with pytest.raises(CheckpointError, match="its head is for a, b, c…, the data have g, f, e…"):
+    with pytest.raises(CheckpointError, match="its head is for a, b, c…, the data set has g, f"):
         pretrained.start_from(model, training, tuple("gfedcba"))
     assert pretrained.start_from(model, training, tuple("abcdefg")) == []
     with pytest.raises(ConfigError, match="layer_decay is 2"):

@@ -19,7 +19,7 @@ import vitrail
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.model.vit import VisionTransformer
 from vitrail.weights.checkpoint import CheckpointInfo
-from vitrail.weights.formats.foreign import write_foreign
+from vitrail.weights.formats.convert import write_foreign
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 """Those libraries warn, and take a while to import; neither is ours to mend."""

@@ -149,13 +149,13 @@ def test_every_step_of_a_processor_is_done(tmp_path: Path, changes: dict[str, An
         ({"crop_pct": 0.9}, "crop_pct 0.9"),
         ({"size": {"longest_edge": 20}}, "size .*longest_edge"),
         ({"size": {"shortest_edge": 20, "longest_edge": 40}}, "size .*longest_edge"),
-        ({"size": 20}, "makes pictures of 20 x 20 pixels, but the model reads 15 x 15"),
+        ({"size": 20}, "produces pictures of 20 x 20 pixels, but the model reads 15 x 15"),
         ({"size": 10, **CROP, "image_processor_type": "ViT"}, "size 10 with crop_size"),
         ({"size": {"height": 20, "width": 30}, **CROP}, "size .* with crop_size"),
         ({"resample": 7}, "resample 7"),
         ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values"),
         ({"do_resize": False, **CROP}, "do_center_crop without do_resize"),
-        ({"image_processor_type": "ConvNextImageProcessor"}, "does not specify do_center_crop"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "lacks do_center_crop"),
     ],
 )
 def test_what_is_not_understood_is_refused(

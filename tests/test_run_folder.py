@@ -101,7 +101,7 @@ def test_best_is_named_again_after_a_kill_before_it_was(
 
 @pytest.mark.parametrize("name", ["LAST", "BEST"])
 @pytest.mark.parametrize("content", [b"", b"step-0000006 0123456789abcdef\n", b"\xff\x00"])
-def test_an_altered_pointer_is_refused_and_repaired(
+def test_a_modified_pointer_is_refused_and_repaired(
     copied: tuple[Path, Config], name: str, content: bytes
 ) -> None:
     folder, config = copied
@@ -132,7 +132,7 @@ def test_a_renamed_checkpoint_is_refused(copied: tuple[Path, Config]) -> None:
     checkpoints = copied[0] / "checkpoints"
     (checkpoints / "step-0000003").rename(checkpoints / "step-0000012")
     with pytest.raises(
-        CheckpointError, match=r"step-0000012/checkpoint\.json: step does not match"
+        CheckpointError, match=r"step-0000012/checkpoint\.json: its step does not match"
     ):
         load_info(checkpoints / "step-0000012")
     shutil.copytree(checkpoints / "step-0000006", checkpoints / "mine")
@@ -289,7 +289,7 @@ def test_checkpoints_are_ordered_by_number_not_by_letters(tmp_path: Path) -> Non
 def test_a_number_without_end_is_damage(copied: tuple[Path, Config]) -> None:
     path = copied[0] / "checkpoints/step-0000009/checkpoint.json"
     path.write_text('{"format": ' + "1" * 5000 + "}")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: corrupt"):
         load_info(path.parent)
 
 

@@ -57,14 +57,14 @@ WRAPPED: list[tuple[str, Any, str]] = [
     ("lightning", {"state_dict": prefixed("model._orig_mod.") | EXTRA, "epoch": 3},
      "model. removed"),
     ("net", {"net": prefixed("net."), "acc": 91.2, "epoch": 3}, "net. removed"),
-    ("backbone", {"state_dict": prefixed("backbone.") | EXTRA}, "left out, as not under backbone."),
+    ("backbone", {"state_dict": prefixed("backbone.") | EXTRA}, "ignored, not under backbone."),
     ("dino", {"student": prefixed("module.backbone.", other()),
               "teacher": prefixed("backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)},
-              "args": argparse.Namespace(arch="vit_small", lr=0.1)}, "teacher is taken"),
+              "args": argparse.Namespace(arch="vit_small", lr=0.1)}, "teacher is used"),
     ("ema", {"state_dict": other(), "state_dict_ema": timm(), "arch": "vit"},
-     "state_dict_ema is taken; in the same file, left out: state_dict"),
+     "state_dict_ema is used; ignored in the same file: state_dict"),
     ("deit", {"model": other(), "model_ema": timm(), "optimizer": {"state": {}}},
-     "model_ema is taken; in the same file, left out: model"),
+     "model_ema is used; ignored in the same file: model"),
     ("flat", prefixed("student.", other()) | prefixed("teacher."), "teacher. removed"),
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ WRAPPED: list[tuple[str, Any, str]] = [
     ("content", "words"), [row[1:] for row in WRAPPED], ids=[r[0] for r in WRAPPED]
 )
 @pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.pth.tar"])
-def test_wrapped_weights_are_unwrapped_and_said(
+def test_wrapped_weights_are_unwrapped_and_noted(
     tmp_path: Path, content: Any, words: str, name: str
 ) -> None:
     torch.save(content, tmp_path / name)
@@ -90,7 +90,7 @@ def test_safetensors_are_unwrapped_too(tmp_path: Path) -> None:
 def test_plain_weights_have_no_such_note(tmp_path: Path) -> None:
     torch.save({"model": timm()}, tmp_path / "a.pth")
     notes = loaded(tmp_path / "a.pth").notes
-    assert not any("removed" in note or "left out" in note or "taken" in note for note in notes)
+    assert not any("removed" in note or "ignored" in note or "used" in note for note in notes)
 
 
 def test_what_training_scripts_keep_beside_weights_is_read(
@@ -119,16 +119,19 @@ class Strange:
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"state_dict": {}, "config": Strange()}, r"holds test_wrapped\.Strange, which could run code"),
-    (Strange(), r"holds test_wrapped\.Strange, which could run code"),
-    ([1, 2], "not a state dict of plain tensors, a list"),
-    ({"epoch": 3}, "its entry 'epoch' is none"),
+    (
+        {"state_dict": {}, "config": Strange()},
+        r"contains test_wrapped\.Strange, which could run",
+    ),
+    (Strange(), r"contains test_wrapped\.Strange, which could run"),
+    ([1, 2], "not a state dict of plain tensors, but a list"),
+    ({"epoch": 3}, "because of its entry 'epoch'"),
     ({}, "empty"),
 ]
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED)
-def test_what_cannot_be_read_is_refused_with_the_way_out(
+def test_what_cannot_be_read_is_refused_with_a_remedy(
     tmp_path: Path, content: Any, words: str
 ) -> None:
     torch.save(content, tmp_path / "a.pth")
@@ -140,11 +143,9 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(
     assert "weights_only" not in said
 
 
-def test_files_of_old_torch_say_how_to_write_them_again(tmp_path: Path) -> None:
+def test_files_of_old_torch_say_how_to_convert_them(tmp_path: Path) -> None:
     torch.save(timm(), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        CheckpointError, match=r"before 1\.6: write it again, in Python: (.*)$"
-    ) as no:
+    with pytest.raises(CheckpointError, match=r"before 1\.6: convert it in Python: (.*)$") as no:
         loaded(tmp_path / "a.pth")
     remedy = str(no.value).partition("Python: ")[2]
     for name in ("old", "new"):
@@ -157,5 +158,5 @@ def test_files_of_old_torch_say_how_to_write_them_again(tmp_path: Path) -> None:
 
 def test_unknown_weights_under_a_known_prefix_are_still_refused(tmp_path: Path) -> None:
     torch.save({"model.layer.weight": torch.ones(2, 2)}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"unrecognized .*keys: layer\.weight"):
+    with pytest.raises(CheckpointError, match=r"unrecognized weights format .*keys layer\.weight"):
         loaded(tmp_path / "a.pth")

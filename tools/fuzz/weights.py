@@ -35,7 +35,7 @@ from vitrail.weights.checkpoint import (
     save_checkpoint,
     seal,
 )
-from vitrail.weights.formats.foreign import write_foreign
+from vitrail.weights.formats.convert import write_foreign
 from vitrail.weights.pretrained import load
 
 TINY = ModelConfig(

@@ -36,11 +36,11 @@ from vitrail.runtime import distributed
 from vitrail.runtime.files import replace_file
 from vitrail.weights.checkpoint import (
     CheckpointInfo,
-    clear,
     load_info,
     load_training,
     load_weights,
     read_pointer,
+    remove_folders,
     step_of,
     write_pointer,
 )
@@ -341,7 +341,7 @@ def remove_incomplete(checkpoints: Path) -> None:
                 old.rename(folder)
         for path in checkpoints.glob(".*"):
             if re.match(r"\.(old|partial|doomed)-", path.name):
-                path.unlink() if path.is_file() else clear(path)
+                path.unlink() if path.is_file() else remove_folders(path)
     except OSError as error:
         raise OutputError(f"{checkpoints}: cannot be written: {error.strerror}") from error
 

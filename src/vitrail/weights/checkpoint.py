@@ -1,16 +1,16 @@
-"""Training states and weights to and from folders: atomic, hashed, versioned.
+"""How checkpoints and weights files are written, verified and read: atomic, hashed, versioned.
 
     checkpoints/
     ├── LAST, BEST               one line each: the name of a folder beside them, and a hash
     └── step-0000390/
-        ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of
-        │                        the others and of itself
-        ├── model.safetensors    the weights that predict (the moving average, where there is one)
-        └── training.safetensors only needed to resume: optimizers, raw weights
+        ├── checkpoint.json      settings, classes, step, metrics, versions, and the sha256 of the
+        │                        other files and of itself
+        ├── model.safetensors    the weights used for prediction (the moving average, if any)
+        └── training.safetensors what only resuming needs: optimizer states, raw weights
 
-A folder is written under another name, flushed, and renamed, so that a folder is complete. No file
-contains code, and a changed byte is detected by its hash. The hashes protect against accidents,
-not against somebody who can write new ones.
+A folder is written under a temporary name, flushed, and renamed, so a folder with its final name is
+complete. No file contains code, and a changed byte is detected by its hash. The hashes protect
+against accidents, not against an attacker who can recompute them.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrail"
 STEP = re.compile(r"step-\d{1,20}")
-"""The name of a checkpoint folder."""
+"""Name of a checkpoint folder."""
 LONGEST_NAME = 255
-"""Characters of a class name, as of a folder's."""
+"""Maximum length of a class name: that of a folder name."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The description of a checkpoint: all that test, predict and explain need besides weights."""
+    """Description of a checkpoint: all that test, predict and explain need besides weights."""
 
     config: Config
     classes: tuple[str, ...]
@@ -53,7 +53,7 @@ class CheckpointInfo:
     metrics: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON values, with the versions that wrote it."""
+        """Return plain JSON values, including the versions of torch and Python."""
         return {
             "format": FORMAT,
             "config": to_json(self.config),
@@ -65,10 +65,10 @@ class CheckpointInfo:
 
     @classmethod
     def from_json(cls, content: Any, where: Path) -> "CheckpointInfo":
-        """Read what to_json() gave, checking it.
+        """Parse and check the output of ``to_json``.
 
         Raises:
-            CheckpointError: it is something else, or of a newer format.
+            CheckpointError: the content is invalid or has another format version.
         """
         if not isinstance(content, Mapping) or "format" not in content:
             raise CheckpointError(f"{where}: not a Vitrail checkpoint")
@@ -79,15 +79,15 @@ class CheckpointInfo:
             )
         missing = {"config", "classes", "numbers", "metrics"} - set(content)
         if missing:
-            raise CheckpointError(f"{where}: {', '.join(sorted(missing))} missing")
+            raise CheckpointError(f"{where}: missing {', '.join(sorted(missing))}")
         classes = content["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise CheckpointError(f"{where}: classes are not a list of names")
+            raise CheckpointError(f"{where}: classes is not a list of names")
         if max(map(len, classes), default=0) > LONGEST_NAME:
-            raise CheckpointError(f"{where}: a class name of more than {LONGEST_NAME} characters")
+            raise CheckpointError(f"{where}: a class name has more than {LONGEST_NAME} characters")
         for name in ("numbers", "metrics"):
             if not isinstance(content[name], Mapping):
-                raise CheckpointError(f"{where}: {name} are not a table")
+                raise CheckpointError(f"{where}: {name} is not an object")
         try:
             config = from_json(content["config"])
         except ConfigError as error:
@@ -106,7 +106,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint folder, atomically.
+    """Write a checkpoint folder atomically.
 
     Raises:
         OutputError: it cannot be written (no space, no permission).
@@ -116,29 +116,29 @@ def save_checkpoint(
     files[INFO] = seal({**info.to_json(), "sha256": hashes}).encode()
     partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
     try:
-        clear(partial)
+        remove_folders(partial)
         partial.mkdir(parents=True)
         for name, content in files.items():
             write_flushed(partial / name, content)
         flush_folder(partial)
-        put_in_place(partial, folder, old)
+        _rename_into_place(partial, folder, old)
         flush_folder(folder.parent)
     except OSError as error:
         raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
     finally:
-        clear(partial)
+        remove_folders(partial)
 
 
-def put_in_place(partial: Path, folder: Path, old: Path) -> None:
-    """Give a folder its name; what had it before goes, but comes back if that fails."""
+def _rename_into_place(partial: Path, folder: Path, old: Path) -> None:
+    """Rename ``partial`` to ``folder``; a previous folder is removed, or restored on failure."""
     if folder.exists():
-        clear(old)
+        remove_folders(old)
         folder.rename(old)
     try:
         partial.rename(folder)
     finally:
         if folder.exists():
-            clear(old)
+            remove_folders(old)
         elif old.exists():
             old.rename(folder)
 
@@ -147,11 +147,11 @@ def load_info(folder: Path) -> CheckpointInfo:
     """Read the description of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another program, or named as another one.
+        CheckpointError: it is missing, corrupt, not ours, or in a folder with another step's name.
     """
-    info = CheckpointInfo.from_json(read_info(folder), folder / INFO)
+    info = CheckpointInfo.from_json(_read_info(folder), folder / INFO)
     if step_of(folder) not in (None, info.numbers.get("step")):
-        raise CheckpointError(f"{folder / INFO}: step does not match the folder name")
+        raise CheckpointError(f"{folder / INFO}: its step does not match the folder name")
     return info
 
 
@@ -162,21 +162,21 @@ def step_of(folder: Path) -> int | None:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights that predict, if their hash is right.
+    """Read and verify the weights used for prediction.
 
     Raises:
-        CheckpointError: they are missing, truncated or altered.
+        CheckpointError: the file is missing, truncated or modified.
     """
-    return read_tensors(folder, MODEL)
+    return _read_tensors(folder, MODEL)
 
 
 def load_training(folder: Path) -> dict[str, Tensor]:
-    """Read what resuming needs besides the weights, if the hash is right.
+    """Read and verify the tensors that only resuming needs.
 
     Raises:
-        CheckpointError: it is missing, truncated or altered.
+        CheckpointError: the file is missing, truncated or modified.
     """
-    return read_tensors(folder, TRAINING)
+    return _read_tensors(folder, TRAINING)
 
 
 def save_weights_file(path: Path, info: CheckpointInfo, weights: Mapping[str, Tensor]) -> None:
@@ -190,10 +190,10 @@ def save_weights_file(path: Path, info: CheckpointInfo, weights: Mapping[str, Te
 
 
 def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Read a file that save_weights_file() wrote.
+    """Read a file written by ``save_weights_file``.
 
     Raises:
-        CheckpointError: it is missing, damaged, or does not describe itself.
+        CheckpointError: it is missing, corrupt, or does not describe its model.
     """
     file = read_bytes(path)
     tensors = unpack(file, path)
@@ -201,16 +201,14 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     described = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrail: it does not describe its model")
-    content = unseal(described, path)
+    content = _unseal(described, path)
     if content.get("sha256") != hash_tensors(tensors):
-        raise CheckpointError(
-            f"{path}: checksum mismatch: the weights were modified or are corrupt"
-        )
+        raise CheckpointError(f"{path}: checksum mismatch: the weights were modified")
     return CheckpointInfo.from_json(content, path), tensors
 
 
 def describes_itself(path: Path) -> bool:
-    """Return whether a ``.safetensors`` file was written by save_weights_file()."""
+    """Return whether a ``.safetensors`` file was written by ``save_weights_file``."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -220,40 +218,42 @@ def describes_itself(path: Path) -> bool:
 
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
-    """Let LAST or BEST name a checkpoint folder."""
-    replace_file(checkpoints / name, f"{target.name} {sign(name, target.name)}\n".encode())
+    """Let LAST or BEST point to a checkpoint folder."""
+    replace_file(checkpoints / name, f"{target.name} {_sign(name, target.name)}\n".encode())
 
 
-def sign(pointer: str, target: str) -> str:
-    """Return a hash that detects a changed name, and LAST in place of BEST."""
+def _sign(pointer: str, target: str) -> str:
+    """Return a hash that detects a changed name, and LAST copied over BEST."""
     return hashlib.sha256(f"{pointer} {target}".encode()).hexdigest()[:16]
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path:
-    """Return the checkpoint folder that LAST or BEST names.
+    """Return the checkpoint folder that LAST or BEST points to.
 
     Raises:
-        CheckpointError: the pointer is missing, was modified, or names no checkpoint.
+        CheckpointError: the pointer is missing or modified, or its target does not exist.
     """
     text = read_bytes(checkpoints / name).decode(errors="replace").strip()
     target, space, signature = text.partition(" ")  # no hash where an older version wrote it
-    if space and signature != sign(name, target):
+    if space and signature != _sign(name, target):
         raise CheckpointError(f"{checkpoints / name}: checksum mismatch: {text!r:.60}")
     if not STEP.fullmatch(target) or not (checkpoints / target).is_dir():
-        raise CheckpointError(f"{checkpoints / name}: names {target!r:.60}, which is no checkpoint")
+        raise CheckpointError(
+            f"{checkpoints / name}: points to {target!r:.60}, which is not a checkpoint"
+        )
     return checkpoints / target
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """Return the content of checkpoint.json."""
+def _read_info(folder: Path) -> dict[str, Any]:
+    """Return the verified content of checkpoint.json."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
-    return unseal(read_bytes(folder / INFO), folder / INFO)
+    return _unseal(read_bytes(folder / INFO), folder / INFO)
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one file of tensors and check its hash against checkpoint.json."""
-    hashes = read_info(folder).get("sha256")
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one file of tensors and compare its hash with the one in checkpoint.json."""
+    hashes = _read_info(folder).get("sha256")
     content = read_bytes(folder / name)
     digest = hashlib.sha256(content).hexdigest()
     if not isinstance(hashes, dict) or hashes.get(name) != digest:
@@ -263,8 +263,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return unpack(content, folder / name)
 
 
-def clear(*folders: Path) -> None:
-    """Remove folders that may or may not exist."""
+def remove_folders(*folders: Path) -> None:
+    """Remove folders if they exist."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -284,30 +284,30 @@ def unpack(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def seal(content: dict[str, Any]) -> str:
-    """Return JSON text that holds its own hash."""
-    return json.dumps({**content, "seal": digest_json(content)}, indent=1)
+    """Return JSON text that contains its own hash."""
+    return json.dumps({**content, "seal": _hash_json(content)}, indent=1)
 
 
-def unseal(text: str | bytes, where: Path) -> dict[str, Any]:
-    """Return what seal() was given, if it is unchanged."""
+def _unseal(text: str | bytes, where: Path) -> dict[str, Any]:
+    """Return the content given to ``seal`` if its hash is right."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number without end
-        raise CheckpointError(f"{where}: damaged: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long
+        raise CheckpointError(f"{where}: corrupt: {error}") from error
     if not isinstance(content, dict) or "seal" not in content:
         raise CheckpointError(f"{where}: not a Vitrail checkpoint")
-    if content.pop("seal") != digest_json(content):
+    if content.pop("seal") != _hash_json(content):
         raise CheckpointError(f"{where}: checksum mismatch: the file was modified or is corrupt")
     return content
 
 
-def digest_json(content: Any) -> str:
-    """Return the sha256 of a JSON value, however it is laid out."""
+def _hash_json(content: Any) -> str:
+    """Return the sha256 of a JSON value, regardless of its formatting."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of tensors, in any order."""
+    """Return the sha256 of tensors, regardless of their order."""
     return hashlib.sha256(pack(dict(sorted(tensors.items())))).hexdigest()
 
 

@@ -14,7 +14,7 @@ from vitrail.errors import printable
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights import hub
 from vitrail.weights.checkpoint import MODEL, CheckpointInfo, save_weights_file
-from vitrail.weights.formats.foreign import CONFIG
+from vitrail.weights.formats.convert import CONFIG
 from vitrail.weights.pretrained import Source
 
 CARD = "README.md"

@@ -39,10 +39,10 @@ from vitrail.weights.checkpoint import (
     read_pointer,
     save_weights_file,
 )
-from vitrail.weights.formats import Converted
-from vitrail.weights.formats.foreign import (
+from vitrail.weights.formats.convert import (
     CONFIG,
     FILES,
+    Converted,
     read_foreign,
     read_json_object,
     write_foreign,

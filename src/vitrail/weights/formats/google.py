@@ -1,7 +1,7 @@
-"""Google's published ``.npz`` files: kernels HWIO, linear kernels transposed, heads apart.
+"""Google's published ``.npz`` files: kernels HWIO, linear kernels transposed, heads separate.
 
 Source: https://github.com/google-research/vision_transformer, vit_jax/models_vit.py: LayerNorm
-adds 1e-6, and ``nn.gelu`` of Flax is the tanh formula.
+has epsilon 1e-6, and ``nn.gelu`` of Flax is the tanh approximation.
 """
 
 import re
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
-from vitrail.weights.formats.rules import (
+from vitrail.weights.formats.layout import (
     Found,
     Layout,
     Rule,
     State,
     count_layers,
-    forward_mul,
     one,
     shape,
     square_image,
@@ -28,15 +27,15 @@ from vitrail.weights.formats.rules import (
 
 STEM, POSITIONS = "embedding/kernel", "Transformer/posembed_input/pos_embedding"
 PREFIX, OPTIMIZER = "opt/target/", "opt/state/"
-"""Checkpoints of training keep the weights beside the optimizer's state."""
+"""Training checkpoints contain the weights and the optimizer's state."""
 
 
-def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Found:
-    """Read the model's settings off its shapes: the heads are a dimension of their own."""
+def _find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Found:
+    """Read the model's settings off its shapes, in which the heads are a separate dimension."""
     notes = ["the class token's position is added to the class token"]
     plain = {key.removeprefix(PREFIX): t for key, t in state.items() if OPTIMIZER not in key}
     if len(plain) < len(state):
-        notes.append(f"{OPTIMIZER}: left out, the optimizer's state")
+        notes.append(f"{OPTIMIZER}: ignored, the optimizer's state")
     height, width, n_channels, embed_dim = shape(plain, STEM, 4)
     patch_size = square_patch(height, width, STEM)
     block = "Transformer/encoderblock_0"
@@ -52,7 +51,7 @@ def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Foun
         embed_dim=embed_dim,
         n_layers=count_layers(plain, r"Transformer/encoderblock_(\d+)/"),
         n_attention_heads=heads,
-        forward_mul=forward_mul(hidden_dim, embed_dim),
+        forward_mul=hidden_dim / embed_dim,
         head="mlp" if "pre_logits/kernel" in plain else "linear",
         hidden_act="gelu_tanh",
         layer_norm_eps=1e-6,
@@ -60,54 +59,54 @@ def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Foun
     return Found(config, plain, notes)
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """Return its table of names."""
+def _rules(config: ModelConfig) -> list[Rule]:
+    """Return the layout's rules for one model."""
     table = [
         one(
             "stem.weight", STEM, lambda t: t.permute(3, 2, 0, 1), lambda t: (t.permute(2, 3, 1, 0),)
         ),
-        keep("stem.bias", "embedding/bias"),
+        _keep("stem.bias", "embedding/bias"),
         tokens("cls", POSITIONS),
-        *norm("norm", "Transformer/encoder_norm"),
+        *_norm("norm", "Transformer/encoder_norm"),
     ]
     for index in range(config.n_layers):
         ours, theirs = f"blocks.{index}", f"Transformer/encoderblock_{index}"
         table += [
-            *norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0"),
-            *attention(
+            *_norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0"),
+            *_attention(
                 f"{ours}.attention",
                 f"{theirs}/MultiHeadDotProductAttention_1",
                 config.n_attention_heads,
             ),
-            *norm(f"{ours}.norm2", f"{theirs}/LayerNorm_2"),
-            *linear(f"{ours}.mlp.fc1", f"{theirs}/MlpBlock_3/Dense_0"),
-            *linear(f"{ours}.mlp.fc2", f"{theirs}/MlpBlock_3/Dense_1"),
+            *_norm(f"{ours}.norm2", f"{theirs}/LayerNorm_2"),
+            *_linear(f"{ours}.mlp.fc1", f"{theirs}/MlpBlock_3/Dense_0"),
+            *_linear(f"{ours}.mlp.fc2", f"{theirs}/MlpBlock_3/Dense_1"),
         ]
     if config.n_classes == 0:
         return table
     if config.head == "mlp":
-        return [*table, *linear("head.fc1", "pre_logits"), *linear("head.fc2", "head")]
-    return [*table, *linear("head", "head")]
+        return [*table, *_linear("head.fc1", "pre_logits"), *_linear("head.fc2", "head")]
+    return [*table, *_linear("head", "head")]
 
 
-def keep(ours: str, theirs: str) -> Rule:
-    """Return the rule of a tensor that is the same in both."""
+def _keep(ours: str, theirs: str) -> Rule:
+    """Return the rule for a tensor that is equal on both sides."""
     return one(ours, theirs, lambda t: t, lambda t: (t,))
 
 
-def norm(ours: str, theirs: str) -> list[Rule]:
-    """Return the rules of a LayerNorm."""
-    return [keep(f"{ours}.weight", f"{theirs}/scale"), keep(f"{ours}.bias", f"{theirs}/bias")]
+def _norm(ours: str, theirs: str) -> list[Rule]:
+    """Return the rules for a LayerNorm."""
+    return [_keep(f"{ours}.weight", f"{theirs}/scale"), _keep(f"{ours}.bias", f"{theirs}/bias")]
 
 
-def linear(ours: str, theirs: str) -> list[Rule]:
-    """Return the rules of a linear layer, whose kernel is (in, out)."""
+def _linear(ours: str, theirs: str) -> list[Rule]:
+    """Return the rules for a linear layer, whose kernel is (in, out)."""
     kernel = one(f"{ours}.weight", f"{theirs}/kernel", lambda t: t.T, lambda t: (t.T,))
-    return [kernel, keep(f"{ours}.bias", f"{theirs}/bias")]
+    return [kernel, _keep(f"{ours}.bias", f"{theirs}/bias")]
 
 
-def attention(ours: str, theirs: str, heads: int) -> list[Rule]:
-    """Return the rules of an attention: kernels (D, A, K) in, (A, K, D) out, biases (A, K)."""
+def _attention(ours: str, theirs: str, heads: int) -> list[Rule]:
+    """Return the rules for attention: kernels (D, A, K) in, (A, K, D) out, biases (A, K)."""
 
     def split(weight_3DD: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.T.unflatten(1, (heads, -1)) for part in weight_3DD.chunk(3))
@@ -132,18 +131,16 @@ def attention(ours: str, theirs: str, heads: int) -> list[Rule]:
             lambda kernel_AKD: kernel_AKD.flatten(0, 1).T,
             lambda weight_DD: (weight_DD.T.unflatten(0, (heads, -1)),),
         ),
-        keep(f"{ours}.out_projection.bias", f"{theirs}/out/bias"),
+        _keep(f"{ours}.out_projection.bias", f"{theirs}/out/bias"),
     ]
 
 
 GOOGLE = Layout(
     "google",
     re.compile(r"(opt/target/)?(embedding/|Transformer/|cls$)"),
-    find,
-    rules,
+    _find,
+    _rules,
     {
-        "stem": ("patch",),
-        "position": ("learned",),
         "pool": ("cls",),
         "hidden_act": ("gelu_tanh",),
         "layer_norm_eps": (1e-6,),

@@ -1,7 +1,9 @@
-"""Hugging Face's ViTForImageClassification: a folder of config.json and model.safetensors.
+"""Hugging Face's ViTForImageClassification: its weights, config.json, preprocessor_config.json.
 
-Source: https://github.com/huggingface/transformers, models/vit/modeling_vit.py. Since version 5
-its modules bear shorter names than its files; both are read, and the files' names are written.
+Sources: https://github.com/huggingface/transformers, models/vit/modeling_vit.py and, for
+preprocessor_config.json, models/vit/image_processing_vit.py and
+models/clip/image_processing_clip.py: resize, center crop, rescale, normalize, in this order. Since
+version 5 its modules have shorter names than its files; both are read, the files' names written.
 """
 
 import re
@@ -9,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrail.config.settings import ModelConfig
-from vitrail.errors import CheckpointError
-from vitrail.weights.formats.processor import read_processor
-from vitrail.weights.formats.rules import (
+from vitrail.config.settings import DataConfig, ModelConfig
+from vitrail.errors import CheckpointError, ConfigError
+from vitrail.weights.formats.layout import (
+    PREPARATION_FLAGS,
     Found,
     Layout,
     Rule,
     State,
     choose_heads,
     count_layers,
-    forward_mul,
+    rgb_values,
     same,
     shape,
     square_image,
@@ -45,31 +47,44 @@ NEW_NAMES = (
     (r"\.attention\.attention\.v\.", ".attention.attention.value."),
 )
 UNUSED = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
-"""Tensors the classifier does not use."""
+"""Tensors that the classifier does not use."""
+FILE = "preprocessor_config.json"
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Resampling filters in the order of Pillow's numbers."""
+STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+IGNORED_STEPS = ("do_convert_rgb", "do_reduce_labels")
+"""Steps that Vitrail always does, or that do not concern the picture."""
+UNSUPPORTED = ("crop_pct", "rescale_offset", "offset")
+"""Settings of processors that work differently."""
+SQUARE_SIZE = ("ViT", "DeiT", "Beit")
+"""Processors whose size, if one number, is both sides; for others it is the shorter side."""
+REQUIRED = ("do_resize", "do_center_crop", "do_normalize", "size", "resample", "image_mean",
+            "image_std")  # fmt: skip
+"""Settings required of processors whose defaults differ from ViTImageProcessor's."""
 
 
-def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
+def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
     """Read the model's settings off its shapes and its config.json."""
     about = files.get("config.json", {})
     notes: list[str] = []
-    plain = plain_form(state, notes)
+    plain = _standard_form(state, notes)
     embed_dim, n_channels, height, width = shape(plain, STEM, 4)
     patch_size = square_patch(height, width, STEM)
     act = about.get("hidden_act", "gelu")
     if act not in ACTS:
         raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
-    stated = about.get("num_attention_heads")
+    heads = about.get("num_attention_heads")
     hidden_dim = shape(plain, "vit.encoder.layer.0.intermediate.dense.weight", 2)[0]
     n_classes = len(plain["classifier.weight"]) if "classifier.weight" in plain else 0
     config = ModelConfig(
-        image_size=image_size(about, shape(plain, POSITIONS, 3)[1] - 1, patch_size),
+        image_size=_image_size(about, shape(plain, POSITIONS, 3)[1] - 1, patch_size),
         n_channels=n_channels,
         n_classes=n_classes,
         patch_size=patch_size,
         embed_dim=embed_dim,
         n_layers=count_layers(plain, r"vit\.encoder\.layer\.(\d+)\."),
-        n_attention_heads=choose_heads(embed_dim, n_attention_heads, stated, notes),
-        forward_mul=forward_mul(hidden_dim, embed_dim),
+        n_attention_heads=choose_heads(embed_dim, n_attention_heads, heads, notes),
+        forward_mul=hidden_dim / embed_dim,
         head="linear",
         hidden_act=ACTS[act],  # type: ignore[arg-type]
         layer_norm_eps=float(about.get("layer_norm_eps", 1e-12)),
@@ -81,36 +96,36 @@ def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> 
     return Found(config, plain, notes, classes, data, {"fit": "squash"})
 
 
-def plain_form(state: State, notes: list[str]) -> State:
-    """Bring variants to the plain form of its files, saying so."""
+def _standard_form(state: State, notes: list[str]) -> State:
+    """Rename variants to the standard names and fill gaps, with notes."""
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
         for new, old in NEW_NAMES:
             name = re.sub(new, old, name)
         if UNUSED.match(name):
-            notes.append(f"{key}: left out, the classifier does not use it")
+            notes.append(f"{key}: ignored, the classifier does not use it")
         else:
             plain[name] = tensor
     for key in [key for key in plain if re.search(r"\.attention\.(query|key|value)\.weight$", key)]:
         bias = f"{key.removesuffix('weight')}bias"
         if bias not in plain:
             plain[bias] = plain[key].new_zeros(len(plain[key]))
-            notes.append(f"{bias}: not there, so zeros")
+            notes.append(f"{bias}: missing, set to zeros")
     notes.append("the class token's position is added to the class token")
     return plain
 
 
-def image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | tuple[int, int]:
-    """Return the image size in config.json, or that of a square."""
-    stated = about.get("image_size")
-    if stated is None:
+def _image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | tuple[int, int]:
+    """Return the image size in config.json, or that of a square image."""
+    size = about.get("image_size")
+    if size is None:
         return square_image(n_patches, patch_size, POSITIONS)
-    return stated if isinstance(stated, int) else (int(stated[0]), int(stated[1]))
+    return size if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """Return its table of names."""
+def _rules(config: ModelConfig) -> list[Rule]:
+    """Return the layout's rules for one model."""
     table = [
         *same("stem", f"{EMBEDDINGS}.patch_embeddings.projection"),
         tokens(f"{EMBEDDINGS}.cls_token", POSITIONS),
@@ -156,13 +171,137 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_processor(
+    about: dict[str, Any], image_hw: tuple[int, int], notes: list[str]
+) -> dict[str, Any]:
+    """Return the fields of DataConfig that preprocessor_config.json specifies.
+
+    Raises:
+        CheckpointError: it requires something that Vitrail does not support.
+    """
+    kind = str(about.get("image_processor_type") or about.get("feature_extractor_type") or "ViT")
+    steps = {name for name in about if name.startswith("do_")} - {*STEPS, *IGNORED_STEPS}
+    if unsupported := sorted(name for name in (*steps, *UNSUPPORTED) if about.get(name)):
+        raise CheckpointError(
+            f"{FILE}: {unsupported[0]} {about[unsupported[0]]!r:.40} is not supported: "
+            f"{PREPARATION_FLAGS}"
+        )
+    if not kind.startswith("ViT") and (gaps := [name for name in REQUIRED if name not in about]):
+        raise CheckpointError(f"{FILE} of a {kind:.60} lacks {gaps[0]}: {PREPARATION_FLAGS}")
+    data = _colors(about)
+    if (filter_number := about.get("resample")) is not None:
+        if filter_number not in range(len(FILTERS)):
+            raise CheckpointError(f"{FILE}: resample {filter_number!r:.40}: a number from 0 to 5")
+        data["interpolation"] = FILTERS[filter_number]
+    return data | _geometry(about, kind, image_hw, notes)
+
+
+def _colors(about: dict[str, Any]) -> dict[str, Any]:
+    """Return mean and std for pixels in [0, 1], if the file has them or scales differently."""
+    factor = float(about.get("rescale_factor", 1 / 255)) if about.get("do_rescale", True) else 1.0
+    scale = 255 * factor
+    if not about.get("do_normalize", True):
+        return {"mean": (0.0,) * 3, "std": (1 / scale,) * 3}
+    found = {}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if about.get(theirs) is not None or scale != 1:
+            values = rgb_values(about.get(theirs, 0.5), f"{FILE}: {theirs}")
+            found[ours] = tuple(value / scale for value in values)
+    return found
+
+
+def _geometry(
+    about: dict[str, Any], kind: str, image_hw: tuple[int, int], notes: list[str]
+) -> dict[str, Any]:
+    """Return fit and crop_pct.
+
+    Raises:
+        CheckpointError: the file produces pictures of another size than the model reads.
+    """
+    crops = bool(about.get("do_center_crop"))
+    crop_hw = _sides(about.get("crop_size", image_hw)) if crops else None
+    if not about.get("do_resize", True):
+        if crops:
+            raise CheckpointError(f"{FILE}: do_center_crop without do_resize: {PREPARATION_FLAGS}")
+        notes.append("do_resize is false: pictures of another size are stretched anyway")
+        return {"fit": "squash", "crop_pct": 1.0}
+    size = about.get("size")
+    if size is None and not crops:
+        return {}
+    edge = _shortest_edge(size, kind)
+    resized_hw = (edge, edge) if edge else _sides(size or image_hw)
+    if (made_hw := crop_hw or resized_hw) != image_hw:
+        raise CheckpointError(
+            f"{FILE} produces pictures of {made_hw[0]} x {made_hw[1]} pixels, but the model reads "
+            f"{image_hw[0]} x {image_hw[1]}"
+        )
+    shares = {image / side for image, side in zip(image_hw, resized_hw, strict=True)}
+    if len(shares) > 1 or max(shares) > 1:
+        raise CheckpointError(f"{FILE}: size {size} with crop_size {crop_hw}: {PREPARATION_FLAGS}")
+    if edge and not crops:
+        notes.append("pictures that are not square are cropped")
+    return {"fit": "crop" if edge else "squash", "crop_pct": shares.pop()}
+
+
+def _shortest_edge(size: Any, kind: str) -> int | None:
+    """Return the shorter side after resizing, if the file specifies only that one."""
+    if isinstance(size, int) and not kind.startswith(SQUARE_SIZE):
+        return size
+    if isinstance(size, dict) and size.get("shortest_edge") and not size.get("longest_edge"):
+        return int(size["shortest_edge"])
+    return None
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Return height and width from one number, a pair, or a dictionary."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict):
+        if {"height", "width"} - set(size):
+            raise CheckpointError(f"{FILE}: size {size!s:.60}: {PREPARATION_FLAGS}")
+        return int(size["height"]), int(size["width"])
+    return int(size[0]), int(size[1])
+
+
+def write_processor(model: ModelConfig, data: DataConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the preprocessor_config.json that prepares pictures for the model.
+
+    Raises:
+        ConfigError: no image processor supports the model's ``fit``.
+    """
+    height, width = model.image_hw
+    if data.fit == "pad" or (data.fit == "crop" and height != width):
+        raise ConfigError(
+            f"Hugging Face's image processors do not support fit {data.fit} for {height} x {width} "
+            "pixels: choose another, e.g. --fit squash"
+        )
+    cut = data.fit == "crop" or data.crop_pct < 1
+    kind = "CLIP" if data.fit == "crop" else "DeiT" if cut else "ViT"
+    rows, columns = round(height / data.crop_pct), round(width / data.crop_pct)
+    size = {"shortest_edge": rows} if data.fit == "crop" else {"height": rows, "width": columns}
+    crop = {"do_center_crop": cut, "crop_size": {"height": height, "width": width}}
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": model.n_channels == 3,
+        "do_resize": True,
+        "size": size,
+        "resample": FILTERS.index(data.interpolation),
+        **(crop if cut else {"do_center_crop": False}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(about["mean"]),
+        "image_std": list(about["std"]),
+    }
+
+
 HUGGINGFACE = Layout(
     "huggingface",
     re.compile(
         r"(vit\.)?embeddings\.(patch_embeddings|position_embeddings|cls_token)"
         r"|(vit\.)?encoder\.layer\.|vit\.layers\."
     ),
-    find,
-    rules,
-    {"stem": ("patch",), "position": ("learned",), "pool": ("cls",), "head": ("linear",)},
+    _find,
+    _rules,
+    {"pool": ("cls",), "head": ("linear",)},
 )

@@ -1,18 +1,17 @@
-"""The reference system's state dicts: three layers for queries, keys and values; an MLP head."""
+"""The reference's state dicts: separate layers for queries, keys and values; an MLP head."""
 
 import re
 from typing import Any
 
 from vitrail.config.settings import ModelConfig
 from vitrail.data.cifar import CIFAR10_CLASSES
-from vitrail.weights.formats.rules import (
+from vitrail.weights.formats.layout import (
     Found,
     Layout,
     Rule,
     State,
     class_token,
     count_layers,
-    forward_mul,
     positions,
     same,
     shape,
@@ -23,16 +22,16 @@ from vitrail.weights.formats.rules import (
 
 HEADS = 4
 """The reference's default head count, which its files do not contain."""
-PREPARATION = {
+DATA_SETTINGS = {
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "fit": "squash", "interpolation": "bilinear",
     "crop_pct": 1.0,
 }  # fmt: skip
-"""How its code prepares every picture."""
+"""How its code prepares pictures."""
 STEM, POSITIONS = "embedding.conv1.weight", "embedding.pos_embedding"
 
 
-def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Found:
-    """Read the reference model's settings off its shapes."""
+def _find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Found:
+    """Read the model's settings off its shapes."""
     embed_dim, n_channels, height, width = shape(state, STEM, 4)
     patch_size = square_patch(height, width, STEM)
     n_classes = shape(state, "classifier.fc2.weight", 2)[0]
@@ -44,15 +43,15 @@ def find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Foun
         embed_dim=embed_dim,
         n_layers=count_layers(state, r"encoder\.(\d+)\."),
         n_attention_heads=n_attention_heads or HEADS,
-        forward_mul=forward_mul(shape(state, "encoder.0.fc1.weight", 2)[0], embed_dim),
+        forward_mul=shape(state, "encoder.0.fc1.weight", 2)[0] / embed_dim,
     )
-    notes = [] if n_attention_heads else [f"n_attention_heads {HEADS} is assumed, as by default"]
+    notes = [] if n_attention_heads else [f"assumed n_attention_heads {HEADS}: not in the file"]
     classes = CIFAR10_CLASSES if n_classes == len(CIFAR10_CLASSES) else ()
-    return Found(config, state, notes, classes, PREPARATION)
+    return Found(config, state, notes, classes, DATA_SETTINGS)
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """Return its table of names."""
+def _rules(config: ModelConfig) -> list[Rule]:
+    """Return the layout's rules for one model."""
     table = [
         *same("stem", "embedding.conv1"),
         positions(POSITIONS),
@@ -77,11 +76,9 @@ def rules(config: ModelConfig) -> list[Rule]:
 REFERENCE = Layout(
     "reference",
     re.compile(r"embedding\.conv1\.|encoder\.\d+\.attention\.(queries|keys|values)\."),
-    find,
-    rules,
+    _find,
+    _rules,
     {
-        "stem": ("patch",),
-        "position": ("learned",),
         "pool": ("cls",),
         "head": ("mlp",),
         "hidden_act": ("gelu",),

@@ -1,8 +1,8 @@
-"""timm's VisionTransformer: one layer for queries, keys and values, as here.
+"""timm's VisionTransformer: one layer for queries, keys and values, as in ours.
 
 Source: Wightman, https://github.com/huggingface/pytorch-image-models,
-timm/models/vision_transformer.py. Read besides the plain form: a class token without a position
-(``no_embed_class``), layers without qkv biases, and layer scale, which goes into the layer before.
+timm/models/vision_transformer.py. Also read: a class token without a position
+(``no_embed_class``), layers without qkv biases, and layer scale, multiplied into the layer before.
 """
 
 import math
@@ -14,80 +14,79 @@ from torch import Tensor
 
 from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.weights.formats.processor import FILTERS
-from vitrail.weights.formats.rules import (
+from vitrail.weights.formats.huggingface import FILTERS
+from vitrail.weights.formats.layout import (
     Found,
     Layout,
     Rule,
     State,
     choose_heads,
     count_layers,
-    forward_mul,
     positions,
+    rgb_values,
     same,
     shape,
     square_image,
     square_patch,
-    three,
     tokens,
 )
 
 STEM, POSITIONS, CLASS = "patch_embed.proj.weight", "pos_embed", "cls_token"
 MODES = {"center": "crop", "squash": "squash"}
-"""timm's crop_mode as our fit; its third, border, pads with the mean color, not black."""
+"""timm's crop_mode -> our fit; its third mode, border, pads with the mean color, not black."""
 USUAL = {
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
     "interpolation": "bicubic", "crop_pct": 0.875,
 }  # fmt: skip
-"""What timm assumes where config.json does not specify it (timm/data/config.py)."""
+"""timm's defaults for what config.json does not specify (timm/data/config.py)."""
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 
 
-def find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
-    """Read the model's settings off its shapes, and off timm's config.json where there is one."""
+def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
+    """Read the model's settings off its shapes and, if there is one, timm's config.json."""
     about = files.get("config.json", {})
     args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg") or about
     notes: list[str] = []
     embed_dim, n_channels, height, width = shape(state, STEM, 4)
     patch_size = square_patch(height, width, STEM)
-    size = told_size(args, pretrained)
-    plain = plain_form(dict(state), size and size[0] // height * (size[1] // width), notes)
+    size = _configured_size(args, pretrained)
+    plain = _standard_form(dict(state), size and size[0] // height * (size[1] // width), notes)
     n_patches = shape(plain, POSITIONS, 3)[1] - (CLASS in plain)
     hidden_dim = shape(plain, "blocks.0.mlp.fc1.weight", 2)[0]
     if args.get("act_layer", "gelu") not in ACTS:
         raise CheckpointError(f"act_layer is {args['act_layer']!r}: only {', '.join(ACTS)}")
     config = ModelConfig(
-        image_size=image_size(size, n_patches, patch_size),
+        image_size=_image_size(size, n_patches, patch_size),
         n_channels=n_channels,
         n_classes=len(plain["head.weight"]) if "head.weight" in plain else 0,
         patch_size=patch_size,
         embed_dim=embed_dim,
         n_layers=count_layers(plain, r"blocks\.(\d+)\."),
         n_attention_heads=choose_heads(embed_dim, n_attention_heads, args.get("num_heads"), notes),
-        forward_mul=forward_mul(hidden_dim, embed_dim),
+        forward_mul=hidden_dim / embed_dim,
         head="linear",
         hidden_act=ACTS[args.get("act_layer", "gelu")],  # type: ignore[arg-type]
         layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
-        **pooling(plain, args),
+        **_pooling(plain, args),
     )
-    data, refused = preparation(pretrained, config.image_hw)
+    data, refused = _preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
     return Found(config, plain, notes, classes, data, USUAL if about else {}, refused)
 
 
-def preparation(
+def _preparation(
     pretrained: dict[str, Any], image_hw: tuple[int, int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields of DataConfig in config.json, and those with values that are not supported.
+    """Return the fields of DataConfig that config.json specifies, and unsupported values.
 
-    timm resizes to whole pixels first, ``floor(side / crop_pct)``, and cuts the middle out.
+    timm resizes to whole pixels first, ``floor(side / crop_pct)``, and then crops the center.
     """
     data: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name in ("mean", "std"):
         if pretrained.get(name):
-            data[name] = three(pretrained[name], name)
+            data[name] = rgb_values(pretrained[name], name)
     for ours, theirs, known in (
         ("fit", "crop_mode", MODES),
         ("interpolation", "interpolation", {name: name for name in FILTERS}),
@@ -102,10 +101,10 @@ def preparation(
     return data, refused
 
 
-def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
-    """Bring variants to timm's plain form, saying so: the function computed stays the same.
+def _standard_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
+    """Convert variants to timm's standard form, with notes; the model computes the same.
 
-    ``n_patches`` is stated in config.json; without it the picture is assumed to be square.
+    ``n_patches`` follows from config.json; without it the image is assumed to be square.
     """
     for key in [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
         block, layer = key.removesuffix(".gamma").rsplit(".", 1)
@@ -120,7 +119,7 @@ def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]
         bias = f"{key.removesuffix('weight')}bias"
         if bias not in state:
             state[bias] = state[key].new_zeros(len(state[key]))
-            notes.append(f"{bias}: not there, so zeros")
+            notes.append(f"{bias}: missing, set to zeros")
     if CLASS in state and POSITIONS in state:
         table_1TD = state[POSITIONS]
         rows = table_1TD.shape[1] if table_1TD.ndim == 3 else 0
@@ -132,27 +131,27 @@ def plain_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]
     return state
 
 
-def told_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the image size in config.json, if it is there."""
-    stated = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
-    hw = (stated, stated) if isinstance(stated, int) else tuple(stated)
+def _configured_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the image size in config.json, if it has one."""
+    size = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
+    hw = (size, size) if isinstance(size, int) else tuple(size)
     return (hw[0], hw[1]) if len(hw) == 2 else None
 
 
-def image_size(
-    stated: tuple[int, int] | None, n_patches: int, patch_size: int
+def _image_size(
+    configured: tuple[int, int] | None, n_patches: int, patch_size: int
 ) -> int | tuple[int, int]:
-    """Return the stated image size, if it has this many patches; else that of a square."""
-    if stated and (stated[0] // patch_size) * (stated[1] // patch_size) == n_patches:
-        return stated[0] if stated[0] == stated[1] else stated
+    """Return the configured image size if it has N patches, else that of a square image."""
+    if configured and math.prod(side // patch_size for side in configured) == n_patches:
+        return configured[0] if configured[0] == configured[1] else configured
     return square_image(n_patches, patch_size, POSITIONS)
 
 
-def pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
+def _pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
     """Return pool, class_token and fc_norm.
 
-    Without config.json, timm's defaults are used: the mean is normed by ``fc_norm``, a class
-    token by ``norm``.
+    Without config.json, timm's defaults hold: the mean is normalized by ``fc_norm``, a class token
+    by ``norm``.
     """
     has_class = CLASS in state
     fc_norm = "fc_norm.weight" in state
@@ -164,20 +163,20 @@ def pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
     return {"pool": "mean", "class_token": has_class, "fc_norm": fc_norm}
 
 
-def ratio(part: int, whole: int) -> float:
-    """Return part / whole so that timm, which rounds ``ratio * whole`` down, gets the part."""
+def _ratio(part: int, whole: int) -> float:
+    """Return part / whole such that timm, which rounds ``ratio * whole`` down, gets the part."""
     exact = part / whole
     return exact if int(exact * whole) == part else math.nextafter(exact, math.inf)
 
 
-def share(part: int, whole: int) -> float:
-    """Return part / whole so that timm, which rounds ``part / share`` down, gets the whole."""
+def _share(part: int, whole: int) -> float:
+    """Return part / whole such that timm, which rounds ``part / share`` down, gets the whole."""
     exact = part / whole
     return exact if int(part / exact) == whole else math.nextafter(exact, 0)
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """Return its table of names."""
+def _rules(config: ModelConfig) -> list[Rule]:
+    """Return the layout's rules for one model."""
     table = same("stem", "patch_embed.proj")
     table.append(tokens(CLASS, POSITIONS) if config.has_class_token else positions(POSITIONS))
     table += same("norm", "fc_norm" if config.fc_norm else "norm")
@@ -197,7 +196,7 @@ def rules(config: ModelConfig) -> list[Rule]:
 def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json from which ``timm.create_model("local-dir:FOLDER")`` builds it.
 
-    timm sets a LayerNorm's epsilon only through the name of an architecture that has it.
+    The only way to set timm's LayerNorm epsilon is the name of an architecture that has it.
     """
     args = {
         "img_size": list(config.image_hw),
@@ -206,7 +205,7 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "embed_dim": config.embed_dim,
         "depth": config.n_layers,
         "num_heads": config.n_attention_heads,
-        "mlp_ratio": ratio(config.hidden_dim, config.embed_dim),
+        "mlp_ratio": _ratio(config.hidden_dim, config.embed_dim),
         "class_token": config.has_class_token,
         "global_pool": "token" if config.pool == "cls" else "avg",
         "fc_norm": config.fc_norm,
@@ -216,8 +215,7 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
     data: DataConfig = about["data"]
     if data.fit not in MODES.values():
         raise ConfigError(
-            f"timm has no fit {data.fit} as Vitrail has it: choose what comes nearest, --fit "
-            "squash for example"
+            f"timm does not support fit {data.fit}: choose another, e.g. --fit squash"
         )
     eps = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
     return {
@@ -233,7 +231,7 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
             "std": list(about["std"]),
             "interpolation": data.interpolation,
             "crop_mode": {fit: mode for mode, fit in MODES.items()}[data.fit],
-            "crop_pct": share(config.image_hw[0], round(config.image_hw[0] / data.crop_pct)),
+            "crop_pct": _share(config.image_hw[0], round(config.image_hw[0] / data.crop_pct)),
             "fixed_input_size": True,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -244,11 +242,9 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
 TIMM = Layout(
     "timm",
     re.compile(r"patch_embed\.|blocks\.\d+\.(attn|ls\d)\."),
-    find,
-    rules,
+    _find,
+    _rules,
     {
-        "stem": ("patch",),
-        "position": ("learned",),
         "head": ("linear",),
         "layer_norm_eps": (1e-5, 1e-6),
     },

@@ -1,7 +1,7 @@
-"""How other systems lay out a Vision Transformer: rules between tensors, sizes read off shapes.
+"""How a layout is described: rules that map tensors both ways, and settings read off shapes.
 
-A layout is a list of rules that both read and write it; the shapes that a file must have follow
-from the shapes of our model.
+Each rule both reads and writes, so the shapes that a file should have follow from the shapes of our
+model.
 """
 
 import math
@@ -18,33 +18,62 @@ from vitrail.errors import CheckpointError
 
 State = Mapping[str, Tensor]
 Move = Callable[..., tuple[Tensor, ...]]
-WAY_OUT = "without that file, --mean, --std, --fit, --interpolation and --crop_pct set it"
+SHOWN = 3
+"""Number of wrong keys in an error message."""
+PREPARATION_FLAGS = "delete that file and give --mean, --std, --fit, --interpolation and --crop_pct"
 USUAL_HEAD_WIDTH = 64
 USUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-"""Published ViTs of these widths have 16 heads; of other widths, heads of width 64."""
-SHOWN = 3
-"""How many wrong keys an error names."""
+"""Published ViTs of these widths have 16 heads; those of other widths have heads of width 64."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Some of our tensors, some of theirs, and the conversion between them."""
+    """Some of our tensors, some of theirs, and how to convert between them."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     read: Move
-    """From their tensors to ours."""
+    """Their tensors -> ours."""
     write: Move
-    """From our tensors to theirs."""
+    """Our tensors -> theirs."""
+
+
+class Found(NamedTuple):
+    """The settings of a state dict, and its tensors under the layout's standard names."""
+
+    config: ModelConfig
+    state: State
+    notes: list[str]
+    """What was assumed, changed or ignored, for the user to read."""
+    classes: tuple[str, ...] = ()
+    data: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's field, never changed)
+    """Fields of DataConfig that its files specify."""
+    usual: dict[str, Any] = {}  # noqa: RUF012
+    """The other system's defaults for fields that its files do not specify."""
+    refused: dict[str, str] = {}  # noqa: RUF012
+    """Fields of DataConfig whose value in the files Vitrail does not support, and that value."""
+
+
+class Layout(NamedTuple):
+    """How one system names and shapes a Vision Transformer's weights."""
+
+    name: str
+    signs: re.Pattern[str]
+    """Matches the start of keys that no other layout has."""
+    find: Callable[[State, dict[str, Any], int | None], Found]
+    """(state, the folder's JSON files by name, requested head count) -> settings and tensors."""
+    rules: Callable[[ModelConfig], list[Rule]]
+    needs: dict[str, tuple[Any, ...]]
+    """Values that settings must have in this layout, besides a patch stem and learned positions."""
 
 
 def one(ours: str, theirs: str, read: Callable[[Tensor], Tensor], write: Move) -> Rule:
-    """Return the rule of one tensor against one."""
+    """Return the rule for one tensor of each side."""
     return Rule((ours,), (theirs,), lambda tensor: (read(tensor),), write)
 
 
 def same(ours: str, theirs: str) -> list[Rule]:
-    """Return the rules of a layer whose weight and bias are the same in both."""
+    """Return the rules for a layer whose weight and bias are equal on both sides."""
     return [
         one(f"{ours}.{part}", f"{theirs}.{part}", lambda t: t, lambda t: (t,))
         for part in ("weight", "bias")
@@ -52,7 +81,7 @@ def same(ours: str, theirs: str) -> list[Rule]:
 
 
 def stacked(ours: str, theirs: Iterable[str]) -> list[Rule]:
-    """Return the rules of a layer of ours that stacks the rows of several of theirs."""
+    """Return the rules for a layer of ours that stacks the rows of several of theirs."""
     layers = tuple(theirs)
     return [
         Rule(
@@ -66,17 +95,17 @@ def stacked(ours: str, theirs: Iterable[str]) -> list[Rule]:
 
 
 def class_token(theirs: str) -> Rule:
-    """Return the rule of a class token of shape (1, 1, D)."""
+    """Return the rule for a class token of shape (1, 1, D)."""
     return one("class_token_D", theirs, lambda t: t.flatten(), lambda t: (t[None, None],))
 
 
 def positions(theirs: str) -> Rule:
-    """Return the rule of a table of the patches' positions, of shape (1, N, D)."""
+    """Return the rule for the patches' position embedding of shape (1, N, D)."""
     return one("position_ND", theirs, lambda t: t.squeeze(0), lambda t: (t[None],))
 
 
 def tokens(their_class_token: str, their_positions: str) -> Rule:
-    """Return the rule of a class token that has a position of its own, the table's first row.
+    """Return the rule for a class token whose own position is the first row of the embedding.
 
     Only their sum is ever used, so reading adds the position to the token, and writing gives zeros.
     """
@@ -95,16 +124,16 @@ def tokens(their_class_token: str, their_positions: str) -> Rule:
 def read_rules(
     rules: list[Rule], state: State, template: State, name: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return our tensors, read off theirs, and the keys that no rule uses.
+    """Convert their tensors to ours; also return the keys that no rule uses.
 
     Args:
         rules: the layout, for one model.
         state: their tensors.
-        template: tensors of our model's shapes; they may be without content (meta).
-        name: what the layout is called.
+        template: tensors of our model's shapes; may be on the meta device.
+        name: the layout's name.
 
     Raises:
-        CheckpointError: keys are missing or of other shapes; it names the first.
+        CheckpointError: keys are missing or have wrong shapes; it names the first.
     """
     wrong = []
     for rule in rules:
@@ -125,7 +154,7 @@ def read_rules(
 
 
 def write_rules(rules: list[Rule], weights: State) -> dict[str, Tensor]:
-    """Return their tensors, written from ours."""
+    """Convert our tensors to theirs."""
     written: dict[str, Tensor] = {}
     for rule in rules:
         moved = rule.write(*(weights[name] for name in rule.ours))
@@ -134,42 +163,13 @@ def write_rules(rules: list[Rule], weights: State) -> dict[str, Tensor]:
 
 
 def first(words: list[str]) -> str:
-    """Return the first few of a list as words, and how many more there are."""
+    """Return the first few words of a list, and how many more there are."""
     more = f" (and {len(words) - SHOWN} more)" if len(words) > SHOWN else ""
     return ", ".join(words[:SHOWN]) + more
 
 
-class Found(NamedTuple):
-    """What a state dict was found to be, its keys brought to the layout's plain form."""
-
-    config: ModelConfig
-    state: State
-    notes: list[str]
-    """What was assumed, changed or left out, for the user to read."""
-    classes: tuple[str, ...] = ()
-    data: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's field, never changed)
-    """Fields of DataConfig that its files specify."""
-    usual: dict[str, Any] = {}  # noqa: RUF012
-    """Values of such fields that the other system assumes where its files do not specify them."""
-    refused: dict[str, str] = {}  # noqa: RUF012
-    """Fields of DataConfig whose value in the files is not supported, and that value."""
-
-
-class Layout(NamedTuple):
-    """How one system lays out a Vision Transformer's weights."""
-
-    name: str
-    signs: re.Pattern[str]
-    """Matches the start of keys that no other layout has."""
-    find: Callable[[State, dict[str, Any], int | None], Found]
-    """(state, the folder's JSON files by name, heads asked for) -> what it is."""
-    rules: Callable[[ModelConfig], list[Rule]]
-    needs: dict[str, tuple[Any, ...]]
-    """Settings a model must have to be written in this layout."""
-
-
 def shape(state: State, key: str, dimensions: int) -> torch.Size:
-    """Return the shape of one tensor that must have this many dimensions."""
+    """Return the shape of a tensor that must have the given number of dimensions."""
     if key not in state:
         raise CheckpointError(f"{key} is missing")
     if state[key].ndim != dimensions:
@@ -180,7 +180,7 @@ def shape(state: State, key: str, dimensions: int) -> torch.Size:
 
 
 def count_layers(state: State, pattern: str) -> int:
-    """Return the number of blocks: how many numbers the pattern captures in the keys."""
+    """Return the number of blocks: of different numbers that the pattern captures in the keys."""
     numbers = [int(found[1]) for key in state if (found := re.match(pattern, key))]
     if not numbers:
         raise CheckpointError("no transformer block in it")
@@ -188,7 +188,7 @@ def count_layers(state: State, pattern: str) -> int:
 
 
 def square_image(n_patches: int, patch_size: int, key: str) -> int:
-    """Return the side of the square image that has this many patches."""
+    """Return the side of the square image with N patches."""
     side = math.isqrt(n_patches)
     if side * side != n_patches:
         raise CheckpointError(f"{key} has {n_patches} patches: not a square image")
@@ -202,36 +202,28 @@ def square_patch(height: int, width: int, key: str) -> int:
     return height
 
 
-def choose_heads(embed_dim: int, asked: int | None, stated: int | None, notes: list[str]) -> int:
-    """Return the number of heads, which shapes do not determine: stated, asked for, or usual.
+def choose_heads(embed_dim: int, asked: int | None, stored: int | None, notes: list[str]) -> int:
+    """Return the number of heads, which shapes do not show: stored, requested, or usual.
 
     Raises:
-        CheckpointError: stated and asked for differ, or neither is given and there is no usual one.
+        CheckpointError: stored and requested differ, or there is neither and no usual number.
     """
-    if asked and stated and asked != stated:
-        raise CheckpointError(f"it has {stated} attention heads, not {asked}")
-    if asked or stated:
-        return asked or stated or 0
+    if asked and stored and asked != stored:
+        raise CheckpointError(f"it has {stored} attention heads, not {asked}")
+    if asked or stored:
+        return asked or stored or 0
     heads = USUAL_HEADS.get(embed_dim, embed_dim // USUAL_HEAD_WIDTH)
     if not heads or embed_dim % heads:
         raise CheckpointError(
-            f"the file does not contain the number of attention heads of its width {embed_dim}: "
+            f"the file does not specify the number of attention heads (width {embed_dim}): "
             "give n_attention_heads"
         )
-    notes.append(
-        f"n_attention_heads {heads} is assumed, as usual for width {embed_dim}: the file does not "
-        "contain it"
-    )
+    notes.append(f"assumed n_attention_heads {heads}, usual for width {embed_dim}: not in the file")
     return heads
 
 
-def forward_mul(hidden_dim: int, embed_dim: int) -> float:
-    """Return the ratio from which the settings work out the hidden width again."""
-    return hidden_dim / embed_dim
-
-
-def three(values: Any, what: str) -> tuple[float, float, float]:
-    """Return a value for each of three channels; gray models have one for all.
+def rgb_values(values: Any, what: str) -> tuple[float, float, float]:
+    """Return a value for each of three channels; one value (gray models) is repeated.
 
     Raises:
         CheckpointError: there are neither three nor one.
