@@ -67,8 +67,8 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
     return [
         compose(
-            [[Panel(_original(explanation, frame, columns=2), "picture"),
-              Panel(_painted(explanation, map_GJ, look, columns=2), frame.title)]],
+            [[Panel(_drawn(explanation, look, columns=2, query=frame.query), "picture"),
+              Panel(_drawn(explanation, look, columns=2, map_GJ=map_GJ), frame.title)]],
             caption=caption(explanation, frame.prediction),
             ink=_ink(frame),
             colorbar=(look.colormap, float(low), float(high), SCALES[look.normalize]),
@@ -84,11 +84,12 @@ def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
     frames, maps_FGJ = explanation.frames, normalize(explanation.maps_FGJ, look.normalize)
     columns = explanation.columns or (len(frames) + 1 if len(frames) < 5 else 4)
     panels = [
-        Panel(_painted(explanation, map_GJ, look, columns=columns, query=frame.query),
+        Panel(_drawn(explanation, look, columns=columns, map_GJ=map_GJ, query=frame.query),
               _short_title(explanation, frame))
         for frame, map_GJ in zip(frames, maps_FGJ, strict=True)
     ]  # fmt: skip
-    first = Panel(_original(explanation, frames[0], columns=columns), "picture")
+    picture_HWC = _drawn(explanation, look, columns=columns, query=frames[0].query)
+    first = Panel(picture_HWC, "picture")
     titles: Sequence[str] = ()
     if explanation.columns:
         rows = [[first], *_in_rows(panels, columns)]
@@ -119,40 +120,25 @@ def _in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
     return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
 
 
-def _original(explanation: Explanation, frame: Frame, *, columns: int) -> np.ndarray:
-    """Return the picture as drawn, with the query outlined."""
-    shown_HWC = show(explanation.subject.picture_HWC, columns=columns)
-    return _mark(explanation, shown_HWC, frame.query)
-
-
-def _painted(
+def _drawn(
     explanation: Explanation,
-    map_GJ: np.ndarray,
     look: Look,
     *,
     columns: int,
+    map_GJ: np.ndarray | None = None,
     query: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Return a map of 0..1 over the picture as drawn."""
-    subject = explanation.subject
-    shown_HWC = show(subject.picture_HWC, columns=columns)
-    map_HW = place(
-        map_GJ, _size(subject.picture_HWC), subject.model.config.image_hw, subject.fit,
-        shown_hw=_size(shown_HWC),
-    )  # fmt: skip
-    painted_HWC = overlay(shown_HWC, map_HW, colormap=look.colormap, alpha=look.alpha)
-    return _mark(explanation, painted_HWC, query)
-
-
-def _mark(
-    explanation: Explanation, shown_HWC: np.ndarray, query: tuple[int, int] | None
-) -> np.ndarray:
-    """Outline the query's patch, if there is a query."""
-    if query is None:
-        return shown_HWC
+    """Return the picture as drawn; over it a map of 0..1 and the outline of the query, if given."""
     subject, config = explanation.subject, explanation.subject.model.config
-    box = shown_box(_size(subject.picture_HWC), config.image_hw, subject.fit, _size(shown_HWC))
-    return mark_patch(shown_HWC, query, config.grid_GJ, box)
+    shown_HWC = show(subject.picture_HWC, columns=columns)
+    shown_hw = _size(shown_HWC)
+    fitting = _size(subject.picture_HWC), config.image_hw, subject.fit
+    if map_GJ is not None:
+        map_HW = place(map_GJ, *fitting, shown_hw=shown_hw)
+        shown_HWC = overlay(shown_HWC, map_HW, colormap=look.colormap, alpha=look.alpha)
+    if query is not None:
+        shown_HWC = mark_patch(shown_HWC, query, config.grid_GJ, shown_box(*fitting, shown_hw))
+    return shown_HWC
 
 
 def _size(picture_HWC: np.ndarray) -> tuple[int, int]:
@@ -186,14 +172,14 @@ def _draw_reference(explanation: Explanation) -> list[Image.Image]:
         explanation.kind == "rollout" and settings.method == "rollout",
         "style reference draws the rollout, layer by layer: leave out method and frames",
     )
-    layers = [int(frame.title.rpartition(" ")[2]) for frame in explanation.frames]
+    last = explanation.frames[-1]
     return reference_frames(
         subject.raw_HWC,
         explanation.maps_FGJ,
         title=subject.label,
-        prediction=explanation.frames[-1].prediction,
-        ink=_ink(explanation.frames[-1]),
-        layers=layers,
+        prediction=last.prediction,
+        ink=_ink(last),
+        layers=[int(frame.title.rpartition(" ")[2]) for frame in explanation.frames],
     )
 
 
