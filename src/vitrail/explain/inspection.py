@@ -308,7 +308,7 @@ def _draw_filters(axes: Axes, inspection: Inspection) -> None:
     axes.imshow(sheet.expand(-1, -1, 3).clamp(0, 1).numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_anchor("N")
-    write_title(axes, f"Stem filters: {K} main components, {H} x {W} pixels")
+    write_title(axes, f"Stem filters: {K} principal components, {H} x {W} pixels")
     share = f"{float(shares_K.sum()):.1%}"
     axes.text(
         0, -0.04, f"{share} of the filters' variance, strongest first, row by row",
