@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 IDLE_SPINS, SHARED_SPINS = 30_000, 1_000
-"""Rounds that a thread spins before it sleeps, on an idle machine and beside other programs."""
+"""Rounds that a thread spins before it sleeps, on an idle machine and beside other programs.
+
+Measurements of other values are in records/waiting.
+"""
 SHARED = 0.4
 """Average number of cores used by other programs from which the machine counts as shared."""
 WINDOW = 0.06
