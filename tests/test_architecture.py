@@ -76,7 +76,6 @@ def statements(path: Path) -> list[str]:
 
 REPEATED = {
     frozenset({"cli/explain.py", "explain/sheet.py"}),
-    frozenset({"inference/classifier.py", "inference/onnx_classifier.py"}),
 }
 """Pairs of files that still share six lines; none may be added."""
 

@@ -29,7 +29,7 @@ from vitrail.cli.train import read
 from vitrail.config.files import from_json, read_json, read_toml
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import ConfigError
-from vitrail.inference.top_k import Prediction
+from vitrail.inference.predictions import Prediction
 from vitrail.model.vit import VisionTransformer
 from vitrail.training.run_folder import lock_of
 from vitrail.weights.checkpoint import CheckpointInfo, read_pointer, save_weights_file

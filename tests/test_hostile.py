@@ -32,7 +32,7 @@ from vitrail.data.datasets import load_splits
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError, VitrailError
 from vitrail.explain.draw import draw_caption
-from vitrail.inference.classifier import Prediction
+from vitrail.inference.predictions import Prediction
 from vitrail.runtime.files import write_json
 from vitrail.training.run_folder import read_rows
 from vitrail.training.state import TrainingState

@@ -14,7 +14,7 @@ from vitrail.config.settings import Config, ModelConfig
 from vitrail.data.images import ImageSet
 from vitrail.inference.classifier import Classifier
 from vitrail.inference.onnx_classifier import OnnxClassifier
-from vitrail.inference.top_k import Prediction, rank
+from vitrail.inference.predictions import Prediction, rank
 from vitrail.model.vit import VisionTransformer
 
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)

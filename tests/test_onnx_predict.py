@@ -16,7 +16,7 @@ from vitrail.data.framing import Fit, fit_picture
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
-from vitrail.inference.top_k import rank
+from vitrail.inference.predictions import rank
 from vitrail.optional import EXTRAS, import_optional
 
 onnx = pytest.importorskip("onnx")
@@ -84,7 +84,7 @@ def test_a_file_that_takes_bytes_gets_bytes(tmp_path: Path) -> None:
     metadata = write_metadata(CONFIG, CLASSES, "raw")
     classifier = load_onnx(write_model(tmp_path / "raw.onnx", "raw", metadata), threads=1)
     raw_BHWC = np.random.default_rng(4).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
-    found_BY = classifier.probabilities(raw_BHWC, batch_size=3)
+    found_BY = classifier.raw_probabilities(raw_BHWC, batch_size=3)
     np.testing.assert_allclose(found_BY, raw_BHWC.mean(axis=(1, 2)), rtol=1e-5)
     assert classifier.predict([]) == []
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from vitrail.config.presets import get_preset
     from vitrail.config.settings import Config, ModelConfig
     from vitrail.errors import VitrailError
-    from vitrail.inference.classifier import Classifier, Prediction
+    from vitrail.inference.classifier import Classifier
+    from vitrail.inference.predictions import Prediction
     from vitrail.model.vit import VisionTransformer
     from vitrail.training.run import Run
     from vitrail.weights.pretrained import load
@@ -36,7 +37,7 @@ _HOMES = {
     "Classifier": "vitrail.inference.classifier",
     "Config": "vitrail.config.settings",
     "ModelConfig": "vitrail.config.settings",
-    "Prediction": "vitrail.inference.classifier",
+    "Prediction": "vitrail.inference.predictions",
     "Run": "vitrail.training.run",
     "VisionTransformer": "vitrail.model.vit",
     "VitrailError": "vitrail.errors",

@@ -29,7 +29,7 @@ from vitrail.evaluation.plots import plot_confusion
 from vitrail.evaluation.tables import confusion_table, metrics_table
 from vitrail.explain.draw import draw_caption, drawable
 from vitrail.explain.page import PageData, make_page
-from vitrail.inference.classifier import Prediction
+from vitrail.inference.predictions import Prediction
 from vitrail.runtime.files import write_json
 
 SEEN = re.compile(r"[^\n\t]")

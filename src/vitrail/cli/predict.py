@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from vitrail.inference.classifier import Classifier
     from vitrail.inference.onnx_classifier import OnnxClassifier
-    from vitrail.inference.top_k import Prediction
+    from vitrail.inference.predictions import Prediction
 
 PROG = "vitrail predict"
 NAME_WIDTH = 24

@@ -25,7 +25,8 @@ from vitrail.errors import ConfigError
 from vitrail.runtime import process
 
 if TYPE_CHECKING:
-    from vitrail.inference.classifier import Classifier, Prediction
+    from vitrail.inference.classifier import Classifier
+    from vitrail.inference.predictions import Prediction
 
 ARCHITECTURE = (
     "image_size",

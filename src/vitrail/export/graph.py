@@ -29,7 +29,7 @@ class ExportSettings:
     """Take bytes and give probabilities: normalization and softmax are part of the graph."""
 
     @property
-    def face(self) -> str:
+    def input_name(self) -> str:
         """Name of the input."""
         return "raw" if self.raw else "images"
 

@@ -15,7 +15,7 @@ from torch.export import Dim
 from vitrail.errors import ConfigError, ExportError
 from vitrail.export.graph import EXAMPLE_BATCH, ExportSettings, Graph, check
 from vitrail.inference.classifier import Classifier
-from vitrail.inference.onnx_classifier import FACES, write_metadata
+from vitrail.inference.onnx_classifier import OUTPUT_OF_INPUT, write_metadata
 from vitrail.optional import import_optional
 
 LARGEST = 2**31
@@ -35,14 +35,14 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
         raise ConfigError(f"the weights have {size:,} bytes: an ONNX file holds less than 2 GiB")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         import_optional(module)
-    names = [FACES[settings.face]]
+    names = [OUTPUT_OF_INPUT[settings.input_name]]
     if settings.attention:
         names += [f"attention_{layer + 1}" for layer in range(len(graph.model.blocks))]
     with quiet():
         program = torch.onnx.export(
             graph,
             (graph.batch(EXAMPLE_BATCH),),
-            input_names=[settings.face],
+            input_names=[settings.input_name],
             output_names=names,
             dynamic_shapes=({0: Dim("batch")},),
             dynamo=True,
@@ -50,7 +50,7 @@ def to_onnx(classifier: Classifier, settings: ExportSettings) -> tuple[Any, floa
         )
     assert program is not None
     proto = program.model_proto
-    label(proto, write_metadata(classifier.config, classifier.classes, settings.face))
+    label(proto, write_metadata(classifier.config, classifier.classes, settings.input_name))
     return proto, check(graph, runner(proto.SerializeToString()))
 
 

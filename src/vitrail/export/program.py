@@ -26,7 +26,7 @@ def to_program(classifier: Classifier, settings: ExportSettings) -> tuple[bytes,
     program = torch.export.export(
         graph, (graph.batch(EXAMPLE_BATCH),), dynamic_shapes=({0: Dim("batch")},)
     )
-    metadata = write_metadata(classifier.config, classifier.classes, settings.face)
+    metadata = write_metadata(classifier.config, classifier.classes, settings.input_name)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
     content = file.getvalue()

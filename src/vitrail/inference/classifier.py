@@ -1,4 +1,4 @@
-"""Pictures -> predictions."""
+"""Pictures -> predictions and explanations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import Config, require
-from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import framing, stack_pictures
+from vitrail.data.framing import framing
 from vitrail.data.images import normalize
 from vitrail.data.pictures import (
     Picture,
@@ -28,17 +27,15 @@ from vitrail.explain.methods import (
     require_finite,
     settings_of_all,
 )
-from vitrail.inference.top_k import Prediction, rank
+from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
-
-__all__ = ["Classifier", "Picture", "Prediction"]
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A trained model with all it needs to read pictures: its settings and its classes.
+class Classifier(BaseClassifier):
+    """A trained model with its settings and classes, created by ``vitrail.load``.
 
-    Made by ``vitrail.load``. The model is in evaluation mode on its device.
+    The model is in evaluation mode on its device.
     """
 
     model: VisionTransformer
@@ -59,7 +56,7 @@ class Classifier:
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Per-channel mean the model was trained with, pixels counted 0 to 1."""
+        """Per-channel mean the model was trained with, for pixels in [0, 1]."""
         return self.config.data.mean
 
     @property
@@ -69,26 +66,12 @@ class Classifier:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
-    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
-        """Return for each picture its ``top_k`` most probable classes, the most probable first.
-
-        Args:
-            pictures: one or several; see ``vitrail.data.pictures`` for all that is taken.
-            top_k: number of classes for each picture.
-
-        Raises:
-            PictureError: a picture cannot be read.
-            ConfigError: top_k is below 1.
-        """
-        return self.predict_raw(self.read(pictures), top_k)
-
-    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
-        """Return what ``predict`` returns, of pictures that ``read`` has read."""
-        probabilities_BY = self.probabilities(self.normalize(raw_BHWC))
-        return rank(probabilities_BY.numpy(), self.classes, top_k)
+    def raw_probabilities(self, raw_BHWC: np.ndarray) -> np.ndarray:
+        """Return the class probabilities (B, Y) of pictures returned by ``read``."""
+        return self.probabilities(self.normalize(raw_BHWC)).numpy()
 
     def explain(
         self,
@@ -99,19 +82,19 @@ class Classifier:
         name: str = "",
         **settings: Any,
     ) -> Explanation:
-        """Return what the model looked at in one picture; ``.save("x.gif")`` draws it.
+        """Return what the model attends to in one picture; ``.save("x.gif")`` draws it.
 
         Args:
             picture: any kind of picture.
             frames: what changes from frame to frame: rollout, layers, heads or queries.
             class_name: the class to explain. Default: the predicted one.
-            name: what the picture is called. Default: its file's name.
+            name: the picture's name. Default: its file name.
             settings: fields of ``explain.methods.MapSettings``: method, fusion, discard_ratio,
-                query, layers, heads. method "all" shows every method, a frame each.
+                query, layers, heads. method "all" shows every method, one frame each.
 
         Raises:
             PictureError: the picture cannot be read.
-            ConfigError: an unknown setting, or a class, layer or head that is not there.
+            ConfigError: an unknown setting, class, layer or head.
         """
         check_names(settings)
         subject, method = self.subject(picture, name=name), settings.pop("method", None)
@@ -123,7 +106,7 @@ class Classifier:
         return explain(subject, asked, kind=frames, class_name=class_name)
 
     def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
-        """Return one picture as explanations need it."""
+        """Return one picture with all that an explanation needs."""
         named = name or Path(source_name(picture)).name or "picture"
         picture = only_picture(picture)
         raw_1HWC = self.read(picture)
@@ -140,7 +123,7 @@ class Classifier:
         )
 
     def prepare(self, pictures: Pictures) -> Tensor:
-        """Turn pictures of any kind and size into what the model reads.
+        """Convert pictures of any kind and size to the model's input.
 
         Shapes:
             images_BCHW, float32, normalized, on the model's device.
@@ -150,24 +133,8 @@ class Classifier:
         """
         return self.normalize(self.read(pictures))
 
-    def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
-        """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
-
-        Raises:
-            PictureError: a picture cannot be read.
-        """
-        model, data = self.config.model, self.config.data
-        return stack_pictures(
-            pictures,
-            model.image_hw,
-            model.n_channels,
-            framing(data),
-            pixel_range=data.pixel_range,
-            background=background,
-        )
-
     def normalize(self, raw_BHWC: np.ndarray) -> Tensor:
-        """Turn bytes into what the model reads (B, C, H, W), float32, on the model's device."""
+        """Convert uint8 to the model's input (B, C, H, W), float32, on its device."""
         raw_BCHW = torch.from_numpy(raw_BHWC).permute(0, 3, 1, 2).to(self.device)
         return normalize(raw_BCHW, self.mean, self.std)
 
@@ -175,7 +142,7 @@ class Classifier:
         """Return class probabilities (B, Y) on the CPU.
 
         Raises:
-            CheckpointError: they are not finite: the weights are damaged.
+            CheckpointError: they are not finite, so the weights are corrupt.
         """
         with torch.inference_mode():
             parts = [

@@ -1,15 +1,15 @@
-"""Pictures -> predictions by an exported ONNX file. No torch here, so that it starts in a blink.
+"""Pictures -> predictions with an exported ONNX file. Does not import torch, so it starts fast.
 
 A file's metadata contain all that reading pictures needs:
 
     model           the model's settings as JSON: image_size, n_channels, n_classes, ...
     classes         their names, a JSON list in the order of the logits
-    mean, std       per channel, pixels counted 0 to 1: three numbers each, JSON lists
-    fit             how a picture of another shape is made to fit: crop, pad or squash
-    interpolation   the filter that resizes pictures, by Pillow's name: bilinear, bicubic, ...
-    crop_pct        share of each side that is kept around the center, a JSON number
-    pixel_range     the values of black and white in 16-bit pictures, a JSON list, or null
-    preprocessing   the same in words
+    mean, std       per channel, for pixels in [0, 1]: three numbers each, JSON lists
+    fit             how pictures of another aspect ratio are fitted: crop, pad or squash
+    interpolation   the resampling filter, by Pillow's name: bilinear, bicubic, ...
+    crop_pct        fraction of each side that is kept around the center, a JSON number
+    pixel_range     black and white values of 16-bit pictures, a JSON list, or null
+    preprocessing   a description in words
 
 It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
 (B, Y); input ``raw`` (B, H, W, C), uint8, gives ``probabilities`` (B, Y). Further outputs
@@ -27,14 +27,12 @@ import numpy as np
 
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
-from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import channel_scale, framing, stack_pictures
-from vitrail.data.pictures import Pictures
+from vitrail.data.framing import channel_scale
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.inference.top_k import Prediction, rank
+from vitrail.inference.predictions import BaseClassifier
 from vitrail.optional import import_optional
 
-FACES = {"images": "logits", "raw": "probabilities"}
+OUTPUT_OF_INPUT = {"images": "logits", "raw": "probabilities"}
 """Name of the input -> name of the first output."""
 PREPROCESSING = {
     "images": "RGB pictures, fitted to image_size, (value / 255 - mean) / std, float32, "
@@ -44,7 +42,7 @@ PREPROCESSING = {
 }
 
 
-def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[str, str]:
+def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> dict[str, str]:
     """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
     names = ("mean", "std", "crop_pct", "pixel_range")
@@ -55,7 +53,7 @@ def write_metadata(config: Config, classes: Sequence[str], face: str) -> dict[st
         **data,
         "fit": config.data.fit,
         "interpolation": config.data.interpolation,
-        "preprocessing": PREPROCESSING[face],
+        "preprocessing": PREPROCESSING[input_name],
     }
 
 
@@ -87,8 +85,8 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
 
 
 @dataclass(frozen=True)
-class OnnxClassifier:
-    """An exported model with all it needs to read pictures. Made by ``load_onnx``."""
+class OnnxClassifier(BaseClassifier):
+    """An exported model with its settings and classes, created by ``load_onnx``."""
 
     session: Any
     config: Config
@@ -113,65 +111,36 @@ class OnnxClassifier:
         data = dataclasses.replace(self.config.data, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
 
-    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
-        """Return for each picture its ``top_k`` most probable classes, the most probable first.
-
-        Raises:
-            PictureError: a picture cannot be read.
-            ConfigError: top_k is below 1.
-        """
-        return self.predict_raw(self.read(pictures), top_k)
-
-    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
-        """Return what ``predict`` returns, of pictures that ``read`` has read."""
-        return rank(self.probabilities(raw_BHWC), self.classes, top_k)
-
-    def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
-        """Return pictures of any kind and size as bytes of the model's size (B, H, W, C).
-
-        Raises:
-            PictureError: a picture cannot be read.
-        """
-        model, data = self.config.model, self.config.data
-        return stack_pictures(
-            pictures,
-            model.image_hw,
-            model.n_channels,
-            framing(data),
-            pixel_range=data.pixel_range,
-            background=background,
-        )
-
-    def probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
+    def raw_probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
         """Return class probabilities (B, Y) of pictures at the model's size.
 
         Shapes:
             raw_BHWC, uint8 -> probabilities_BY, float32
         """
         chunks = range(0, len(raw_BHWC), batch_size)
-        parts = [self.run(raw_BHWC[start : start + batch_size]) for start in chunks]
+        parts = [self._run(raw_BHWC[start : start + batch_size]) for start in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
 
-    def run(self, raw_BHWC: np.ndarray) -> np.ndarray:
+    def _run(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Return the probabilities (B, Y) of one batch.
 
         Raises:
             CheckpointError: the file does not compute what its metadata claim.
         """
-        face = self.session.get_inputs()[0].name
-        batch = raw_BHWC if face == "raw" else self.normalize(raw_BHWC)
+        input_name = self.session.get_inputs()[0].name
+        batch = raw_BHWC if input_name == "raw" else self._normalize(raw_BHWC)
         try:
-            (scores_BY,) = self.session.run([FACES[face]], {face: batch})
-        except runtime_errors() as error:
-            raise CheckpointError(f"{self.source}: cannot be run: {first_line(error)}") from error
+            (scores_BY,) = self.session.run([OUTPUT_OF_INPUT[input_name]], {input_name: batch})
+        except _runtime_errors() as error:
+            raise CheckpointError(f"{self.source}: cannot be run: {_first_line(error)}") from error
         if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
             raise CheckpointError(
                 f"{self.source}: gave {scores_BY.shape} for {len(raw_BHWC)} pictures and "
                 f"{len(self.classes)} classes"
             )
-        return scores_BY if face == "raw" else softmax(scores_BY)
+        return scores_BY if input_name == "raw" else _softmax(scores_BY)
 
-    def normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
+    def _normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Turn bytes into what the model reads (B, C, H, W), float32."""
         data = self.config.data
         scale_C, shift_C = channel_scale(data.mean, data.std, raw_BHWC.shape[3])
@@ -202,19 +171,19 @@ def load_onnx(
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised anyway; no warnings
     options.intra_op_num_threads = threads or 0
-    providers = choose_providers(device, runtime.get_available_providers())
+    providers = _choose_providers(device, runtime.get_available_providers())
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
-    except runtime_errors() as error:
-        raise CheckpointError(f"{path}: not a valid ONNX file: {first_line(error)}") from error
+    except _runtime_errors() as error:
+        raise CheckpointError(f"{path}: not a valid ONNX file: {_first_line(error)}") from error
     config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-    face = session.get_inputs()[0].name
-    if FACES.get(face) != session.get_outputs()[0].name:
-        raise CheckpointError(f"{path}: not exported by vitrail: its first input is {face!r}")
+    input_name = session.get_inputs()[0].name
+    if OUTPUT_OF_INPUT.get(input_name) != session.get_outputs()[0].name:
+        raise CheckpointError(f"{path}: not exported by vitrail: its first input is {input_name!r}")
     return OnnxClassifier(session, config, classes, str(path))
 
 
-def choose_providers(device: str, available: Sequence[str]) -> list[str]:
+def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
     """Return onnxruntime's names of what computes, the preferred one first.
 
     Raises:
@@ -231,19 +200,19 @@ def choose_providers(device: str, available: Sequence[str]) -> list[str]:
     return [there[device]]
 
 
-def runtime_errors() -> tuple[type[Exception], ...]:
+def _runtime_errors() -> tuple[type[Exception], ...]:
     """Return what onnxruntime raises; its exceptions have no base of their own."""
     state = import_optional("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = vars(state).values()
     return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the first line of a message, without onnxruntime's own prefix."""
     return str(error).splitlines()[0].rpartition("[ONNXRuntimeError] : ")[2][:150]
 
 
-def softmax(logits_BY: np.ndarray) -> np.ndarray:
+def _softmax(logits_BY: np.ndarray) -> np.ndarray:
     """Return probabilities (B, Y)."""
     powers_BY = np.exp(logits_BY - logits_BY.max(axis=1, keepdims=True))
     return powers_BY / powers_BY.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
