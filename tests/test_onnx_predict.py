@@ -106,12 +106,12 @@ def test_nothing_of_the_machine_is_in_the_metadata() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": None}, "not exported by vitrail: its metadata lack classes"),
+        ({"classes": None}, "not exported by vitrail: its metadata lacks classes"),
         ({"classes": '["a", "b"]'}, "2 class names for 3 classes"),
         ({"classes": '{"a": 1}'}, "not a list of names"),
-        ({"mean": "[0.1"}, "its metadata are damaged"),
-        ({"std": "[0, 0, 0]"}, "its metadata are damaged: std"),
-        ({"fit": "stretch"}, "its metadata are damaged: fit"),
+        ({"mean": "[0.1"}, "its metadata is corrupt"),
+        ({"std": "[0, 0, 0]"}, "its metadata is corrupt: std"),
+        ({"fit": "stretch"}, "its metadata is corrupt: fit"),
     ],
 )
 def test_metadata_that_cannot_be_are_refused(change: dict[str, str | None], message: str) -> None:
@@ -132,7 +132,7 @@ def test_other_files_are_refused(tmp_path: Path, images_file: Path) -> None:
     with pytest.raises(CheckpointError, match="its first input is 'x'"):
         load_onnx(write_model(tmp_path / "x.onnx", "x", metadata))
     few = load_onnx(write_model(tmp_path / "few.onnx", "images", metadata, columns=2))
-    with pytest.raises(CheckpointError, match=r"gave \(1, 2\) for 1 pictures and 3 classes"):
+    with pytest.raises(CheckpointError, match=r"output \(1, 2\) for 1 pictures and 3 classes"):
         few.predict(np.zeros((8, 12, 3), np.uint8))
     other = {**metadata, "model": json.dumps({"image_size": 16, "n_classes": 3})}
     wrong = load_onnx(write_model(tmp_path / "wrong.onnx", "images", other))

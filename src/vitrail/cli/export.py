@@ -95,7 +95,7 @@ def _settings_of(options: ExportOptions) -> "ExportSettings":
 
 def _write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export by torch.export, check and write."""
-    from vitrail.export.program import to_program
+    from vitrail.export.graph import to_program
     from vitrail.runtime.files import replace_file
 
     content, difference = to_program(classifier, _settings_of(options))

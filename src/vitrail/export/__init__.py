@@ -1,1 +1,1 @@
-"""A trained model in formats that other programs run, each checked against the model itself."""
+"""A trained model in formats that other programs run, each checked against the model."""

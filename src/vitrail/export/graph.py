@@ -1,22 +1,28 @@
-"""What is exported: the model as one function of one batch, and the check of what came of it."""
+"""What is exported: the model as a function of a batch, a check against it, and torch.export."""
 
 import copy
+import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from vitrail.data.images import normalize
 from vitrail.errors import ExportError
 from vitrail.inference.classifier import Classifier
+from vitrail.inference.onnx_classifier import write_metadata
 from vitrail.runtime import rng
 
 EXAMPLE_BATCH = 3
-"""Images in the example that is traced: none of CHECKED_BATCHES, so that a frozen size shows."""
+"""Batch size of the traced example: not in CHECKED_BATCHES, to detect a fixed batch size."""
 CHECKED_BATCHES = (1, 7, 64)
 TOLERANCE = 1e-4
-"""Largest difference from torch in any output."""
+"""Maximum difference from the model in any output."""
+METADATA = "vitrail.json"
+"""Name of the extra file in a .pt2 with the metadata that an ONNX file has."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,9 @@ class ExportSettings:
     """Which inputs and outputs an exported model has (see ``inference.onnx_classifier``)."""
 
     attention: bool = False
-    """Give every block's attention as further outputs."""
+    """Return every block's attention as additional outputs."""
     raw: bool = False
-    """Take bytes and give probabilities: normalization and softmax are part of the graph."""
+    """uint8 in, probabilities out: normalization and softmax are part of the graph."""
 
     @property
     def input_name(self) -> str:
@@ -38,7 +44,7 @@ class Graph(nn.Module):
     """The function that is exported.
 
     Shapes:
-        images_BCHW or raw_BHWC -> logits_BY or probabilities_BY, and if asked for L attention_BATT
+        images_BCHW or raw_BHWC -> logits_BY or probabilities_BY, and optionally L attention_BATT
     """
 
     def __init__(self, classifier: Classifier, settings: ExportSettings) -> None:
@@ -47,7 +53,7 @@ class Graph(nn.Module):
         self.mean, self.std, self.settings = classifier.mean, classifier.std, settings
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return scores, and attention if asked for."""
+        """Return scores, and attention if requested."""
         attentions: tuple[Tensor, ...] = ()
         if self.settings.raw:
             batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
@@ -58,7 +64,7 @@ class Graph(nn.Module):
         return (scores_BY.softmax(1) if self.settings.raw else scores_BY, *attentions)
 
     def batch(self, images: int) -> Tensor:
-        """Return this many noise pictures as the input takes them; always the same."""
+        """Return N noise images in the input's format, always the same."""
         config = self.model.config
         raw_BHWC = torch.randint(
             256, (images, *config.image_hw, config.n_channels), dtype=torch.uint8,
@@ -69,12 +75,15 @@ class Graph(nn.Module):
         return normalize(raw_BHWC.permute(0, 3, 1, 2), self.mean, self.std).contiguous()
 
 
-def check(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> float:
-    """Run both at several batch sizes, none of them the example's; return the largest difference.
+def check_outputs(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> float:
+    """Compare outputs at several batch sizes, none of them the example's.
 
     Args:
         graph: what was exported.
-        run: what came of it: a batch -> its outputs, in order.
+        run: the exported program: a batch -> its outputs, in order.
+
+    Returns:
+        the largest difference.
 
     Raises:
         ExportError: an output differs by more than TOLERANCE, or has another shape.
@@ -89,11 +98,32 @@ def check(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> float:
             if want.shape != got.shape:
                 raise ExportError(
                     f"output {number} of a batch of {images} is {tuple(got.shape)}, not "
-                    f"{tuple(want.shape)}: this version of torch exports the model wrongly"
+                    f"{tuple(want.shape)}: this version of torch exports it incorrectly"
                 )
             worst = max(worst, float((want - got).abs().nan_to_num(nan=torch.inf).max()))
     if worst > TOLERANCE:
         raise ExportError(
-            f"the exported model differs from torch's by {worst:.1e}, more than {TOLERANCE:.0e}"
+            f"the exported model differs from the original by {worst:.1e}, over {TOLERANCE:.0e}"
         )
     return worst
+
+
+def to_program(classifier: Classifier, settings: ExportSettings) -> tuple[bytes, float]:
+    """Return the bytes of a torch.export program (.pt2) and its largest difference from the model.
+
+    It runs with torch alone: ``torch.export.load(path).module()(batch)`` gives a tuple of outputs.
+
+    Raises:
+        ExportError: the exported program computes something else.
+    """
+    graph = Graph(classifier, settings)
+    program = torch.export.export(
+        graph, (graph.batch(EXAMPLE_BATCH),), dynamic_shapes=({0: Dim("batch")},)
+    )
+    metadata = write_metadata(classifier.config, classifier.classes, settings.input_name)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+    content = file.getvalue()
+    run = torch.export.load(io.BytesIO(content)).module()
+    with torch.inference_mode():
+        return content, check_outputs(graph, run)

@@ -1,4 +1,4 @@
-"""An ONNX model with its weights as 8-bit integers, and what that costs in accuracy."""
+"""An ONNX model with 8-bit weights, and their effect on accuracy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def quantize(proto: Any) -> Any:
 
     Tokens are quantized at run time (dynamic quantization), so no data is needed. The
     products of attention, the stem and the norms stay in float32. The integers use 7 bits: with 8,
-    processors without VNNI instructions overflow in the middle of a product.
+    processors without VNNI instructions overflow within a product.
     """
     quantization = import_optional("onnxruntime.quantization")
     onnx = import_optional("onnx")
@@ -43,13 +43,13 @@ def quantize(proto: Any) -> Any:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two files fare on the same images."""
+    """Accuracy of two files on the same images, and how often they agree."""
 
     images: int
     accuracy: Mapping[str, float]
-    """Share of images classified rightly, by file."""
+    """Fraction of images classified correctly, by file."""
     same_class: float
-    """Share of images that both give the same class."""
+    """Fraction of images for which both predict the same class."""
 
 
 def compare(
@@ -60,7 +60,7 @@ def compare(
     std: tuple[float, float, float],
     raw: bool,
 ) -> Agreement:
-    """Run two ONNX files over the same images and count what each gets right."""
+    """Compare the predictions of two ONNX files on the same images."""
     predicted = {}
     for name, content in files.items():
         run = runner(content)
@@ -70,10 +70,10 @@ def compare(
             parts.append(run(batch.contiguous())[0].argmax(dim=1))
         predicted[name] = torch.cat(parts)
     first_B, second_B = predicted.values()
-    accuracy = {name: share(guess_B == images.labels_B) for name, guess_B in predicted.items()}
-    return Agreement(len(images), accuracy, share(first_B == second_B))
+    accuracy = {name: _fraction(guess_B == images.labels_B) for name, guess_B in predicted.items()}
+    return Agreement(len(images), accuracy, _fraction(first_B == second_B))
 
 
-def share(right_B: Tensor) -> float:
-    """Return the share of true values."""
+def _fraction(right_B: Tensor) -> float:
+    """Return the fraction of true values."""
     return float(right_B.double().mean())

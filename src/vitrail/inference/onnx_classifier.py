@@ -58,15 +58,15 @@ def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> d
 
 
 def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tuple[str, ...]]:
-    """Return the settings and the classes that ``write_metadata`` gave, checking them.
+    """Parse and check the output of ``write_metadata``.
 
     Raises:
-        CheckpointError: something is missing or cannot be.
+        CheckpointError: something is missing or invalid.
     """
     missing = {"model", "classes", *PREPARATION} - set(metadata)
     if missing:
         raise CheckpointError(
-            f"{where}: not exported by vitrail: its metadata lack {', '.join(sorted(missing))}"
+            f"{where}: not exported by vitrail: its metadata lacks {', '.join(sorted(missing))}"
         )
     try:
         classes = json.loads(metadata["classes"])
@@ -74,7 +74,7 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
         data = {n: metadata[n] if n in words else json.loads(metadata[n]) for n in PREPARATION}
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
-        raise CheckpointError(f"{where}: its metadata are damaged: {error}") from error
+        raise CheckpointError(f"{where}: its metadata is corrupt: {error}") from error
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{where}: its classes are not a list of names")
     if len(classes) != config.model.n_classes:
@@ -98,15 +98,15 @@ class OnnxClassifier(BaseClassifier):
         return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
 
     def prepared(self, **changes: Any) -> "OnnxClassifier":
-        """Return the classifier with other preparation of its pictures, e.g. ``fit``.
+        """Return the classifier with changed preparation of pictures, e.g. ``fit``.
 
         Raises:
-            ConfigError: a setting that cannot be, or normalization that is part of the graph.
+            ConfigError: an invalid setting, or normalization that is part of the graph.
         """
         fixed = [name for name in ("mean", "std") if name in changes]
         if fixed and self.session.get_inputs()[0].name == "raw":
             raise ConfigError(
-                f"{self.source}: {fixed[0]} is part of this file (--raw): export it again instead"
+                f"{self.source}: {fixed[0]} is part of the graph (--raw): export it again"
             )
         data = dataclasses.replace(self.config.data, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
@@ -135,13 +135,13 @@ class OnnxClassifier(BaseClassifier):
             raise CheckpointError(f"{self.source}: cannot be run: {_first_line(error)}") from error
         if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
             raise CheckpointError(
-                f"{self.source}: gave {scores_BY.shape} for {len(raw_BHWC)} pictures and "
+                f"{self.source}: output {scores_BY.shape} for {len(raw_BHWC)} pictures and "
                 f"{len(self.classes)} classes"
             )
         return scores_BY if input_name == "raw" else _softmax(scores_BY)
 
     def _normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Turn bytes into what the model reads (B, C, H, W), float32."""
+        """Convert uint8 to the model's input (B, C, H, W), float32."""
         data = self.config.data
         scale_C, shift_C = channel_scale(data.mean, data.std, raw_BHWC.shape[3])
         images_BHWC: np.ndarray = raw_BHWC * scale_C + shift_C
@@ -154,15 +154,15 @@ def load_onnx(
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     threads: int | None = None,
 ) -> OnnxClassifier:
-    """Return the classifier that an ONNX file of ``vitrail export`` holds.
+    """Load an ONNX file written by ``vitrail export``.
 
     Args:
         path: the file.
-        device: cuda needs onnxruntime-gpu; auto takes it where it is there.
+        device: cuda requires onnxruntime-gpu; auto uses it if available.
         threads: number of threads. Default: the number of cores.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged or foreign.
+        CheckpointError: there is no such file, or it is corrupt or not ours.
         ConfigError: onnxruntime is not installed, or has no such device.
     """
     runtime, path = import_optional("onnxruntime"), Path(path)
@@ -184,10 +184,10 @@ def load_onnx(
 
 
 def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
-    """Return onnxruntime's names of what computes, the preferred one first.
+    """Return onnxruntime's execution providers in order of preference.
 
     Raises:
-        ConfigError: this onnxruntime has no such device.
+        ConfigError: this onnxruntime does not support the device.
     """
     names = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
     there = {name: provider for name, provider in names.items() if provider in available}
@@ -201,7 +201,7 @@ def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Return what onnxruntime raises; its exceptions have no base of their own."""
+    """Return onnxruntime's exceptions, which have no common base class."""
     state = import_optional("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = vars(state).values()
     return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))

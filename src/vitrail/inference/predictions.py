@@ -65,7 +65,7 @@ def rank(
         ConfigError: top_k is not an integer, or below 1.
     """
     if not isinstance(top_k, int | np.integer):
-        raise ConfigError(f"top_k is {top_k!r:.60}: give an integer")
+        raise ConfigError(f"top_k is {top_k!r:.60}: give a whole number")
     if top_k < 1:
         raise ConfigError(f"top_k is {top_k}: give at least 1")
     order_BK = np.argsort(-probabilities_BY, axis=1, kind="stable")[:, :top_k]
