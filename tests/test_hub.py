@@ -73,18 +73,18 @@ def run(tmp_path: Path, tiny_model: ModelConfig) -> Path:
     return tmp_path / "run"
 
 
-def test_what_goes_up_comes_down(
+def test_a_pushed_model_can_be_loaded(
     hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["push", str(run), "me/tiny", "--private"]) == 0
-    told = capsys.readouterr()
-    assert f"{hub.url}/me/tiny  (license mit)" in told.out
+    printed = capsys.readouterr()
+    assert f"{hub.url}/me/tiny  (license mit)" in printed.out
     assert hub.private["me/tiny"]
     files = hub.repos["me/tiny"]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     assert any("lfs/objects/batch" in request for request in hub.seen)
 
-    for content in (*files.values(), told.out.encode(), told.err.encode()):
+    for content in (*files.values(), printed.out.encode(), printed.err.encode()):
         assert TOKEN.encode() not in content
         assert b"/home/me" not in content
         assert str(run.parent).encode() not in content
@@ -107,12 +107,12 @@ def test_what_goes_up_comes_down(
     assert same_as_the_run()
     assert main(["info", "hf:me/tiny"]) == 0
     turn_to("http://127.0.0.1:9", monkeypatch)
-    assert same_as_the_run()  # from what was kept, the hub being away
-    with pytest.raises(CheckpointError, match=r"^hf:me/other: .*not kept"):
+    assert same_as_the_run()  # from the cache, without the hub
+    with pytest.raises(CheckpointError, match=r"^hf:me/other: .*not cached"):
         vitrail.load("hf:me/other")
 
 
-def test_other_peoples_models_come_down(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_of_others_can_be_loaded(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     about = {
         "model_type": "vit",
         "num_attention_heads": 3,
@@ -135,7 +135,7 @@ def test_settings_and_weights_of_two_models_are_refused(hub: Hub, run: Path) -> 
     assert main(["push", str(run), "hf:me/tiny"]) == 0
     files = hub.repos["me/tiny"]
     files["config.json"] = files["config.json"].replace(b'"bee"', b'"wasp"')
-    with pytest.raises(CheckpointError, match="of two different models"):
+    with pytest.raises(CheckpointError, match="are of different models"):
         vitrail.load("hf:me/tiny")
 
 
@@ -143,20 +143,20 @@ def test_settings_and_weights_of_two_models_are_refused(hub: Hub, run: Path) -> 
     ("name", "words"),
     [("hf:me/nothing", "no such model on the hub"), ("hf:no/such/id", "not a hub id")],
 )
-def test_what_is_not_there_is_one_line(hub: Hub, name: str, words: str) -> None:
+def test_a_missing_model_is_reported_in_one_line(hub: Hub, name: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as refusal:
         vitrail.load(name)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_stranger_may_not_push(
+def test_a_wrong_token_cannot_push(
     hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(run), "me/tiny"]) == 2
-    told = capsys.readouterr().err
-    assert "hf auth login" in told
-    assert "hf_wrong" not in told
+    printed = capsys.readouterr().err
+    assert "hf auth login" in printed
+    assert "hf_wrong" not in printed
     assert "me/tiny" not in hub.repos
 
 

@@ -201,7 +201,7 @@ def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Pat
     assert (chosen.fit, chosen.interpolation) == ("squash", "box")
 
 
-def test_what_is_assumed_is_said_unless_it_is_given(tmp_path: Path) -> None:
+def test_what_is_assumed_is_noted_unless_it_is_given(tmp_path: Path) -> None:
     save_file(make_state("timm"), tmp_path / "bare.safetensors")
     bare, heads = tmp_path / "bare.safetensors", 3
 
@@ -210,12 +210,12 @@ def test_what_is_assumed_is_said_unless_it_is_given(tmp_path: Path) -> None:
         return " ".join(note for note in notes if "assumed" in note)
 
     assert note() == (
-        "not in the files, so assumed: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, fit crop, "
-        "interpolation bilinear, crop_pct 1 (--mean, --std, --fit, --interpolation, --crop_pct "
-        "set them)"
+        "assumed, as not in the files: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, fit crop, "
+        "interpolation bilinear, crop_pct 1 (set by --mean, --std, --fit, --interpolation, "
+        "--crop_pct)"
     )
     given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    assert note(**given).startswith("not in the files, so assumed: fit crop")
+    assert note(**given).startswith("assumed, as not in the files: fit crop")
     rest = {"fit": "pad", "interpolation": "box", "crop_pct": 1.0}
     assert note(**given, **rest) == ""
     folder = huggingface(tmp_path / "hf", None)

@@ -91,20 +91,20 @@ def test_words_become_what_optuna_is_asked(word: str, call: tuple[Any, ...] | No
         ("n_layers=4,x", "n_layers is 'x': give a whole number"),
         ("n_layers=1.5..3", "n_layers takes whole numbers"),
         ("n_layers=3..1", "3 is not below 1"),
-        ("n_layers=a..1", "'a' is no number"),
-        ("learning_rate=0..1:log", "a log range must begin above 0"),
-        ("learning_rate=1e-3..inf", "'inf' is no number"),
-        ("embed_dim=64..100:32", "steps of 32 do not lead from 64 to 100"),
-        ("embed_dim=64..100:0", "steps of 0 do not lead"),
-        ("embed_dim=64..100:up", "'up' is no number"),
-        ("pool=1..2", "pool is no number: give a list"),
+        ("n_layers=a..1", "'a' is not a number"),
+        ("learning_rate=0..1:log", "a log range must start above 0"),
+        ("learning_rate=1e-3..inf", "'inf' is not a number"),
+        ("embed_dim=64..100:32", "from 64 to 100 is not a multiple of 32"),
+        ("embed_dim=64..100:0", "is not a multiple of 0"),
+        ("embed_dim=64..100:up", "'up' is not a number"),
+        ("pool=1..2", "pool is not a number: give a list"),
         ("pool=cls,max", "pool is 'max': give 'cls', 'mean'"),
-        ("dataset=shapes,cifar10", "dataset cannot differ between trials"),
-        ("device=cpu,cuda", "device cannot differ between trials"),
+        ("dataset=shapes,cifar10", "dataset must be the same in all trials"),
+        ("device=cpu,cuda", "device must be the same in all trials"),
         ("n_layers=1,2 n_layers=3,4", "--search has n_layers twice"),
     ],
 )
-def test_words_that_cannot_be_are_refused(words: str, message: str) -> None:
+def test_invalid_arguments_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_space(words.split())
 
@@ -129,14 +129,14 @@ def test_flags_lead_from_one_configuration_to_the_other() -> None:
     ("changes", "how", "message"),
     [
         ({}, {"trials": 0}, "trials is 0"),
-        ({"data": {"validation_images": 0}}, {}, "a sweep chooses on validation images"),
+        ({"data": {"validation_images": 0}}, {}, "a sweep compares trials on validation images"),
         ({"run": {"monitor": "test"}}, {}, "give --monitor validation"),
         ({"run": {"folder_name": "a"}}, {}, "leave out --folder_name"),
         ({}, {"search": ("n_layer=1,2",)}, "unknown setting"),
         ({}, {"storage": "nonsense://"}, "--storage: "),
     ],
 )
-def test_sweeps_that_cannot_be_leave_nothing(
+def test_invalid_sweeps_write_nothing(
     changes: dict[str, Any], how: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("optuna")
@@ -269,7 +269,7 @@ def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> No
         (other, SEARCH, "batch_size"),
         (tiny_run, SEARCH[:1], "--search forward_mul=1,2"),
     ):
-        with pytest.raises(ConfigError, match=f"is about other settings: {name}: give the same"):
+        with pytest.raises(ConfigError, match=f"has other settings: {name}: give the same"):
             Sweep(base, SweepSettings(search), folder)
 
 
@@ -294,11 +294,11 @@ def test_a_sweep_on_too_few_images_is_refused_at_the_start(
     words = ["sweep", "--search", "learning_rate=1e-3,1e-2", *TINY, "--output_path", str(tmp_path)]
     few = ["--num_train_images", "9", "--validation_images", "None"]
     assert main([*words, *few]) == 2
-    assert "a tenth of these training images is none" in capsys.readouterr().err
+    assert "these training images are too few to hold any out" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_trial_whose_data_have_no_validation_images_ends_the_sweep(
+def test_a_trial_whose_data_has_no_validation_images_ends_the_sweep(
     tmp_path: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
@@ -311,7 +311,7 @@ def test_a_trial_whose_data_have_no_validation_images_ends_the_sweep(
 
     monkeypatch.setattr(Run, "start", without)
     sweep = Sweep(tiny_run, SweepSettings(SEARCH, trials=2), tmp_path / "few")
-    with pytest.raises(DataError, match="a tenth of these training images is none"):
+    with pytest.raises(DataError, match="these training images are too few to hold any out"):
         list(sweep.run())
 
 

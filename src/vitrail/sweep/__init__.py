@@ -1,1 +1,1 @@
-"""Searching for good settings: many short runs, chosen and cut short by Optuna."""
+"""Hyperparameter search: many short runs, chosen and pruned by Optuna."""

@@ -1,4 +1,4 @@
-"""What a study came to: a table, a CSV file, a plot of which settings matter, and flags."""
+"""The results of a study: a table, a CSV file, a plot of importances, and flags."""
 
 import csv
 import dataclasses
@@ -21,17 +21,17 @@ from vitrail.optional import import_optional
 from vitrail.runtime.files import replace_file
 
 LISTED_TRIALS = 20
-"""Trials that the table shows; the CSV file has all."""
+"""Number of trials in the table; the CSV file has all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One trial, as it is reported."""
+    """The result of one trial."""
 
     number: int
     state: str
     accuracy: float | None
-    """Best validation accuracy so far; None where no epoch was finished."""
+    """Best validation accuracy so far; None before the end of the first epoch."""
     epochs: int
     params: Mapping[str, Any]
     folder: str
@@ -39,7 +39,7 @@ class Outcome:
 
     @classmethod
     def of(cls, trial: Any) -> "Outcome":
-        """Return what an optuna FrozenTrial came to."""
+        """Return the result of an optuna FrozenTrial."""
         accuracies = trial.intermediate_values
         return cls(
             number=trial.number,
@@ -52,8 +52,10 @@ class Outcome:
         )
 
     def line(self) -> str:
-        """Return the trial in one line."""
-        settings = ", ".join(f"{name} {format_value(value)}" for name, value in self.params.items())
+        """Return a description of one line."""
+        settings = ", ".join(
+            f"{name} {_format_value(value)}" for name, value in self.params.items()
+        )
         end = f": {self.error}" if self.error else ""
         return (
             f"trial {self.number} {self.state} after {self.epochs} epochs, "
@@ -62,7 +64,7 @@ class Outcome:
 
 
 def outcomes(study: Any) -> list[Outcome]:
-    """Return all started trials of a study: completed ones first, the best at the top."""
+    """Return all started trials of a study: completed ones first, sorted by accuracy."""
     all_trials = [
         Outcome.of(t) for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING"
     ]
@@ -72,13 +74,13 @@ def outcomes(study: Any) -> list[Outcome]:
     )
 
 
-def format_value(value: Any) -> str:
-    """Return a value as a flag takes it, numbers in four digits."""
+def _format_value(value: Any) -> str:
+    """Return a value as text, floats with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def trial_table(trials: Sequence[Outcome]) -> Table:
-    """Return the best trials, a row each."""
+    """Return a table of the best trials, one per row."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     reasons = any(trial.error for trial in trials)
     table = Table(show_edge=False, pad_edge=False)
@@ -88,7 +90,7 @@ def trial_table(trials: Sequence[Outcome]) -> Table:
         table.add_column("reason", overflow="fold")
     for trial in trials[:LISTED_TRIALS]:
         values = [
-            format_value(trial.params[name]) if name in trial.params else "" for name in names
+            _format_value(trial.params[name]) if name in trial.params else "" for name in names
         ]
         row = [str(trial.number), trial.state, percent(trial.accuracy, 2), str(trial.epochs)]
         cells = [*row, *values, *([trial.error] if reasons else [])]
@@ -97,7 +99,7 @@ def trial_table(trials: Sequence[Outcome]) -> Table:
 
 
 def write_csv(trials: Sequence[Outcome], path: Path) -> None:
-    """Write every trial as a row."""
+    """Write all trials, one per row."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -110,7 +112,7 @@ def write_csv(trials: Sequence[Outcome], path: Path) -> None:
 
 
 def importances(study: Any) -> dict[str, float]:
-    """Return the share of each setting in what made trials good; empty if nothing can be computed.
+    """Return the relative importance of each setting; empty if it cannot be computed.
 
     Source: Watanabe et al. 2023, "PED-ANOVA", arXiv:2304.10255.
     """
@@ -125,25 +127,25 @@ def importances(study: Any) -> dict[str, float]:
 
 
 def plot_importances(shares: Mapping[str, float], trials: int, path: Path) -> None:
-    """Draw the settings' shares as bars, the largest on top."""
+    """Plot the settings' importances as bars, the largest on top."""
     names = sorted(shares, key=lambda name: shares[name])
     figure = Figure(figsize=(7, 1.4 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.barh(names, [shares[name] for name in names], color=BLUE)
-    axes.set(xlabel=f"share of the importance, from {trials} completed trials", xlim=(0, 1))
+    axes.set(xlabel=f"relative importance ({trials} completed trials)", xlim=(0, 1))
     tidy(axes)
     write_title(axes, "Which settings matter")
     save_figure(figure, path)
 
 
 def flags(start: Config, best: Config) -> str:
-    """Return the flags that lead from one configuration to another."""
+    """Return the flags that turn one configuration into another."""
     before, after = start.flat(), best.flat()
-    changed = (words(name, value) for name, value in after.items() if value != before[name])
+    changed = (_flag_words(name, value) for name, value in after.items() if value != before[name])
     return shlex.join(word for flag in changed for word in flag)
 
 
-def words(name: str, value: Any) -> list[str]:
+def _flag_words(name: str, value: Any) -> list[str]:
     """Return one flag and its values."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

@@ -1,4 +1,4 @@
-"""What is searched: words such as ``learning_rate=1e-4..1e-2:log`` -> settings of a trial."""
+"""The search space: ``learning_rate=1e-4..1e-2:log`` -> settings of a trial."""
 
 import json
 import math
@@ -14,14 +14,14 @@ from vitrail.errors import ConfigError, nearest
 FIXED = {field.name for field in fields(RunConfig)} - {"seed"} | {
     *("dataset", "data_path", "validation_images", "num_test_images", "num_workers")
 }
-"""Settings of where and on what data trials run: they are the same in all trials."""
+"""Settings that cannot be searched: where and on what data trials run."""
 
 Value = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting that is searched: a list of values, or a range of numbers."""
+    """A setting to search: a list of values or a range of numbers."""
 
     name: str
     values: tuple[Value, ...] = ()
@@ -29,13 +29,13 @@ class Dimension:
     low: float = 0.0
     high: float = 0.0
     log: bool = False
-    """Draw evenly between the logarithms."""
+    """Sample uniformly on a logarithmic scale."""
     step: float | None = None
     whole: bool = False
-    """Whole numbers only."""
+    """Integers only."""
 
     def suggest(self, trial: Any) -> Value:
-        """Return the value that Optuna wants tried."""
+        """Return the value that Optuna suggests for a trial."""
         if self.values:
             return trial.suggest_categorical(self.name, self.values)  # type: ignore[no-any-return]
         if self.whole:
@@ -46,8 +46,8 @@ class Dimension:
         )
 
 
-def settings_by_name() -> dict[str, tuple[str, Any]]:
-    """Return each setting that can be searched, with its section and its type."""
+def _settings_by_name() -> dict[str, tuple[str, Any]]:
+    """Return each setting that can be searched, with its section and type."""
     return {
         name: (section, hint)
         for section, kind in get_type_hints(Config).items()
@@ -57,10 +57,10 @@ def settings_by_name() -> dict[str, tuple[str, Any]]:
 
 
 def parse_space(words: Iterable[str]) -> tuple[Dimension, ...]:
-    """Return what the words ask to be searched.
+    """Parse the arguments of --search.
 
     Raises:
-        ConfigError: no word, a name twice, or a word that cannot be.
+        ConfigError: no argument, a name twice, or an invalid argument.
     """
     space = tuple(map(parse_dimension, words))
     names = [dimension.name for dimension in space]
@@ -71,56 +71,60 @@ def parse_space(words: Iterable[str]) -> tuple[Dimension, ...]:
 
 
 def parse_dimension(word: str) -> Dimension:
-    """Return what a word asks for: ``NAME=A,B,C`` or ``NAME=LOW..HIGH`` (``:log``, ``:STEP``)."""
+    """Parse one argument: ``NAME=A,B,C`` or ``NAME=LOW..HIGH`` (``:log``, ``:STEP``)."""
     name, equals, text = word.partition("=")
     name = name.replace("-", "_")
-    known = settings_by_name()
+    known = _settings_by_name()
     require(bool(equals and text), f"--search {word}: give NAME=A,B,C or NAME=LOW..HIGH[:log]")
     if name in FIXED:
-        raise ConfigError(f"--search {word}: {name} cannot differ between trials to be compared")
+        raise ConfigError(f"--search {word}: {name} must be the same in all trials")
     if name not in known:
         raise ConfigError(f"--search {word}: unknown setting {name!r}{nearest(name, known)}")
     hint = known[name][1]
     if ".." in text:
-        return parse_range(name, text, hint, word)
-    values = tuple(convert(name, read_value(part), hint) for part in text.split(","))
+        return _parse_range(name, text, hint, word)
+    values = tuple(convert(name, _read_value(part), hint) for part in text.split(","))
     require(len(set(values)) > 1, f"--search {word}: give at least two different values")
     return Dimension(name, values)
 
 
-def parse_range(name: str, text: str, hint: Any, word: str) -> Dimension:
-    """Return a range of numbers."""
+def _parse_range(name: str, text: str, hint: Any, word: str) -> Dimension:
+    """Parse a range of numbers."""
     kinds = {hint, *get_args(hint)}
-    require(bool(kinds & {int, float}), f"--search {word}: {name} is no number: give a list A,B,C")
+    require(
+        bool(kinds & {int, float}), f"--search {word}: {name} is not a number: give a list A,B,C"
+    )
     bounds, _, how = text.partition(":")
     low, _, high = bounds.partition("..")
     whole = float not in kinds
-    first, last = read_number(low, word), read_number(high, word)
-    step = read_number(how, word) if how not in ("", "log") else None
+    first, last = _read_number(low, word), _read_number(high, word)
+    step = _read_number(how, word) if how not in ("", "log") else None
     if whole:
         all_whole = all(number == int(number) for number in (first, last, step or 1))
         require(all_whole, f"--search {word}: {name} takes whole numbers")
     require(first < last, f"--search {word}: {low} is not below {high}")
-    require(how != "log" or first > 0, f"--search {word}: a log range must begin above 0")
+    require(how != "log" or first > 0, f"--search {word}: a log range must start above 0")
     if step is not None:
         steps = (last - first) / step if step > 0 else 0.5
         fits = math.isclose(steps, round(steps), abs_tol=1e-9)
-        require(fits, f"--search {word}: steps of {how} do not lead from {low} to {high}")
+        require(
+            fits, f"--search {word}: the distance from {low} to {high} is not a multiple of {how}"
+        )
     return Dimension(name, (), first, last, log=how == "log", step=step, whole=whole)
 
 
-def read_number(text: str, word: str) -> float:
+def _read_number(text: str, word: str) -> float:
     """Return a finite number."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    require(math.isfinite(number), f"--search {word}: {text!r} is no number")
+    require(math.isfinite(number), f"--search {word}: {text!r} is not a number")
     return number
 
 
-def read_value(text: str) -> Any:
-    """Return a number, true, false, none, or else the text itself."""
+def _read_value(text: str) -> Any:
+    """Parse a number, true, false or none; return other text unchanged."""
     try:
         return json.loads({"none": "null", "None": "null"}.get(text, text.lower()))
     except json.JSONDecodeError:
@@ -131,16 +135,16 @@ def apply(base: Config, values: Mapping[str, Value]) -> Config:
     """Return the settings with a trial's values.
 
     Raises:
-        ConfigError: the values do not go together.
+        ConfigError: the values are incompatible.
     """
     sections: dict[str, dict[str, Value]] = {}
     for name, value in values.items():
-        sections.setdefault(settings_by_name()[name][0], {})[name] = value
+        sections.setdefault(_settings_by_name()[name][0], {})[name] = value
     return from_json(sections, base)
 
 
 def signature(base: Config, words: Iterable[str]) -> dict[str, str]:
-    """Return, by name, what all processes of one study must have in common."""
+    """Return the settings that must be equal in all processes of a study, by name."""
     searched = {f"--search {word}": "" for word in sorted(words)}
     own = {field.name for field in fields(DataConfig)} & {"data_path", "num_workers"}
     left_out = {field.name for field in fields(RunConfig)} - {"seed"} | own

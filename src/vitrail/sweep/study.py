@@ -1,9 +1,9 @@
-"""The trials of a study. Any number of processes and machines may share one.
+"""Runs the trials of a study, which any number of processes and machines may share.
 
 OUTPUT/STUDY/
-├── study.db                       the study (SQLite), unless another storage is given
+├── study.db                       the study (SQLite), if no other storage is given
 ├── trials.csv  importance.png     written when a process ends
-└── trial-0000/ ...                a run folder each
+└── trial-0000/ ...                one run folder per trial
 """
 
 import math
@@ -28,17 +28,17 @@ from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder
 
 HEARTBEAT_SECONDS = 5
-"""A running trial signs on so often."""
+"""Interval of a running trial's heartbeat."""
 GRACE_SECONDS = 30
-"""A trial without a heartbeat for this long was killed: another process repeats it."""
+"""A trial without a heartbeat for this long counts as killed, and is repeated."""
 RETRIES = 2
-"""How often a trial that was killed is taken up again; it may be the reason itself."""
+"""Maximum number of times that a killed trial is repeated; it may be the cause itself."""
 POLL_SECONDS = 1.0
-"""How often a process that waits for others looks."""
+"""Polling interval of a process that waits for others."""
 
 NO_VALIDATION = (
-    "a sweep chooses on validation images, and a tenth of these training images is none: give "
-    "--validation_images, or more data"
+    "a sweep compares trials on validation images, but these training images are too few to hold "
+    "any out: give --validation_images, or more data"
 )
 
 Pruning = Literal["median", "hyperband", "none"]
@@ -47,31 +47,31 @@ Events = Callable[[Run], Iterator[Update | EpochEnd]]
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """How to search."""
+    """Settings of a search."""
 
     search: tuple[str, ...]
     trials: int = 20
     pruner: Pruning = "median"
     storage: str = ""
-    """URL of a database that Optuna knows; Default: SQLite in the study's folder."""
+    """URL of a database that Optuna supports. Default: SQLite in the study's folder."""
 
 
-class Stopped(Exception):  # noqa: N818 (no error: a signal asked for it)
-    """The events of a trial ended before the trial did."""
+class Stopped(Exception):  # noqa: N818 (not an error: requested by a signal)
+    """A trial's events ended before the trial did."""
 
 
 class Sweep:
-    """One process's part in a study; iterate over run().
+    """One process's part in a study; iterate over ``run()``.
 
     Args:
-        base: the settings that all trials share.
-        settings: how to search.
+        base: the settings common to all trials.
+        settings: the settings of the search.
         folder: the study's folder; its name is the study's.
-        events: what to iterate over instead of ``Run.train``, e.g. to show it. A trial whose
-            events end early is put back into the study.
+        events: replaces ``Run.train``, e.g. to show progress. A trial whose events end early is put
+            back into the study.
 
     Raises:
-        ConfigError: Optuna is not installed, a setting cannot be, or the study is another one's.
+        ConfigError: Optuna is not installed, a setting is invalid, or the study has others.
         OutputError: the storage cannot be used.
     """
 
@@ -79,28 +79,30 @@ class Sweep:
         self, base: Config, settings: SweepSettings, folder: Path, *, events: Events = Run.train
     ) -> None:
         self.optuna = import_optional("optuna")
-        check(base, settings)
+        _check(base, settings)
         self.base, self.folder, self.events = base, folder, events
         self.wanted, self.space = settings.trials, parse_space(settings.search)
         self.current = -1
         self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
-        with quiet(self.optuna):
-            self.study = open_study(
-                settings.storage or local_storage(folder), folder.name, self.pruner(settings.pruner)
+        with _quiet(self.optuna):
+            self.study = _open_study(
+                settings.storage or _local_storage(folder),
+                folder.name,
+                self._pruner(settings.pruner),
             )
-        self.seed_sampler(len(self.study.trials))
-        self.agree(signature(base, settings.search))
+        self._seed_sampler(len(self.study.trials))
+        self._check_same_settings(signature(base, settings.search))
 
-    def seed_sampler(self, number: int) -> None:
-        """Give the study a sampler that draws by the seed and the number of a trial.
+    def _seed_sampler(self, number: int) -> None:
+        """Set a sampler seeded with the run's seed and a trial's number.
 
-        Processes that share a study so draw different trials, and one alone draws the same again.
+        Processes that share a study draw different trials; a single process is reproducible.
         """
         seed = derive_seed(self.base.run.seed, "sweep", number) % 2**32
         self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
 
-    def pruner(self, name: Pruning) -> Any:
-        """Return what cuts bad trials short; none is cut before its warm-up is over."""
+    def _pruner(self, name: Pruning) -> Any:
+        """Return Optuna's pruner; no trial is pruned before the end of its warm-up."""
         pruners, training = self.optuna.pruners, self.base.training
         patience = math.ceil(training.warmup) + 1
         if name == "median":
@@ -110,8 +112,8 @@ class Sweep:
             return pruners.HyperbandPruner(min_resource=patience, max_resource=resource)
         return pruners.NopPruner()
 
-    def agree(self, ours: dict[str, str]) -> None:
-        """Write into a new study what it is about; refuse to join one that is about else."""
+    def _check_same_settings(self, ours: dict[str, str]) -> None:
+        """Store the settings in a new study; refuse to join one that has others."""
         theirs = self.study.user_attrs.get("settings")
         if theirs is None:
             self.study.set_user_attr("settings", ours)
@@ -119,15 +121,15 @@ class Sweep:
         names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if names:
             raise ConfigError(
-                f"the study {self.folder.name} is about other settings: {', '.join(names[:4])}: "
-                "give the same, or another --study_name"
+                f"the study {self.folder.name} has other settings: {', '.join(names[:4])}: "
+                "give the same settings, or another --study_name"
             )
 
     def run(self) -> Iterator[Any]:
-        """Run trials until the study has as many as wanted, those of other processes counted.
+        """Run trials until the study has the requested number, including other processes' trials.
 
         Yields:
-            an optuna FrozenTrial after each trial of this process; None for every second of
+            an optuna FrozenTrial after each trial of this process; None once per second while
             waiting for the last trials of other processes.
 
         Raises:
@@ -135,7 +137,7 @@ class Sweep:
         """
         state = self.optuna.trial.TrialState
         while True:
-            self.bury()
+            self._fail_killed_trials()
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             done = states.count(state.COMPLETE) + states.count(state.PRUNED)
             if done >= self.wanted:
@@ -145,20 +147,20 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
                 continue
             try:
-                with quiet(self.optuna):
-                    self.study.optimize(self.objective, n_trials=1)
+                with _quiet(self.optuna):
+                    self.study.optimize(self._objective, n_trials=1)
             except Stopped:
                 self.study.enqueue_trial(self.study.trials[self.current].params)
                 raise
             yield self.study.trials[self.current]
 
-    def bury(self) -> None:
-        """Fail the trials of processes that were killed, so that others take them up again.
+    def _fail_killed_trials(self) -> None:
+        """Fail the trials of killed processes, so that others repeat them.
 
-        Optuna finds those whose signs of life have ended. A trial that was killed before its first
-        sign has none that could end; it has drawn no settings either.
+        Optuna finds those whose heartbeat stopped. A trial that was killed before its first
+        heartbeat is recognized by its age; it has no settings yet.
         """
-        with quiet(self.optuna):
+        with _quiet(self.optuna):
             self.optuna.storages.fail_stale_trials(self.study)
         state, now = self.optuna.trial.TrialState, datetime.now()
         for trial in self.study.get_trials(deepcopy=False, states=(state.RUNNING,)):
@@ -166,24 +168,24 @@ class Sweep:
             if not trial.params and age > GRACE_SECONDS:
                 self.study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
 
-    def objective(self, trial: Any) -> float:
+    def _objective(self, trial: Any) -> float:
         """Run one trial; return its best validation accuracy."""
         self.current = trial.number
-        self.seed_sampler(trial.number)
+        self._seed_sampler(trial.number)
         values: dict[str, Value] = {each.name: each.suggest(trial) for each in self.space}
         try:
-            return self.follow(trial, apply(self.base, values))
+            return self._train(trial, apply(self.base, values))
         except (ConfigError, TrainingError, torch.OutOfMemoryError) as error:
-            # Values that do not go together, a loss that is not finite: bad, but a result.
+            # Incompatible values, a loss that is not finite: a bad trial, but a result.
             trial.set_user_attr("error", str(error).splitlines()[0])
             raise self.optuna.TrialPruned from error
 
-    def follow(self, trial: Any, config: Config) -> float:
-        """Train with a trial's settings, telling Optuna how it goes."""
+    def _train(self, trial: Any, config: Config) -> float:
+        """Train with a trial's settings, reporting each epoch to Optuna."""
         folder = new_folder(self.folder, "", f"trial-{trial.number:04}")
         trial.set_user_attr("folder", str(folder))
         run, best = Run.start(config, folder), 0.0
-        if "validation" not in run.monitored:  # no bad trial: all of them would be like this
+        if "validation" not in run.monitored:  # not a bad trial: all would fail
             raise DataError(NO_VALIDATION)
         for event in self.events(run):
             if isinstance(event, EpochEnd):
@@ -198,38 +200,38 @@ class Sweep:
         return best
 
 
-def check(base: Config, settings: SweepSettings) -> None:
-    """Refuse what cannot be searched, before anything is made."""
+def _check(base: Config, settings: SweepSettings) -> None:
+    """Refuse invalid settings before anything is written."""
     require(settings.trials >= 1, f"trials is {settings.trials}: give at least 1")
     require(
         base.data.validation_images != 0,
-        "a sweep chooses on validation images, and validation_images is 0: give more",
+        "a sweep compares trials on validation images, but validation_images is 0: give more",
     )
     train, kept = base.data.num_train_images, base.data.validation_images
     require(kept is not None or train is None or train >= 10, NO_VALIDATION)
     require(
         base.run.monitor == "validation",
-        "a sweep chooses on validation images: give --monitor validation",
+        "a sweep compares trials on validation images: give --monitor validation",
     )
     for name in ("folder_name", "model_path", "model_name"):
         given = getattr(base.run, name)
         require(not given, f"a sweep names its trials itself: leave out --{name}")
 
 
-def local_storage(folder: Path) -> str:
-    """Return the URL of the study's own SQLite file, and make its folder."""
+def _local_storage(folder: Path) -> str:
+    """Return the URL of the study's own SQLite file, and create its folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}") from error
     return f"sqlite:///{(folder / 'study.db').resolve()}"
 
 
-def open_study(url: str, name: str, pruner: Any) -> Any:
-    """Open or make a study that signs on while its trials run.
+def _open_study(url: str, name: str, pruner: Any) -> Any:
+    """Open or create a study with heartbeats.
 
     Raises:
-        ConfigError: the URL is of no database that can be used here.
+        ConfigError: the URL is invalid, or its database driver is not installed.
         OutputError: the database cannot be opened.
     """
     optuna, errors = import_optional("optuna"), import_optional("sqlalchemy.exc")
@@ -248,7 +250,7 @@ def open_study(url: str, name: str, pruner: Any) -> Any:
                 load_if_exists=True,
             )  # fmt: skip
         except (errors.OperationalError, errors.DatabaseError) as error:
-            # Two processes that make the tables at the same moment: the second finds them there.
+            # Two processes may create the tables simultaneously: the second retries.
             if attempt == 4:
                 raise OutputError(f"the study's storage cannot be used: {error.orig}") from error
             time.sleep(0.5 * (attempt + 1))
@@ -258,8 +260,8 @@ def open_study(url: str, name: str, pruner: Any) -> Any:
 
 
 @contextmanager
-def quiet(optuna: Any) -> Iterator[None]:
-    """Keep to itself that Optuna calls its heartbeats experimental."""
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Suppress Optuna's warning that heartbeats are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield

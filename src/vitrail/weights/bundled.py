@@ -1,4 +1,4 @@
-"""The models of the package: bundled_files/NAME.safetensors and its card, NAME.json."""
+"""The models included in the package: bundled_files/NAME.safetensors and its card, NAME.json."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "bundled_files"
 DEFAULT = "cifar10"
-"""The model that is taken where none is named and none was trained."""
+"""The model that is used if none is named and none was trained."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Card:
     data: str
     """What it was trained on."""
     recipe: str
-    """The preset, and what was changed of it."""
+    """The preset, and the settings that differ from it."""
     test_accuracy: float
-    """Share of the test split it gets right, without test-time augmentation."""
+    """Accuracy on the test split, without test-time augmentation."""
     validation_accuracy: float
-    """Share of the validation split, by which it was chosen."""
+    """Accuracy on the validation split, on which it was selected."""
     parameters: int
     """Number of learned parameters."""
     record: str

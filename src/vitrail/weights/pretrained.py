@@ -49,22 +49,22 @@ from vitrail.weights.formats.convert import (
 )
 
 OWN = "vitrail"
-"""The layout of what Vitrail itself wrote."""
+"""Name of our own layout."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights and what is known of them. n_classes is 0 where they have no head."""
+    """Weights and their description. n_classes is 0 if they have no head."""
 
     info: CheckpointInfo
     weights: dict[str, Tensor]
     layout: str = OWN
     notes: tuple[str, ...] = ()
-    """What was assumed, changed or left out to read another system's weights."""
+    """What was assumed, changed or ignored to read another system's weights."""
     tensors: int = 0
-    """How many of the other system's tensors were read."""
+    """Number of the other system's tensors that were read."""
     classes_known: bool = True
-    """Whether the classes' names are their own, not numbers."""
+    """Whether the files contain the class names; otherwise they are numbered."""
 
 
 def load(
@@ -74,24 +74,24 @@ def load(
     device: str = "auto",
     **preparation: Unpack[Preparation],
 ) -> Classifier:
-    """Return the classifier that a file, folder or hub id holds.
+    """Load a classifier from a file, folder, bundled name or hub id.
 
     Args:
         source: the name of a bundled model (``"cifar10"``; ``"./cifar10"`` and every ``Path`` are
             paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
-            of Vitrail; weights of the reference system (``.pt``), timm (``.safetensors``, ``.pth``,
-            or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
+            of Vitrail; weights of the reference implementation (``.pt``), timm (``.safetensors``,
+            ``.pth``, or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
             ``hf:OWNER/NAME``.
-        n_attention_heads: the head count, where the files do not contain it. Default: 4 for the
-            reference's ``.pt``, the usual one of their width for timm's files.
+        n_attention_heads: the head count, if the files do not contain it. Default: 4 for the
+            reference's ``.pt``, the usual one for their width for timm's files.
         device: auto, cpu, cuda or mps.
         preparation: how pictures are prepared: ``mean``, ``std``, ``fit``, ``interpolation``,
-            ``crop_pct``, ``pixel_range``, as in ``DataConfig``. Default: as the weights say; what
-            they do not say is assumed, and the classifier's ``notes`` say so.
+            ``crop_pct``, ``pixel_range``, as in ``DataConfig``. Default: as the
+            weights specify; the classifier's ``notes`` list what was assumed.
 
     Raises:
-        CheckpointError: there is nothing to load, or it is damaged, foreign, or has no head.
-        ConfigError: the device is not available, or a setting cannot be.
+        CheckpointError: nothing to load, or corrupt, unsupported, or without a head.
+        ConfigError: the device is not available, or a setting is invalid.
     """
     if unknown := set(preparation) - set(PREPARATION):
         raise TypeError(f"load() has no argument {unknown.pop()!r}")
@@ -118,7 +118,7 @@ def read(
     n_attention_heads: int | None = None,
     preparation: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Return the weights that ``load`` would put into a model, and what is known of them.
+    """Return the weights that ``load`` would load, and their description.
 
     Args:
         source: as for ``load``.
@@ -126,7 +126,7 @@ def read(
         preparation: fields of PREPARATION that override the files.
 
     Raises:
-        CheckpointError: as ``load``, but weights without a head are welcome.
+        CheckpointError: as ``load``, but weights without a head are allowed.
     """
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
@@ -139,35 +139,23 @@ def read(
     if not path.exists():
         raise CheckpointError(
             f"{source}: no such model; give a run or checkpoint folder, a file or folder of "
-            f"weights (vitrail convert --help lists the kinds), or {hub.PREFIX}OWNER/NAME"
+            f"weights (vitrail convert --help lists the formats), or {hub.PREFIX}OWNER/NAME"
         )
     if path.is_file() and not path.name.endswith(FILES):
         raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
-    own = read_own(path)
+    own = _read_own(path)
     if own is None:
-        return read_other(path, n_attention_heads, given)
+        return _read_other(path, n_attention_heads, given)
     heads = own.info.config.model.n_attention_heads
     if n_attention_heads not in (None, heads):
         raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
-    return dataclasses.replace(own, info=prepared(own.info, given))
+    data = replace_fields(own.info.config.data, given)
+    config = dataclasses.replace(own.info.config, data=data)
+    return dataclasses.replace(own, info=dataclasses.replace(own.info, config=config))
 
 
-def prepared(info: CheckpointInfo, changes: Mapping[str, Any]) -> CheckpointInfo:
-    """Return what is known of a model, with other settings of its data."""
-    data = change_data(info.config.data, changes)
-    return dataclasses.replace(info, config=dataclasses.replace(info.config, data=data))
-
-
-def change_data(data: DataConfig, changes: Mapping[str, Any]) -> DataConfig:
-    """Return the settings with changes, each checked against its field's type."""
-    return replace_fields(data, changes)  # type: ignore[no-any-return]
-
-
-def read_own(path: Path) -> Source | None:
-    """Return what Vitrail wrote: a file, a run or checkpoint folder, or what it pushed to the hub.
-
-    None if the path is of another system.
-    """
+def _read_own(path: Path) -> Source | None:
+    """Read our own file, run or checkpoint folder, or hub folder; None for another system's."""
     if path.is_dir():
         run = (path / "checkpoints").is_dir()
         folder = read_pointer(path / "checkpoints", "BEST") if run else path
@@ -176,16 +164,16 @@ def read_own(path: Path) -> Source | None:
         if not describes_itself(folder / MODEL):
             return None
         source = Source(*load_weights_file(folder / MODEL))
-        if (folder / CONFIG).exists():  # as on the hub, for people to read
+        if (folder / CONFIG).exists():  # as on the hub, for humans to read
             described = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
             if (described.config, described.classes) != (source.info.config, source.info.classes):
-                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of two different models")
+                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of different models")
         return source
     return Source(*load_weights_file(path)) if describes_itself(path) else None
 
 
-def read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, Any]) -> Source:
-    """Return weights of another system, in our terms."""
+def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, Any]) -> Source:
+    """Read another system's weights and convert them."""
     found = read_foreign(path, n_attention_heads)
     for name, what in found.refused.items():
         if name not in given:
@@ -194,46 +182,46 @@ def read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, An
                 f"choose the nearest option with --{name}"
             )
     dataset = "cifar10" if found.layout == "reference" else "folder"
-    data = change_data(DataConfig(), {"dataset": dataset, **found.data, **given})
+    data = replace_fields(DataConfig(), {"dataset": dataset, **found.data, **given})
     classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
-    notes, known = (*found.notes, *assumed(found, given)), bool(found.classes)
+    notes, known = (*found.notes, *_note_assumed(found, given)), bool(found.classes)
     return Source(info, found.weights, found.layout, notes, found.tensors, known)
 
 
-def assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
-    """Return a note of how pictures are prepared, where neither files nor user say it."""
+def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
+    """Return a note on how pictures are prepared if neither the files nor the user specify it."""
     names = [name for name in found.assumed if name not in given]
     if not names:
         return []
-    values = ", ".join(f"{name} {spaced(found.data[name])}" for name in names)
+    values = ", ".join(f"{name} {_format_value(found.data[name])}" for name in names)
     flags = ", ".join(f"--{name}" for name in names)
-    return [f"not in the files, so assumed: {values} ({flags} set them)"]
+    return [f"assumed, as not in the files: {values} (set by {flags})"]
 
 
-def spaced(value: Any) -> str:
-    """Return a value as it is given on the command line."""
+def _format_value(value: Any) -> str:
+    """Return a value as it is written on the command line."""
     values = value if isinstance(value, tuple) else (value,)
     return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
 
 
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
-    """Return the settings of a run that starts from weights: their model and their pictures.
+    """Return the settings of a run that starts from weights: their model and preparation.
 
-    Dropout and stochastic depth stay as they are, and the number of classes is left to the data.
+    Dropout and stochastic depth are kept; the number of classes is that of the data.
 
     Raises:
         CheckpointError: as ``read``.
     """
     theirs = read(init, n_attention_heads=n_attention_heads).info.config
-    # The range of 16-bit pictures is one of the data, not of the weights.
+    # The range of 16-bit pictures is a property of the data, not of the weights.
     names = (name for name in PREPARATION if name != "pixel_range")
     preparation = {name: getattr(theirs.data, name) for name in names}
     free = {name: getattr(config.model, name) for name in ("dropout", "drop_path")}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(theirs.model, n_classes=0, **free),
-        data=change_data(config.data, preparation),
+        data=replace_fields(config.data, preparation),
         training=dataclasses.replace(config.training, init=init),
     )
 
@@ -241,12 +229,12 @@ def with_init(config: Config, init: str, n_attention_heads: int | None = None) -
 def start_from(
     model: VisionTransformer, training: TrainingConfig, classes: tuple[str, ...]
 ) -> list[str]:
-    """Put ``training.init``'s weights into the model of a new run; return what was changed.
+    """Load ``training.init`` into the model of a new run, and return notes of what was changed.
 
     Raises:
-        CheckpointError: they are of another model, or have a head for other classes.
+        CheckpointError: the weights have another architecture, or a head for other classes.
     """
-    # The model's head count was settled with its weights: files without it cannot contradict.
+    # The head count was set from these weights, so files without one cannot contradict it.
     found = read(training.init, n_attention_heads=model.config.n_attention_heads)
     names = found.info.classes
     if not training.new_head and found.classes_known and names != classes:
@@ -264,10 +252,10 @@ def start_from(
 def remodel(
     source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
 ) -> Source:
-    """Return the weights for a model of another image size or, with ``new_head``, other classes.
+    """Adapt weights to another image size or, with ``new_head``, other classes.
 
     Raises:
-        CheckpointError: the models differ in more.
+        CheckpointError: the models differ in other settings.
     """
     with rng.seeded(seed, "init", device=torch.device("cpu")):
         built = VisionTransformer(model)
@@ -287,7 +275,7 @@ def save(source: Source, path: Path, layout: str = OWN) -> None:
     """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout.
 
     Raises:
-        ConfigError: the layout has no place for such a model, or the name is not one of its files.
+        ConfigError: the layout cannot represent such a model, or the extension is wrong.
         OutputError: it cannot be written.
     """
     if layout != OWN:
@@ -299,18 +287,13 @@ def save(source: Source, path: Path, layout: str = OWN) -> None:
 
 
 def default_model(output_path: Path) -> Path | str:
-    """Return the run folder whose best checkpoint is the newest, or the bundled model's name."""
+    """Return the run folder with the newest best checkpoint, or the bundled model's name."""
     pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
     return pointers[-1].parent.parent if pointers else bundled.DEFAULT
 
 
-def with_data(classifier: Classifier, **changes: object) -> Classifier:
-    """Return the classifier with other settings of its data, e.g. ``fit``."""
-    data = dataclasses.replace(classifier.config.data, **changes)  # type: ignore[arg-type]
+def of_model_size(classifier: Classifier) -> Classifier:
+    """Return the classifier for images that already have its input size, without cropping."""
+    data = dataclasses.replace(classifier.config.data, fit="squash", crop_pct=1.0)
     config = dataclasses.replace(classifier.config, data=data)
     return dataclasses.replace(classifier, config=config)
-
-
-def of_model_size(classifier: Classifier) -> Classifier:
-    """Return the classifier for images of its data set, which have been fitted to its size."""
-    return with_data(classifier, fit="squash", crop_pct=1.0)
