@@ -1,4 +1,4 @@
-"""Checkpoints: there and back, nothing half-written, every change of a byte refused."""
+"""Checkpoints: written and read, never partially written, every changed byte detected."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_there_and_back(checkpoint: Path) -> None:
+def test_what_is_written_is_read(checkpoint: Path) -> None:
     info, weights, training = load_all(checkpoint)
     assert info == INFO
     assert same(weights, WEIGHTS)
@@ -82,9 +82,9 @@ def test_damage_is_refused_or_harmless(
     checkpoint: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
 ) -> None:
     path, random_ = checkpoint / name, random.Random(5)
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     for _ in range(40 if damage is flip else 1):
-        path.write_bytes(damage(sound, random_))
+        path.write_bytes(damage(valid, random_))
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             load_all(checkpoint)
 
@@ -132,8 +132,8 @@ def test_a_weights_file_describes_itself(tmp_path: Path) -> None:
     info, weights = load_weights_file(path)
     assert info == INFO
     assert same(weights, WEIGHTS)
-    sound, random_ = path.read_bytes(), random.Random(7)
+    valid, random_ = path.read_bytes(), random.Random(7)
     for _ in range(60):
-        path.write_bytes(flip(sound, random_))
+        path.write_bytes(flip(valid, random_))
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_weights_file(path)

@@ -39,7 +39,7 @@ def noise(side: int = SIDE) -> Tensor:
 
 
 def difference(a_BY: Tensor, b_BY: Tensor) -> float:
-    """The largest difference of logits that are not all alike."""
+    """The largest difference of logits that are not all equal."""
     assert b_BY.std() > 0.1
     return (a_BY - b_BY).abs().max().item()
 
@@ -131,8 +131,8 @@ def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
         "id2label": {str(index): f"c{index}" for index in range(7)},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(about))
-    told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     save_file(make_state("huggingface"), tmp_path / "model.safetensors")
     classifier = vitrail.load(tmp_path, device="cpu")
     model, data = classifier.config.model, classifier.config.data
@@ -281,8 +281,8 @@ def test_there_and_back_again_by_the_command(
     middle = tmp_path / "b.safetensors"
     end = tmp_path / {"reference": "c.pt", "google": "c.npz"}.get(layout, "c")
     assert main(["convert", str(start), str(middle), "--n_attention_heads", "3"]) == 0
-    told = capsys.readouterr().out
-    assert f"({layout}, {len(state)} tensors)" in told
+    printed = capsys.readouterr().out
+    assert f"({layout}, {len(state)} tensors)" in printed
     assert vitrail.load(middle, device="cpu").config.model.layer_norm_eps == {
         "reference": 1e-5, "timm": 1e-6, "google": 1e-6, "huggingface": 1e-12,
     }[layout]  # fmt: skip
@@ -299,9 +299,9 @@ def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> Non
     words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"),
              "--n_attention_heads", "3"]  # fmt: skip
     assert main([*words, "--image_size", "35", "--n_classes", "4", "--new_head"]) == 0
-    told = capsys.readouterr().out
-    assert "positions resized from 3 x 3 patches to 7 x 7" in told
-    assert "a new head for 4 classes" in told
+    printed = capsys.readouterr().out
+    assert "positions resized from 3 x 3 patches to 7 x 7" in printed
+    assert "a new head for 4 classes" in printed
     model = vitrail.load(tmp_path / "b.safetensors", device="cpu").model
     before = convert(make_state("timm"), n_attention_heads=3).weights
     assert model(noise(35)).shape == (5, 4)
@@ -352,8 +352,8 @@ def test_files_of_weights_alone_come_with_a_line_of_what_they_do_not_say(
     words = ["convert", str(tmp_path / start), str(tmp_path / end), "--layout", layout]
     flags = ["--n_attention_heads", "3", "--mean", "0.4", "0.5", "0.6"]
     assert main([*words, *flags]) == 0
-    said = capsys.readouterr().out
-    assert "does not say how pictures are prepared: mean (0.4, 0.5, 0.6), std" in said
+    printed = capsys.readouterr().out
+    assert "does not say how pictures are prepared: mean (0.4, 0.5, 0.6), std" in printed
 
 
 def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: Any) -> None:

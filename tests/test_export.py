@@ -196,7 +196,7 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
 def test_the_commands_on_a_run(
     tmp_path: Path, vitrail: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Export float32 and int8, predict with all three: the same table; the accuracies are told."""
+    """float32 and int8 predict the same table as torch; both accuracies are printed."""
     pytest.importorskip("onnxscript")
     small = ["--epochs", "3", "--num_train_images", "2000", "--validation_images", "500"]
     assert vitrail("train", *small, "--folder_name", "quick", cwd=tmp_path).returncode == 0

@@ -75,8 +75,8 @@ def test_a_frozen_backbone_leaves_only_the_head_to_learn(
 ) -> None:
     config = TrainingConfig(init="x", freeze_backbone=True, optimizer=optimizer, ema_decay=0.5)  # type: ignore[arg-type]
     state = TrainingState.start(VisionTransformer(tiny_model), config)
-    learnt = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
-    assert set(learnt) == set(state.model.head.parameters())
+    trained = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
+    assert set(trained) == set(state.model.head.parameters())
 
 
 FROZEN = from_json(
@@ -125,9 +125,9 @@ def test_a_frozen_backbone_drops_nothing_while_the_head_trains() -> None:
         expected = torch.nn.functional.cross_entropy(model.eval()(images_BCHW), targets_BY)
     assert next(train(state, batches, FROZEN)).loss == pytest.approx(expected.item(), rel=1e-6)
     assert model.head.training
-    trained_whole = dataclasses.replace(FROZEN.training, freeze_backbone=False)
+    unfrozen = dataclasses.replace(FROZEN.training, freeze_backbone=False)
     assert next(
-        train(state, batches, dataclasses.replace(FROZEN, training=trained_whole))
+        train(state, batches, dataclasses.replace(FROZEN, training=unfrozen))
     ).loss != pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -146,7 +146,7 @@ def test_ranks_leave_a_frozen_backbones_statistics_alone(monkeypatch: pytest.Mon
     distributed.merge(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     set_training_mode(model, frozen=False)
-    distributed.merge(model)  # a third three times is not the whole to the bit
+    distributed.merge(model)  # three times a third is not exactly one
     assert not all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
@@ -156,9 +156,9 @@ def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]
     )
     words = ["train", *TINY, "--config", "my.toml", "--n_attention_heads", "3", "--new_head"]
     assert main(words) == 0
-    told = capsys.readouterr().err
-    assert "timm.safetensors: positions resized from 3 x 3 patches to 4 x 4" in told
-    assert "timm.safetensors: a new head for" in told
+    printed = capsys.readouterr().err
+    assert "timm.safetensors: positions resized from 3 x 3 patches to 4 x 4" in printed
+    assert "timm.safetensors: a new head for" in printed
     config = from_json(read_json(here / "output/a/config.json"))
     assert (config.model.image_size, config.model.patch_size) == (20, 5)
     assert (config.model.layer_norm_eps, config.model.head) == (1e-6, "linear")
@@ -217,7 +217,7 @@ def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("--init timm.safetensors", "give n_attention_heads"),
         ("--init timm.safetensors --n_attention_heads 3", "have a head for 7 classes"),
@@ -231,12 +231,12 @@ def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(
-    here: Path, words: str, told: str, capsys: pytest.CaptureFixture[str]
+    here: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *TINY, *words.split()]) == 2
-    said = capsys.readouterr().err
-    assert told in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
     assert not (here / "output" / "a").exists()
 
 

@@ -122,7 +122,7 @@ def test_models_of_others_can_be_loaded(hub: Hub, capsys: pytest.CaptureFixture[
     hub.repos["them/vit"] = {
         "config.json": json.dumps(about).encode(),
         "model.safetensors": save(make_state("huggingface")),
-        "pytorch_model.bin": b"not asked for",
+        "pytorch_model.bin": b"not requested",
     }
     classifier = vitrail.load("hf:them/vit", device="cpu")
     assert classifier.config.model.n_attention_heads == 3

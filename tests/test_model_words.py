@@ -55,8 +55,8 @@ def test_info_says_first_how_good_a_model_is(
     assert bundled.read_card("cifar10").recipe in "".join(lines)
     result = json.loads((trained / "output/tiny/result.json").read_text())
     assert main(["info", "output/tiny"]) == 0
-    said = capsys.readouterr().out
-    first, _, rest = said.partition("Settings")
+    printed = capsys.readouterr().out
+    first, _, rest = printed.partition("Settings")
     accuracy = result["test"]["accuracy"]
     words = (
         f"{accuracy:.2%} of 20 images",

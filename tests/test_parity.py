@@ -22,7 +22,7 @@ from vitrail.weights.checkpoint import CheckpointInfo
 from vitrail.weights.formats.convert import write_foreign
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
-"""Those libraries warn, and take a while to import; neither is ours to mend."""
+"""Those libraries warn, and take a while to import; neither is ours to fix."""
 TOLERANCE = 1e-5
 
 
@@ -129,10 +129,10 @@ def write(folder: Path, layout: str, **changes: Any) -> VisionTransformer:
 def test_hugging_face_out(tmp_path: Path, changes: dict[str, Any]) -> None:
     transformers = peer("transformers")
     ours = write(tmp_path / "hf", "huggingface", **changes)
-    theirs, told = transformers.ViTForImageClassification.from_pretrained(
+    theirs, loaded = transformers.ViTForImageClassification.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loaded[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.id2label[2] == "c"
     assert_equal_logits(f"Hugging Face out, {changes}", ours, theirs.eval(), (20, 28))
 
@@ -173,9 +173,9 @@ def test_google_in_as_timm_reads_it(tmp_path: Path) -> None:
 def test_hugging_face_prepares_pictures_as_we_do(tmp_path: Path) -> None:
     transformers = peer("transformers")
     write(tmp_path / "hf", "huggingface")
-    told = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    told.pop("image_processor_type")
-    processor = transformers.ViTImageProcessorPil(**told)
+    loaded = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    loaded.pop("image_processor_type")
+    processor = transformers.ViTImageProcessorPil(**loaded)
     picture_HWC = np.random.default_rng(3).integers(0, 256, (20, 28, 3), dtype=np.uint8)
     theirs_BCHW = processor(picture_HWC, return_tensors="pt")["pixel_values"]
     ours_BCHW = vitrail.load(tmp_path / "hf", device="cpu").prepare(picture_HWC)

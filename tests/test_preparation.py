@@ -1,4 +1,4 @@
-"""How pictures are prepared for other systems' weights: read completely, said, set, written."""
+"""How pictures are prepared for other systems' weights: read, reported, set, written."""
 
 import json
 from pathlib import Path
@@ -257,7 +257,7 @@ SHAPES = ((75, 75), (195, 75), (75, 195), (119, 73))
 def test_what_is_written_prepares_pictures_as_the_model_wants_them(
     tmp_path: Path, layout: str, interpolation: str, fit: str, crop_pct: float
 ) -> None:
-    """To the byte, where the steps of the others end on whole pixels; else within one pixel."""
+    """Equal to the byte if the others' steps end on integer pixels; else within one pixel."""
     colors = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     framing = {"fit": fit, "interpolation": interpolation, "crop_pct": crop_pct}
     source = model_file(tmp_path / "a.safetensors", **colors, **framing)
@@ -324,10 +324,10 @@ def test_predict_explain_and_test_all_cut_the_margin(
     margin[:10] = margin[30:] = 0
     margin[:, :10] = margin[:, 30:] = 0
     cut = vitrail.load(source, device="cpu", crop_pct=0.4, interpolation="nearest")
-    whole = vitrail.load(source, device="cpu")
-    wanted = whole.predict(bright)
+    complete = vitrail.load(source, device="cpu")
+    wanted = complete.predict(bright)
     assert cut.predict(margin) == wanted
-    assert whole.predict(margin) != wanted
+    assert complete.predict(margin) != wanted
     assert (cut.subject(margin).raw_HWC == 250).all()
     assert cut.subject(margin).fit.crop_pct == 0.4  # type: ignore[union-attr]
     Image.fromarray(margin).save(tmp_path / "x.png")

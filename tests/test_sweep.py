@@ -34,7 +34,7 @@ SEARCH = ("learning_rate=1e-4..1e-2:log", "forward_mul=1,2")
 
 
 class Asked:
-    """Stands in for an optuna trial: notes what is asked, and gives the last possible value."""
+    """Mock of an optuna trial: records the calls, and returns the last possible value."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -69,7 +69,7 @@ class Asked:
         ("dropout=0..0.3:0.1", ("dropout", 0.0, 0.3, {"log": False, "step": 0.1})),
     ],
 )
-def test_words_become_what_optuna_is_asked(word: str, call: tuple[Any, ...] | None) -> None:
+def test_arguments_become_calls_of_optuna(word: str, call: tuple[Any, ...] | None) -> None:
     if call is None:
         with pytest.raises(ConfigError, match="unknown setting"):
             parse_dimension(word)
@@ -171,7 +171,7 @@ def fake_trial(number: int, state: str, accuracies: list[float], **params: Any) 
     )
 
 
-def test_trials_are_told_best_first_and_whole_ones_ahead() -> None:
+def test_trials_are_listed_completed_first_and_best_first() -> None:
     all_trials = [
         fake_trial(0, "PRUNED", [0.9], n_layers=1),
         fake_trial(1, "COMPLETE", [0.2, 0.5, 0.4], n_layers=2),
@@ -179,12 +179,12 @@ def test_trials_are_told_best_first_and_whole_ones_ahead() -> None:
         fake_trial(3, "COMPLETE", [0.6, 0.7], n_layers=4),
         fake_trial(4, "FAIL", []),
     ]
-    told = outcomes(SimpleNamespace(get_trials=lambda **_: all_trials))
-    assert [(o.number, o.accuracy, o.epochs) for o in told] == [
+    printed = outcomes(SimpleNamespace(get_trials=lambda **_: all_trials))
+    assert [(o.number, o.accuracy, o.epochs) for o in printed] == [
         (3, 0.7, 2), (1, 0.5, 3), (0, 0.9, 1), (4, None, 0),
     ]  # fmt: skip
-    assert told[0].line() == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"
-    assert trial_table(told).row_count == 4
+    assert printed[0].line() == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"
+    assert trial_table(printed).row_count == 4
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_study_ends_with_as_many_trials_as_wanted(study_folder: Path, tiny_run
     states = [trial.state.name for trial in trials]
     assert len(trials) == states.count("COMPLETE") + states.count("PRUNED") == 6
     assert trials[0].params == sweep.study.trials[0].params
-    # embed_dim 12 has no 5 heads: a bad trial, told as such, not the end.
+    # embed_dim 12 has no 5 heads: a pruned trial, not the end.
     bad = [Outcome.of(trial) for trial in trials if trial.params["n_attention_heads"] == 5]
     assert bad
     assert all("embed_dim 12 is not a multiple" in each.error for each in bad)
@@ -254,16 +254,16 @@ def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
     events = sweep.run()
     assert next(events) is None, "at first it may be another process at work"
     monkeypatch.setattr("vitrail.sweep.study.GRACE_SECONDS", 0)
-    told = list(events)
+    printed = list(events)
     assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
-    assert [trial.number for trial in told] == [1]
+    assert [trial.number for trial in printed] == [1]
 
 
 def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> None:
     folder = study_folder.with_name("mine")
     Sweep(tiny_run, SweepSettings(SEARCH), folder)
     moved = from_json({"data": {"data_path": "elsewhere"}}, tiny_run)
-    Sweep(moved, SweepSettings(SEARCH[::-1], trials=3), folder)  # the same, told otherwise
+    Sweep(moved, SweepSettings(SEARCH[::-1], trials=3), folder)  # the same in another order
     other = from_json({"training": {"batch_size": 41}}, tiny_run)
     for base, search, name in (
         (other, SEARCH, "batch_size"),
@@ -273,7 +273,7 @@ def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> No
             Sweep(base, SweepSettings(search), folder)
 
 
-def test_a_sweep_without_a_whole_trial_shows_the_reasons_and_is_no_success(
+def test_a_sweep_without_a_completed_trial_shows_the_reasons_and_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("optuna")

@@ -137,10 +137,10 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=words) as refusal:
         loaded(tmp_path / "a.pth")
-    said = str(refusal.value)
-    assert said.isprintable()
-    assert said.endswith("torch.save(model.state_dict(), 'weights.pth')")
-    assert "weights_only" not in said
+    message = str(refusal.value)
+    assert message.isprintable()
+    assert message.endswith("torch.save(model.state_dict(), 'weights.pth')")
+    assert "weights_only" not in message
 
 
 def test_files_of_old_torch_say_how_to_convert_them(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class Call:
 
 
 def reference_seeds() -> list[bytes]:
-    """Return a sound file, pickles that run code, and tensors that are not what they show."""
+    """Return a valid file, pickles that run code, and tensors that are not what they show."""
     content = saved()[1][PICKLE]
     evil = [
         Call(os.mkdir, "../ran"),
@@ -182,7 +182,7 @@ def reference_seeds() -> list[bytes]:
 
 
 def attack_safetensors(data: bytes, folder: Path) -> None:
-    """Load a .safetensors: bytes as they are, another header, or other claims that are sealed."""
+    """Load a .safetensors: the bytes themselves, another header, or other metadata."""
     path = folder / "x.safetensors"
     kind, rest = data[:1], data[1:]
     if kind == b"h":
@@ -198,14 +198,14 @@ def attack_safetensors(data: bytes, folder: Path) -> None:
 
 
 def described(info: dict[str, Any]) -> bytes:
-    """Return the tiny weights in a file that says this of itself, with the right hashes."""
+    """Return a file of the tiny weights with this description, with the right hashes."""
     weights = parts()[1]
     text = seal({**info, "sha256": hash_tensors(weights)})
     return bytes(pack_tensors(weights, {METADATA_KEY: text}))
 
 
 def safetensors_seeds() -> list[bytes]:
-    """Return a sound file, and headers and claims that are not."""
+    """Return a valid file, and invalid headers and metadata."""
     whole = described(parts()[0])
     size = int.from_bytes(whole[:8], "little")
     header = whole[8 : 8 + size]
@@ -261,9 +261,9 @@ def attack_checkpoint(data: bytes, folder: Path) -> None:
 
 def make_run(run: Path) -> None:
     """Write the tiny run folder."""
-    said, weights, training = parts()
+    content, weights, training = parts()
     step = run / "checkpoints" / STEP
-    info = CheckpointInfo.from_json(said, step)
+    info = CheckpointInfo.from_json(content, step)
     save_checkpoint(step, info, weights=weights, training=training)
     for name in ("BEST", "LAST"):
         (run / "checkpoints" / name).write_text(f"{STEP}\n")
@@ -387,7 +387,7 @@ def foreign_files() -> dict[str, dict[str, bytes]]:
 
 
 def foreign_seeds() -> list[bytes]:
-    """Return sound files of other systems, and what is not."""
+    """Return valid and invalid files of other systems."""
     files = foreign_files()
     archive = files["google"]["x.npz"]
     arrays = [{"a": np.zeros((0, 3))}, {"a": np.array(["x"])}, {"a": np.array([1 + 2j])}, {}]
