@@ -37,7 +37,7 @@ from vitrail.runtime.files import flush_folder, replace_file, write_flushed
 FORMAT = 1
 INFO, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 METADATA_KEY = "vitrail"
-STEP = re.compile(r"step-\d{1,20}")
+STEP = re.compile(r"step-(\d{1,20})", re.ASCII)
 """Name of a checkpoint folder."""
 LONGEST_NAME = 255
 """Maximum length of a class name: that of a folder name."""
@@ -157,7 +157,7 @@ def load_info(folder: Path) -> CheckpointInfo:
 
 def step_of(folder: Path) -> int | None:
     """Return the step in the name of a checkpoint folder; None for other names."""
-    match = re.fullmatch(r"step-(\d+)", folder.name, re.ASCII)
+    match = STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 

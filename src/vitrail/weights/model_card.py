@@ -120,8 +120,8 @@ def _body(info: CheckpointInfo, name: str, license: str, result: dict[str, Any] 
     start = f", starting from {training.init}" if training.init else ""
     trained = f"""Trained on {DATA[data.dataset]}{start}.
 Pixels, scaled to [0, 1], are normalized with mean {list(data.mean)} and standard deviation
-{list(data.std)}; other aspect ratios are fitted by "{data.fit}"; pictures are resized with the
-filter "{data.interpolation}", and {data.crop_pct:.4g} of each side is kept around the center."""
+{list(data.std)}. Pictures are resized with the filter "{data.interpolation}"; other aspect ratios
+are fitted by "{data.fit}". The central {100 * data.crop_pct:.4g}% of each side is used."""
     sections = {
         "How to use": USE.replace("HUB_ID", hub.PREFIX + name),
         "Results": _results(result),

@@ -21,7 +21,7 @@ from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, unpack
 from vitrail.weights.formats import huggingface, timm
 from vitrail.weights.formats.google import GOOGLE
-from vitrail.weights.formats.layout import State, first, read_rules, write_rules
+from vitrail.weights.formats.layout import State, first_few, read_rules, write_rules
 from vitrail.weights.formats.reference import REFERENCE
 from vitrail.weights.formats.torch_pickle import READ_ERRORS, read_pickle, unwrap_names
 
@@ -149,23 +149,26 @@ def convert(
         ConfigError: the width is not a multiple of the head count.
     """
     state, notes = unwrap_names(
-        state, lambda key: any(layout.signs.match(key) for layout in LAYOUTS.values())
+        state, lambda key: any(layout.key_pattern.match(key) for layout in LAYOUTS.values())
     )
-    hits = {name: sum(map(bool, map(each.signs.match, state))) for name, each in LAYOUTS.items()}
+    hits = {
+        name: sum(map(bool, map(each.key_pattern.match, state))) for name, each in LAYOUTS.items()
+    }
     layout = LAYOUTS[max(hits, key=lambda name: hits[name])]
     if hits[layout.name] == 0:
         raise CheckpointError(
-            f"unrecognized weights format (known: {', '.join(LAYOUTS)}); keys {first(list(state))}"
+            f"unrecognized weights format (known: {', '.join(LAYOUTS)}); "
+            f"keys {first_few(list(state))}"
         )
     wrong = [k for k, t in state.items() if t.numel() == 0 or not t.is_floating_point()]
     if wrong:
-        raise CheckpointError(f"tensors that are empty or not floating point: {first(wrong)}")
+        raise CheckpointError(f"tensors that are empty or not floating point: {first_few(wrong)}")
     floats = {key: tensor.float() for key, tensor in state.items()}
     found = layout.find(floats, files or {}, n_attention_heads)
     rules = layout.rules(found.config)
     weights, unknown = read_rules(rules, found.state, _empty_state(found.config), layout.name)
     if unknown:
-        raise CheckpointError(f"keys unknown to layout {layout.name}: {first(sorted(unknown))}")
+        raise CheckpointError(f"keys unknown to layout {layout.name}: {first_few(sorted(unknown))}")
     classes = found.classes if len(found.classes) == found.config.n_classes else ()
     usual = {name: getattr(DataConfig(), name) for name in PREPARATION} | found.usual
     assumed = tuple(name for name in usual if name not in found.data and usual[name] is not None)
@@ -188,7 +191,7 @@ def _group_notes(notes: list[str]) -> list[str]:
     for note in notes:
         key, _, words = note.partition(": ") if ": " in note else ("", "", note)
         keys.setdefault(words, []).append(key)
-    return [f"{first(names)}: {words}" if names[0] else words for words, names in keys.items()]
+    return [f"{first_few(names)}: {words}" if names[0] else words for words, names in keys.items()]
 
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from vitrail.weights.formats.layout import (
     Rule,
     State,
     count_layers,
-    one,
     shape,
+    single,
     square_image,
     square_patch,
     tokens,
@@ -62,7 +62,7 @@ def _find(state: State, _: dict[str, Any], n_attention_heads: int | None) -> Fou
 def _rules(config: ModelConfig) -> list[Rule]:
     """Return the layout's rules for one model."""
     table = [
-        one(
+        single(
             "stem.weight", STEM, lambda t: t.permute(3, 2, 0, 1), lambda t: (t.permute(2, 3, 1, 0),)
         ),
         _keep("stem.bias", "embedding/bias"),
@@ -91,7 +91,7 @@ def _rules(config: ModelConfig) -> list[Rule]:
 
 def _keep(ours: str, theirs: str) -> Rule:
     """Return the rule for a tensor that is equal on both sides."""
-    return one(ours, theirs, lambda t: t, lambda t: (t,))
+    return single(ours, theirs, lambda t: t, lambda t: (t,))
 
 
 def _norm(ours: str, theirs: str) -> list[Rule]:
@@ -101,7 +101,7 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
 
 def _linear(ours: str, theirs: str) -> list[Rule]:
     """Return the rules for a linear layer, whose kernel is (in, out)."""
-    kernel = one(f"{ours}.weight", f"{theirs}/kernel", lambda t: t.T, lambda t: (t.T,))
+    kernel = single(f"{ours}.weight", f"{theirs}/kernel", lambda t: t.T, lambda t: (t.T,))
     return [kernel, _keep(f"{ours}.bias", f"{theirs}/bias")]
 
 
@@ -125,7 +125,7 @@ def _attention(ours: str, theirs: str, heads: int) -> list[Rule]:
             lambda *biases: (torch.cat([bias_AK.flatten() for bias_AK in biases]),),
             lambda bias_D: tuple(part.unflatten(0, (heads, -1)) for part in bias_D.chunk(3)),
         ),
-        one(
+        single(
             f"{ours}.out_projection.weight",
             f"{theirs}/out/kernel",
             lambda kernel_AKD: kernel_AKD.flatten(0, 1).T,

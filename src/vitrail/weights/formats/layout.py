@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     """How one system names and shapes a Vision Transformer's weights."""
 
     name: str
-    signs: re.Pattern[str]
+    key_pattern: re.Pattern[str]
     """Matches the start of keys that no other layout has."""
     find: Callable[[State, dict[str, Any], int | None], Found]
     """(state, the folder's JSON files by name, requested head count) -> settings and tensors."""
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     """Values that settings must have in this layout, besides a patch stem and learned positions."""
 
 
-def one(ours: str, theirs: str, read: Callable[[Tensor], Tensor], write: Move) -> Rule:
+def single(ours: str, theirs: str, read: Callable[[Tensor], Tensor], write: Move) -> Rule:
     """Return the rule for one tensor of each side."""
     return Rule((ours,), (theirs,), lambda tensor: (read(tensor),), write)
 
@@ -75,7 +75,7 @@ def one(ours: str, theirs: str, read: Callable[[Tensor], Tensor], write: Move) -
 def same(ours: str, theirs: str) -> list[Rule]:
     """Return the rules for a layer whose weight and bias are equal on both sides."""
     return [
-        one(f"{ours}.{part}", f"{theirs}.{part}", lambda t: t, lambda t: (t,))
+        single(f"{ours}.{part}", f"{theirs}.{part}", lambda t: t, lambda t: (t,))
         for part in ("weight", "bias")
     ]
 
@@ -96,12 +96,12 @@ def stacked(ours: str, theirs: Iterable[str]) -> list[Rule]:
 
 def class_token(theirs: str) -> Rule:
     """Return the rule for a class token of shape (1, 1, D)."""
-    return one("class_token_D", theirs, lambda t: t.flatten(), lambda t: (t[None, None],))
+    return single("class_token_D", theirs, lambda t: t.flatten(), lambda t: (t[None, None],))
 
 
 def positions(theirs: str) -> Rule:
     """Return the rule for the patches' position embedding of shape (1, N, D)."""
-    return one("position_ND", theirs, lambda t: t.squeeze(0), lambda t: (t[None],))
+    return single("position_ND", theirs, lambda t: t.squeeze(0), lambda t: (t[None],))
 
 
 def tokens(their_class_token: str, their_positions: str) -> Rule:
@@ -144,7 +144,7 @@ def read_rules(
             elif state[key].shape != tensor.shape:
                 wrong.append(f"{key} has shape {tuple(state[key].shape)}, not {(*tensor.shape,)}")
     if wrong:
-        raise CheckpointError(f"incomplete weights of the layout {name}: {first(wrong)}")
+        raise CheckpointError(f"incomplete weights of the layout {name}: {first_few(wrong)}")
     converted: dict[str, Tensor] = {}
     for rule in rules:
         moved = rule.read(*(state[key] for key in rule.theirs))
@@ -162,7 +162,7 @@ def write_rules(rules: list[Rule], weights: State) -> dict[str, Tensor]:
     return written
 
 
-def first(words: list[str]) -> str:
+def first_few(words: list[str]) -> str:
     """Return the first few words of a list, and how many more there are."""
     more = f" (and {len(words) - SHOWN} more)" if len(words) > SHOWN else ""
     return ", ".join(words[:SHOWN]) + more

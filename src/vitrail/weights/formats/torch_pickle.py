@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import CheckpointError, printable
-from vitrail.weights.formats.layout import State, first
+from vitrail.weights.formats.layout import State, first_few
 
 TABLE_NAMES = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict",
@@ -82,7 +82,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     state, notes = _load_plain(path), []
     while tables := [name for name in TABLE_NAMES if _holds_table(state, name)]:
         if len(tables) > 1:
-            notes.append(f"{tables[0]} is used; ignored in the same file: {first(tables[1:])}")
+            notes.append(f"{tables[0]} is used; ignored in the same file: {first_few(tables[1:])}")
         state = state[tables[0]]
     _refuse_other_than_tensors(state, path)
     return dict(state), notes
@@ -221,5 +221,5 @@ def unwrap_names(state: State, is_known: Callable[[str], bool]) -> tuple[State, 
     if removed:
         notes.append(f"{removed} removed from the names")
     if ignored:
-        notes.append(f"ignored, not under {removed}: {first(ignored)}")
+        notes.append(f"ignored, not under {removed}: {first_few(ignored)}")
     return state, notes
