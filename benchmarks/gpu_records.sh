@@ -47,7 +47,7 @@ vitrail() { "$python" -m vitrail "$@"; }
 say() { printf '\n== %s\n' "$*"; }
 
 complete() { # does this interpreter have all dependencies?
-    "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, matplotlib, platformdirs, requests' \
+    "$1" -c 'import torch, numpy, PIL, tyro, rich, safetensors, matplotlib, pooch' \
         2>/dev/null
 }
 

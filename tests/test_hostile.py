@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz import __main__ as fuzz
-from fuzz import data as hostile_data
 from fuzz import names as hostile_names
 from fuzz import pictures as hostile_pictures
 from fuzz import weights as hostile_weights
@@ -25,9 +23,6 @@ from vitrail.cli import guarded
 from vitrail.cli import predict as cli_predict
 from vitrail.config.files import from_json, read_json, read_toml
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data import cifar_pickle
-from vitrail.data.cifar import CIFAR10, Part, read_batch, read_part
-from vitrail.data.cifar_pickle import load_arrays
 from vitrail.data.datasets import load_splits
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError, VitrailError
@@ -103,49 +98,6 @@ def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
 
 
 # What was found, each by its own name.
-
-
-@pytest.mark.parametrize("key", [b"2\x86" * 60, b"2\x86" * 3, b"N", b"]"])
-def test_a_pickle_cannot_hash_for_ever(key: bytes) -> None:
-    with require_in_time(), pytest.raises(DataError, match="corrupt"):
-        load_arrays(b"\x80\x02}K\x01" + key + b"K\x01s.", "a file")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x80\x02]r\xff\xff\xff\x7f.",  # the memo's last place, for which C reserves 32 GB
-        b"\x80\x05\x96\0\0\0\0\xff\0\0\0.",  # a terabyte of bytes that are not there
-        pickle.dumps(hostile_data.Call(np.ndarray, (1 << 40,), "u1")),
-        b"\x80\x04\x8f(" + b"K\x01\x90.",  # a set
-        b"cnumpy\ndtype\n(S'u1'\ntR}S'a'\nI1\nsb.",  # a state that no type has
-        b"c_codecs\nencode\n}S'__doc__'\nS'poisoned'\nsb.",  # a state of our own function
-    ],
-)
-def test_a_pickle_gets_no_memory_and_changes_nothing(content: bytes) -> None:
-    before = cifar_pickle._encode_latin1.__doc__
-    if content.endswith(b"r\xff\xff\xff\x7f."):
-        assert load_arrays(content, "a file") == []
-    else:
-        with pytest.raises(DataError):
-            load_arrays(content, "a file")
-    assert cifar_pickle._encode_latin1.__doc__ == before
-
-
-def test_pixels_are_backed_by_bytes() -> None:
-    batch = hostile_data.batch(2)
-    assert read_batch(Part("x", pickle.dumps(batch), ""), CIFAR10)[0].shape == (2, 3, 32, 32)
-    names = {"fine_label_names": [((1,),)] * 100}
-    with pytest.raises(DataError, match="100 class names"):
-        hostile_data.read_class_names(Part("x", pickle.dumps(names), ""), hostile_data.CIFAR100)
-
-
-def test_a_file_of_a_data_set_has_a_largest_size(tmp_path: Path) -> None:
-    path = tmp_path / "test_batch"
-    with path.open("wb") as file:
-        file.truncate(1 << 40)  # a hole: it takes no place on the disk
-    with pytest.raises(DataError, match="larger than"):
-        read_part(path, CIFAR10)
 
 
 @pytest.mark.parametrize(

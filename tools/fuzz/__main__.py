@@ -26,8 +26,6 @@ from typing import Any
 
 MODULES = {
     "pictures": "pictures.TARGET",
-    "pickles": "data.PICKLES",
-    "archives": "data.ARCHIVES",
     "pt": "weights.REFERENCE",
     "safetensors": "weights.SAFETENSORS",
     "foreign": "weights.FOREIGN",
@@ -41,7 +39,7 @@ STUCK = 60.0
 """Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
 LOST = 20
 """Processes of a target that may die before it is given up."""
-INSTRUMENTED = ["vitrail", "pickle", "tarfile", "tomllib", "zipfile", "json"]
+INSTRUMENTED = ["vitrail", "pickle", "tomllib", "zipfile", "json"]
 
 
 def main() -> int:

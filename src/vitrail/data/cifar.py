@@ -1,25 +1,27 @@
-"""CIFAR-10 and CIFAR-100: read from disk or downloaded; every file is checked against its MD5.
+"""CIFAR-10 and CIFAR-100: read from disk or downloaded, with the MD5 of every file.
 
 Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 """
 
 import hashlib
+import io
 import logging
-import re
+import pickle
 import tarfile
-import zlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import platformdirs
+import pooch
 import torch
+from rich.console import Console
+from rich.progress import track
 
-from vitrail.data.cifar_pickle import load_arrays
 from vitrail.data.images import ImageSet
-from vitrail.errors import DataError, OutputError
+from vitrail.errors import DataError
 
 log = logging.getLogger("vitrail")
 
@@ -28,21 +30,11 @@ CIFAR10_CLASSES = (
 )  # fmt: skip
 """The names that the reference implementation prints, in the order of the labels."""
 
-PYTHON_2 = re.compile(rb"\x80\x02\}q.\(U", re.DOTALL)
-"""The start of a dictionary pickled by Python 2, like all official files; Python 3 writes no U."""
-
-LARGEST = 500_000_000
-"""Limit of a file's size in bytes; the largest, of CIFAR-100, has 155 million."""
+TIMEOUTS = 3.5, 20.0
+"""Seconds until a mirror answers, and until the next bytes."""
+BLOCK = 1 << 20
 
 Name = Literal["cifar10", "cifar100"]
-
-
-class Part(NamedTuple):
-    """One file of a data set: where it was found, its content, and its official MD5."""
-
-    where: str
-    content: bytes
-    md5: str
 
 
 @dataclass(frozen=True)
@@ -115,91 +107,113 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
     """
     archive = ARCHIVES[name]
     files = archive.train if which == "train" else archive.test
-    parts = _read_parts(archive, (*files, *archive.meta), data_path)
-    batches = [read_batch(parts[file], archive) for file in files]
+    try:
+        contents = _read_files(archive, (*files, *archive.meta), data_path)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    batches = [read_batch(*contents[file], archive) for file in files]
     raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])
     labels_B = np.concatenate([labels_B for _, labels_B in batches])
-    classes = read_class_names(parts["meta"], archive) if archive.meta else CIFAR10_CLASSES
+    classes = read_class_names(*contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
     return ImageSet(torch.from_numpy(raw_BCHW), torch.from_numpy(labels_B), classes)
 
 
-def _read_parts(archive: Archive, files: Sequence[str], data_path: Path) -> dict[str, Part]:
-    """Read files of the data set from the first place that has any of them."""
-    from vitrail.data.download import fetch  # here, since it loads requests
-
-    cache = platformdirs.user_cache_path("vitrail")
+def _read_files(
+    archive: Archive, files: Sequence[str], data_path: Path
+) -> dict[str, tuple[str, bytes]]:
+    """Return where each file was found, and its bytes, from the first place that has any."""
+    cache = pooch.os_cache("vitrail")
     for place in (data_path, cache):
         for folder in (place / archive.folder, place):
             if any((folder / file).is_file() for file in archive.md5):
-                for file in archive.test:  # needed at the end of a run: report it at the start
-                    _require_file(folder / file)
-                return {file: read_part(folder / file, archive) for file in files}
+                return _read_folder(folder, archive, files)
         if (place / archive.tar).is_file():
-            return read_members(archive, place / archive.tar, files)
+            return _read_tar(place / archive.tar, archive, files)
     try:
-        tar = fetch(archive.urls, cache / archive.tar, md5=archive.tar_md5)
-    except (DataError, OutputError) as error:
+        tar = _download(archive, cache)
+    except DataError as error:
         raise DataError(
             f"no {archive.folder} or {archive.tar} in {data_path} or {cache}, and {error}. "
             f"Put either into {data_path}, or train without data: --dataset shapes"
         ) from error
-    return read_members(archive, tar, files)
+    return _read_tar(tar, archive, files)
 
 
-def _require_file(path: Path) -> None:
-    """Refuse an official folder without this file."""
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; put the official file there, or move the folder away to "
-            "download the data set again"
-        )
+def _read_folder(
+    folder: Path, archive: Archive, files: Sequence[str]
+) -> dict[str, tuple[str, bytes]]:
+    """Read files of the official folder."""
+    for file in (*files, *archive.test):  # the latter at the end of a run: report them at the start
+        if not (folder / file).is_file():
+            raise DataError(
+                f"{folder / file}: no such file; put the official file there, or move the folder "
+                "away to download the data set again"
+            )
+    return {file: (str(folder / file), (folder / file).read_bytes()) for file in files}
 
 
-def read_part(path: Path, archive: Archive) -> Part:
-    """Read one file of the official folder."""
-    _require_file(path)
-    try:
-        if path.stat().st_size > LARGEST:
-            raise DataError(f"{path}: larger than {LARGEST:,} bytes: not a file of this data set")
-        return Part(str(path), path.read_bytes(), archive.md5[path.name])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_members(archive: Archive, tar: Path, files: Sequence[str]) -> dict[str, Part]:
-    """Read files out of the official tar.gz, in one pass; nothing is extracted to disk."""
-    from vitrail.data.download import file_md5
-
-    if file_md5(tar) != archive.tar_md5:
+def _read_tar(tar: Path, archive: Archive, files: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+    """Read files of the official tar.gz in one pass; nothing is extracted to disk."""
+    if pooch.file_hash(str(tar), alg="md5") != archive.tar_md5:
         raise DataError(
             f"{tar}: wrong checksum: not the official archive (MD5 {archive.tar_md5}); delete it "
             f"to download it again, or unpack it as {archive.folder} to use it anyway"
         )
-    wanted = {f"{archive.folder}/{file}": file for file in files}
-    parts = {}
-    try:
-        with tarfile.open(tar, "r:gz") as opened:
-            for member in opened:
-                file = wanted.get(member.name, "")
-                # Only regular files: a link may point anywhere.
-                stream = opened.extractfile(member) if file and member.isreg() else None
-                if stream is not None and member.size <= LARGEST:
-                    parts[file] = Part(f"{tar}: {member.name}", stream.read(), archive.md5[file])
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise DataError(f"{tar}: corrupt: {error}") from error
-    missing = sorted(set(files) - set(parts))
-    if missing:
-        raise DataError(f"{tar}: corrupt: it has no file {archive.folder}/{missing[0]}")
-    return parts
+    contents = {}
+    with tarfile.open(tar, "r:gz") as opened:
+        for member in opened:
+            stream = opened.extractfile(member)
+            if stream and Path(member.name).name in files:
+                contents[Path(member.name).name] = f"{tar}: {member.name}", stream.read()
+    return contents
 
 
-def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+def _download(archive: Archive, cache: Path) -> Path:
+    """Download the tar.gz into the cache from the first mirror that works.
+
+    Raises:
+        DataError: every mirror failed; the message lists them with the reasons.
+    """
+    import requests  # here, since it is slow to load
+
+    problems = []
+    for url in archive.urls:
+        try:
+            known = f"md5:{archive.tar_md5}"
+            return Path(pooch.retrieve(url, known, archive.tar, cache, downloader=_receive))
+        except requests.RequestException as error:
+            answer = error.response
+            reason = type(error).__name__ if answer is None else f"HTTP {answer.status_code}"
+            problems.append(f"{url} ({reason})")
+        except ValueError:
+            problems.append(f"{url} (wrong checksum)")
+        except OSError as error:
+            target = cache / archive.tar
+            raise DataError(f"{target}: cannot be written: {error.strerror}") from error
+    raise DataError(f"{archive.tar} could not be downloaded; tried {', '.join(problems)}")
+
+
+def _receive(url: str, output_file: str, _pooch: object) -> None:
+    """Write what a mirror sends to a file, with a progress bar if standard error is a terminal."""
+    import requests
+
+    console = Console(stderr=True)
+    with requests.get(url, stream=True, timeout=TIMEOUTS) as answer:
+        answer.raise_for_status()
+        blocks = int(answer.headers.get("Content-Length", 0)) / BLOCK or None
+        shown = track(answer.iter_content(BLOCK), "downloading", blocks, console=console,
+                      disable=not console.is_terminal)  # fmt: skip
+        with Path(output_file).open("wb") as file:
+            file.writelines(shown)
+
+
+def read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
     """Return the images and labels of one file.
 
     Shapes:
         raw_BCHW: uint8; labels_B: int64.
     """
-    batch = unpickle(part)
+    batch = _read_pickle(where, content, archive)
     data, labels = (batch.get(key) for key in ("data", archive.label_key))
     valid = (
         isinstance(data, np.ndarray)
@@ -212,43 +226,61 @@ def read_batch(part: Part, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
     )
     if not valid:
         raise DataError(
-            f"{part.where}: corrupt: it does not hold images of 3,072 bytes, each with a label "
+            f"{where}: corrupt: it does not hold images of 3,072 bytes, each with a label "
             f"from 0 to {archive.n_classes - 1}"
         )
     return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)  # type: ignore[union-attr]
 
 
-def read_class_names(part: Part, archive: Archive) -> tuple[str, ...]:
+def read_class_names(where: str, content: bytes, archive: Archive) -> tuple[str, ...]:
     """Return CIFAR-100's fine class names."""
-    names = unpickle(part).get("fine_label_names")
-    if not (
-        isinstance(names, list)
-        and len(names) == archive.n_classes
-        and all(isinstance(name, str | bytes) for name in names)
-    ):
-        raise DataError(f"{part.where}: corrupt: it does not hold {archive.n_classes} class names")
+    names = _read_pickle(where, content, archive).get("fine_label_names")
+    if not (isinstance(names, list) and len(names) == archive.n_classes):
+        raise DataError(f"{where}: corrupt: it does not hold {archive.n_classes} class names")
     return tuple(map(_as_text, names))
 
 
-def unpickle(part: Part) -> dict[str, Any]:
-    """Return the content of a file that is the official one, or valid and pickled again.
-
-    A file pickled by Python 2 with another MD5 is corrupt, since the official files are those.
-    One pickled by Python 3 was made on purpose; it is used with a warning.
-    """
-    if hashlib.md5(part.content, usedforsecurity=False).hexdigest() != part.md5:
-        if PYTHON_2.match(part.content):
-            raise DataError(
-                f"{part.where}: corrupt: wrong checksum, not the official MD5 {part.md5}; delete "
-                "the data set to download it again, or pickle the file with Python 3 to use it"
-            )
-        log.warning("%s: not the official file (its MD5 differs); it is used anyway", part.where)
-    batch = load_arrays(part.content, part.where)
-    if not isinstance(batch, dict):
-        raise DataError(f"{part.where}: corrupt: not a dictionary of arrays")
-    return {_as_text(key): value for key, value in batch.items()}
+def _read_pickle(where: str, content: bytes, archive: Archive) -> dict[str, Any]:
+    """Return the dictionary in a file; one that is not the official file is used with a warning."""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() not in archive.md5.values():
+        log.warning("%s: not the official file (its MD5 differs); it is used anyway", where)
+    try:
+        with warnings.catch_warnings():  # NumPy deprecates what NumPy 1 wrote
+            warnings.simplefilter("ignore")
+            batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        return {_as_text(key): value for key, value in batch.items()}
+    except UNPICKLING as error:
+        raise DataError(f"{where}: corrupt: {error}; delete the data set to download it "
+                        "again") from error  # fmt: skip
+    except DataError as error:
+        raise DataError(f"{where}: refused: {error}") from error
 
 
 def _as_text(name: object) -> str:
     """Return a name that was pickled as text or as bytes."""
     return name.decode("latin1") if isinstance(name, bytes) else str(name)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and plain containers, and nothing else."""
+
+    allowed = frozenset((
+        "numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct",
+        "numpy._core.numeric._frombuffer", "_codecs.encode",
+    ))  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the functions that arrays are made with.
+
+        Raises:
+            DataError: it is another one.
+        """
+        module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
+        if f"{module}.{name}" not in self.allowed:
+            raise DataError(f"it would run {module:.50}.{name:.50}, which no data file needs")
+        return super().find_class(module, name)
+
+
+UNPICKLING = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+              OverflowError, MemoryError)  # fmt: skip
+"""What the unpickler raises if a file is truncated or corrupt."""
