@@ -118,7 +118,7 @@ def _show_runs(output_path: Path) -> int:
 
 def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return a model's accuracy and length of training, as far as its files say."""
-    from vitrail.weights.formats.convert import read_json_object
+    from vitrail.weights.checkpoint import read_json_object
 
     if model in bundled.names():
         card = bundled.read_card(model)

@@ -73,6 +73,6 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
 def _read_result(path: Path) -> dict[str, Any] | None:
     """Return result.json of a finished run, or None."""
-    from vitrail.weights.formats.convert import read_json_object
+    from vitrail.weights.checkpoint import read_json_object
 
     return read_json_object(path / "result.json") if (path / "result.json").is_file() else None

@@ -29,7 +29,7 @@ from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
 from vitrail.data.framing import channel_scale
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.inference.predictions import BaseClassifier
+from vitrail.inference.predictions import BaseClassifier, check_classes
 from vitrail.optional import import_optional
 
 OUTPUT_OF_INPUT = {"images": "logits", "raw": "probabilities"}
@@ -75,13 +75,7 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{where}: its metadata is corrupt: {error}") from error
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise CheckpointError(f"{where}: its classes are not a list of names")
-    if len(classes) != config.model.n_classes:
-        raise CheckpointError(
-            f"{where}: {len(classes)} class names for {config.model.n_classes} classes"
-        )
-    return config, tuple(classes)
+    return config, check_classes(classes, config, where)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import html
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from vitrail.config.settings import Config
 from vitrail.data.formats import WHITE, Color
 from vitrail.data.framing import framing, stack_pictures
 from vitrail.data.pictures import Pictures
-from vitrail.errors import ConfigError, printable
+from vitrail.errors import CheckpointError, ConfigError, printable
 
 SHOWN = 50
 """Number of pictures whose predictions a notebook shows."""
@@ -73,6 +74,21 @@ def rank(
         Ranking(Prediction(classes[y], float(probabilities_Y[y])) for y in order_K)
         for probabilities_Y, order_K in zip(probabilities_BY, order_BK, strict=True)
     )
+
+
+def check_classes(names: object, config: Config, where: Path) -> tuple[str, ...]:
+    """Return the class names stored with a model.
+
+    Raises:
+        CheckpointError: they are not names, or not as many as the model has classes.
+    """
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: its classes are not a list of names")
+    if len(names) != config.model.n_classes:
+        raise CheckpointError(
+            f"{where}: {len(names)} class names for {config.model.n_classes} classes"
+        )
+    return tuple(names)
 
 
 class BaseClassifier(ABC):

@@ -36,6 +36,7 @@ from vitrail.weights.checkpoint import (
     load_info,
     load_weights,
     load_weights_file,
+    read_json_object,
     read_pointer,
     save_weights_file,
 )
@@ -44,7 +45,6 @@ from vitrail.weights.formats.convert import (
     FILES,
     Converted,
     read_foreign,
-    read_json_object,
     write_foreign,
 )
 

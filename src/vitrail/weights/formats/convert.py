@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from vitrail.errors import CheckpointError, ConfigError
 from vitrail.model.layers import sincos_table
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import replace_file, write_json
-from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, unpack
+from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, read_json_object, unpack
 from vitrail.weights.formats import huggingface, timm
 from vitrail.weights.formats.google import GOOGLE
 from vitrail.weights.formats.layout import State, first_few, read_rules, write_rules
@@ -92,17 +91,6 @@ def _find_weights(path: Path) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(f"{path}: no {' or '.join(WEIGHTS)} in this folder")
     present = [path / file for file in (CONFIG, PROCESSOR) if (path / file).is_file()]
     return path / name, {file.name: read_json_object(file) for file in present}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
-    try:
-        content = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long
-        raise CheckpointError(f"{path}: corrupt: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:

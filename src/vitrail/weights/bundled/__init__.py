@@ -1,10 +1,10 @@
-"""The models included in the package: bundled_files/NAME.safetensors and its card, NAME.json."""
+"""The models included in the package: NAME.safetensors and its card, NAME.json, in this folder."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "bundled_files"
+FOLDER = Path(__file__).parent
 DEFAULT = "cifar10"
 """The model that is used if none is named and none was trained."""
 
