@@ -62,7 +62,6 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
         for path in source.glob("*/*")
         if path.parent.name != "cli" and path.name[0] not in "_."
     }
-    there -= {("weights", "bundled_files")}
     assert listed ^ there == set()
     assert {path.name for path in source.iterdir() if path.is_dir()} - {"__pycache__"} == {
         *(room for room, _ in rooms), "cli",

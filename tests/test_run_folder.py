@@ -30,6 +30,7 @@ from vitrail.training.run_folder import (
     log_test_use,
     log_test_use_of,
     new_folder,
+    recover,
     release,
     remove_incomplete,
 )
@@ -159,7 +160,7 @@ def test_what_a_kill_left_incomplete_is_removed_or_restored(copied: tuple[Path, 
     assert {path.name for path in checkpoints.iterdir()} == whole
 
 
-def test_a_rename_that_fails_gives_the_old_checkpoint_back(
+def test_after_a_rename_that_fails_the_next_run_has_the_old_checkpoint_back(
     copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied[0] / "checkpoints/step-0000009"
@@ -174,6 +175,7 @@ def test_a_rename_that_fails_gives_the_old_checkpoint_back(
         patch.setattr(Path, "rename", refused)
         with pytest.raises(OutputError, match="No space left"):
             save_checkpoint(folder, info, weights={}, training={})
+    recover(*copied)
     assert load_weights(folder).keys() == weights.keys()
     assert not list(folder.parent.glob(".*"))
 

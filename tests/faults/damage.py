@@ -1,4 +1,4 @@
-"""Checkpoints with bytes flipped, cut, swapped, emptied, LAST and BEST cut: never a wrong model."""
+"""Weights with bytes flipped, cut, swapped, emptied, other files cut: never a wrong model."""
 
 import dataclasses
 import random
@@ -164,7 +164,7 @@ def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple
         return f"exchanged {pair[0].name} of {pair[0].parent.name} and another", pair
     inside = sorted(random_.choice([steps[-1], random_.choice(steps)]).iterdir())
     path = random_.choice([*inside, file])
-    change = random_.choice(CHANGES)
+    change = random_.choice([cut, empty] if path.suffix == ".json" else CHANGES)
     path.write_bytes(change(path.read_bytes(), random_))
     return f"{change.__name__} in {path.parent.name}/{path.name}", [path]
 
