@@ -22,10 +22,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.model.layers import ConvStem
-from vitrail.runtime.process import keep_freed_memory
 from vitrail.training import optim
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder

@@ -23,14 +23,12 @@ from speed.growth import growth_json, growth_table, measure_growth, plot_growth
 from speed.jobs import QUICK, REFERENCE, TITLES, Amounts, Recipe, Workload
 from speed.report import below, comparison_json, comparison_table
 from speed.workers import python_of
-from vitrail.cli import guarded
+from vitrail.cli import guarded, process
 from vitrail.cli.console import out, print_err
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import require, require_range
-from vitrail.runtime import process
-from vitrail.runtime.devices import choose_device
-from vitrail.runtime.environment import describe_environment
+from vitrail.runtime.hardware import choose_device, describe_environment
 
 PROG = "python benchmarks/bench.py"
 PEERS_VARIABLE = "VITRAIL_PEERS"

@@ -131,7 +131,7 @@ def report(steady: Mapping[int, Times], cold: Times, **about: Any) -> None:
     """Print one table, and everything as one JSON object on the last line."""
     import torch
 
-    from vitrail.runtime.environment import describe_environment
+    from vitrail.runtime.hardware import describe_environment
 
     single, many = sorted(steady)
     table = Table(title=f"{about['model']}, {about['threads']} threads", title_justify="left")

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from speed.worker import peak_mib
 from speed.workers import interleave
+from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
 from vitrail.explain.methods import Maps, MapSettings, compute_maps, read_maps
 from vitrail.model.layers import rotate
 from vitrail.model.vit import Block, VisionTransformer
-from vitrail.runtime.environment import describe_environment
-from vitrail.runtime.process import keep_freed_memory
+from vitrail.runtime.hardware import describe_environment
 
 
 def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
+from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
 from vitrail.data.batches import Batches
 from vitrail.data.datasets import load_splits
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.files import write_json
-from vitrail.runtime.process import keep_freed_memory
 from vitrail.training.loop import train
 from vitrail.training.state import TrainingState
 

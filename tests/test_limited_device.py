@@ -19,7 +19,7 @@ from vitrail.data.augment import random_crop, random_erasing
 from vitrail.data.images import ImageSet, normalize
 from vitrail.explain.methods import METHODS
 from vitrail.model.vit import VisionTransformer
-from vitrail.runtime import devices
+from vitrail.runtime import hardware
 from vitrail.training.run import Run
 from vitrail.weights import pretrained
 
@@ -32,7 +32,7 @@ FEW = {
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A device that is there and that runs choose."""
-    for module in (devices, pretrained):
+    for module in (hardware, pretrained):
         monkeypatch.setattr(module, "choose_device", lambda _: DEVICE)
     states = {"get_rng_state": lambda: torch.zeros(1), "set_rng_state": id, "manual_seed": id}
     for name, function in states.items():

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.runtime import process
-from vitrail.runtime.process import (
+from vitrail.cli import process
+from vitrail.cli.process import (
     IDLE_SPINS,
     SHARED_SPINS,
     Load,
-    cores_of_others,
     limit_spinning,
     read_load,
 )
@@ -27,7 +26,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @linux
-def test_only_the_cores_of_this_process_count(
+def test_only_others_on_the_cores_of_this_process_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat = tmp_path / "stat"
@@ -40,15 +39,11 @@ def test_only_the_cores_of_this_process_count(
     )
     monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(process.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(process.time, "process_time", lambda: 1.5)
     found = read_load(stat)
     assert found is not None
-    assert found.total == pytest.approx(3.6)
+    assert found.others == pytest.approx(3.6 - 1.5)
     assert read_load(tmp_path / "none") is None
-
-
-def test_this_process_does_not_count_as_another() -> None:
-    before, now = Load(10.0, 2.0, 100.0), Load(10.2, 2.15, 100.32)
-    assert cores_of_others(before, now) == pytest.approx(0.85)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +52,16 @@ def test_this_process_does_not_count_as_another() -> None:
 def test_threads_spin_shorter_beside_other_programs(
     monkeypatch: pytest.MonkeyPatch, used: float, spins: int
 ) -> None:
-    monkeypatch.setattr(process, "START", Load(10.0, 5.0, 100.0))
+    monkeypatch.setattr(process, "START", Load(10.0, 95.0))
     monkeypatch.setattr(process.time, "monotonic", lambda: 11.0)
-    monkeypatch.setattr(process, "read_load", lambda: Load(11.0, 5.5, 100.5 + used))
+    monkeypatch.setattr(process, "read_load", lambda: Load(11.0, 95.0 + used))
     limit_spinning()
     assert os.environ["GOMP_SPINCOUNT"] == str(spins)
 
 
 @pytest.mark.parametrize("name", process.SPIN_VARIABLES)
 def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(process, "START", Load(0.0, 0.0, 0.0))
+    monkeypatch.setattr(process, "START", Load(0.0, 0.0))
     monkeypatch.setenv(name, "active")
     before = dict(os.environ)
     limit_spinning()
@@ -87,7 +82,7 @@ def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch, name: str) -
 def test_the_commands_limit_it_before_torch_is_loaded(call: str, tmp_path: Path) -> None:
     code = f"""
 import sys
-from vitrail.runtime import process
+from vitrail.cli import process
 def limit(limit_spinning=process.limit_spinning):
     limit_spinning()
     print("loaded" if "torch" in sys.modules else "not loaded")
@@ -112,7 +107,7 @@ def test_importing_the_library_sets_nothing() -> None:
 
 PROGRAM = """
 import resource, sys
-from vitrail.runtime.process import keep_freed_memory
+from vitrail.cli.process import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 import torch

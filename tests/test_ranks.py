@@ -220,7 +220,7 @@ def test_other_commands_take_one_process(
 
 
 def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitrail.runtime import devices
+    from vitrail.runtime import hardware
 
     monkeypatch.setattr(distributed, "count", lambda: 3)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -229,6 +229,8 @@ def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.Monk
         ("cuda", "process 3 of this machine has 2 GPUs"),
         ("mps", "one process"),
     ):
-        monkeypatch.setattr(devices, "choose_device", lambda _, device=device: torch.device(device))
+        monkeypatch.setattr(
+            hardware, "choose_device", lambda _, device=device: torch.device(device)
+        )
         with pytest.raises(ConfigError, match=words):
-            devices.choose_own_device(device)
+            hardware.choose_own_device(device)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parents[1]))
 from speed.jobs import plain
 from speed.worker import Measure, Spec, autocast, random_batch, serve
+from vitrail.cli.process import keep_freed_memory
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.batches import Batch, Batches
@@ -29,7 +30,6 @@ from vitrail.evaluation.metrics import predict_logits
 from vitrail.explain.methods import MapSettings, compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
-from vitrail.runtime.process import keep_freed_memory
 from vitrail.training.loop import train
 from vitrail.training.state import TrainingState
 from vitrail.weights.pretrained import load

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from faults.long_form import all_faults, attempt
 from faults.tally import Tally
-from vitrail.runtime.environment import package_versions, processor_name
+from vitrail.runtime.hardware import package_versions, processor_name
 
 WORKERS = 2
 """Faults tried at the same time, each in a process of its own."""
@@ -69,7 +69,7 @@ def write_record(folder: Path, rows: list[tuple[Tally, float]], seconds: float) 
     """Write the table with its command, commit and versions."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"python": platform.python_version(), **package_versions()}
+    versions = package_versions()
     machine = f"{platform.system()} {platform.machine()}, {processor_name()}"
     faults = [
         {

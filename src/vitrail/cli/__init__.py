@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from vitrail.cli import process
 from vitrail.errors import ConfigError, TrainingError, VitrailError, nearest
-from vitrail.runtime import process
 
 STARTED = time.perf_counter()
 """When the program started, almost."""

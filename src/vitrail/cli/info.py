@@ -52,8 +52,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
 def _show_machine() -> None:
     """Print versions, device and precision."""
-    from vitrail.runtime.devices import choose_device, choose_precision
-    from vitrail.runtime.environment import describe_environment
+    from vitrail.runtime.hardware import choose_device, choose_precision, describe_environment
 
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from vitrail.cli import guarded, train
+from vitrail.cli import guarded, process, train
 from vitrail.cli.console import out, print_err, print_out
 from vitrail.cli.options import DataOptions, ModelOptions, load_image, load_model
 from vitrail.cli.parsing import parse
 from vitrail.cli.test import TestOptions, score, show
 from vitrail.config.settings import require_range
 from vitrail.errors import ConfigError
-from vitrail.runtime import process
 
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier

@@ -206,7 +206,7 @@ def _add_columns(counts: "Sequence[tuple[str, Sequence[int]]]") -> list[int]:
 def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     """Start a run in a new folder, or resume it after a restart by torchrun."""
     from vitrail.runtime import distributed
-    from vitrail.runtime.devices import choose_rank_device
+    from vitrail.runtime.hardware import choose_rank_device
     from vitrail.training.run import Run
     from vitrail.training.run_folder import hold, release
 

@@ -1,1 +1,1 @@
-"""What the program runs on: processes, devices, random streams, files."""
+"""What the program runs on: devices, processes, random streams, files."""

@@ -10,12 +10,6 @@ from typing import Any
 
 from vitrail.errors import OutputError
 
-CANNOT_FLUSH = (
-    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM,
-    errno.EBADF, errno.EISDIR,
-)  # fmt: skip
-"""Errors of file systems that cannot flush folders (CIFS, FUSE). The rename has succeeded."""
-
 
 def write_flushed(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on disk."""
@@ -23,6 +17,25 @@ def write_flushed(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder's renames are on disk, where the file system can do so.
+
+    Raises:
+        OSError: the disk failed or is full.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC):  # others are those of CIFS and FUSE
+            raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -38,9 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.replace(path)
         flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(
-            OSError
-        ):  # an incomplete file is useless, and the disk may be full
+        with contextlib.suppress(OSError):  # it is useless, and the disk may be full
             partial.unlink()
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -54,8 +65,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value per line."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, text.encode(errors="backslashreplace"))
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def require_writable(folder: Path) -> None:
@@ -72,22 +82,3 @@ def require_writable(folder: Path) -> None:
         raise OutputError(
             f"{folder}: cannot be written: {error.strerror}: give another path"
         ) from error
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until a folder's renames are on disk, where the system can flush folders.
-
-    Raises:
-        OSError: the disk failed.
-    """
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    try:
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_FLUSH:
-            raise

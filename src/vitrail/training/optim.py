@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from vitrail.config.settings import TrainingConfig
-from vitrail.runtime.devices import choose_precision
+from vitrail.runtime.hardware import choose_precision
 from vitrail.training.muon import Muon
 
 KERNEL_RATE = 5

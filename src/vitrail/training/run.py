@@ -22,9 +22,13 @@ from vitrail.inference.classifier import Classifier
 from vitrail.model.layers import ConvStem
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
-from vitrail.runtime.devices import choose_compile, choose_precision, choose_rank_device
-from vitrail.runtime.environment import describe_environment
 from vitrail.runtime.files import require_writable, write_json, write_json_lines
+from vitrail.runtime.hardware import (
+    choose_compile,
+    choose_precision,
+    choose_rank_device,
+    describe_environment,
+)
 from vitrail.training.loop import Update, train
 from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
 from vitrail.training.run_folder import (

@@ -25,7 +25,7 @@ from vitrail.inference.classifier import Classifier
 from vitrail.model.finetune import adapt, build_model
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
-from vitrail.runtime.devices import choose_device
+from vitrail.runtime.hardware import choose_device
 from vitrail.weights import bundled, hub
 from vitrail.weights.checkpoint import (
     INFO,

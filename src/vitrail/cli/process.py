@@ -27,37 +27,26 @@ LARGEST_THRESHOLD = 2**31 - 1
 
 
 class Load(NamedTuple):
-    """Seconds of wall clock, and of CPU time of this process and of all on the cores it may use."""
+    """The wall clock, and seconds of CPU time that other processes used on our cores."""
 
     clock: float
-    own: float
-    total: float
+    others: float
 
 
 def read_load(stat: Path = Path("/proc/stat")) -> Load | None:
-    """Return the CPU time used so far, or None where the system does not provide it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        lines = stat.read_text(encoding="ascii").splitlines()
-    except OSError:
+    """Return the load so far, or None where the system does not provide it."""
+    if not stat.exists():
         return None
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    ticks = 0
-    for name, *values in map(str.split, lines):
-        if name in cores:
-            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
-            ticks += user + nice + system + irq + softirq + steal
-    return Load(time.monotonic(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
+    lines = map(str.split, stat.read_text(encoding="ascii").splitlines())
+    counts = [list(map(int, values[:8])) for name, *values in lines if name in cores]
+    idle_and_waiting = slice(3, 5)
+    ticks = sum(sum(count) - sum(count[idle_and_waiting]) for count in counts)
+    return Load(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time())
 
 
 START = read_load()
 """The load when this module was imported: the first thing that a command does."""
-
-
-def cores_of_others(before: Load, now: Load) -> float:
-    """Return how many cores other programs used on average between two readings."""
-    return (now.total - before.total - (now.own - before.own)) / (now.clock - before.clock)
 
 
 def limit_spinning() -> None:
@@ -71,9 +60,8 @@ def limit_spinning() -> None:
     if START is None or any(name in os.environ for name in SPIN_VARIABLES):
         return
     time.sleep(max(0.0, START.clock + WINDOW - time.monotonic()))
-    now = read_load()
-    if now is not None:
-        shared = cores_of_others(START, now) >= SHARED
+    if now := read_load():
+        shared = (now.others - START.others) / (now.clock - START.clock) >= SHARED
         os.environ["GOMP_SPINCOUNT"] = str(SHARED_SPINS if shared else IDLE_SPINS)
 
 

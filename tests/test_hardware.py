@@ -1,4 +1,4 @@
-"""What env.json says of a machine, and what it keeps to itself."""
+"""Number formats of processors; what env.json says of a machine, and what it keeps to itself."""
 
 import json
 import sys
@@ -6,7 +6,38 @@ import sys
 import pytest
 import torch
 
-from vitrail.runtime.environment import HIDDEN, describe_environment, public_words
+from vitrail.runtime.hardware import (
+    HIDDEN,
+    choose_precision,
+    describe_environment,
+    multiplies_bfloat16,
+    public_words,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"neon": True}, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    found: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert multiplies_bfloat16(CPU) is expected
+    assert choose_precision("auto", CPU) == (torch.bfloat16 if expected else torch.float32)
+    assert choose_precision("bfloat16", CPU) == torch.bfloat16
+    assert choose_precision("float32", CPU) == torch.float32
+
+
+def test_mps_computes_in_float32() -> None:
+    assert choose_precision("auto", torch.device("mps")) == torch.float32
 
 
 def test_paths_and_names_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
