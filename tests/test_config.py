@@ -38,7 +38,7 @@ def test_settings_survive_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ([], "table of sections"),
+        ([], "settings must be a table"),
         ({"modle": {}}, "did you mean 'model'"),
         ({"model": 3}, "section model"),
         ({"model": {"embed_dims": 3}}, "did you mean 'embed_dim'"),

@@ -20,7 +20,7 @@ from tyro.constructors import (
 )
 
 from vitrail.cli.options import is_model
-from vitrail.config.fields import expand_home
+from vitrail.config.files import expand_home
 from vitrail.errors import ConfigError, nearest
 
 Options = TypeVar("Options")

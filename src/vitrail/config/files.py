@@ -1,60 +1,136 @@
-"""Settings to and from JSON and TOML. Every value is checked: such files may come from anywhere."""
+"""Settings from Python, flags, JSON and TOML: one set of rules checks and converts every value."""
 
 import dataclasses
 import json
+import os
 import tomllib
+import types
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vitrail.config.fields import shown
-from vitrail.config.settings import Config
 from vitrail.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from vitrail.config.settings import Config
 
 RESUME_OVERRIDES = (
     "data_path", "num_workers", "device", "tensorboard", "wandb", "mlflow", "attention_epochs",
     "keep_checkpoints",
 )  # fmt: skip
 """Settings that may change when a run is resumed: they do not affect the weights."""
-MAX_BYTES = 20_000
-"""Largest settings file. In larger ones, tomllib can take minutes for one dotted key."""
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+"""What users call the types of settings; all others are text."""
 
 
-def to_json(config: Config) -> dict[str, dict[str, Any]]:
+class Checked:
+    """Base of a frozen dataclass that checks its values whenever it is built.
+
+    Raises:
+        ConfigError: a value has the wrong type or is not one of the choices.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, convert(name, getattr(self, name), hint))
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Return the value converted to the declared type ``hint`` of the field ``name``.
+
+    Raises:
+        ConfigError: it has the wrong type or is not one of the choices.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+        raise ConfigError(f"{name} has more than 63 bits: give a smaller number")
+    if isinstance(value, str) and not _is_file_text(value):
+        raise ConfigError(f"{name} is {value!r:.60}: it contains characters that no file name can")
+    for option in options:
+        found, converted = _as_type(name, value, option)
+        if found:
+            return converted
+    wanted = " or ".join(_describe(option) for option in options)
+    raise ConfigError(f"{name} is {value!r:.60}: give {wanted}")
+
+
+def _as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
+    """Return whether a value has this type, and if so, the value converted to it."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if get_origin(option) is Literal:
+        return isinstance(value, str) and value in get_args(option), value
+    if get_origin(option) is tuple:
+        kinds = get_args(option)
+        if not isinstance(value, list | tuple):
+            return False, None
+        if kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        if len(value) != len(kinds):
+            return False, None
+        return True, tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    if option is Path and isinstance(value, str | Path):
+        return True, expand_home(value)
+    if option is float and number:
+        return True, float(value)
+    if option is int and number and isinstance(value, Integral):
+        return True, int(value)
+    return type(value) is option, value
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a leading ``~`` replaced by the home folder, if there is one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib raises if there is none)
+
+
+def _is_file_text(text: str) -> bool:
+    """Return whether the system accepts a text as (part of) a file name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _describe(option: Any) -> str:
+    """Describe a type to a user."""
+    if get_origin(option) is Literal:
+        return ", ".join(map(repr, get_args(option)))
+    if get_origin(option) is tuple:
+        kinds = get_args(option)
+        return "a list of numbers" if kinds[-1] is Ellipsis else f"a list of {len(kinds)} numbers"
+    return NAMES.get(option, "text")
+
+
+def to_json(config: "Config") -> dict[str, dict[str, Any]]:
     """Return the settings as plain JSON values, by section."""
-    text = json.dumps(dataclasses.asdict(config), default=str)
-    return dict(json.loads(text))
+    return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 
-def from_json(sections: Any, base: Config | None = None) -> Config:
+def from_json(sections: Any, base: "Config | None" = None) -> "Config":
     """Return ``base`` (default: ``Config()``) with the settings given as by ``to_json``.
 
     Raises:
         ConfigError: an unknown section or setting, or a value of the wrong type or range.
     """
-    if not isinstance(sections, Mapping):
-        raise ConfigError(f"settings must be a table of sections, not {shown(sections)}")
-    base = base or Config()
-    changed, known = {}, _names(Config)
-    for section, values in sections.items():
-        if section not in known:
-            raise ConfigError(f"unknown section {section!r:.60}{nearest(section, known)}")
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"section {section} must be a table of settings, not {shown(values)}")
+    base = base or _defaults()
+    changed = {}
+    for section, values in _require_table(sections, "settings").items():
+        if section not in vars(base):
+            raise ConfigError(f"unknown section {section!r:.60}{nearest(section, vars(base))}")
+        _require_table(values, f"section {section}")
         changed[section] = replace_fields(getattr(base, section), values)
     return dataclasses.replace(base, **changed)
 
 
 def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
-    """Return a section with some values replaced; it checks them (see fields.Checked).
+    """Return a section with some values replaced; it checks them.
 
     Raises:
         ConfigError: an unknown setting, or a value of the wrong type or range.
     """
-    known = _names(section)
     for name in values:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, known)}")
+        if name not in vars(section):
+            raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, vars(section))}")
     return dataclasses.replace(section, **values)
 
 
@@ -70,7 +146,7 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: invalid JSON: {error}") from error
 
 
-def read_toml(path: Path, base: Config) -> Config:
+def read_toml(path: Path, base: "Config") -> "Config":
     """Return ``base`` with the settings of a TOML file, in sections or without.
 
     Raises:
@@ -92,15 +168,11 @@ def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
         table = read_json(path) if suffix == ".json" else tomllib.loads(_read_text(path))
     except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, or too long a number
         raise ConfigError(f"{path}: invalid TOML: {error}") from error
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{path}: settings must be a table of sections, not {shown(table)}")
     section_of = {
-        name: section.name
-        for section in dataclasses.fields(Config)
-        for name in _names(section.type)
+        name: section for section, values in vars(_defaults()).items() for name in vars(values)
     }
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in table.items():
+    for name, value in _require_table(table, f"{path}: settings").items():
         if name in section_of.values() and isinstance(value, Mapping):
             sections[name] = {**sections.get(name, {}), **value}
         elif name in section_of:
@@ -110,14 +182,20 @@ def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def _defaults() -> "Config":
+    from vitrail.config.settings import Config  # it imports this module
+
+    return Config()
+
+
+def _require_table(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must be a table, not {value!r:.60}")
+    return value
+
+
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES:,} bytes: not a settings file")
         return path.read_text(encoding="utf-8-sig")  # Windows' editors write a byte order mark
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-
-
-def _names(dataclass: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(dataclass)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from vitrail.config.fields import Checked
+from vitrail.config.files import Checked
 from vitrail.errors import ConfigError
 
 Normalization = Literal["frame", "picture", "none"]

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
-from vitrail.config.fields import convert
-from vitrail.config.files import from_json
+from vitrail.config.files import convert, from_json
 from vitrail.config.settings import Config, DataConfig, RunConfig, require
 from vitrail.errors import ConfigError, nearest
 
