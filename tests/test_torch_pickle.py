@@ -121,9 +121,9 @@ class Strange:
 REFUSED: list[tuple[Any, str]] = [
     (
         {"state_dict": {}, "config": Strange()},
-        r"contains test_wrapped\.Strange, which could run",
+        r"contains test_torch_pickle\.Strange, which could run",
     ),
-    (Strange(), r"contains test_wrapped\.Strange, which could run"),
+    (Strange(), r"contains test_torch_pickle\.Strange, which could run"),
     ([1, 2], "not a state dict of plain tensors, but a list"),
     ({"epoch": 3}, "because of its entry 'epoch'"),
     ({}, "empty"),
