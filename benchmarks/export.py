@@ -4,7 +4,7 @@
 
 Every contestant lives in a process of its own and they take turns, so that a machine that grows
 slower meanwhile treats all alike and no library's threads disturb another's. Latency is the median
-of single pictures, throughput that of whole batches; what is timed is the model on normalised
+of single pictures, throughput that of whole batches; what is timed is the model on normalized
 images. A cold start is ``vitrail predict`` for one picture, from the shell to the answer.
 """
 

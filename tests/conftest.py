@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests use."""
+"""Fixtures shared by several test files."""
 
 import functools
 import pickle
@@ -23,8 +23,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def drawn_once() -> Iterator[None]:
-    """Draw the shapes once for all tests: they are the same bytes every time."""
+def cached_shapes() -> Iterator[None]:
+    """Generate the shapes once for all tests: they are always the same bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrail.data.datasets.load_shapes", functools.cache(load_shapes))
         yield
@@ -46,7 +46,7 @@ def tiny_model() -> ModelConfig:
 
 @pytest.fixture
 def tiny_run() -> Config:
-    """A run on the drawn shapes that takes a second."""
+    """A run on generated shapes that takes a second."""
     return from_json(
         {
             "model": {

@@ -1,6 +1,6 @@
-"""Small state dicts in each layout, made by hand, and a Vision Transformer that reads them plainly.
+"""Small state dicts in each layout, made by hand, and a simple Vision Transformer for them.
 
-Nothing here uses the code under test: the names, the shapes and the arithmetic are written anew.
+Nothing here uses the code under test: names, shapes and arithmetic are written independently.
 """
 
 from collections.abc import Callable
@@ -148,7 +148,7 @@ class PlainTimm(Plain):
 
 
 class PlainGoogle(Plain):
-    """Kernels the other way round, heads apart: read by contractions, as Flax does."""
+    """Transposed kernels, separate heads: contracted as in Flax."""
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         kernel, bias = self.state[f"{name}/kernel"], self.state[f"{name}/bias"]

@@ -1,4 +1,4 @@
-"""A stand-in on the CPU for a device that cannot do everything: Apple's MPS, as torch names it.
+"""A simulation on the CPU of a device that cannot do everything: Apple's MPS.
 
 Inside ``limited_device()`` tensors may be moved to, and made on, ``torch.device("mps")``. They
 compute on the CPU, but refuse what MPS refuses: float64, the decompositions of ``torch.linalg``,
@@ -20,7 +20,7 @@ CROSSING = {"_to_copy", "copy_", "index", "index_put", "index_put_"}
 
 
 class DeviceTensor(Tensor):
-    """A CPU tensor that says it is on DEVICE, and lets nothing through that DEVICE cannot do."""
+    """A CPU tensor that says it is on DEVICE, and refuses operations that DEVICE cannot do."""
 
     inner: Tensor  # type: ignore[assignment]
 
@@ -39,7 +39,7 @@ class DeviceTensor(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the tensor says it is."""
+        """The simulated device."""
         return DEVICE
 
     is_meta = False
@@ -142,6 +142,6 @@ def wrap(value: Any) -> Any:
 
 @contextmanager
 def limited_device() -> Iterator[torch.device]:
-    """Let tensors be on DEVICE inside the block."""
+    """Allow tensors on DEVICE inside the block."""
     with OnDevice():  # type: ignore[no-untyped-call]
         yield DEVICE

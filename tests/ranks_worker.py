@@ -1,7 +1,7 @@
-"""Two ranks of one run, forked off one process: what they did goes into files for test_ranks.py.
+"""Two ranks of one run, forked from one process; test_ranks.py reads the files they write.
 
 As a script: ``python ranks_worker.py FOLDER PORT``, the port of a store such as torchrun's. Each
-rank writes FOLDER/RANK.pt, and what it says into FOLDER/RANK.txt.
+rank writes FOLDER/RANK.pt, and its output to FOLDER/RANK.txt.
 """
 
 import dataclasses
@@ -95,9 +95,9 @@ def start(config: Config, *, batch_norm: bool = False) -> TrainingState:
 
 
 def learn(config: Config, updates: int = 12, *, batch_norm: bool = False) -> dict[str, Any]:
-    """Train, and return the updates, the state's tensors, and what was drawn by dropout."""
+    """Train, and return the updates, the tensors of the state, and what dropout drew."""
     state, images = start(config, batch_norm=batch_norm), noise(10, (8, 12), 5)
-    if config.model.dropout:  # with equal images, only dropout tells their tokens apart
+    if config.model.dropout:  # with equal images, only dropout distinguishes their tokens
         images = dataclasses.replace(images, raw_BCHW=images.raw_BCHW[:1].expand(10, -1, -1, -1))
     zeros: list[Tensor] = []
     state.model.dropout.register_forward_hook(lambda *args: zeros.append(args[2][0] == 0))
@@ -135,7 +135,7 @@ def scores(batch_size: int) -> Tensor:
 
 
 def broken_on_one() -> dict[str, Any]:
-    """Break a weight of the second rank after the first update."""
+    """Make a weight of the second rank NaN after the first update."""
     state = start(BASE)
     updates = train(state, make_batches(BASE, noise(10, (8, 12), 5)), BASE)
     next(updates)
@@ -143,13 +143,13 @@ def broken_on_one() -> dict[str, Any]:
     if not distributed.is_leader():
         with torch.no_grad():
             state.model.head.fc2.bias[0] = float("nan")
-    error = words_of(next, updates)
+    error = error_of(next, updates)
     same = all(torch.equal(t, before[name]) for name, t in state.model.state_dict().items())
     return {"error": error, "step": state.step, "same": same}
 
 
-def words_of(function: Any, *args: Any) -> str:
-    """Return the type and the words of the error that a function raises."""
+def error_of(function: Any, *args: Any) -> str:
+    """Return the type and the message of the error that a function raises."""
     try:
         function(*args)
     except VitrailError as error:
@@ -165,7 +165,7 @@ def fail(error: VitrailError, on: int) -> int:
 
 
 def see_file(folder: Path) -> bool:
-    """Make a file slowly on the first rank of the machine; tell whether it is there."""
+    """Make a file slowly on the first rank of the machine; return whether it exists."""
     if distributed.local_rank() == 0:
         time.sleep(0.2)
         (folder / "downloaded").write_text("")
@@ -173,7 +173,7 @@ def see_file(folder: Path) -> bool:
 
 
 def remembered() -> list[str | None]:
-    """Return what torchrun's store has before and after the leader tells it something."""
+    """Return what torchrun's store holds before and after the leader writes to it."""
     before = distributed.recall("run folder")
     distributed.gather(0)
     if distributed.is_leader():
@@ -190,24 +190,24 @@ def copied() -> Tensor:
 
 
 def together(folder: Path) -> dict[str, Any]:
-    """Do everything that needs no command line."""
+    """Run everything that needs no command line."""
     with distributed.joined():  # inside the one of be_rank
         return {
             "count": distributed.count(),
             "shares": shares(),
-            "learnt": learn(BASE),
+            "learned": learn(BASE),
             "plain": learn(changed("training", optimizer="adamw", accumulate=1, clip_norm=0.0)),
             "dropout": learn(changed("model", dropout=0.5), 3),
             "norm": learn(changed("training", batch_size=10, accumulate=1), 1, batch_norm=True),
             "logits": [scores(3), scores(20)],
             "broken": broken_on_one(),
-            "each": words_of(distributed.each, fail, DataError("no such file"), 1),
-            "leader": words_of(distributed.on_leader, fail, OutputError("disk full"), 0),
+            "each": error_of(distributed.each, fail, DataError("no such file"), 1),
+            "leader": error_of(distributed.on_leader, fail, OutputError("disk full"), 0),
             "from leader": distributed.on_leader(fail, DataError("never"), 1),
             "highest": distributed.highest(15 * distributed.rank()),
             "copied": copied(),
             "seen": distributed.first_on_machine(see_file, folder),
-            "too small": words_of(distributed.require_work, 1),
+            "too small": error_of(distributed.require_work, 1),
             "draws": [
                 rng.derive_seed(1, "dropout", distributed.own_index(step)) for step in range(50)
             ],
@@ -216,7 +216,7 @@ def together(folder: Path) -> dict[str, Any]:
 
 
 def ask_one_to_stop() -> None:
-    """Let the second rank get a SIGTERM at its fifth event."""
+    """Send the second rank SIGTERM at its fifth event."""
     show, seen = TrainingDisplay.show, []
 
     def show_and_ask(display: TrainingDisplay, event: Any) -> None:
@@ -229,13 +229,13 @@ def ask_one_to_stop() -> None:
 
 
 def command_lines() -> dict[str, Any]:
-    """Run the command line, to the end, with a mistake, and with a signal to one rank."""
+    """Run the command line: to the end, with a wrong flag, and with a signal to one rank."""
     vitrail.data.datasets.load_shapes = few_shapes  # type: ignore[assignment]
-    vitrail.training.run.plot_run = lambda *_: []  # pictures take a second
+    vitrail.training.run.plot_run = lambda *_: []  # plots take a second
     codes = [
-        code_of("--folder_name", "whole", "--dropout", "0"),
+        code_of("--folder_name", "single", "--dropout", "0"),
         code_of("--bach_size", "3"),
-        code_of("--folder_name", "whole"),
+        code_of("--folder_name", "single"),
         code_of("--batch_size", "1"),
     ]
     ask_one_to_stop()
@@ -251,7 +251,7 @@ def code_of(*words: str) -> Any:
 
 
 def be_rank(rank: int, folder: Path, port: str) -> None:
-    """Do everything as one of two ranks, and write what came of it."""
+    """Run everything as one of two ranks, and write the results."""
     os.chdir(folder)
     words = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(words, 1)
@@ -262,7 +262,9 @@ def be_rank(rank: int, folder: Path, port: str) -> None:
     )  # fmt: skip
     with distributed.joined():
         found = together(folder)
-        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # or each run would go on with the last one
+        del os.environ[
+            "TORCHELASTIC_USE_AGENT_STORE"
+        ]  # or each run would use the store of the last one
         torch.save({**found, **command_lines()}, folder / f"{rank}.pt")
 
 

@@ -15,16 +15,16 @@ ORDER = [
     "errors", "optional", "runtime", "config", "data", "model", "evaluation", "explain",
     "inference", "weights", "training", "export", "sweep", "cli", "__main__",
 ]  # fmt: skip
-"""Each room may import from those before it, and from itself."""
+"""Each package may import from itself and from those before it."""
 
 
-def room(path: Path) -> str:
-    """The room a file is in."""
+def package_of(path: Path) -> str:
+    """The package (or top-level module) that a file belongs to."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(tree: ast.AST) -> set[str]:
-    """The rooms of ours that a file imports from, anywhere in it."""
+def imported_packages(tree: ast.AST) -> set[str]:
+    """The packages of vitrail that a file imports from, anywhere in it."""
     modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names = {
@@ -40,9 +40,9 @@ def imported_rooms(tree: ast.AST) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     if path == SOURCE / "__init__.py":
         pytest.skip("the package's own file names everything, lazily")
-    here = ORDER.index(room(path))
-    for other in imported_rooms(ast.parse(path.read_text())):
-        assert ORDER.index(other) <= here, f"{room(path)} imports {other}"
+    here = ORDER.index(package_of(path))
+    for other in imported_packages(ast.parse(path.read_text())):
+        assert ORDER.index(other) <= here, f"{package_of(path)} imports {other}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -80,7 +80,7 @@ REPEATED = {
 """Pairs of files that still share six lines; none may be added."""
 
 
-def test_no_six_lines_stand_in_two_files() -> None:
+def test_no_six_lines_occur_in_two_files() -> None:
     first: dict[tuple[str, ...], Path] = {}
     for path in FILES:
         lines = statements(path)

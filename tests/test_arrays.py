@@ -1,4 +1,4 @@
-"""Whatever Python code holds a picture in is read the same everywhere, or refused by the rule."""
+"""Arrays, tensors, files and paths as pictures: read consistently, or refused."""
 
 import io
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def at_end() -> io.BytesIO:
-    """A file in memory just written, as web code has it."""
+    """A file in memory, positioned at its end."""
     file = io.BytesIO()
     Image.fromarray(RGB).save(file, "PNG")
     return file
@@ -147,7 +147,7 @@ def test_batches_and_lists_keep_their_order(
 ) -> None:
     batch = np.stack([RGB, 255 - RGB, RGB // 2])
     given = batch.transpose(0, 3, 1, 2) if channels_first else batch
-    # A batch may be computed by other kernels than one picture: equal but for the last bits.
+    # A batch may use other kernels than one picture: equal up to rounding.
     expected = [
         [(p.name, pytest.approx(p.probability, rel=1e-6)) for p in classifier.predict(each)[0]]
         for each in batch
@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: RGB.astype(np.float32),
         r"numbers from \d to 255: give numbers from 0 to 1, or uint8",
     ),
-    "normalised": (lambda: RGB / 127.5 - 1, "numbers from -1 to 1: give numbers from 0 to 1"),
+    "normalized": (lambda: RGB / 127.5 - 1, "numbers from -1 to 1: give numbers from 0 to 1"),
     "0..1.004": (lambda: RGB / 254, "from 0 to 1.004"),
     "NaN": (lambda: np.full((5, 7), np.nan), "from nan to nan"),
     "infinite": (lambda: np.full((5, 7), np.inf), "from inf to inf"),
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_everything_else_is_refused_in_one_short_line(kind: str, classifier: Classifier) -> None:
+def test_other_objects_are_refused_in_one_short_line(kind: str, classifier: Classifier) -> None:
     make, reason = REFUSED[kind]
     with pytest.raises(PictureError, match=reason) as refused:
         classifier.predict(make())
@@ -250,7 +250,7 @@ def test_explain_sees_what_predict_sees(classifier: Classifier, tmp_path: Path) 
         (lambda c: vitrail.load(None), "not a NoneType"),  # type: ignore[arg-type]
     ],
 )
-def test_mistakes_are_said_in_our_own_words(
+def test_wrong_arguments_have_clear_messages(
     call: Callable[[Classifier], object], message: str, classifier: Classifier
 ) -> None:
     with pytest.raises(VitrailError, match=message):
@@ -293,7 +293,7 @@ def test_a_models_range_is_used(classifier: Classifier, tmp_path: Path) -> None:
     assert (classifier.read(path) == 249).all()
 
 
-def test_an_image_of_four_pixels_is_no_ambiguous_array(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_four_pixels_is_not_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shape (4, 4, 3) could be RGBA, channels first; --index means what the data hold."""
     raw_BCHW = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     images = ImageSet(raw_BCHW, torch.tensor([1]), CLASSES)

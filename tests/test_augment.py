@@ -46,7 +46,7 @@ def test_a_flip_mirrors_about_half_of_the_images() -> None:
     assert 150 < mirrored_B.sum() < 250
 
 
-def test_erasing_overwrites_a_rectangle_of_the_share_asked_for() -> None:
+def test_erasing_overwrites_a_rectangle_of_the_given_share() -> None:
     raw_BCHW = torch.zeros(503, 3, 31, 37, dtype=torch.uint8)
     erased_BHW = random_erasing(raw_BCHW, generator(), 0.25).amax(1) > 0
     areas_B = erased_BHW.flatten(1).float().mean(1)

@@ -1,4 +1,4 @@
-"""The bench: rounds, worker processes, what is measured, the table; growth; what is refused."""
+"""The benchmark: rounds, worker processes, what is measured, tables, growth, errors."""
 
 import io
 import json
@@ -68,7 +68,7 @@ for number, line in enumerate(sys.stdin):
 
 
 def fake(bf16: float) -> Any:
-    """Stand in for the command lines of workers; bfloat16 products are so many times as fast."""
+    """Replace the workers' command lines; bfloat16 products are ``factor`` times as fast."""
 
     def fake_command(spec: Mapping[str, Any], python: Path | None = None) -> list[str]:
         words = json.dumps(spec, default=str)
@@ -79,7 +79,7 @@ def fake(bf16: float) -> Any:
 
 @pytest.fixture
 def beside(tmp_path: Path) -> Bench:
-    """A comparison with all peers, of training steps and whole epochs."""
+    """A comparison with all peers, of training steps and epochs."""
     recipe = Recipe().changed(batch_size=8)
     amounts = Amounts(rounds=3)
     return Bench(
@@ -102,7 +102,7 @@ def test_contestants_take_turns_and_the_first_round_is_not_counted() -> None:
     assert rates == {"a": [3, 5], "b": [4, 6]}
 
 
-def test_a_worker_that_cannot_begin_is_told_with_its_last_words() -> None:
+def test_a_worker_that_fails_to_start_is_reported_with_its_error() -> None:
     lost: dict[str, str] = {}
     commands = {
         name: fake(1)(Job(name, "float32", "step").spec(TINY)) for name in ("timm", "vit-pytorch")
@@ -114,7 +114,7 @@ def test_a_worker_that_cannot_begin_is_told_with_its_last_words() -> None:
     assert lost == {"vit-pytorch": "ModuleNotFoundError: No module named 'vit_pytorch'"}
 
 
-def test_a_worker_killed_between_two_requests_is_told() -> None:
+def test_a_worker_killed_between_two_requests_is_reported() -> None:
     with Worker([sys.executable, "-S", "-c", "print('{}')"]) as worker:
         worker.wait_ready()
         worker._process.wait()
@@ -122,18 +122,18 @@ def test_a_worker_killed_between_two_requests_is_told() -> None:
             worker.rate(1)
 
 
-def test_the_peak_is_of_this_process_alone() -> None:
+def test_peak_memory_excludes_the_parent_process() -> None:
     held = torch.ones(40 * 2**18)
     code = (
         "import sys, torch; sys.path.append(sys.argv[1]); "
         "from speed.worker import peak_mib; before = peak_mib('cpu');"
         "held = torch.ones(40 * 2**18); print(peak_mib('cpu') - before, before)"
     )
-    told = subprocess.run(
+    peaks = subprocess.run(
         [sys.executable, "-c", code, BENCHMARKS], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert float(told[0]) >= 20
-    assert float(told[1]) < peak_mib("cpu")
+    assert float(peaks[0]) >= 20
+    assert float(peaks[1]) < peak_mib("cpu")
     del held
 
 
@@ -172,7 +172,7 @@ def test_shares_are_operations_over_the_speed_of_products(
     assert rows[Job("timm", "float32", "step")].of_product == pytest.approx(400 * 9e6 / 5e9)
 
 
-def test_a_slow_bfloat16_is_left_out_with_a_word_unless_asked_for(
+def test_a_slow_bfloat16_is_skipped_with_a_note_unless_requested(
     beside: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_module, "command", fake(0.1))
@@ -186,7 +186,9 @@ def test_a_slow_bfloat16_is_left_out_with_a_word_unless_asked_for(
     assert {row.job.precision for row in compare(asked).rows} == {"bfloat16"}
 
 
-def test_our_own_failure_ends_the_bench(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_vitrail_itself_ends_the_benchmark(
+    beside: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = FAKE.replace('"vit-pytorch"', '"vitrail"')
     monkeypatch.setattr(
         compare_module,
@@ -203,7 +205,7 @@ def test_our_own_failure_ends_the_bench(beside: Bench, monkeypatch: pytest.Monke
         compare(replace(beside, python=None))
 
 
-def test_the_table_says_all(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_complete(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_module, "command", fake(3))
     found = compare(replace(beside, workloads=("step",)))
     page = io.StringIO()
@@ -222,7 +224,7 @@ def test_the_table_says_all(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_a_class_token_is_counted_where_there_is_one() -> None:
+def test_the_operations_of_a_class_token_are_counted() -> None:
     """Also with pool mean, which does not read it."""
     tokens = {}
     for pool, class_token in (("cls", None), ("mean", None), ("mean", True)):
@@ -238,7 +240,7 @@ def test_without_peers_the_table_says_how_to_get_them() -> None:
     )
 
 
-def test_jobs_put_the_reference_before_us_and_take_its_whole_path_as_it_ships() -> None:
+def test_the_reference_runs_first_with_its_own_training_and_testing_loops() -> None:
     chosen = {"reference": None, "timm": "why not"}
     formats = ("float32", "bfloat16")
     jobs = [(job.system, job.precision) for job in jobs_of("test", formats, chosen)]
@@ -246,7 +248,7 @@ def test_jobs_put_the_reference_before_us_and_take_its_whole_path_as_it_ships() 
     assert len(jobs_of("step", formats, chosen)) == 4
 
 
-def test_a_shape_that_the_reference_cannot_have_is_left_out() -> None:
+def test_a_shape_that_the_reference_does_not_support_is_skipped() -> None:
     assert "integer forward_mul" in str(unfit("reference", "step", TINY.model))
     assert unfit("timm", "step", TINY.model) is None
     assert "CIFAR-10 only" in str(unfit("reference", "test", replace(TINY.model, forward_mul=2)))
@@ -256,14 +258,14 @@ def test_a_shape_that_the_reference_cannot_have_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("workload", [*TITLES, "attention", "predict"])
-def test_our_work_is_done_and_counted(workload: str, tmp_path: Path) -> None:
+def test_our_workloads_run_and_count_images(workload: str, tmp_path: Path) -> None:
     more = {"device": "cpu", "images": 11, "folder": tmp_path, "data_path": tmp_path}
     measure, _ = ours.build(Job("vitrail", "float32", workload).spec(TINY, **more))
     done = {"test": 2 * 11, "predict": 2}.get(workload, 2 * 4)
     assert measure(2) == done
 
 
-def test_training_goes_on_for_ever() -> None:
+def test_training_can_run_for_any_number_of_steps() -> None:
     spec = Job("vitrail", "float32", "step").spec(TINY, device="cpu")
     ours.OneBatch.steps_per_epoch, kept = 3, ours.OneBatch.steps_per_epoch
     try:
@@ -273,7 +275,7 @@ def test_training_goes_on_for_ever() -> None:
         ours.OneBatch.steps_per_epoch = kept
 
 
-def test_operations_are_those_of_the_formula() -> None:
+def test_operations_match_the_formula() -> None:
     forward, training = ours.count_operations(ModelConfig(n_classes=10))
     patches, width, tokens, layers = 64, 128, 65, 6
     stem, head = patches * 48 * width, width * width + width * 10
@@ -283,7 +285,7 @@ def test_operations_are_those_of_the_formula() -> None:
     assert training == 3 * forward - 2 * stem, "no gradient goes to the pixels"
 
 
-def test_products_are_counted_whatever_their_repeats() -> None:
+def test_operations_of_products_do_not_depend_on_repeats() -> None:
     spec = Job("torch", "float32", "product").spec(TINY, device="cpu")
     measure, about = ours.build(spec)
     done = measure({"precision": "float32", "size": (5, 7, 3)})
@@ -292,7 +294,7 @@ def test_products_are_counted_whatever_their_repeats() -> None:
     assert set(about["operations"]) == {"ours", "plain"}
 
 
-def test_the_references_weights_are_tested_as_it_tests_them(
+def test_the_references_weights_give_its_own_test_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = reference_weights()
@@ -337,7 +339,7 @@ def reference_weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("workload", ["step", "inference", "explanation"])
-def test_a_peers_work_is_done_and_counted(
+def test_workloads_of_a_peer_run_and_count_images(
     workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.py").write_text(
@@ -376,7 +378,7 @@ def test_a_peer_runs_by_path_and_isolated_in_its_own_interpreter() -> None:
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_missing_says_so_from_its_own_interpreter() -> None:
+def test_a_missing_peer_is_reported_by_its_own_interpreter() -> None:
     spec = Job("vit-pytorch", "float32", "step").spec(TINY, device="cpu")
     words = command(spec, Path(sys.executable))
     outcome = subprocess.run(words, capture_output=True, text=True, check=False, input="")
@@ -384,12 +386,12 @@ def test_a_peer_that_is_missing_says_so_from_its_own_interpreter() -> None:
     assert last.startswith("importlib.metadata.PackageNotFoundError"), outcome.stderr
 
 
-def test_every_peer_has_a_model_and_serves_what_it_can() -> None:
+def test_every_peer_has_a_model_and_its_workloads() -> None:
     assert set(peers.MODELS) == set(PEERS)
     assert set(peers.WORKLOADS) == set(SERVED) == set(TITLES)
 
 
-def test_a_plain_model_is_the_others_shape() -> None:
+def test_a_plain_model_has_the_shape_of_the_other_systems() -> None:
     model = get_preset("quick").model
     assert plain(model) == ModelConfig(embed_dim=64, n_layers=4, dropout=0.0)
     for preset in PRESETS:
@@ -423,7 +425,7 @@ def test_growth_is_measured_along_every_axis(
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_power_of_growth() -> None:
+def test_the_exponent_of_growth() -> None:
     points = [Point("images", n, "predict", 0.3 * n**1.5, 0) for n in (3, 10, 70)]
     assert exponent(points, "seconds") == pytest.approx(1.5)
     assert growth_json(points)["exponents"] == {"images, predict": pytest.approx(1.5)}
@@ -445,14 +447,14 @@ def test_the_power_of_growth() -> None:
         ("--image_size 32 64", "benchmark needs square images"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_unmeasurable_settings_are_refused(
     words: str, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert guarded(bench.command, ["--device", "cpu", *words.split()]) == 2
     assert part in capsys.readouterr().err
 
 
-def test_pythons_of_environments(tmp_path: Path) -> None:
+def test_the_interpreter_of_an_environment_is_found(tmp_path: Path) -> None:
     assert python_of(Path(sys.executable)) == Path(sys.executable)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)

@@ -1,4 +1,4 @@
-"""The bench as a whole, beside the real peers, and the rehearsal of the records on a GPU."""
+"""The complete benchmark with the real peers, and a dry run of the GPU records."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def bench() -> Runner:
 
 
 @pytest.mark.slow
-def test_all_kinds_of_work_beside_the_peers(bench: Runner) -> None:
+def test_all_workloads_with_the_peers(bench: Runner) -> None:
     peers = os.environ.get("VITRAIL_PEERS")
     if not peers:
         pytest.skip("VITRAIL_PEERS names no environment of benchmarks/peers.sh")
@@ -60,7 +60,7 @@ def test_growth_is_drawn(bench: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_records_on_a_gpu_are_rehearsed(tmp_path: Path) -> None:
+def test_dry_run_of_the_gpu_records(tmp_path: Path) -> None:
     script = ROOT / "benchmarks/gpu_records.sh"
     done = subprocess.run(
         ["bash", script, "--dry_run", "--output", tmp_path], capture_output=True, text=True,

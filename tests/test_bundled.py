@@ -12,7 +12,7 @@ from vitrail.weights import bundled
 
 
 @pytest.mark.parametrize("name", bundled.names())
-def test_a_bundled_model_loads_by_name_and_is_what_its_card_says(name: str) -> None:
+def test_a_bundled_model_loads_by_name_and_matches_its_card(name: str) -> None:
     classifier, card = vitrail.load(name, device="cpu"), bundled.read_card(name)
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
     assert parameters == card.parameters
@@ -33,17 +33,17 @@ CIFAR10_LOGITS = [
     [-0.7970, -0.8603, 2.3282, -0.1696, 0.8613, 0.6991, -0.4012, -0.8726, -1.6425, -1.2892],
     [0.3683, 0.4402, 2.4987, 0.0070, -1.0843, 0.0049, -1.3121, -1.1968, -0.6263, -0.6214],
 ]
-"""What the bundled model answers to the ten pictures of ``draw_rings``."""
+"""The logits of the bundled model for the ten pictures of ``draw_rings``."""
 
 
 def draw_rings(count: int) -> torch.Tensor:
-    """Pictures of overlapping rings, by whole numbers only: the same bytes everywhere."""
+    """Pictures of overlapping rings, in integer arithmetic: the same bytes everywhere."""
     sizes = map(torch.arange, (count, 3, 32, 32))
     b, c, y, x = torch.meshgrid(*sizes, indexing="ij")
     return (((x - 10 - b) ** 2 * (2 + c) + (y - 16) ** 2 * (1 + b % 3) + 7 * b * c) % 256).byte()
 
 
-def test_the_bundled_model_answers_as_it_was_trained_to() -> None:
+def test_the_bundled_model_gives_its_logits() -> None:
     classifier = vitrail.load("cifar10", device="cpu")
     images_BCHW = normalize(draw_rings(10), classifier.mean, classifier.std)
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def test_the_bundled_model_answers_as_it_was_trained_to() -> None:
     torch.testing.assert_close(logits_BY, torch.tensor(CIFAR10_LOGITS), atol=1e-3, rtol=0)
 
 
-def test_bundled_files_stay_small_and_tell_of_no_machine() -> None:
+def test_bundled_files_are_small_and_contain_no_local_paths() -> None:
     assert bundled.DEFAULT in bundled.names()
     assert sum(path.stat().st_size for path in bundled.FOLDER.iterdir()) < 12 * 2**20
     for name in bundled.names():
@@ -63,7 +63,7 @@ def test_bundled_files_stay_small_and_tell_of_no_machine() -> None:
         assert b"/home" not in head
 
 
-def test_a_path_of_a_bundled_name_is_reached_as_a_path(
+def test_a_path_with_a_bundled_name_is_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_a_path_of_a_bundled_name_is_reached_as_a_path(
             vitrail.load(path, device="cpu")
 
 
-def test_a_path_that_is_not_there_is_never_the_bundled_model(
+def test_a_missing_path_is_never_the_bundled_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same from Python and by every command that takes a model."""

@@ -45,7 +45,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_what_is_written_is_read(checkpoint: Path) -> None:
+def test_round_trip(checkpoint: Path) -> None:
     info, weights, training = load_all(checkpoint)
     assert info == INFO
     assert same(weights, WEIGHTS)
@@ -78,7 +78,7 @@ def empty(_content: bytes, _random: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "model.safetensors", "training.safetensors"])
 @pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_damage_is_refused_or_harmless(
+def test_every_changed_byte_is_refused_or_harmless(
     checkpoint: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
 ) -> None:
     if name == "checkpoint.json" and damage is flip:

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from tiny folders and archives that are made like the official ones."""
+"""CIFAR-10 and CIFAR-100 from tiny folders and archives in the official format."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ N = {"data_batch_1": 7, "data_batch_2": 5, "data_batch_3": 3, "data_batch_4": 2,
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
-    """Writes text and bytes as Python 2 did, in which the official files were written."""
+    """Pickles text and bytes as Python 2 did, which wrote the official files."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
@@ -237,7 +237,7 @@ def test_explains_what_to_do_if_the_download_fails(
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_reads_files_pickled_again_and_says_so(
+def test_reads_files_pickled_again_and_notes_it(
     name: cifar.Name,
     protocol: int,
     tiny: dict[str, dict[str, bytes]],

@@ -46,7 +46,7 @@ Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test works in a folder of its own."""
+    """Every test runs in its own folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -88,7 +88,7 @@ def pictures(here: Path) -> Path:
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -> str:
-    """Run a command line that must be refused with one line that has these parts."""
+    """Run a command that must fail with one line that contains these parts."""
     capsys.readouterr()
     assert main(words) == 2
     captured = capsys.readouterr()
@@ -130,7 +130,9 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert f"vitrail {command}" in shown
 
 
-def test_no_words_show_the_help_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_the_help_is_printed_as_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([]) == 2
     assert "usage: vitrail" in capsys.readouterr().out
 
@@ -140,7 +142,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("vitrail 0.")
 
 
-def test_a_reader_that_has_gone_is_no_traceback(here: Path) -> None:
+def test_a_closed_pipe_causes_no_traceback(here: Path) -> None:
     shell = f"{sys.executable} -m vitrail info | head -c 1 >/dev/null"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
@@ -201,7 +203,7 @@ def test_a_toml_file_overrides_the_preset_and_flags_override_both(
         (["word"], ["unknown argument word"]),
     ],
 )
-def test_impossible_training_is_one_line(
+def test_invalid_training_settings_are_one_line(
     flags: list[str], parts: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").write_text("")
@@ -219,7 +221,7 @@ def test_cuda_without_cuda_is_refused(
     refused([*words, *model, "--device", "cuda"], capsys, "device cuda is not available")
 
 
-def test_unknown_commands_offer_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["pridict"], capsys, "unknown command 'pridict'", "did you mean 'predict'")
 
 
@@ -233,7 +235,7 @@ def test_resume_keeps_the_settings(run_folder: Path, capsys: pytest.CaptureFixtu
         refused([*resume, "--preset", preset], capsys, "leave out --preset and --config")
 
 
-def test_resuming_a_finished_run_reports_its_result_and_tests_nothing_again(
+def test_resuming_a_finished_run_prints_its_result_without_another_test(
     run_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = here / "copy"
@@ -242,9 +244,9 @@ def test_resuming_a_finished_run_reports_its_result_and_tests_nothing_again(
     resume = ["train", "--resume", str(folder), "--keep_checkpoints", "2"]
     capsys.readouterr()
     assert main(resume) == 0
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert f"this run is finished, its result is in {folder / 'result.json'}" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"this run is finished, its result is in {folder / 'result.json'}" in printed.err
     assert (folder / "test_uses.jsonl").read_bytes() == uses
     assert (folder / "result.json").read_bytes() == result
     (folder / "result.json").unlink()  # as if it had been killed while it was tested
@@ -254,25 +256,25 @@ def test_resuming_a_finished_run_reports_its_result_and_tests_nothing_again(
     assert json.loads((folder / "result.json").read_text())["test"]["images"] == 30
 
 
-# --- data that are missing, damaged or hostile ----------------------------------------------------
+# --- missing, corrupt or hostile data -------------------------------------------------------------
 
 
 class RunsCode:
-    """Pickles to a call that would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return open, ("was_run", "w")
 
 
-def test_data_that_are_missing_damaged_or_hostile_are_refused(
+def test_missing_corrupt_or_hostile_data_is_refused(
     cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "--dataset", "cifar10", "--data_path", str(cifar_folder.parent)]
     batch = cifar_folder / "data_batch_2"
-    sound = batch.read_bytes()
-    batch.write_bytes(sound[:-9])
+    valid = batch.read_bytes()
+    batch.write_bytes(valid[:-9])
     refused(words, capsys, "data_batch_2")
-    batch.write_bytes(b"\x80\x02}q\x01(U" + sound)  # as Python 2 begins, with another checksum
+    batch.write_bytes(b"\x80\x02}q\x01(U" + valid)  # as Python 2 begins, with another checksum
     refused(words, capsys, "data_batch_2: corrupt: wrong checksum")
     batch.write_bytes(pickle.dumps({"data": RunsCode(), "labels": []}))
     refused(words, capsys, "data_batch_2", "open")
@@ -285,10 +287,10 @@ def test_data_that_are_missing_damaged_or_hostile_are_refused(
     refused(words, capsys, "cifar-10-python.tar.gz")
 
 
-# --- models that are missing, damaged or foreign --------------------------------------------------
+# --- missing, corrupt or foreign models -----------------------------------------------------------
 
 
-def test_models_that_are_missing_damaged_or_foreign_are_refused(
+def test_missing_corrupt_or_foreign_models_are_refused(
     run_folder: Path, weights: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = str(pictures / "a.png")
@@ -301,10 +303,10 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
     check(here / "nothing", "nothing: no such model")
     check(pictures / "a.png", "not a model file")
     check(pictures, "pictures")
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:-1])
+    valid = weights.read_bytes()
+    weights.write_bytes(valid[:-1])
     check(weights, "model.safetensors", "not a valid safetensors file")
-    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    weights.write_bytes(valid[:-1] + bytes([valid[-1] ^ 1]))
     check(weights, "model.safetensors: checksum mismatch")
     torch.save({"layer.weight": torch.ones(2, 3)}, here / "foreign.pt")
     check(here / "foreign.pt", "foreign.pt: unrecognized weights format")
@@ -313,15 +315,15 @@ def test_models_that_are_missing_damaged_or_foreign_are_refused(
     assert not (here / "was_run").exists()
     checkpoint = read_pointer(run_folder / "checkpoints", "BEST")
     model = checkpoint / "model.safetensors"
-    sound = model.read_bytes()
-    model.write_bytes(sound[:-1])
+    valid = model.read_bytes()
+    model.write_bytes(valid[:-1])
     try:
         check(run_folder, "model.safetensors: checksum mismatch")
     finally:
-        model.write_bytes(sound)
+        model.write_bytes(valid)
 
 
-def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
+def test_without_a_model_the_newest_run_or_the_bundled_model_is_used_and_named(
     run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", str(pictures / "a.png")]) == 0
@@ -334,7 +336,7 @@ def test_without_a_model_the_newest_run_is_taken_or_the_bundled_one_and_said(
 # --- train ----------------------------------------------------------------------------------------
 
 
-def test_a_run_has_its_result_where_a_picture_cannot_be_drawn(
+def test_a_plot_that_cannot_be_written_does_not_lose_the_result(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
@@ -370,7 +372,7 @@ def test_after_an_unexpected_error_the_line_says_how_to_resume(
     assert "; resume with: vitrail train --resume output/a (traceback: " in line
 
 
-def test_a_place_for_weights_that_cannot_be_written_is_refused_before_training(
+def test_an_unwritable_weights_folder_is_refused_before_training(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").touch()
@@ -394,7 +396,7 @@ def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(
     assert (here / "output/a/result.json").exists()
 
 
-def test_a_run_that_cannot_be_built_leaves_no_folder_and_no_open_file(
+def test_a_failed_start_leaves_no_folder_and_no_open_file(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked: list[bool] = []
@@ -410,7 +412,7 @@ def test_a_run_that_cannot_be_built_leaves_no_folder_and_no_open_file(
     assert list((here / "output").iterdir()) == []
 
 
-def test_settings_may_come_from_notepad_a_run_or_home(
+def test_settings_with_a_byte_order_mark_from_a_run_or_the_home_folder(
     run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(here / "home"))
@@ -434,7 +436,7 @@ def test_settings_may_come_from_notepad_a_run_or_home(
     [("--lr", "learning_rate"), ("--lr=0.1", "learning_rate"), ("--wd", "weight_decay"),
      ("--bs", "batch_size"), ("--num-workes", "num_workers"), ("--depth", "n_layers")],
 )  # fmt: skip
-def test_what_others_call_a_flag_is_understood(
+def test_other_names_of_flags_are_understood(
     flag: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(["train", flag, "1"], capsys, f"unknown flag {flag} (did you mean '--{name}'?)")
@@ -452,14 +454,14 @@ def test_what_others_call_a_flag_is_understood(
         ("test --num_test_images 0", "num_test_images is 0"),
     ],
 )
-def test_numbers_and_files_that_cannot_be_are_one_line(
+def test_invalid_numbers_and_files_are_one_line(
     words: str, part: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "settings.yaml").write_text("epochs: 3\n")
     refused(words.split(), capsys, part)
 
 
-def test_a_damaged_run_does_not_hide_the_others(
+def test_a_corrupt_run_does_not_hide_the_others(
     run_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_folder, here / "output/good")
@@ -475,7 +477,7 @@ def test_a_damaged_run_does_not_hide_the_others(
 # --- test -----------------------------------------------------------------------------------------
 
 
-def test_test_prints_tables_or_json_and_counts_the_use(
+def test_test_prints_tables_or_json_and_logs_the_use(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uses = len((run_folder / "test_uses.jsonl").read_text().splitlines())
@@ -501,14 +503,14 @@ def test_a_read_only_run_is_tested_and_its_use_logged_in_the_output(
     copy = here / "copy"
     shutil.copytree(run_folder, copy)
     (copy / "test_uses.jsonl").unlink()
-    (copy / "test_uses.jsonl").mkdir()  # so that root cannot write it either
+    (copy / "test_uses.jsonl").mkdir()  # so that even root cannot write it
     assert main(["test", "--model_path", str(copy), "--output_path", "mine"]) == 0
     assert "this use of the test split is logged in mine/test_uses.jsonl" in capsys.readouterr().err
     assert "vitrail test" in (here / "mine/test_uses.jsonl").read_text()
     assert (here / "mine/metrics.json").exists()
 
 
-def test_a_test_prints_its_numbers_where_a_picture_cannot_be_drawn(
+def test_a_test_prints_its_numbers_if_a_plot_cannot_be_written(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
@@ -523,7 +525,7 @@ def test_a_test_prints_its_numbers_where_a_picture_cannot_be_drawn(
     assert Path("mine/confusion_matrix.png").exists()
 
 
-def test_another_split_leaves_the_test_split_alone(
+def test_evaluating_another_split_does_not_log_a_test_use(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run_folder / "test_uses.jsonl").read_text()
@@ -533,7 +535,7 @@ def test_another_split_leaves_the_test_split_alone(
     assert (run_folder / "test_uses.jsonl").read_text() == before
 
 
-def test_data_of_other_classes_are_refused(
+def test_data_with_other_classes_is_refused(
     weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["test", "--model_path", str(weights), "--dataset", "shapes"]
@@ -562,7 +564,7 @@ def test_a_broken_picture_among_many_is_reported_and_the_rest_classified(
     assert len(rows) == 1 + 2 * 2
 
 
-def test_a_table_shows_whole_names_and_no_control_characters(
+def test_a_table_shows_full_names_and_no_control_characters(
     weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = pictures / f"{'long' * 30}.jpg"
@@ -574,7 +576,7 @@ def test_a_table_shows_whole_names_and_no_control_characters(
 
 
 @pytest.mark.parametrize("width", [40, 80, 300])
-def test_no_width_cuts_a_class_or_a_number(
+def test_classes_and_numbers_are_never_truncated(
     width: int, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrail.cli.predict.out.width", width)
@@ -591,7 +593,7 @@ def test_no_width_cuts_a_class_or_a_number(
     assert max(map(len, table)) <= width
 
 
-def test_the_table_changes_where_its_columns_would_be_cut(
+def test_the_table_changes_its_layout_when_columns_do_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = [Prediction("a long class name", 0.5), Prediction("b", 0.25), Prediction("猫", 0.25)]
@@ -608,7 +610,7 @@ def test_the_table_changes_where_its_columns_would_be_cut(
     assert wide == [width >= 24 + 26 + 10 + 11 for width in range(30, 90)]
 
 
-def test_a_model_as_an_unknown_word_is_recognized(run_folder: Path) -> None:
+def test_a_model_given_as_a_picture_is_recognized(run_folder: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         parse(ModelOptions, [str(run_folder)], prog="vitrail x")
     assert str(refused.value) == f"{run_folder} is a model: give --model_path {run_folder}"
@@ -622,7 +624,7 @@ def test_many_classes_are_not_all_listed() -> None:
     assert line.endswith(", class 19, … (1,000 classes)")
 
 
-def test_a_picture_on_standard_input(weights: Path, pictures: Path) -> None:
+def test_a_picture_from_standard_input(weights: Path, pictures: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vitrail", "predict", "-", "--model_path", weights, "--json"],
         input=(pictures / "a.png").read_bytes(), capture_output=True, check=False,
@@ -631,7 +633,7 @@ def test_a_picture_on_standard_input(weights: Path, pictures: Path) -> None:
     assert json.loads(done.stdout)[0]["picture"] == "-"
 
 
-def test_fit_and_background_change_what_is_seen(
+def test_fit_and_background_change_the_prediction(
     weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left = np.zeros((20, 90, 4), np.uint8)
@@ -660,7 +662,7 @@ def test_fit_and_background_change_what_is_seen(
         (["pictures/a.png", "--n_attention_heads", "4"], ["has 2 attention heads, not 4"]),
     ],
 )
-def test_impossible_predictions_are_one_line(
+def test_invalid_predictions_are_one_line(
     flags: list[str], parts: list[str], weights: Path, pictures: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

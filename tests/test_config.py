@@ -1,4 +1,4 @@
-"""Settings: one vocabulary, JSON and TOML and back, what is refused; presets."""
+"""Settings: names, JSON and TOML round trips, invalid values, presets."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_no_two_sections_share_a_name() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_settings_survive_json(name: str) -> None:
+def test_settings_round_trip_through_json(name: str) -> None:
     config = get_preset(name)
     model = dataclasses.replace(config.model, image_size=(24, 40))
     for each in (config, dataclasses.replace(config, model=model)):
@@ -56,7 +56,7 @@ def test_wrong_json_is_refused(sections: Any, words: str) -> None:
     assert words in str(refusal.value)
 
 
-def test_toml_goes_over_a_preset_with_and_without_sections(tmp_path: Path) -> None:
+def test_toml_overrides_a_preset_with_and_without_sections(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('epochs = 3\npool = "cls"\n[training]\nbatch_size = 7\nlearning_rate = 1\n')
     config = read_toml(path, get_preset("quick"))
@@ -86,7 +86,7 @@ def test_wrong_toml_is_refused(tmp_path: Path, text: str, words: str) -> None:
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
     ],
 )
-def test_impossible_training_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_invalid_training_settings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TrainingConfig(**changes)
 
@@ -107,7 +107,7 @@ def test_the_reference_preset_is_the_references_recipe() -> None:
     assert get_preset("reference12").model.n_layers == 12
 
 
-def test_an_unknown_preset_offers_the_nearest() -> None:
+def test_an_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quick'"):
         get_preset("quik")
 

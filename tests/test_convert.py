@@ -1,4 +1,4 @@
-"""Weights of other systems: parity, what is read off the shapes, what is refused, and back."""
+"""Weights of other systems: parity, inferred settings, errors, and conversion back."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ LAYOUTS = ("reference", "timm", "huggingface", "google")
 
 
 def ours(state: dict[str, Tensor], files: dict[str, Any] | None = None) -> VisionTransformer:
-    """Our model of a state dict."""
+    """The Vitrail model of a state dict."""
     found = convert(state, files, n_attention_heads=3)
     model = VisionTransformer(found.config).eval()
     model.load_state_dict(found.weights)
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_layout_read_by_hand(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_settings_are_read_off_the_shapes(layout: str) -> None:
+def test_settings_are_inferred_from_the_shapes(layout: str) -> None:
     found = convert(make_state(layout), n_attention_heads=3)
     config = found.config
     assert found.layout == layout
@@ -73,7 +73,7 @@ def test_settings_are_read_off_the_shapes(layout: str) -> None:
 
 
 @torch.no_grad()
-def test_what_other_files_leave_out_or_add_changes_no_logit() -> None:
+def test_optional_keys_of_other_files_change_no_logit() -> None:
     google, hf = make_state("google"), make_state("huggingface")
     for key in [key for key in google if key.startswith("pre_logits")]:
         del google[key]
@@ -124,7 +124,7 @@ def test_timms_mean_leaves_the_class_token_out_and_is_normed_after() -> None:
     assert difference(model(noise()), expected_BY) < 1e-5
 
 
-def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
+def test_a_config_file_supplies_what_shapes_do_not_show(tmp_path: Path) -> None:
     about = {
         "model_type": "vit", "num_attention_heads": 6, "layer_norm_eps": 1e-3,
         "hidden_act": "gelu_pytorch_tanh", "image_size": [5, 45],
@@ -147,7 +147,7 @@ def test_a_config_tells_what_shapes_do_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-def test_a_mean_of_words_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_mean_of_strings_is_refused(tmp_path: Path, name: str) -> None:
     about = {"num_heads": 6, "pretrained_cfg": {name: ["a", "b", "c"]}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(make_state("timm"), tmp_path / "model.safetensors")
@@ -182,7 +182,7 @@ def test_what_vitrail_cannot_compute_is_refused_by_its_key() -> None:
             convert(make_state("timm") | {key: torch.ones(D)}, n_attention_heads=3)
 
 
-def test_a_head_count_is_never_guessed_in_silence() -> None:
+def test_a_guessed_head_count_is_reported() -> None:
     with pytest.raises(CheckpointError, match=r"\(width 24\): give n_attention_heads"):
         convert(make_state("timm"))
     with pytest.raises(ConfigError, match="n_attention_heads 7"):
@@ -267,7 +267,7 @@ def test_another_head_count_gives_another_model(reference: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_there_and_back_again_by_the_command(
+def test_the_command_converts_in_both_directions(
     tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = tmp_path / {"reference": "a.pth", "google": "a.npz"}.get(layout, "a.safetensors")
@@ -314,7 +314,7 @@ def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> Non
     assert "image_size 34" in capsys.readouterr().err
 
 
-def test_weights_without_a_head_wait_for_one(tmp_path: Path) -> None:
+def test_weights_without_a_head_need_a_new_one(tmp_path: Path) -> None:
     state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
@@ -340,7 +340,7 @@ def test_broken_files_are_one_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["google", "reference"])
-def test_files_of_weights_alone_come_with_a_line_of_what_they_do_not_say(
+def test_assumptions_about_files_without_a_config_are_printed(
     tmp_path: Path, layout: str, capsys: Any
 ) -> None:
     state = make_state(layout)
@@ -368,7 +368,7 @@ def test_names_that_do_not_fit_the_layout_are_refused(tmp_path: Path, capsys: An
         assert words in capsys.readouterr().err
 
 
-def test_every_hidden_width_comes_back_also_where_timm_rounds_down() -> None:
+def test_every_hidden_width_round_trips_even_if_timm_rounds_down() -> None:
     """timm computes int(width * mlp_ratio), crops int(side / crop_pct); we round."""
     for width in range(1, 200):
         for hidden in range(width, 5 * width, 7):

@@ -15,7 +15,7 @@ from vitrail.errors import ConfigError, DataError
 
 
 def colored(count: int, seed: int) -> ImageSet:
-    """Images of noise with a bright square that the masks know; 7 classes."""
+    """Images of noise with a bright square that the masks mark; 7 classes."""
     generator = torch.Generator().manual_seed(seed)
     raw_BCHW = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     masks_BHW = torch.zeros(count, 32, 32, dtype=torch.bool)
@@ -32,7 +32,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ImageSet]:
     return files
 
 
-def test_cuts_validation_from_the_training_part(parts: dict[str, ImageSet]) -> None:
+def test_splits_validation_from_the_training_part(parts: dict[str, ImageSet]) -> None:
     loaded = load_splits(DataConfig(validation_images=15), ["train", "validation", "test"])
     assert {split: len(images) for split, images in loaded.items()} == {
         "train": 82,
@@ -65,7 +65,7 @@ def test_validation_does_not_change_with_the_training_images() -> None:
     assert torch.equal(few["validation"].raw_BCHW, all_of_it["validation"].raw_BCHW)
 
 
-def test_opens_the_test_part_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opens_the_test_part_only_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(datasets, "load_shapes", lambda part: opened.append(part) or colored(41, 3))
     assert set(load_splits(DataConfig(), ["train"])) == {"train"}
@@ -89,7 +89,7 @@ def test_resizes_images_and_masks_together(parts: dict[str, ImageSet]) -> None:
         assert 0 < images.masks_BHW.float().mean() < 1
 
 
-def test_turns_gray_as_pillow_does(parts: dict[str, ImageSet]) -> None:
+def test_converts_to_gray_as_pillow_does(parts: dict[str, ImageSet]) -> None:
     images = load_splits(DataConfig(), ["test"], n_channels=1)["test"]
     expected = [
         np.asarray(Image.fromarray(raw_HWC).convert("L"))

@@ -55,7 +55,7 @@ def mixed(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_valid_pictures_stand_in_order_without_gaps(mixed: list[Path]) -> None:
+def test_valid_pictures_are_in_order_without_gaps(mixed: list[Path]) -> None:
     decoded = run(mixed, side=9)
     assert decoded.valid == (1, 2, 3, 5, 6, 7, 8, 9, 10)
     assert decoded.raw_BCHW.dtype == torch.uint8
@@ -132,7 +132,7 @@ def test_memory_is_at_most_1_3_times_the_result(tmp_path: Path) -> None:
     assert 0.9 < float(done.stdout) < 1.3
 
 
-def test_what_does_not_fit_in_memory_is_refused_with_numbers() -> None:
+def test_images_that_do_not_fit_in_memory_are_refused_with_numbers() -> None:
     with pytest.raises(
         DataError, match=r"^9,000,000,000 pictures of 4096 x 4096 pixels need [\d,.]+ GB"
     ):
@@ -177,14 +177,14 @@ def test_the_range_follows_from_the_extent(
     assert choose_range(Extent(low, high, floats)) == expected
 
 
-def test_no_value_in_the_range_is_a_cliff() -> None:
+def test_the_range_has_no_sudden_loss_of_levels() -> None:
     """However high floating-point values go, their picture keeps an eighth of 255 levels."""
     for high in np.geomspace(0.13, 1e6, 997):
         low, top = choose_range(Extent(0.0, float(high), True))
         assert (min(high, top) - low) / (top - low) >= 1 / 8
 
 
-def test_extents_leave_out_what_is_not_finite() -> None:
+def test_extents_ignore_values_that_are_not_finite() -> None:
     odd = np.array([[np.nan, np.inf, -np.inf, 280, 310]], np.float32)
     assert measure(odd) == Extent(280, 310, True)
     assert measure(odd[:, :3]) == Extent(0, 0, True)
@@ -192,7 +192,7 @@ def test_extents_leave_out_what_is_not_finite() -> None:
     assert join([Extent(3, 9, False), Extent(-1, 5, True)]) == Extent(-1, 9, True)
 
 
-def test_values_become_bytes_a_part_at_a_time() -> None:
+def test_values_are_converted_to_bytes_in_parts() -> None:
     values_HW = np.arange(2_111 * 1_009, dtype=np.float32).reshape(2_111, 1_009) - 7
     low, high = float(values_HW.min()), float(values_HW.max())
     expected = ((values_HW.astype(float) - low) * (255 / (high - low))).round().astype(np.uint8)
@@ -211,7 +211,7 @@ def no_guesses() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "extent"),
     [
         ((RAMP * 255).astype(np.uint16), "0..255 read as 0..255"),
         ((RAMP * 1023).astype(np.uint16), "0..1023 read as 0..1023"),
@@ -224,7 +224,7 @@ def no_guesses() -> Iterator[None]:
 )
 def test_every_depth_keeps_256_levels(
     values: np.ndarray,
-    said: str,
+    extent: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     no_guesses: None,
@@ -235,9 +235,11 @@ def test_every_depth_keeps_256_levels(
     assert int(decoded.raw_BCHW.max()) == 255
     alone = [torch.from_numpy(read_picture(path)).permute(2, 0, 1) for path in paths]
     assert torch.equal(torch.stack(alone), decoded.raw_BCHW)
-    whole, single = caplog.messages  # of the second single picture there is no line
-    assert whole == f"wide gray pictures: 2 files, values {said} -> 0..255; --pixel_range sets it"
-    assert single.startswith(f"{paths[0]}: a single wide gray picture: values {said} -> ")
+    of_all, single = caplog.messages  # the second single picture logs nothing
+    assert (
+        of_all == f"wide gray pictures: 2 files, values {extent} -> 0..255; --pixel_range sets it"
+    )
+    assert single.startswith(f"{paths[0]}: a single wide gray picture: values {extent} -> ")
 
 
 def test_one_range_holds_for_all_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +258,7 @@ def test_one_range_holds_for_all_files(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_a_range_that_is_hardly_used_is_a_warning(
+def test_a_barely_used_range_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "vitrail"):
@@ -289,7 +291,7 @@ def jpeg(rgb_HWC: np.ndarray, **settings: object) -> bytes:
     return file.getvalue()
 
 
-def test_reduced_jpegs_are_as_good(tmp_path: Path) -> None:
+def test_jpegs_decoded_at_reduced_scale_are_equally_good(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(photograph(768, 1024)))
     assert read_picture(path, shorter_side=96).shape == (96, 128, 3)
@@ -299,9 +301,9 @@ def test_reduced_jpegs_are_as_good(tmp_path: Path) -> None:
     assert enough_side((24, 16), Framing("crop", crop_pct=0.75)) == 128
     assert enough_side((24, 16), Framing("crop", "nearest")) is None
     for side in (24, 32, 48, 96):
-        whole = fit_picture(read_picture(path), (side, side), "crop").astype(int)
+        full = fit_picture(read_picture(path), (side, side), "crop").astype(int)
         (reduced_CHW,) = run([path], side=side).raw_BCHW
-        apart = np.abs(reduced_CHW.permute(1, 2, 0).numpy() - whole)
+        apart = np.abs(reduced_CHW.permute(1, 2, 0).numpy() - full)
         print(side, apart.max(), apart.mean())
         assert apart.max() <= 2
         alone = stack_pictures(path, (side, side), 3, "crop")[0]
@@ -331,12 +333,12 @@ def test_a_jpeg_of_108_megapixels_is_reduced(
         ((_, said),) = run([path]).broken
         assert said == f"{reason}: make it smaller"
     Image.fromarray(photo).save(tmp_path / "large.png")
-    ((_, said),) = run([tmp_path / "large.png"]).broken
-    assert said == "too large: more than 100,000 pixels"
+    ((_, reason),) = run([tmp_path / "large.png"]).broken
+    assert reason == "too large: more than 100,000 pixels"
 
 
 def thumbnail() -> bytes:
-    """EXIF with a small JPEG in it, as cameras write it; it has a scan of its own."""
+    """EXIF with an embedded JPEG thumbnail, as cameras write it."""
     small = jpeg(photograph(30, 40))
     head = b"II*\0\x08\0\0\0\0\0\x0e\0\0\0"
     tags = (b"\x01\x02\x04\0\x01\0\0\0" + (44).to_bytes(4, "little")

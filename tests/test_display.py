@@ -1,4 +1,4 @@
-"""What one sees of a training run: a bar on a terminal, lines elsewhere, TensorBoard on demand."""
+"""The display of a training run: a progress bar on a terminal, lines elsewhere, TensorBoard."""
 
 import io
 import signal
@@ -28,7 +28,7 @@ def watch(config: Config, folder: Path, *, terminal: bool) -> tuple[str, Trainin
     return screen.getvalue(), shown
 
 
-def test_lines_where_there_is_no_terminal(
+def test_lines_without_a_terminal(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed, _ = watch(tiny_run, tmp_path / "a", terminal=False)
@@ -44,7 +44,7 @@ def test_lines_where_there_is_no_terminal(
     assert "step 4/9" in printed
 
 
-def test_a_bar_where_there_is_one(
+def test_a_progress_bar_on_a_terminal(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
@@ -109,7 +109,7 @@ def test_the_time_between_epochs_is_not_training_and_short_epochs_have_a_speed(
     assert meter.best == 50
 
 
-def test_the_display_says_that_another_program_is_at_work(
+def test_the_display_reports_another_busy_program(
     tiny_run: Config, tmp_path: Path, clock: Clock
 ) -> None:
     run, screen = Run.start(tiny_run, tmp_path), io.StringIO()
@@ -135,7 +135,7 @@ def test_tensorboard_has_every_number_of_every_epoch(tiny_run: Config, tmp_path:
         assert written == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in rows], name
 
 
-def test_the_first_signal_asks_and_the_second_stops() -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_stops() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_requests() as stop:
         assert stop.signal == 0

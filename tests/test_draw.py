@@ -1,4 +1,4 @@
-"""Maps on pictures: scaling, placing, painting, and the sheet of panels."""
+"""Maps on pictures: normalization, placement, overlays, and sheets of panels."""
 
 from typing import get_args
 
@@ -125,7 +125,7 @@ def test_placing_a_squashed_map_is_torchs_bilinear(picture_hw: tuple[int, int]) 
 def test_a_spot_stays_on_its_patch_through_fit_and_place(
     picture_hw: tuple[int, int], fit: Fit
 ) -> None:
-    """What is white in the photo is white in one patch, and that patch's map lies on it again."""
+    """A white spot of the photo is white in one patch, and that patch's map covers it."""
     grid_GJ, patch, query = (5, 7), 4, (2, 4)
     model_hw = (grid_GJ[0] * patch, grid_GJ[1] * patch)
     left, top, right, bottom = shown_box(picture_hw, model_hw, fit, picture_hw)
@@ -144,7 +144,7 @@ def test_a_spot_stays_on_its_patch_through_fit_and_place(
     assert abs(columns.mean() + 0.5 - x) < 1
 
 
-def test_what_the_model_did_not_see_has_no_value() -> None:
+def test_regions_outside_the_models_input_have_no_value() -> None:
     map_GJ = np.ones((4, 4))
     cropped_HW = place(map_GJ, (90, 120), (32, 32), "crop")
     assert np.isnan(cropped_HW[:, :15]).all()
@@ -271,7 +271,7 @@ def test_titles_caption_and_bar_add_only_around_the_panels() -> None:
         assert np.abs(drawn_HWC.astype(int) - color).sum(axis=2).min() < 12
 
 
-def test_nothing_moves_with_the_words() -> None:
+def test_panels_do_not_move_with_the_texts() -> None:
     """Frames of an animation differ in their titles and captions, never in where panels stand."""
     picture_HWC = RANDOM.integers(0, 256, (300, 384, 3), dtype=np.uint8)
     sheets = [
@@ -287,7 +287,7 @@ def test_nothing_moves_with_the_words() -> None:
     assert len({sheet.shape[1] for sheet in sheets}) == 1
 
 
-def test_the_bar_does_not_move_with_its_values() -> None:
+def test_the_color_bar_does_not_move_with_its_values() -> None:
     """Nor does the sheet's size, whatever the numbers."""
     picture_HWC = np.zeros((384, 384, 3), np.uint8)
     panels = [Panel(picture_HWC), Panel(picture_HWC)]

@@ -104,8 +104,8 @@ def test_heads_and_queries_are_grids(classifier: Classifier, picture: str) -> No
 
 
 def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:
-    said = classifier.predict(picture, top_k=10)[0]
-    top, last = said[0].name, said[-1].name
+    predictions = classifier.predict(picture, top_k=10)[0]
+    top, last = predictions[0].name, predictions[-1].name
     default, first, other = (
         classifier.explain(picture, method="relevance", class_name=name)
         for name in (None, top, last)
@@ -124,7 +124,7 @@ def count_pixels(drawn: np.ndarray, color: str) -> int:
 
 @pytest.mark.parametrize("style", ["vitrail", "reference"])
 @pytest.mark.parametrize("ending", ["gif", "png"])
-def test_a_wrong_answer_looks_wrong(
+def test_a_wrong_prediction_is_marked(
     ending: str, style: str, classifier: Classifier, picture: str, tmp_path: Path
 ) -> None:
     best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
@@ -185,7 +185,7 @@ def test_saving_writes_the_format_of_the_extension(
         assert len(frames_of(path)) == 3
 
 
-def test_other_endings_and_looks_are_refused(
+def test_unknown_extensions_and_styles_are_refused(
     classifier: Classifier, picture: str, tmp_path: Path
 ) -> None:
     explained = classifier.explain(picture)
@@ -247,7 +247,7 @@ def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str)
         assert image.info["loop"] == 3
 
 
-def test_the_still_panel_stands_still(run_folder: Path, picture: str) -> None:
+def test_the_still_panel_is_constant(run_folder: Path, picture: str) -> None:
     for style in ("vitrail", "reference"):
         frames = np.stack(explain(run_folder, picture, "--style", style)).astype(int)
         left = frames[:, 60:300, 30:300]
@@ -298,10 +298,10 @@ def test_every_use_of_the_test_split_is_logged_in_the_run(run_folder: Path, pict
 
 
 @pytest.mark.parametrize("words", ["explain --index 0", "explain --score", "inspect"])
-def test_other_data_are_named_beside_the_trainings(
+def test_data_other_than_the_training_data_is_named(
     words: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model keeps the data it was trained on, which decide what the other data are to it."""
+    """A checkpoint names its training data, to which other data is compared."""
 
     calls = []
 
@@ -333,12 +333,12 @@ def test_a_model_among_the_pictures_is_refused(
     assert capsys.readouterr().err == f"vitrail: {line}\n"
 
 
-def test_endings_of_models_are_all_known() -> None:
+def test_all_extensions_of_models_are_known() -> None:
     assert set(MODEL_ENDINGS) == {*FILES, ".onnx", ".pt2"}
     assert set(MODEL_FILES) >= {checkpoint.INFO, checkpoint.MODEL}
 
 
-def test_a_search_leaves_out_the_plots_of_runs(
+def test_a_search_skips_the_plots_of_runs(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_folder, "all/runs/a")
@@ -413,7 +413,7 @@ def test_a_png_counts_maps_and_an_animation_frames(
     assert ": 1 frame, gradcam, " in shown
 
 
-def test_scores_are_printed_drawn_and_kept(
+def test_scores_are_printed_drawn_and_saved(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "12"]
@@ -454,7 +454,7 @@ def test_scoring_shows_its_progress_on_a_terminal(
     assert "100%" in screen.getvalue()
 
 
-def test_insides_are_printed_drawn_and_kept(
+def test_inspections_are_printed_drawn_and_saved(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["inspect", str(run_folder), "--images", "15", "--output_path", "i"]
@@ -483,7 +483,7 @@ def test_without_data_filters_and_positions_are_inspected(
     assert "filters and positions only" in captured.err
     assert "CIFAR-10 could not be downloaded" in captured.err
     assert Path("i/insides.png").stat().st_size > 1000
-    assert main([*words, "--dataset", "cifar10"]) == 2  # the data that were named must be there
+    assert main([*words, "--dataset", "cifar10"]) == 2  # a given data path must exist
 
 
 @pytest.mark.parametrize("images", [9, 0, -3])
@@ -544,7 +544,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("--score --images 3", ["3"]),
     ],
 )
-def test_impossible_explanations_are_one_line(
+def test_invalid_explanations_are_one_line(
     flags: str, parts: list[str], run_folder: Path, picture: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 def make_classifier(**model: object) -> Classifier:
-    """A small model whose weights are large enough to tell images apart."""
+    """A small model whose weights are large enough to distinguish images."""
     sizes = {"image_size": 12, "embed_dim": 24, "n_layers": 2, "n_attention_heads": 3}
     config = ModelConfig(n_classes=5, **{**sizes, **model})  # type: ignore[arg-type]
     torch.manual_seed(3)
@@ -51,7 +51,7 @@ def test_the_example_has_another_size_than_the_checks() -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_the_graph_is_the_model(raw: bool) -> None:
+def test_the_graph_computes_what_the_model_does(raw: bool) -> None:
     classifier = make_classifier()
     graph = Graph(classifier, ExportSettings(attention=True, raw=raw))
     batch = graph.batch(2)
@@ -107,14 +107,14 @@ def test_a_file_that_computes_something_else_is_refused(
         ("--format torch --output_path a.onnx", "give a file that ends in .pt2"),
     ],
 )
-def test_flags_at_odds_are_refused(
+def test_contradictory_flags_are_refused(
     words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", "--model_path", "none", *words.split()]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_model_beyond_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vitrail.export import onnx_file
 
     monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)

@@ -1,4 +1,4 @@
-"""What users are told to install."""
+"""Installation instructions for extras."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ FILES = [
 ]
 
 
-def test_nobody_is_told_to_install_the_package_from_an_index() -> None:
-    """The name belongs to somebody else there: only a clone of the repository is ours."""
+def test_no_instruction_installs_the_package_from_an_index() -> None:
+    """The package is not published there: it is installed from a clone."""
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"pip3? install\s+(-U\s+)?['\"]?vitrail\b", text), path

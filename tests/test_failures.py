@@ -1,4 +1,4 @@
-"""The edge of the command line: every exception is one line, with a remedy where one is known."""
+"""Errors of the command line: one line each, with a remedy where one is known."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from vitrail.cli.signals import stop_requests
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test works in a folder of its own; so do temporary files."""
+    """Every test runs in its own folder, temporary files included."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def raised_by(function: Callable[[], object]) -> Exception:
-    """The exception that a function really raises."""
+    """The exception that a function raises."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 (any: that is the point)
         function()
     assert isinstance(caught.value, Exception)
@@ -82,7 +82,7 @@ def test_memory_of_a_gpu_is_recognized() -> None:
     assert failures.explain(error)[0].startswith("out of memory: lower")
 
 
-def test_an_unexpected_error_is_one_line_that_commands_no_terminal(
+def test_an_unexpected_error_is_one_line_without_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     error = KeyError("a\x1b[31m\nb")
@@ -96,7 +96,7 @@ def test_an_unexpected_error_is_one_line_that_commands_no_terminal(
     assert "unexpected ZeroDivisionError: ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_where_no_traceback_can_be_written_the_line_is_there(
+def test_the_line_is_printed_even_if_no_traceback_can_be_written(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
@@ -115,7 +115,7 @@ def test_debug_prints_the_traceback_instead(capsys: pytest.CaptureFixture[str], 
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
+def test_outside_of_the_main_thread_signal_handlers_are_unchanged() -> None:
     noted: list[int] = []
 
     def work() -> None:
@@ -164,7 +164,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(here: Path) -> None:
     assert done.returncode == COULD_NOT
 
 
-def test_a_reader_that_has_gone_is_no_fault(here: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(here: Path) -> None:
     command = [sys.executable, "-m", "vitrail", "info"]
     reader, writer = os.pipe()
     os.close(reader)

@@ -14,18 +14,18 @@ from faults.tally import Tally
 from vitrail.config.settings import Config
 
 children = pytest.mark.xdist_group("children")
-"""All in one worker: they share the warm process that they are forked from."""
+"""All in one worker: they share the process that they are forked from."""
 
 
 EPOCHS = 4
-"""All runs here are equally long, and so compared with one that is trained once."""
+"""All runs have the same length, so they are compared with one undisturbed run."""
 SEED = 3
-"""With it two lives of a run do not come to its end."""
+"""With it, two interrupted processes do not finish the run."""
 
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A folder that other users may enter."""
+    """A folder that other users can enter."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(folder.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
     yield folder
@@ -71,7 +71,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 
 @children
-def test_a_disk_that_refuses(tmp_path: Path) -> None:
+def test_a_disk_that_fails(tmp_path: Path) -> None:
     require_nothing_lost(disk.every_error(tmp_path, epochs=EPOCHS, only=1), 1)
 
 
@@ -105,7 +105,7 @@ def test_damaged_checkpoints(tiny_run: Config, tmp_path: Path) -> None:
     require_nothing_lost(damage.mutations(tmp_path, tiny_run, times=16, ends=1), 16)
 
 
-def test_what_is_not_finite(tiny_run: Config, tmp_path: Path) -> None:
+def test_values_that_are_not_finite(tiny_run: Config, tmp_path: Path) -> None:
     tally = not_finite.injected(tmp_path, tiny_run, every=11)
     assert tally.lost == []
     assert tally.tried > 12

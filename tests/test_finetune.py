@@ -36,7 +36,7 @@ TINY = shlex.split(
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test works in a folder of its own, with a file of timm's."""
+    """Every test runs in its own folder with a file of timm weights."""
     monkeypatch.chdir(tmp_path)
     save_file(make_state("timm"), "timm.safetensors")
     return tmp_path
@@ -55,7 +55,7 @@ def peaks(config: TrainingConfig, model: VisionTransformer) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_layers_learn_slower_the_further_down(tiny_model: ModelConfig, optimizer: str) -> None:
+def test_the_learning_rate_decays_with_depth(tiny_model: ModelConfig, optimizer: str) -> None:
     model = VisionTransformer(tiny_model)
     config = TrainingConfig(learning_rate=0.8, muon_learning_rate=0.8, optimizer=optimizer)  # type: ignore[arg-type]
     flat = peaks(config, model)
@@ -70,7 +70,7 @@ def test_layers_learn_slower_the_further_down(tiny_model: ModelConfig, optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_frozen_backbone_leaves_only_the_head_to_learn(
+def test_with_a_frozen_backbone_only_the_head_is_trained(
     tiny_model: ModelConfig, optimizer: str
 ) -> None:
     config = TrainingConfig(init="x", freeze_backbone=True, optimizer=optimizer, ema_decay=0.5)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def noise_batches(config: Config) -> Batches:
     )  # fmt: skip
 
 
-def test_a_frozen_backbone_with_batch_norm_stays_as_it_was_to_the_bit() -> None:
+def test_a_frozen_backbone_with_batch_norm_is_unchanged_bit_for_bit() -> None:
     torch.manual_seed(1)
     state = TrainingState.start(VisionTransformer(FROZEN.model), FROZEN.training)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_a_frozen_backbone_with_batch_norm_stays_as_it_was_to_the_bit() -> None:
             assert torch.equal(tensor, before[name]) is not name.startswith("head."), name
 
 
-def test_a_frozen_backbone_drops_nothing_while_the_head_trains() -> None:
+def test_a_frozen_backbone_uses_no_dropout_while_the_head_trains() -> None:
     torch.manual_seed(1)
     model = VisionTransformer(FROZEN.model)
     state, batches = TrainingState.start(model, FROZEN.training), noise_batches(FROZEN)
@@ -170,11 +170,11 @@ def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]
         if not name.startswith("head."):
             assert torch.equal(tensor, weights[name]), name
     assert model.head.weight.abs().max() < 0.2  # a fresh head, hardly trained
-    (here / "timm.safetensors").unlink()  # going on needs the weights no more
+    (here / "timm.safetensors").unlink()  # resuming does not need the weights
     assert Run.resume(here / "output/a", config).state.step == 2
 
 
-def test_a_run_without_a_frozen_backbone_moves_all_of_it(here: Path) -> None:
+def test_a_run_without_a_frozen_backbone_trains_all_weights(here: Path) -> None:
     words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3", "--new_head"]
     assert main([*words, "--layer_decay", "0.6", "--ema_decay", "0.5"]) == 0
     weights = convert(make_state("timm"), n_attention_heads=3).weights
@@ -184,7 +184,7 @@ def test_a_run_without_a_frozen_backbone_moves_all_of_it(here: Path) -> None:
             assert torch.allclose(tensor, weights[name], atol=0.05), name
 
 
-def test_normalisation_comes_with_the_weights(here: Path, tiny_model: ModelConfig) -> None:
+def test_normalization_comes_with_the_weights(here: Path, tiny_model: ModelConfig) -> None:
     config = Config(model=tiny_model)
     data = dataclasses.replace(config.data, mean=(0.1, 0.2, 0.3))
     info = CheckpointInfo(dataclasses.replace(config, data=data), tuple("abcdefg"), {}, {})
@@ -195,7 +195,7 @@ def test_normalisation_comes_with_the_weights(here: Path, tiny_model: ModelConfi
     assert begun.model == dataclasses.replace(tiny_model, n_classes=0)
 
 
-def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
+def test_a_settings_file_overrides_the_weights_and_flags_override_both(
     here: Path, tiny_model: ModelConfig
 ) -> None:
     info = CheckpointInfo(Config(model=tiny_model), tuple("abcdefg"), {}, {})
@@ -230,7 +230,7 @@ def test_a_file_of_settings_goes_over_the_weights_and_flags_over_both(
          "layer_decay 0.5 has no effect with freeze_backbone"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(
+def test_invalid_settings_are_one_line(
     here: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *TINY, *words.split()]) == 2

@@ -15,7 +15,7 @@ CONFIG = DataConfig(fit="squash", num_workers=3)
 
 
 def draw(path: Path, level: int, mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Path:
-    """A picture of one gray."""
+    """A uniform gray picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, level).convert(mode).save(path)
     return path
@@ -27,7 +27,7 @@ def load(data_path: Path, split: str, n_channels: int = 3) -> LoadedFolder:
 
 
 def levels(loaded: LoadedFolder) -> list[int]:
-    """The grays of the pictures, which identify them."""
+    """The gray levels of the pictures, which identify them."""
     return loaded.images.raw_BCHW[:, 0, 0, 0].tolist()
 
 
@@ -65,7 +65,7 @@ def test_an_empty_split_has_no_images(pictures: Path) -> None:
     assert load(pictures, "validation").images.raw_BCHW.shape == (0, 3, 5, 11)
 
 
-def test_broken_pictures_are_named_and_left_out(
+def test_corrupt_pictures_are_named_and_skipped(
     pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = load(pictures, "train")
@@ -84,7 +84,7 @@ def test_broken_pictures_are_named_and_left_out(
     assert len(manifest.left_out["broken"]) == 2
 
 
-def test_a_class_that_cannot_be_read_at_all_is_refused(pictures: Path) -> None:
+def test_a_class_without_readable_pictures_is_refused(pictures: Path) -> None:
     for path in pictures.glob("cat/*.png"):
         path.write_text("no picture")
     with pytest.raises(DataError, match="none of the training pictures of class 'cat' can be"):

@@ -17,7 +17,7 @@ from vitrail.explain.formulas import (
 
 Rows = list[list[float]]
 
-# Each attention's rows sum to 1; times its gradient it gives the whole numbers of PRODUCTS.
+# Each attention's rows sum to 1; times its gradient it gives the integers of PRODUCTS.
 FIRST: Rows = [[0.5, 0.25, 0.25], [0, 1, 0], [0.5, 0, 0.5]]
 SECOND: Rows = [[0.2, 0.4, 0.4], [0.5, 0.5, 0], [0, 0, 1]]
 ATTENTIONS = [[FIRST, SECOND], [SECOND, FIRST]]
@@ -90,8 +90,8 @@ def test_gradient_rollout_discards_but_never_the_class_token() -> None:
     one, its = layers(ATTENTIONS)[:1], layers(GRADIENTS)[:1]
     kept = gradient_rollout(one, its, discard_ratio=0.9, class_token=True)
     assert_flow(kept, [[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 0, 1]])
-    all_alike = gradient_rollout(one, its, discard_ratio=0.9)
-    assert_flow(all_alike, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    all_same = gradient_rollout(one, its, discard_ratio=0.9)
+    assert_flow(all_same, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
 
 
 def test_relevance_by_hand() -> None:

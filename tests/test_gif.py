@@ -1,4 +1,4 @@
-"""Frames -> GIF, WebP and PNG, read back by Pillow; and the reference system's frames."""
+"""Frames -> GIF, WebP and PNG, read back by Pillow; and the reference implementation's frames."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,7 @@ def plain_frames(colors: Sequence[int | tuple[int, int, int]]) -> list[Image.Ima
     return [Image.new("RGB", (13, 7), (c, c, c) if isinstance(c, int) else c) for c in colors]
 
 
-def test_a_gif_keeps_still_what_is_still_and_uses_its_colors(tmp_path: Path) -> None:
+def test_a_gif_does_not_flicker_and_uses_its_colors(tmp_path: Path) -> None:
     frames = moving_frames(7, picture(285, 399))
     save_animation(frames, tmp_path / "a.gif", durations_ms=500)
     shown_FHWC, durations = read_back(tmp_path / "a.gif")
@@ -75,7 +75,7 @@ def test_a_gif_keeps_still_what_is_still_and_uses_its_colors(tmp_path: Path) -> 
     assert np.abs(shown_FHWC - true_FHWC).mean() < 2.5
     assert np.abs(shown_FHWC - true_FHWC).max() < 30
     assert (shown_FHWC[true_FHWC.min(axis=3) == 255] == 255).all()  # white stays white
-    assert shown_FHWC[:, :, 290:].std(axis=0).max() > 20  # and what moves does move
+    assert shown_FHWC[:, :, 290:].std(axis=0).max() > 20  # and the moving part moves
 
 
 def test_a_gif_has_one_palette_and_states_its_loop(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_every_frame_is_kept_even_if_nothing_changed(tmp_path: Path) -> None:
     assert (shown_FHWC == shown_FHWC[:, :1, :1]).all()
 
 
-def test_few_colors_are_kept_as_they_are() -> None:
+def test_few_colors_are_kept_exactly() -> None:
     colors_KC = RANDOM.permutation(64)[:60, None] * 4 + np.array([[1, 2, 3]])
     frame_HWC = colors_KC[RANDOM.integers(0, 60, (31, 41))].astype(np.uint8)
     palette_KC, (first_HW, again_HW) = quantize([frame_HWC, frame_HWC])
@@ -167,7 +167,7 @@ def test_smaller_frames_stand_on_white(tmp_path: Path) -> None:
     assert shown_FHWC[1, 7, 6].tolist() == [0, 0, 200]
 
 
-def test_refuses_what_cannot_be_saved(tmp_path: Path) -> None:
+def test_refuses_invalid_frames_and_files(tmp_path: Path) -> None:
     frames, path = plain_frames([1, 2]), tmp_path / "a.gif"
     with pytest.raises(ConfigError, match="no frame to save"):
         save_animation([], path, durations_ms=500)

@@ -1,4 +1,4 @@
-"""Number formats of processors; what env.json says of a machine, and what it keeps to itself."""
+"""Number formats of processors; what env.json contains, without private paths or names."""
 
 import json
 import sys

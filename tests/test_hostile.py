@@ -1,4 +1,4 @@
-"""Hostile input: each fault that fuzzing found, by name; a few cases of every target (slow)."""
+"""Hostile input: faults that fuzzing found; a few cases of every target (slow)."""
 
 import json
 import os
@@ -43,12 +43,12 @@ CHANGES = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 65_535), st.integers(0, 255)), max_size=6
 )
 SMALL = 4_000
-"""Larger seeds are left to ``make fuzz``."""
+"""Larger seeds are tried by ``make fuzz`` only."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.MODULES)
-def test_is_taken_or_refused_in_one_line(
+def test_input_is_accepted_or_refused_in_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = fuzz.find_target(name)
@@ -73,7 +73,7 @@ def test_is_taken_or_refused_in_one_line(
     check()
 
 
-def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
+def test_the_engine_detects_faults(tmp_path: Path) -> None:
     def traceback(_data: bytes, _folder: Path) -> None:
         raise ValueError
 
@@ -97,7 +97,7 @@ def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
         endless(b"", tmp_path)
 
 
-# What was found, each by its own name.
+# Faults that fuzzing found.
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_broken_promise_is_seen(tmp_path: Path) -> None:
     ],
     ids=range(11),
 )
-def test_toml_that_was_a_traceback_or_a_hang(text: str, tmp_path: Path) -> None:
+def test_invalid_toml_is_refused_in_time(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with require_in_time(), pytest.raises(ConfigError):
@@ -127,14 +127,14 @@ def test_toml_that_was_a_traceback_or_a_hang(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["9" * 9_000, '{"run": {"seed": ' + "9" * 9_000 + "}}", " " * 200_000]
 )
-def test_json_that_was_a_traceback(text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError):
         from_json(read_json(path))
 
 
-def test_what_is_not_finite_or_too_large_is_no_setting() -> None:
+def test_settings_that_are_not_finite_or_too_large_are_refused() -> None:
     wrong: list[dict[str, dict[str, Any]]] = [
         {"model": {"forward_mul": float("inf")}},
         {"model": {"image_size": 1 << 40, "patch_size": 1}},
@@ -151,7 +151,9 @@ def test_what_is_not_finite_or_too_large_is_no_setting() -> None:
             from_json(sections)
 
 
-def test_an_error_is_one_line_that_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line_without_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def fail(words: Sequence[str]) -> int:
         raise DataError("/tmp/\x1b[31mred\n.png: \u202egnp no picture")
 
@@ -159,20 +161,22 @@ def test_an_error_is_one_line_that_commands_no_terminal(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "vitrail: /tmp/�[31mred�.png: �gnp no picture\n"
 
 
-def test_csv_holds_no_formula_and_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_contains_no_formula_and_no_control_character(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     answers = [("=1+1\x1b.png", [Prediction("-1", 0.5)]), ("-", [Prediction("cat", 0.25)])]
     cli_predict.print_answers(answers, cli_predict.PredictOptions(csv=True))
     rows = capsys.readouterr().out.splitlines()[1:]
     assert rows == ["'=1+1�.png,1,'-1,0.5", "-,1,cat,0.25"]
 
 
-def test_names_that_are_no_utf8_survive_json(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_round_trip_through_json(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "x.json", {"classes": [name, "日本"]})
     assert json.loads((tmp_path / "x.json").read_text("utf-8")) == {"classes": [name, "日本"]}
 
 
-def test_names_that_are_no_utf8_are_data(tmp_path: Path) -> None:
+def test_folders_and_files_with_names_that_are_not_utf8(tmp_path: Path) -> None:
     for folder in (b"caf\xe9", b"tea"):
         (tmp_path / os.fsdecode(folder)).mkdir()
         for name in (b"\xff.png", b"2.png"):
@@ -183,13 +187,13 @@ def test_names_that_are_no_utf8_are_data(tmp_path: Path) -> None:
     assert sorted(map(os.fsencode, images.classes)) == [b"caf\xe9", b"tea"]
 
 
-def test_a_long_name_is_drawn_in_time() -> None:
+def test_a_very_long_name_is_drawn_in_time() -> None:
     with require_in_time(2.0):
         drawn = draw_caption("y" * 300_000 + "\n" + "y " * 300_000, width=300, size=12)
     assert drawn.height < 9_000
 
 
-def test_postscript_is_run_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.Popen", None)
     with pytest.raises(PictureError, match="EPS files are not supported"):
         read_picture(hostile_pictures.RAN)
@@ -197,8 +201,8 @@ def test_postscript_is_run_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_jpeg_of_many_scans_is_refused() -> None:
     Image.preinit()
-    whole = hostile_pictures.encoded(Image.new("L", (1_000, 1_000)), "JPEG", progressive=True)
-    start = whole.rindex(b"\xff\xda")
+    full = hostile_pictures.encoded(Image.new("L", (1_000, 1_000)), "JPEG", progressive=True)
+    start = full.rindex(b"\xff\xda")
     assert read_picture(whole).shape == (1_000, 1_000, 3)
     with pytest.raises(PictureError, match="scans"):
         read_picture(whole[:start] + whole[start:-2] * 2_001 + b"\xff\xd9")
@@ -209,7 +213,7 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
 
 @pytest.fixture
 def tiny_file(tmp_path: Path) -> Path:
-    """A sound weights file."""
+    """A valid weights file."""
     said, weights, _ = hostile_weights.parts()
     path = tmp_path / "tiny.safetensors"
     save_weights_file(path, CheckpointInfo.from_json(said, path), weights)
@@ -224,7 +228,7 @@ def changed(path: Path, section: str, **values: object) -> Path:
     return path
 
 
-def test_loading_draws_nothing_and_keeps_single_precision(tiny_file: Path) -> None:
+def test_loading_draws_no_random_numbers_and_keeps_float32(tiny_file: Path) -> None:
     before = torch.get_rng_state()
     model = pretrained.load(tiny_file, device="cpu").model
     assert torch.equal(torch.get_rng_state(), before)
@@ -263,7 +267,7 @@ def test_no_model_is_built_that_the_weights_do_not_fill(
         pretrained.load(changed(tmp_path / "x.safetensors", "model", **values), device="cpu")
 
 
-def test_a_model_that_says_nothing_finite_is_told(tiny_file: Path) -> None:
+def test_outputs_that_are_not_finite_are_reported(tiny_file: Path) -> None:
     classifier = pretrained.load(tiny_file, device="cpu")
     with torch.no_grad():
         next(classifier.model.parameters())[0] = torch.nan
@@ -273,7 +277,7 @@ def test_a_model_that_says_nothing_finite_is_told(tiny_file: Path) -> None:
             ask(picture)
 
 
-def test_a_header_without_words_is_refused(tmp_path: Path) -> None:
+def test_a_header_without_metadata_is_refused(tmp_path: Path) -> None:
     header = b'{"__metadata__":null}'
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -297,16 +301,16 @@ def test_numbers_and_metrics_are_objects(tmp_path: Path) -> None:
         torch.zeros(4, 3, 4, 4, dtype=torch.int8),
         torch.zeros(0, 3, 4, 4),
     ],
-    ids=["expanded", "sparse", "meta", "whole numbers", "empty"],
+    ids=["expanded", "sparse", "meta", "integers", "empty"],
 )
-def test_a_pt_holds_plain_tensors(tensor: torch.Tensor, tmp_path: Path) -> None:
+def test_unusual_tensors_in_a_pt_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
     state = {**hostile_weights.reference_state(), "embedding.conv1.weight": tensor}
     torch.save(state, tmp_path / "x.pt")
     with require_in_time(), pytest.raises(CheckpointError):
         pretrained.load(tmp_path / "x.pt", device="cpu")
 
 
-def test_a_pt_that_expands_or_names_without_end_is_refused(tmp_path: Path) -> None:
+def test_compressed_and_code_calling_pt_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     content = hostile_weights.saved()[1][hostile_weights.PICKLE]
     path.write_bytes(hostile_weights.rezip(content + bytes(9_999), packing=zipfile.ZIP_DEFLATED))
@@ -326,7 +330,7 @@ def test_a_pointer_names_a_checkpoint_or_is_refused(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_an_archive_of_numpy_that_is_no_model_is_refused(number: int, tmp_path: Path) -> None:
+def test_an_npz_that_is_not_a_model_is_refused(number: int, tmp_path: Path) -> None:
     data = hostile_weights.foreign_seeds()[number]
     (tmp_path / "x.npz").write_bytes(data[1:])
     with pytest.raises(CheckpointError, match="expands" if number == 5 else "x.npz"):
@@ -343,7 +347,7 @@ def test_an_archive_of_numpy_that_is_no_model_is_refused(number: int, tmp_path: 
         "9" * 9_000,
     ],
 )
-def test_an_epoch_is_made_of_numbers(row: str, tmp_path: Path) -> None:
+def test_corrupt_metrics_rows_are_refused(row: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(row + "\n")
     with pytest.raises(CheckpointError, match="corrupt"):
         read_rows(tmp_path)

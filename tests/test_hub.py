@@ -1,4 +1,4 @@
-"""Models on the hub, against a local stand-in: what goes up, what comes down, what is refused."""
+"""Models on the hub, simulated by a local server: pushing, loading, errors."""
 
 import dataclasses
 import json
@@ -23,12 +23,12 @@ from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_po
 constants = pytest.importorskip("huggingface_hub.constants")
 utils = pytest.importorskip("huggingface_hub.utils")
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-"""The hub's client uses what its HTTP library no longer likes."""
+"""The hub's client uses a deprecated argument of its HTTP library."""
 TOKEN = "hf_" + "NobodyMaySeeThis"
 
 
-def turn_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hub's client take this address for the hub's, as HF_ENDPOINT does at its import."""
+def redirect(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point the hub's client to this address, as HF_ENDPOINT does at import."""
     files = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
@@ -36,10 +36,10 @@ def turn_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A stand-in that the hub's client takes for the hub, with a cache of its own."""
+    """A local server that the hub's client uses, with its own cache."""
     with running(TOKEN) as server:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        turn_to(server.url, monkeypatch)
+        redirect(server.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         utils.disable_progress_bars()
@@ -48,7 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: ModelConfig) -> Path:
-    """A finished run, as far as a push looks at it."""
+    """The files of a finished run that a push reads."""
     config = Config(model=tiny_model)
     config = dataclasses.replace(
         config,
@@ -106,7 +106,7 @@ def test_a_pushed_model_can_be_loaded(
 
     assert same_as_the_run()
     assert main(["info", "hf:me/tiny"]) == 0
-    turn_to("http://127.0.0.1:9", monkeypatch)
+    redirect("http://127.0.0.1:9", monkeypatch)
     assert same_as_the_run()  # from the cache, without the hub
     with pytest.raises(CheckpointError, match=r"^hf:me/other: .*not cached"):
         vitrail.load("hf:me/other")

@@ -40,7 +40,7 @@ def pictures(config: ModelConfig, count: int = 11) -> Tensor:
 
 
 class Staring:
-    """Has the given attention: only what head_statistics() reads of a model is defined."""
+    """A mock model with the given attention, as far as head_statistics() reads it."""
 
     def __init__(self, config: ModelConfig, attentions: list[Tensor]) -> None:
         self.config, self.attentions = config, attentions
@@ -88,7 +88,7 @@ def test_filters_of_several_convolutions_reach_over_the_patch(tiny_model: ModelC
     assert tiles_KHWC.min() >= 0
 
 
-def test_looking_at_filters_leaves_no_gradient(tiny_model: ModelConfig) -> None:
+def test_reading_filters_leaves_no_gradient(tiny_model: ModelConfig) -> None:
     model = build(tiny_model)
     assert not patch_filters(model).tiles_KHWC.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -129,7 +129,7 @@ def test_distances_between_patches_in_pixels(tiny_model: ModelConfig) -> None:
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_a_head_that_looks_at_the_next_patch(pool: str) -> None:
-    """Two patches of 4 pixels side by side: one head stays, one crosses, one looks half each."""
+    """Two patches of 4 pixels side by side; heads attend to themselves, to the other, to both."""
     config = ModelConfig(image_size=(4, 8), n_classes=2, patch_size=4, pool=pool)
     stay, cross = torch.eye(2), torch.eye(2).flip(0)
     attention_ATT = torch.stack([stay, cross, (stay + cross) / 2])
@@ -151,17 +151,17 @@ def test_a_head_that_looks_at_the_next_patch(pool: str) -> None:
     assert found.entropy_BLA[0, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_looking_at_everything_alike(tiny_model: ModelConfig) -> None:
+def test_uniform_attention(tiny_model: ModelConfig) -> None:
     model = build(tiny_model)
     for block in model.blocks:
         torch.nn.init.zeros_(block.attention.qkv.weight)
     images_BCHW = pictures(tiny_model)
-    insides = inspect_model(model, images_BCHW)
-    heads = insides.heads
+    inspected = inspect_model(model, images_BCHW)
+    heads = inspected.heads
     assert heads is not None
     assert heads.images == len(images_BCHW)
     assert heads.entropy_LA.flatten().tolist() == pytest.approx([math.log(36)] * 6)
-    assert heads.distance_LA.flatten().tolist() == pytest.approx([insides.distance_uniform] * 6)
+    assert heads.distance_LA.flatten().tolist() == pytest.approx([inspected.distance_uniform] * 6)
     assert heads.distance_half_LA.abs().max() < 1e-4
     each = head_statistics(model, images_BCHW)
     torch.testing.assert_close(each.distance_BLA.mean(0), heads.distance_LA)
@@ -170,10 +170,10 @@ def test_looking_at_everything_alike(tiny_model: ModelConfig) -> None:
 
 def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:
     model, images_BCHW = build(tiny_model), pictures(tiny_model)
-    whole = head_statistics(model, images_BCHW, chunk=4)
+    batch = head_statistics(model, images_BCHW, chunk=4)
     alone = head_statistics(model, images_BCHW[5, None])
-    torch.testing.assert_close(whole.distance_BLA[5], alone.distance_BLA[0])
-    torch.testing.assert_close(whole.entropy_BLA[5], alone.entropy_BLA[0])
+    torch.testing.assert_close(batch.distance_BLA[5], alone.distance_BLA[0])
+    torch.testing.assert_close(batch.entropy_BLA[5], alone.entropy_BLA[0])
 
 
 def test_entropy_of_the_reference_systems_attention(reference: Path) -> None:
@@ -185,7 +185,7 @@ def test_entropy_of_the_reference_systems_attention(reference: Path) -> None:
     np.testing.assert_allclose(entropy_LA.numpy(), expected_LA, atol=1e-4)
 
 
-# All of it
+# The complete report
 
 
 CONFIGS = {
@@ -200,15 +200,15 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_insides_are_drawn_and_are_numbers(
+def test_an_inspection_is_drawn_and_has_numbers(
     tmp_path: Path, tiny_model: ModelConfig, changes: dict[str, object]
 ) -> None:
     config = replace(tiny_model, **changes)
-    insides = inspect_model(build(config), pictures(config), chunk=4)
-    draw_inspection(insides, tmp_path / "insides.png")
-    with Image.open(tmp_path / "insides.png") as picture:
+    inspected = inspect_model(build(config), pictures(config), chunk=4)
+    draw_inspection(inspected, tmp_path / "inspection.png")
+    with Image.open(tmp_path / "inspection.png") as picture:
         assert min(picture.size) > 900
-    numbers = insides.to_json()
+    numbers = inspected.to_json()
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
     layers, heads = config.n_layers, config.n_attention_heads
     for name in ("attention_distance_pixels", "attention_entropy_nats"):
@@ -220,11 +220,11 @@ def test_without_images_filters_and_positions_are_still_drawn(
     tmp_path: Path, tiny_model: ModelConfig
 ) -> None:
     model = build(tiny_model)
-    insides, whole = inspect_model(model, None), inspect_model(model, pictures(tiny_model))
-    draw_inspection(insides, tmp_path / "insides.png")
-    with Image.open(tmp_path / "insides.png") as picture:
+    without, with_images = inspect_model(model, None), inspect_model(model, pictures(tiny_model))
+    draw_inspection(without, tmp_path / "inspection.png")
+    with Image.open(tmp_path / "inspection.png") as picture:
         assert picture.width > 900
-    numbers, more = insides.to_json(), whole.to_json()
+    numbers, more = without.to_json(), with_images.to_json()
     assert {name: more[name] for name in numbers} == numbers
     missing = set(more) - set(numbers)
     assert missing == {"images", *(name for name in more if "half_interval" in name),
@@ -246,9 +246,9 @@ def test_what_cannot_be_inspected_or_written_is_refused(
         head_statistics(model, pictures(tiny_model, 0))
     with pytest.raises(DataError, match="9 images are too few"):
         inspect_model(model, pictures(tiny_model, 9))
-    insides = inspect_model(model, pictures(tiny_model))
+    inspected = inspect_model(model, pictures(tiny_model))
     with pytest.raises(OutputError, match="absent"):
-        draw_inspection(insides, tmp_path / "absent" / "insides.png")
+        draw_inspection(inspected, tmp_path / "absent" / "inspection.png")
 
 
 @pytest.mark.slow

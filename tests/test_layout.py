@@ -36,7 +36,7 @@ def trees(root: Path) -> dict[str, str]:
         ("train-images", "dev-images", "test-images"),
     ],
 )
-def test_split_folders_are_known_by_their_usual_names(
+def test_split_folders_are_recognized_by_their_usual_names(
     tmp_path: Path, train: str, validation: str, test: str
 ) -> None:
     for name in (train, validation, test):
@@ -53,7 +53,7 @@ def test_a_repeated_folder_of_an_archive_is_entered_once(tmp_path: Path) -> None
     assert trees(root) == {"train": "mri/train"}
 
 
-def test_classes_are_one_tree(tmp_path: Path) -> None:
+def test_classes_in_one_tree(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.png", "dog/deeper/1.png", "test strip/1.png", "notes.txt")
     assert trees(tmp_path) == {"train": "."}
     assert find_layout(tmp_path).one_tree

@@ -1,4 +1,4 @@
-"""Apple's MPS, by a stand-in: no float64 and no eigenvectors, and still everything works."""
+"""Everything works on a simulated Apple MPS, without float64 and eigenvectors."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ FEW = {
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A device that is there and that runs choose."""
+    """An available device, chosen by runs."""
     for module in (hardware, pretrained):
         monkeypatch.setattr(module, "choose_device", lambda _: DEVICE)
     states = {"get_rng_state": lambda: torch.zeros(1), "set_rng_state": id, "manual_seed": id}
@@ -50,7 +50,7 @@ def trained(config: Config, folder: Path) -> Run:
     return run
 
 
-def test_the_stand_in_refuses_what_the_device_cannot_do(device: torch.device) -> None:
+def test_the_simulation_refuses_what_the_device_cannot_do(device: torch.device) -> None:
     there = torch.ones(2, 3).to(device)
     assert isinstance(there, DeviceTensor)
     assert there.cpu().tolist() == [[1.0] * 3] * 2
@@ -74,7 +74,7 @@ def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         Figure, "savefig", lambda *_, **__: None
-    )  # pictures are no matter of devices, and take long
+    )  # plots do not depend on the device, and take long
     few = "--num_train_images 60 --validation_images 20 --num_test_images 12 --batch_size 30"
     assert main(["train", *few.split(), "--preset", "quick", "--epochs", "1"]) == 0
     assert json.loads(Path("output/quick/env.json").read_text())["device"].startswith("mps")
@@ -110,7 +110,7 @@ def test_every_other_part_of_training_runs_and_resumes(
         },
     }  # fmt: skip
     config = dataclasses.replace(from_json(sections, Config()), augment=augment)
-    whole = trained(config, tmp_path / "whole")
+    one_go = trained(config, tmp_path / "one-go")
     (tmp_path / "parts").mkdir()
     first = Run.start(config, tmp_path / "parts")
     next(first.train())
@@ -118,8 +118,8 @@ def test_every_other_part_of_training_runs_and_resumes(
     second = Run.resume(tmp_path / "parts", first.config)
     for _ in second.train():
         pass
-    assert second.state.step == whole.state.step == 6
-    for name, tensor in whole.state.weights().items():
+    assert second.state.step == one_go.state.step == 6
+    for name, tensor in one_go.state.weights().items():
         assert torch.equal(tensor.cpu(), second.state.weights()[name].cpu()), name
 
 

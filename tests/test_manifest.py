@@ -64,7 +64,7 @@ def test_the_split_depends_on_names_only(pictures: Path, tmp_path: Path) -> None
     assert scan(copy).files == scan(pictures).files
 
 
-def test_validation_images_are_stratified_and_may_be_none(pictures: Path) -> None:
+def test_validation_images_are_stratified_and_optional(pictures: Path) -> None:
     assert counts(scan(pictures, 12))["ant"][1] == 8
     assert sum(row[1] for row in counts(scan(pictures, 12)).values()) == 12
     assert names(scan(pictures, 0), "validation") == set()
@@ -93,7 +93,7 @@ def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     assert counts(scan(tmp_path)) == {"cat": [5, 1, 0], "dog": [6, 0, 0]}
 
 
-def test_what_is_left_out_is_counted_and_named(pictures: Path) -> None:
+def test_skipped_files_are_counted_and_named(pictures: Path) -> None:
     (pictures / "ant/notes.txt").write_text("")
     (pictures / "bee/film.mp4").write_text("")
     (pictures / "bee/other.MP4").write_text("")
@@ -117,9 +117,7 @@ def test_what_is_left_out_is_counted_and_named(pictures: Path) -> None:
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], "class 'c' is not among the training"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(
-    tmp_path: Path, make: list[str], message: str
-) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, make: list[str], message: str) -> None:
     for name in make:
         path = draw(tmp_path / name)
         if path.suffix == ".txt":
@@ -128,7 +126,7 @@ def test_what_cannot_be_trained_on_is_refused(
         scan(tmp_path)
 
 
-def test_a_manifest_survives_its_file(pictures: Path, tmp_path: Path) -> None:
+def test_a_manifest_round_trips_through_its_file(pictures: Path, tmp_path: Path) -> None:
     draw(pictures / "ant" / os.fsdecode(b"\xff odd \xe9.png"))
     (pictures / "ant/notes.txt").write_text("")
     manifest = scan(pictures).with_fingerprints(2)
@@ -215,8 +213,8 @@ def test_all_of_another_folder_is_evaluated(
     for number in range(9):
         draw(tmp_path / "other/bee" / f"{number}.png", 200 + number)
     other = trained_on(tmp_path / "other")
-    whole = choose_manifest(other, trained_on(pictures), known, "test", known.classes)
-    assert counts(whole) == {"ant": [0, 0, 0], "bee": [0, 0, 9], "cat": [0, 0, 0],
+    chosen = choose_manifest(other, trained_on(pictures), known, "test", known.classes)
+    assert counts(chosen) == {"ant": [0, 0, 0], "bee": [0, 0, 9], "cat": [0, 0, 0],
                              "dog": [0, 0, 0]}  # fmt: skip
     assert caplog.messages == []
     learned = sorted(known.paths("train"))[0]
@@ -244,5 +242,5 @@ def test_without_a_manifest_only_the_training_folder_is_split_again(
     classes = scan(pictures).classes
     assert choose_manifest(trained, trained, None, "test", classes) == scan(pictures)
     shutil.copytree(pictures, tmp_path / "copy")
-    whole = choose_manifest(trained_on(tmp_path / "copy"), trained, None, "test", classes)
-    assert len(whole.files["test"]) == 63
+    chosen = choose_manifest(trained_on(tmp_path / "copy"), trained, None, "test", classes)
+    assert len(chosen.files["test"]) == 63

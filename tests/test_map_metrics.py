@@ -1,4 +1,4 @@
-"""Measures of maps on cases worked by hand, and the table's honesty about what beats nothing."""
+"""Map metrics on cases worked by hand, and the table's comparison with control maps."""
 
 import json
 import math
@@ -138,7 +138,7 @@ def test_a_uniform_map_has_its_mass_everywhere() -> None:
 
 
 @pytest.mark.parametrize("fill", ["mean", "blur"])
-def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(fill: str) -> None:
+def test_a_correct_map_deletes_and_inserts_at_once(fill: str) -> None:
     curves = deletion_insertion(
         OnePatch(), bright_patch(), map_of({PLACE: 1.0}), torch.tensor([1]),
         fill=fill, steps=99,
@@ -151,7 +151,7 @@ def test_a_map_that_names_the_one_patch_deletes_and_inserts_at_once(fill: str) -
     assert insertion_B.item() == pytest.approx(0.9 - 0.7 / 2 / 15)
 
 
-def test_a_map_that_names_it_last_does_the_reverse() -> None:
+def test_a_reversed_map_does_the_opposite() -> None:
     curves = deletion_insertion(
         OnePatch(), bright_patch(), map_of({PLACE: -1.0}), torch.tensor([1]), fill="mean"
     )
@@ -173,7 +173,7 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
     maps_BGJ = random_maps((count, 3, 5), torch.Generator().manual_seed(3))
     classes_B = torch.arange(count) % 2
     arguments = {"fill": "mean", "steps": 6}
-    whole = deletion_insertion(
+    batch = deletion_insertion(
         model, bright_patch(count), maps_BGJ, classes_B, **arguments, batch_size=30
     )
     assert max(model.batches) <= 30
@@ -182,8 +182,8 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
         one = deletion_insertion(
             model, bright_patch(1), maps_BGJ[index, None], classes_B[index, None], **arguments
         )
-        assert torch.equal(one.deletion_BS[0], whole.deletion_BS[index])
-        assert torch.equal(one.insertion_BS[0], whole.insertion_BS[index])
+        assert torch.equal(one.deletion_BS[0], batch.deletion_BS[index])
+        assert torch.equal(one.insertion_BS[0], batch.insertion_BS[index])
 
 
 def test_equal_patches_follow_in_a_shuffled_order() -> None:
@@ -209,7 +209,7 @@ def test_fills_are_the_mean_color_and_a_blur() -> None:
     torch.testing.assert_close(map_metrics.blur(flat_1CHW, 3.0), flat_1CHW)
 
 
-def test_maps_that_are_no_numbers_are_refused() -> None:
+def test_maps_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
         map_metrics.rank_patches(torch.full((1, 3, 5), math.nan))
 
@@ -217,7 +217,7 @@ def test_maps_that_are_no_numbers_are_refused() -> None:
 # Controls
 
 
-def test_controls_know_nothing() -> None:
+def test_control_maps_do_not_depend_on_the_model() -> None:
     drawn = random_maps((4, 3, 5), torch.Generator().manual_seed(1))
     assert drawn.shape == (4, 3, 5)
     assert len(drawn.unique()) == 60
@@ -249,7 +249,7 @@ def test_interval_of_a_mean() -> None:
         half_width(torch.rand(9))
 
 
-def test_a_difference_is_sure_only_where_its_interval_is_above_zero() -> None:
+def test_a_difference_is_significant_only_if_its_interval_is_above_zero() -> None:
     differences_B = torch.tensor([1.0, -1.0] * 10) + 0.5
     low = 0.5 - half_width(differences_B).item()
     assert low > 0
@@ -314,8 +314,8 @@ def test_methods_then_controls_are_scored_by_every_measure(scores: list[Score]) 
             assert estimate.low <= estimate.mean <= estimate.high
         assert len(score.shares) == len(score.curves["deletion_mean"]) == 5
         assert set(score.beats) == (set() if score.is_control else set(MEASURES))
-    whole = {score.curves["deletion_mean"][0] for score in scores}
-    assert len(whole) == 1, "nothing is deleted at the start"
+    starts = {score.curves["deletion_mean"][0] for score in scores}
+    assert len(starts) == 1, "nothing is deleted at the start"
     json.dumps([score.to_json() for score in scores], allow_nan=False)
 
 

@@ -54,7 +54,7 @@ def images_BCHW() -> Tensor:
 
 
 def head_row(flow_BTT: Tensor, pool: str) -> Tensor:
-    """What the head reads of a flow, said once more: (B, 5, 7)."""
+    """What the head reads of a flow, written independently: (B, 5, 7)."""
     row_BN = flow_BTT[:, 0, 1:] if pool == "cls" else flow_BTT.mean(1)
     return row_BN.reshape(-1, 5, 7)
 
@@ -214,13 +214,13 @@ def test_a_batch_equals_single_calls(
     make_model: MakeModel, images_BCHW: Tensor, pool: str, method: Method
 ) -> None:
     model = make_model(pool)
-    whole = compute_maps(model, images_BCHW, MapSettings(method=method, chunk=3))
+    batch = compute_maps(model, images_BCHW, MapSettings(method=method, chunk=3))
     for index in range(5):
         image_BCHW = images_BCHW[index : index + 1]
         single = compute_maps(model, image_BCHW, MapSettings(method=method))
-        fields = (whole.values_BLGJ, whole.logits_BY, whole.classes_B)
+        fields = (batch.values_BLGJ, batch.logits_BY, batch.classes_B)
         values_BLGJ, logits_BY, classes_B = (field[index : index + 1] for field in fields)
-        assert_same(Maps(values_BLGJ, whole.layers, logits_BY, classes_B), single)
+        assert_same(Maps(values_BLGJ, batch.layers, logits_BY, classes_B), single)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -270,7 +270,7 @@ def test_the_callers_gradient_mode_does_not_matter(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_explaining_leaves_the_model_as_it_was(
+def test_explaining_does_not_change_the_model(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
     model = make_model()
@@ -381,7 +381,7 @@ def test_early_logits_are_those_of_shorter_models(
         ({"method": "occlusion", "query": (0, 0)}, ["query", "occlusion", "hides patches"]),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], words: list[str]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
         MapSettings(**settings)
     for word in words:
@@ -400,7 +400,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], words: list[s
         ({"query": (-1, 0)}, "a row from 0 to 4"),
     ],
 )
-def test_what_the_model_lacks_is_refused(
+def test_layers_and_heads_that_do_not_exist_are_refused(
     make_model: MakeModel, images_BCHW: Tensor, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -417,7 +417,7 @@ def test_what_the_model_lacks_is_refused(
         (torch.zeros(5), "classes_B is torch.float32"),
     ],
 )
-def test_classes_that_cannot_be_are_refused(
+def test_invalid_classes_are_refused(
     make_model: MakeModel, images_BCHW: Tensor, classes_B: Tensor, words: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:

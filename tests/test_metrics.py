@@ -95,7 +95,7 @@ def test_every_module_gets_its_mode_back_even_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("n_classes", [3, 11])
-def test_figures_agree_with_torchmetrics(n_classes: int) -> None:
+def test_scores_agree_with_torchmetrics(n_classes: int) -> None:
     logits, labels = answers(n_classes)
     metrics = measure(logits, labels, classes=names(n_classes))
     given = {"preds": logits, "target": labels, "num_classes": n_classes}
@@ -119,7 +119,7 @@ def test_figures_agree_with_torchmetrics(n_classes: int) -> None:
         assert metrics.top5_accuracy == pytest.approx(top5.item())
 
 
-def test_no_library_that_a_test_does_not_need_can_break_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_torchvision_does_not_affect_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     # A torchvision of another torch raises when it is imported, and torchmetrics imports it.
     for name in [
         name for name in sys.modules if name.split(".")[0] in ("torchmetrics", "torchvision")
@@ -140,7 +140,7 @@ def test_rows_of_the_confusion_matrix_are_the_true_classes() -> None:
     assert metrics.precision_Y == pytest.approx((1, 1 / 3, 1))
 
 
-def test_absent_and_never_predicted_classes_have_no_figure() -> None:
+def test_absent_and_never_predicted_classes_have_no_score() -> None:
     guesses, labels = torch.tensor([0, 0, 3, 3]), torch.tensor([0, 1, 0, 0])
     metrics = measure(torch.eye(5)[guesses], labels, classes=names(5))
     assert metrics.recall_Y == (pytest.approx(1 / 3), 0.0, None, None, None)
@@ -149,7 +149,7 @@ def test_absent_and_never_predicted_classes_have_no_figure() -> None:
     assert metrics.macro_precision == pytest.approx((0.5 + 0) / 2)
 
 
-def test_a_single_image_sure_of_itself_is_in_the_last_bin() -> None:
+def test_a_confidence_of_one_is_in_the_last_bin() -> None:
     metrics = measure(torch.tensor([[0.0, 500.0]]), torch.tensor([1]), classes=names(2))
     assert metrics.accuracy == 1
     assert metrics.expected_calibration_error == 0
@@ -192,7 +192,7 @@ def test_quick_scores_are_those_of_measure() -> None:
     assert quick_scores(logits, labels) == (metrics.accuracy, metrics.loss)
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_invalid_logits_and_labels_are_refused() -> None:
     nothing = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     with pytest.raises(DataError, match="no images"):
         measure(*nothing, classes=names(3))

@@ -1,4 +1,4 @@
-"""The Vision Transformer: shapes, the two forwards, initialisation, what is refused."""
+"""The Vision Transformer: shapes, the two forwards, initialization, what is refused."""
 
 import dataclasses
 import itertools
@@ -95,7 +95,7 @@ def test_gradients_reach_the_attention_that_was_used(tiny_model: ModelConfig) ->
         assert gradient.abs().sum() > 0
 
 
-def test_a_model_sees_where_a_patch_is(tiny_model: ModelConfig) -> None:
+def test_a_model_depends_on_the_position_of_a_patch(tiny_model: ModelConfig) -> None:
     images_BCHW = torch.randn(1, 3, 20, 28)
     turned_BCHW = images_BCHW.roll(4, dims=3)
     for position in ("learned", "sincos", "rope"):
@@ -124,7 +124,7 @@ def test_sincos_positions_are_all_different() -> None:
     assert distances_NN.fill_diagonal_(1.0).min() > 0.1
 
 
-def test_initialisation_is_the_references(tiny_model: ModelConfig) -> None:
+def test_initialization_is_the_references(tiny_model: ModelConfig) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(dataclasses.replace(tiny_model, embed_dim=96))
     for name, parameter in model.named_parameters():
@@ -168,12 +168,12 @@ def test_stochastic_depth_rises_from_the_first_block_to_the_last(tiny_model: Mod
         assert [path.probability for path in paths] == pytest.approx(expected)
 
 
-def test_blocks_start_different(tiny_model: ModelConfig) -> None:
+def test_blocks_have_different_initial_weights(tiny_model: ModelConfig) -> None:
     first, second = VisionTransformer(tiny_model).blocks
     assert not torch.equal(first.mlp.fc1.weight, second.mlp.fc1.weight)
 
 
-def test_a_block_whose_branches_are_silent_is_the_identity() -> None:
+def test_a_block_with_zero_branches_is_the_identity() -> None:
     block = Block(24, 3, 36, dropout=0.0, drop_path=0.0)
     for layer in (block.attention.out_projection, block.mlp.fc2):
         nn.init.zeros_(layer.weight)
@@ -182,7 +182,7 @@ def test_a_block_whose_branches_are_silent_is_the_identity() -> None:
     assert torch.equal(block(tokens_BTD)[0], tokens_BTD)
 
 
-def test_dropout_zeroes_the_share_asked_for_and_keeps_the_mean() -> None:
+def test_dropout_zeroes_the_given_fraction_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     dropout, ones = Dropout(0.3), torch.ones(101, 997)
     dropped = dropout(ones)
@@ -191,7 +191,7 @@ def test_dropout_zeroes_the_share_asked_for_and_keeps_the_mean() -> None:
     assert torch.equal(dropout.eval()(ones), ones)
 
 
-def test_drop_path_drops_whole_images() -> None:
+def test_drop_path_drops_all_values_of_an_image() -> None:
     torch.manual_seed(0)
     path = DropPath(0.4)
     kept_B = path(torch.ones(997, 3, 5)).flatten(1)
@@ -221,7 +221,7 @@ def test_drop_path_drops_whole_images() -> None:
         ({"forward_mul": 0.01}, ["forward_mul"]),
     ],
 )
-def test_impossible_models_are_refused_with_the_remedy(
+def test_invalid_models_are_refused_with_a_remedy(
     tiny_model: ModelConfig, changes: dict[str, object], words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -241,7 +241,9 @@ def test_impossible_models_are_refused_with_the_remedy(
         (8, (5, 7, 9, 11), 2),
     ],
 )
-def test_the_stem_halves_first(patch_size: int, channels: tuple[int, ...], poolings: int) -> None:
+def test_each_early_convolution_of_the_stem_is_followed_by_pooling(
+    patch_size: int, channels: tuple[int, ...], poolings: int
+) -> None:
     config = ModelConfig(
         image_size=(16, 24), patch_size=patch_size, embed_dim=12, n_classes=3, stem="conv",
         stem_channels=channels,
@@ -261,12 +263,12 @@ def test_the_stem_halves_first(patch_size: int, channels: tuple[int, ...], pooli
 
 
 @pytest.mark.parametrize("n_channels", [1, 3])
-def test_white_patches_are_white(n_channels: int) -> None:
-    images_BCHW = torch.randn(300, n_channels, 12, 12).cumsum(2).cumsum(3)  # neighbours alike
+def test_white_patches_have_unit_covariance(n_channels: int) -> None:
+    images_BCHW = torch.randn(300, n_channels, 12, 12).cumsum(2).cumsum(3)  # correlated neighbors
     patches = WhitePatches(n_channels)
     patches.whiten(images_BCHW)
     assert not patches.weight.requires_grad
-    responses_BEGJ = patches(images_BCHW)[:, :, 1:-1, 1:-1]  # without those that see the border
+    responses_BEGJ = patches(images_BCHW)[:, :, 1:-1, 1:-1]  # without those at the border
     n = 8 * n_channels
     torch.testing.assert_close(responses_BEGJ[:, :n], -responses_BEGJ[:, n:])
     responses_RE = responses_BEGJ[:, :n].transpose(0, 1).flatten(1).T

@@ -1,4 +1,4 @@
-"""The model as a word, the same options and messages in every command."""
+"""The model argument: the same options and messages in every command."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_is_a_word_or_a_flag(
+def test_a_model_is_an_argument_or_a_flag(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
@@ -45,7 +45,7 @@ def test_a_model_is_a_word_or_a_flag(
     assert "an ONNX file can only predict" in capsys.readouterr().err
 
 
-def test_info_says_first_how_good_a_model_is(
+def test_info_starts_with_the_accuracy_of_a_model(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)

@@ -21,7 +21,7 @@ def loss(parameters: list[nn.Parameter]) -> Tensor:
     return sum((p.cos() * p).sum() for p in parameters)  # type: ignore[return-value]
 
 
-def test_it_steps_as_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_equal_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's iteration in float32, too: how bfloat16 is rounded differs between processors.
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     ours, theirs = weights(), weights()
@@ -42,7 +42,7 @@ def test_it_steps_as_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert moved > 0.1
 
 
-def test_the_products_are_in_the_format_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_products_use_the_given_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     formats: set[torch.dtype] = set()
     multiply = Tensor.__matmul__
 
@@ -62,7 +62,7 @@ def test_the_products_are_in_the_format_asked_for(monkeypatch: pytest.MonkeyPatc
         assert formats == {dtype}
 
 
-def test_a_kernel_steps_as_the_matrix_of_its_rows() -> None:
+def test_a_kernel_is_treated_as_a_matrix() -> None:
     matrix = weights()[:1]
     kernel = [nn.Parameter(matrix[0].detach().clone().view(7, 5, 1, 1))]
     for parameters in (matrix, kernel):
@@ -75,7 +75,7 @@ def test_a_kernel_steps_as_the_matrix_of_its_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 7, 13), (3, 13, 7)])
-def test_singular_values_come_near_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_singular_values_become_nearly_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonalize(matrices, dtype))
     assert values.shape == (shape[0], 7)
@@ -94,7 +94,7 @@ def test_a_zero_gradient_moves_nothing() -> None:
         assert torch.equal(now, then)
 
 
-def test_weights_without_gradient_are_left_alone() -> None:
+def test_weights_without_gradient_do_not_change() -> None:
     parameters = weights()
     optimizer = Muon(parameters, lr=0.1, weight_decay=0.5)
     optimizer.step()

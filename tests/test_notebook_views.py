@@ -1,4 +1,4 @@
-"""What objects look like where Python shows them: one line; in a notebook the picture itself."""
+"""Representations of objects: one line; in a notebook, the picture itself."""
 
 import base64
 import io
@@ -107,5 +107,5 @@ def test_predictions_are_lists_and_bars_in_a_notebook(classifier: Classifier) ->
     assert many._repr_html_().endswith("<p>and 10 more pictures</p>")  # type: ignore[attr-defined]
 
 
-def test_the_package_says_its_version() -> None:
+def test_the_package_has_a_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", vitrail.__version__)

@@ -1,4 +1,4 @@
-"""ONNX files predict without torch; made here by hand, so that no export takes its seconds."""
+"""ONNX files predict without torch; written by hand here, since an export takes seconds."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_pictures_are_normalised_as_the_metadata_say(images_file: Path) -> None:
+def test_pictures_are_normalized_as_the_metadata_say(images_file: Path) -> None:
     classifier = load_onnx(images_file, threads=1)
     raw_HWC = np.random.default_rng(3).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     means_C = (raw_HWC / 255).mean(axis=(0, 1))
@@ -80,7 +80,7 @@ def test_pictures_are_normalised_as_the_metadata_say(images_file: Path) -> None:
     assert [p.probability for p in top] == pytest.approx(sorted(expected, reverse=True), rel=1e-5)
 
 
-def test_a_file_that_takes_bytes_gets_bytes(tmp_path: Path) -> None:
+def test_a_file_with_uint8_input_gets_bytes(tmp_path: Path) -> None:
     metadata = write_metadata(CONFIG, CLASSES, "raw")
     classifier = load_onnx(write_model(tmp_path / "raw.onnx", "raw", metadata), threads=1)
     raw_BHWC = np.random.default_rng(4).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
@@ -89,7 +89,7 @@ def test_a_file_that_takes_bytes_gets_bytes(tmp_path: Path) -> None:
     assert classifier.predict([]) == []
 
 
-def test_the_metadata_come_back(images_file: Path) -> None:
+def test_the_metadata_round_trips(images_file: Path) -> None:
     classifier = load_onnx(images_file, threads=1)
     assert (classifier.config.model, classifier.classes) == (CONFIG.model, CLASSES)
     assert (classifier.config.data.mean, classifier.config.data.std) == (
@@ -98,7 +98,7 @@ def test_the_metadata_come_back(images_file: Path) -> None:
     assert classifier.config.data.fit == "pad"
 
 
-def test_nothing_of_the_machine_is_in_the_metadata() -> None:
+def test_the_metadata_contains_no_local_paths() -> None:
     config = Config(data=DataConfig(data_path=Path("/home/somebody/secret")))
     assert "secret" not in str(write_metadata(config, CLASSES, "images"))
 
@@ -114,7 +114,7 @@ def test_nothing_of_the_machine_is_in_the_metadata() -> None:
         ({"fit": "stretch"}, "its metadata is corrupt: fit"),
     ],
 )
-def test_metadata_that_cannot_be_are_refused(change: dict[str, str | None], message: str) -> None:
+def test_invalid_metadata_is_refused(change: dict[str, str | None], message: str) -> None:
     metadata = {**write_metadata(CONFIG, CLASSES, "images"), **change}
     metadata = {name: value for name, value in metadata.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
@@ -140,7 +140,7 @@ def test_other_files_are_refused(tmp_path: Path, images_file: Path) -> None:
         wrong.predict(np.zeros((8, 12, 3), np.uint8))
 
 
-def test_a_device_that_is_not_there_is_refused(images_file: Path) -> None:
+def test_an_unavailable_device_is_refused(images_file: Path) -> None:
     with pytest.raises(ConfigError, match="device mps is not available to onnxruntime, only cpu"):
         load_onnx(images_file, device="mps")
 

@@ -59,7 +59,7 @@ def test_write_page_returns_the_bytes_written(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "page.html").stat().st_size == written
 
 
-def test_attention_survives_a_byte_an_entry() -> None:
+def test_attention_is_accurate_with_one_byte_per_entry() -> None:
     attention_LATT = make_data().attention_LATT
     levels = np.frombuffer(base64.b64decode(encode_attention(attention_LATT)), np.uint8)
     squares_LATT = levels.reshape(attention_LATT.shape).astype(float) ** 2
@@ -110,7 +110,7 @@ def test_hostile_names_and_titles_stay_text() -> None:
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&amp;{{DATA}}\ufffd\ufffd" in page
 
 
-def test_a_name_that_is_no_unicode_can_be_written() -> None:
+def test_a_name_that_is_not_unicode_can_be_written() -> None:
     page = make_page(make_data(classes=("cat", "\udcff", "eel"), title="\udcff.png")).decode()
     assert "\ufffd.png" in page
 
@@ -138,7 +138,7 @@ def test_nothing_in_the_page_points_outside() -> None:
     assert "https://" not in page
 
 
-def test_a_small_picture_stays_as_it_is_to_the_byte() -> None:
+def test_a_small_picture_is_embedded_unchanged() -> None:
     data = make_data()
     page = make_page(data).decode()
     assert f"data:image/png;base64,{base64.b64encode(data.picture_png).decode()}" in page
@@ -186,6 +186,6 @@ def test_color_maps_are_matplotlibs() -> None:
         ("logits_Y", np.array([0, np.inf, 0]), "logits_Y holds values"),
     ],
 )
-def test_sizes_that_disagree_are_refused(field: str, value: object, words: str) -> None:
+def test_inconsistent_sizes_are_refused(field: str, value: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(make_data(), **{field: value})

@@ -1,4 +1,4 @@
-"""The page in a real browser. Each test ends by asking: did it stay quiet, and load nothing?"""
+"""The page in a real browser. Each test ends by checking that nothing was logged or loaded."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
-    """Open a page of some data with its numbers unfolded; check at the end that it was quiet."""
+    """Open a page with its table of numbers expanded; check at the end that nothing was logged."""
     noises: list[str] = []
     requests: list[str] = []
     path = tmp_path / "page.html"
@@ -103,7 +103,7 @@ def rollout_of(attention_LATT: np.ndarray, layers: int) -> np.ndarray:
     return flow_TT
 
 
-def test_it_opens_on_the_prediction_and_what_the_class_token_reads(open_page: Open) -> None:
+def test_it_opens_on_the_prediction_and_the_class_token(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
     assert page.title() == "a picture"
@@ -114,7 +114,7 @@ def test_it_opens_on_the_prediction_and_what_the_class_token_reads(open_page: Op
     assert page.inner_text("#answer").startswith("The class token")
 
 
-def test_with_mean_pooling_all_patches_are_asked(open_page: Open) -> None:
+def test_with_mean_pooling_all_patches_are_queried(open_page: Open) -> None:
     data = make_data(class_token=False)
     page = open_page(data)
     assert_shows(page, data.attention_LATT[3].mean(0).mean(0))
@@ -130,7 +130,7 @@ def test_a_mean_beside_a_class_token_leaves_it_out(open_page: Open) -> None:
     assert page.inner_text("#answer").startswith("The mean of all patches")
 
 
-def test_hovering_asks_a_patch_and_leaving_lets_go(open_page: Open) -> None:
+def test_hovering_selects_a_patch_until_the_pointer_leaves(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
     hover(page, 4)
@@ -151,7 +151,7 @@ def test_clicking_keeps_a_patch_until_it_is_clicked_again(open_page: Open) -> No
     assert_shows(page, data.attention_LATT[3].mean(0)[0, 1:])
 
 
-def test_the_other_direction_shows_what_looks_at_a_patch(open_page: Open) -> None:
+def test_the_other_direction_shows_which_patches_attend_to_the_query(open_page: Open) -> None:
     data = make_data()
     page = open_page(data)
     choose(page, "attended to by")
@@ -307,7 +307,7 @@ def test_play_goes_through_the_layers(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "grid_GJ"), [("light", (2, 3)), ("dark", (14, 13))])
-def test_a_phone_never_scrolls_sideways_and_taps_ask(
+def test_on_a_phone_nothing_scrolls_sideways_and_taps_select(
     open_page: Open, scheme: str, grid_GJ: tuple[int, int]
 ) -> None:
     data = make_data(grid_GJ=grid_GJ, maps={}, classes=("cat", HOSTILE * 3, "eel"), title="x" * 90)
@@ -332,7 +332,7 @@ def test_dark_and_light_differ_and_text_stands_out(open_page: Open) -> None:
         assert (ink < 60 and paper > 220) if scheme == "light" else (ink > 220 and paper < 60)
 
 
-def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
+def test_hostile_names_are_shown_as_text(open_page: Open) -> None:
     data = make_data(classes=("cat", HOSTILE, "eel"), title=HOSTILE)
     page = open_page(data)
     assert page.title().startswith("</script><img")
@@ -340,7 +340,7 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
     assert page.locator("img").count() == 1
 
 
-def test_what_was_cut_off_is_gray_and_padding_is_held(open_page: Open) -> None:
+def test_cropped_margins_are_gray_and_padding_is_ignored(open_page: Open) -> None:
     page = open_page(make_data(box=(4, 0, 24, 20)))
     assert page.locator(".unseen").count() == 2
     seen, stage = (page.locator(f"#{name}").bounding_box() for name in ("seen", "stage"))

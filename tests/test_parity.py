@@ -1,4 +1,4 @@
-"""Equal logits: our models beside timm's and Hugging Face's own, weights in and weights out.
+"""Equal logits: Vitrail and timm or Hugging Face, importing and exporting weights.
 
 Skipped where those libraries are not installed. The largest difference is printed (pytest -s).
 """
@@ -22,7 +22,7 @@ from vitrail.weights.checkpoint import CheckpointInfo
 from vitrail.weights.formats.convert import write_foreign
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
-"""Those libraries warn, and take a while to import; neither is ours to fix."""
+"""Those libraries emit warnings, and take a while to import."""
 TOLERANCE = 1e-5
 
 
@@ -31,7 +31,7 @@ def peer(name: str) -> ModuleType:
     return pytest.importorskip(name, exc_type=ImportError)
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Draw every parameter anew, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(5)
     for tensor in model.parameters():
@@ -41,7 +41,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def assert_equal_logits(what: str, ours: nn.Module, theirs: nn.Module, hw: tuple[int, int]) -> None:
-    """Hold the logits of the same noise against each other."""
+    """Compare the logits of the same noise."""
     images_BCHW = torch.randn(5, 3, *hw, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours_BY, theirs_BY = ours(images_BCHW), theirs(images_BCHW)
@@ -69,7 +69,7 @@ def test_hugging_face_in(tmp_path: Path, change: str) -> None:
         "intermediate_size": 42, "image_size": 20, "patch_size": 4,
     }  # fmt: skip
     config = transformers.ViTConfig(**(settings | HF_CHANGES[change]))
-    theirs = randomise(transformers.ViTForImageClassification(config))
+    theirs = randomize(transformers.ViTForImageClassification(config))
     theirs.save_pretrained(tmp_path)
     ours = vitrail.load(tmp_path, device="cpu")
     assert_equal_logits(
@@ -100,7 +100,7 @@ def test_timm_in(tmp_path: Path, change: str) -> None:
         "img_size": 20, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3,
         "num_classes": 7, "mlp_ratio": 1.75,
     }  # fmt: skip
-    theirs = randomise(Theirs(**(settings | TIMM_CHANGES[change])))
+    theirs = randomize(Theirs(**(settings | TIMM_CHANGES[change])))
     for path in (tmp_path / "model.safetensors", tmp_path / "model.pth"):
         save = save_file if path.suffix == ".safetensors" else torch.save
         save(theirs.state_dict(), path)
@@ -109,13 +109,13 @@ def test_timm_in(tmp_path: Path, change: str) -> None:
 
 
 def write(folder: Path, layout: str, **changes: Any) -> VisionTransformer:
-    """Write a random model of ours in another layout."""
+    """Write a random Vitrail model in another layout."""
     model = ModelConfig(
         image_size=(20, 28), n_classes=7, patch_size=4, embed_dim=24, n_layers=3,
         n_attention_heads=3, forward_mul=1.75, head="linear",
     )  # fmt: skip
     model = dataclasses.replace(model, **changes)
-    ours = randomise(VisionTransformer(model))
+    ours = randomize(VisionTransformer(model))
     info = CheckpointInfo(Config(model=model), tuple("abcdefg"), {}, {})
     write_foreign(folder, layout, info, ours.state_dict())
     return ours

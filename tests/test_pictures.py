@@ -117,7 +117,7 @@ def test_reads_cmyk() -> None:
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_turns_upright(orientation: int, turns: int) -> None:
+def test_applies_the_exif_orientation(orientation: int, turns: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(
@@ -139,18 +139,18 @@ def test_takes_the_first_frame(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_refuses_every_cut_in_one_line_with_the_name(format: str, tmp_path: Path) -> None:
+def test_refuses_truncated_files_in_one_line_with_the_name(format: str, tmp_path: Path) -> None:
     path = tmp_path / "cat.xyz"
-    whole = encoded(Image.fromarray(RGB), format)
-    for length in (0, 1, 13, len(whole) // 2, len(whole) * 3 // 4):
-        path.write_bytes(whole[:length])
+    full = encoded(Image.fromarray(RGB), format)
+    for length in (0, 1, 13, len(full) // 2, len(full) * 3 // 4):
+        path.write_bytes(full[:length])
         with pytest.raises(PictureError) as refused:
             read_picture(path)
         assert str(refused.value).startswith(f"{path}: ")
         assert "\n" not in str(refused.value)
 
 
-def test_refuses_what_is_not_there_or_no_picture(tmp_path: Path) -> None:
+def test_refuses_missing_files_and_files_that_are_not_pictures(tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"notes\.png: not a picture that can be read$"):
         read_picture(tmp_path / "notes.png")
@@ -197,7 +197,7 @@ def test_every_mode_and_size_becomes_the_wanted_size(
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_what_fits_stays_as_it_is(fit: Fit) -> None:
+def test_a_picture_of_the_right_size_is_unchanged(fit: Fit) -> None:
     assert np.array_equal(fit_picture(RGB, (11, 17), fit), RGB)
 
 
@@ -238,7 +238,7 @@ def test_finds_files_folders_and_globs(tmp_path: Path) -> None:
     assert found("**/*.webp", "?.JPG") == ["in/side/c.webp", "b.JPG"]
 
 
-def test_names_the_word_that_stands_for_nothing(tmp_path: Path) -> None:
+def test_names_the_argument_that_matches_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PictureError, match=r"cat\.png: no such picture$"):
         find_pictures([str(tmp_path / "cat.png")])
@@ -271,7 +271,7 @@ SIGNED = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "SGI", "
 
 @pytest.mark.parametrize("format", SIGNED)
 @pytest.mark.parametrize("name", ["photo", "photo.0001", "photo.dat"])
-def test_a_picture_is_one_whatever_its_ending(format: str, name: str, tmp_path: Path) -> None:
+def test_pictures_are_recognized_with_any_extension(format: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(encoded(Image.fromarray(RGB), format))
     assert is_picture(path)
@@ -293,7 +293,7 @@ OTHER = {
 }
 
 
-def test_other_files_are_no_pictures_and_named_by_their_ending(tmp_path: Path) -> None:
+def test_other_files_are_refused_and_named_by_their_extension(tmp_path: Path) -> None:
     for name, content in OTHER.items():
         (tmp_path / name).write_bytes(content)
         assert not is_picture(tmp_path / name), name
@@ -305,7 +305,7 @@ def test_other_files_are_no_pictures_and_named_by_their_ending(tmp_path: Path) -
     assert left_out_reason(tmp_path / "broken.JPG") == "broken"
 
 
-def test_usual_endings_are_known_without_opening_a_file(
+def test_common_extensions_are_recognized_without_opening_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for suffix in SUFFIXES:
@@ -323,7 +323,7 @@ HEIC = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(16)
 
 @pytest.fixture
 def forget_heif() -> Iterator[None]:
-    """Whether pillow-heif is there is found out anew."""
+    """Make the presence of pillow-heif be checked again."""
     formats.register_heif.cache_clear()
     yield
     formats.register_heif.cache_clear()
@@ -379,12 +379,12 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     ],
     ids=["profile", "compressed", "international", "70 MB"],
 )  # fmt: skip
-def test_large_texts_and_profiles_are_passed_over(extra: bytes, before: bool) -> None:
+def test_large_texts_and_profiles_are_skipped(extra: bytes, before: bool) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    whole = encoded(Image.fromarray(RGB), exif=exif)
-    at = whole.index(b"IDAT" if before else b"IEND") - 4
-    content = whole[:at] + extra + whole[at:]
+    full = encoded(Image.fromarray(RGB), exif=exif)
+    at = full.index(b"IDAT" if before else b"IEND") - 4
+    content = full[:at] + extra + full[at:]
     with contextlib.suppress(ValueError), Image.open(io.BytesIO(content)) as opened:
         opened.load()
         pytest.skip("Pillow takes it")

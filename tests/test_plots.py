@@ -112,7 +112,7 @@ def test_calibration_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "many.png").read_bytes()
 
 
-def test_what_cannot_be_drawn_or_written_is_refused(tmp_path: Path) -> None:
+def test_plots_that_cannot_be_drawn_or_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no epoch to plot"):
         plot_curves([], tmp_path)
     with pytest.raises(OutputError, match="absent"):
@@ -123,7 +123,7 @@ def test_what_cannot_be_drawn_or_written_is_refused(tmp_path: Path) -> None:
         plot_calibration(scored(["a", "b"]), taken)
 
 
-def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
+def test_matplotlibs_settings_do_not_change(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     plot_curves(epochs(3), tmp_path)
     plot_confusion(scored(["a", "b"]), tmp_path / "confusion.png")

@@ -1,4 +1,4 @@
-"""How pictures are prepared for other systems' weights: read, reported, set, written."""
+"""Image preparation of other systems' weights: read, reported, overridden, written."""
 
 import json
 from pathlib import Path
@@ -158,9 +158,7 @@ def test_every_step_of_a_processor_is_done(tmp_path: Path, changes: dict[str, An
         ({"image_processor_type": "ConvNextImageProcessor"}, "lacks do_center_crop"),
     ],
 )
-def test_what_is_not_understood_is_refused(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_unknown_steps_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as refusal:
         vitrail.load(huggingface(tmp_path / "hf", BASE | changes), device="cpu")
     assert "\n" not in str(refusal.value)
@@ -191,7 +189,7 @@ def test_timms_steps_are_done(tmp_path: Path, mode: str, share: float) -> None:
     assert np.abs(ours - theirs).max() <= off * steepest(theirs) + 2.01 / 255 / 0.2
 
 
-def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Path) -> None:
+def test_timm_steps_that_vitrail_lacks_are_refused_until_overridden(tmp_path: Path) -> None:
     folder = timm(tmp_path / "timm", {"crop_mode": "border", "interpolation": "random"})
     with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*with --fit$"):
         vitrail.load(folder, device="cpu")
@@ -201,7 +199,7 @@ def test_what_timm_has_and_we_do_not_is_refused_until_it_is_chosen(tmp_path: Pat
     assert (chosen.fit, chosen.interpolation) == ("squash", "box")
 
 
-def test_what_is_assumed_is_noted_unless_it_is_given(tmp_path: Path) -> None:
+def test_assumptions_are_noted_unless_given(tmp_path: Path) -> None:
     save_file(make_state("timm"), tmp_path / "bare.safetensors")
     bare, heads = tmp_path / "bare.safetensors", 3
 
@@ -235,7 +233,7 @@ def test_wrong_settings_from_python_are_refused() -> None:
 
 
 def model_file(path: Path, **data: Any) -> Path:
-    """A file of ours, of a model that all layouts have a place for."""
+    """A Vitrail file, of a model that all layouts support."""
     model = ModelConfig(
         image_size=SIDE, patch_size=5, embed_dim=8, n_layers=1, n_attention_heads=2, n_classes=3,
         head="linear", layer_norm_eps=1e-6,
@@ -254,7 +252,7 @@ SHAPES = ((75, 75), (195, 75), (75, 195), (119, 73))
 @pytest.mark.parametrize(
     ("fit", "crop_pct"), [("crop", 1), ("crop", 0.6), ("squash", 1), ("squash", 0.6)]
 )
-def test_what_is_written_prepares_pictures_as_the_model_wants_them(
+def test_exported_settings_prepare_pictures_as_vitrail_does(
     tmp_path: Path, layout: str, interpolation: str, fit: str, crop_pct: float
 ) -> None:
     """Equal to the byte if the others' steps end on integer pixels; else within one pixel."""
@@ -282,7 +280,7 @@ def test_what_is_written_prepares_pictures_as_the_model_wants_them(
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "timm"])
-def test_what_they_cannot_do_is_refused_with_the_flag(
+def test_settings_that_other_systems_lack_are_refused_with_the_flag(
     tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = model_file(tmp_path / "a.safetensors", fit="pad")

@@ -60,7 +60,7 @@ def test_threads_spin_shorter_beside_other_programs(
 
 
 @pytest.mark.parametrize("name", process.SPIN_VARIABLES)
-def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_users_own_settings_are_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(process, "START", Load(0.0, 0.0))
     monkeypatch.setenv(name, "active")
     before = dict(os.environ)
@@ -116,7 +116,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(16, 2**18)  # 16 MiB: 4096 pages
-        torch.ones(40, 2**18)  # 40 MiB: above what glibc itself comes to keep
+        torch.ones(40, 2**18)  # 40 MiB: more than glibc keeps by default
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
@@ -134,7 +134,7 @@ def count_faults(word: str) -> int:
 
 
 @linux
-def test_large_tensors_cost_no_new_pages() -> None:
+def test_large_tensors_reuse_freed_pages() -> None:
     kept = count_faults("keep")
     assert kept < 1_000
     assert count_faults("leave") > 10 * kept

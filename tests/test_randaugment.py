@@ -75,7 +75,7 @@ def test_an_operation_gives_pillows_bytes(name: str, channels: int) -> None:
             assert torch.equal(ours, by_pillow(name, raw_BCHW, strength_B)), (magnitude, sign)
 
 
-def test_an_operation_leaves_its_input_alone() -> None:
+def test_an_operation_does_not_change_its_input() -> None:
     raw_BCHW = pictures(3)
     before = raw_BCHW.clone()
     for name, operation in OPERATIONS.items():
@@ -100,7 +100,7 @@ def test_strengths_are_the_papers() -> None:
     assert signed == list(OPERATIONS)[1:10]
     bits = [strength("Posterize", m, sides)[0] for m in range(BINS)]
     assert bits == (8 - (torch.arange(BINS) / 7.5).round()).tolist()
-    # Where 255 (1 - m / 30) is whole, a byte on the threshold itself must be inverted.
+    # Where 255 (1 - m / 30) is an integer, a byte at the threshold itself must be inverted.
     assert [strength("Solarize", m, sides)[0] for m in (0, 10, 20, 30)] == [255, 170, 85, 0]
 
 

@@ -1,4 +1,4 @@
-"""Several processes of one run do what one does: two ranks, started once for all tests here."""
+"""Several processes of one run equal one process: two ranks, started once for all tests."""
 
 import itertools
 import json
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are f
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks did everything in ranks_worker.py."""
+    """The files that two ranks wrote (ranks_worker.py)."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         unused = str(free.getsockname()[1])
-    # The test is torchrun's agent, after a restart: its store still has a dead leader's port.
+    # The test acts as torchrun's agent after a restart: its store still has a dead leader's port.
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent.set("vitrail/leader", unused)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(folder: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks found."""
+    """The results of each rank."""
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -56,8 +56,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("vitrail.data.datasets.load_shapes", worker.few_shapes)
         patch.setattr("vitrail.training.run.plot_run", lambda *_: [])
         patch.chdir(folder)
-        assert main([*worker.WORDS, "--folder_name", "whole"]) == 0
-    return folder / "output/whole"
+        assert main([*worker.WORDS, "--folder_name", "single"]) == 0
+    return folder / "output/single"
 
 
 def test_the_shares_are_the_batch_without_loss_or_repeat(both: list[dict[str, Any]]) -> None:
@@ -66,12 +66,12 @@ def test_the_shares_are_the_batch_without_loss_or_repeat(both: list[dict[str, An
     sizes = []
     for step, parts in enumerate(zip(*(rank["shares"] for rank in both), strict=True)):
         sizes.append(tuple(len(part[0]) for part in parts))
-        for whole, *shares in zip(batches(step), *parts, strict=True):
-            assert torch.equal(whole, torch.cat(shares))
+        for batch, *shares in zip(batches(step), *parts, strict=True):
+            assert torch.equal(batch, torch.cat(shares))
     assert sizes == [(2, 1), (2, 1), (2, 1), (1, 0)] * 2
 
 
-def test_every_row_is_one_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_belongs_to_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for length, count, chunk in itertools.product([0, 1, 4, 23, 24], [1, 2, 3, 5, 8], [1, 3, 7]):
         monkeypatch.setattr(distributed, "count", lambda count=count: count)
         taken, sizes = [], []
@@ -85,7 +85,7 @@ def test_every_row_is_one_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("name", ["learnt", "plain"])
+@pytest.mark.parametrize("name", ["learned", "plain"])
 def test_two_processes_learn_what_one_does(both: list[dict[str, Any]], name: str) -> None:
     training = {"optimizer": "adamw", "accumulate": 1, "clip_norm": 0.0} if name == "plain" else {}
     alone = worker.learn(worker.changed("training", **training))
@@ -127,7 +127,7 @@ def test_running_statistics_are_the_mean_over_the_ranks(both: list[dict[str, Any
             torch.testing.assert_close(one[name], alone[name], rtol=0.3, atol=0.1)
 
 
-def test_scores_are_shared_and_the_same_to_the_bit(both: list[dict[str, Any]]) -> None:
+def test_scores_are_shared_and_bit_identical(both: list[dict[str, Any]]) -> None:
     for number, batch_size in enumerate((3, 20)):
         alone = worker.scores(batch_size)
         for rank in both:
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both: list[dict[str, An
     assert [rank["broken"]["same"] for rank in both] == [True, False]
 
 
-def test_an_error_of_one_is_raised_on_all(both: list[dict[str, Any]]) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(both: list[dict[str, Any]]) -> None:
     for rank in both:
         assert rank["each"] == "DataError: process 1: no such file"
         assert rank["leader"] == "OutputError: disk full"
@@ -150,7 +150,7 @@ def test_an_error_of_one_is_raised_on_all(both: list[dict[str, Any]]) -> None:
         assert "batch_size is 1, but 2 processes share it" in rank["too small"]
 
 
-def test_what_passes_between_ranks_arrives(both: list[dict[str, Any]]) -> None:
+def test_messages_between_ranks_arrive(both: list[dict[str, Any]]) -> None:
     for rank in both:
         assert rank["highest"] == 15
         assert torch.equal(rank["copied"], torch.arange(6.0).view(2, 3).t())
@@ -159,9 +159,9 @@ def test_what_passes_between_ranks_arrives(both: list[dict[str, Any]]) -> None:
 
 
 def test_the_command_writes_one_folder_as_one_process_would(folder: Path, single: Path) -> None:
-    run = folder / "output/whole"
+    run = folder / "output/single"
     assert {p.name for p in run.iterdir()} == {p.name for p in single.iterdir()}
-    assert sorted(p.name for p in (folder / "output").iterdir()) == ["stopped", "whole"]
+    assert sorted(p.name for p in (folder / "output").iterdir()) == ["single", "stopped"]
     assert read_json(run / "env.json")["processes"] == 2
     assert read_json(single / "env.json")["processes"] == 1
     curves = [
@@ -178,18 +178,20 @@ def test_the_command_writes_one_folder_as_one_process_would(folder: Path, single
     assert len((run / "test_uses.jsonl").read_text().splitlines()) == 1
 
 
-def test_one_process_speaks_and_all_end_alike(folder: Path, both: list[dict[str, Any]]) -> None:
+def test_one_rank_prints_and_all_have_the_same_exit_code(
+    folder: Path, both: list[dict[str, Any]]
+) -> None:
     leader, other = ((folder / f"{rank}.txt").read_text() for rank in (0, 1))
     assert [rank["codes"] for rank in both] == [[0, 2, 2, 2]] * 2
     assert other == ""
     assert "2 processes on cpu" in leader
     assert leader.count("unknown flag --bach_size (did you mean '--batch_size'?)") == 1
-    assert leader.count("output/whole already exists") == 1
+    assert leader.count("output/single already exists") == 1
     assert leader.count("batch_size is 1, but 2 processes share it") == 1
     assert "Traceback" not in leader
 
 
-def test_a_signal_to_one_stops_all_and_one_process_can_go_on(
+def test_a_signal_to_one_rank_stops_all_and_one_process_can_resume(
     folder: Path, both: list[dict[str, Any]], single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [rank["stopped"] for rank in both] == [143, 143]
@@ -219,7 +221,7 @@ def test_other_commands_take_one_process(
     assert stop.value.code == 2
 
 
-def test_gpus_and_devices_that_do_not_serve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsuitable_gpus_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vitrail.runtime import hardware
 
     monkeypatch.setattr(distributed, "count", lambda: 3)

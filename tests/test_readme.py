@@ -1,4 +1,4 @@
-"""What the README says is so: its links lead somewhere, its commands and flags exist."""
+"""The README is true: its links, commands, flags and map of the files."""
 
 import os
 import re
@@ -38,7 +38,7 @@ DOCUMENTS = sorted(
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name: str) -> None:
+def test_relative_links_exist(name: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
     for link in links:
         if not link.startswith("http"):
@@ -54,9 +54,11 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     source = ROOT / "src/vitrail"
     drawn = README.partition("## Map of the files")[2].partition("└── cli/")[0]
     drawn = re.sub(r"\([^)]*\)", "", drawn.replace("│", " "), flags=re.DOTALL)
-    rooms = re.findall(r"├── (\w+)/([^├]*)", drawn)
-    listed = {(room, word) for room, words in rooms for word in re.split(r"[\s,;:]+|and ", words)}
-    listed = {(room, word.strip("/")) for room, word in listed if word}
+    packages = re.findall(r"├── (\w+)/([^├]*)", drawn)
+    listed = {
+        (package, word) for package, words in packages for word in re.split(r"[\s,;:]+|and ", words)
+    }
+    listed = {(package, word.strip("/")) for package, word in listed if word}
     there = {
         (path.parent.name, path.name.removesuffix(".py"))
         for path in source.glob("*/*")
@@ -64,12 +66,12 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     }
     assert listed ^ there == set()
     assert {path.name for path in source.iterdir() if path.is_dir()} - {"__pycache__"} == {
-        *(room for room, _ in rooms), "cli",
+        *(package for package, _ in packages), "cli",
     }  # fmt: skip
 
 
 def show_help(words: list[str]) -> None:
-    """Ask the command that a line calls for its help, in this process."""
+    """Print the help of the command in a line, in this process."""
     if words[:2] == ["python", "test.py"]:
         run_test(["--help"])
     main(["train" if words[0] == "python" else words[1], "--help"])

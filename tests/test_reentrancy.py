@@ -1,4 +1,4 @@
-"""Public functions leave the process as they found it, also when they raise; threads; fork."""
+"""Public functions do not change global state, even if they raise; threads; fork."""
 
 import io
 import multiprocessing

@@ -1,4 +1,4 @@
-"""``train.py`` and ``test.py``: all the flags of the reference implementation, none of its bugs."""
+"""``train.py`` and ``test.py``: all flags of the reference implementation, without its bugs."""
 
 import json
 import shlex
@@ -31,28 +31,28 @@ TRAIN_FLAGS = {
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test works in a folder of its own."""
+    """Every test runs in its own folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def weights(here: Path, cifar_folder: Path) -> Path:
-    """What ``train.py`` writes to where the flags of the reference say."""
+    """The weights that ``train.py`` writes to the path given by the reference's flags."""
     assert run_train([*SMALL, "--device", "cpu", "--folder_name", "a"]) == 0
     (path,) = here.glob("model/a/*.safetensors")
     return path
 
 
 def wrong(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run test.py with words that it must refuse; return its one line."""
+    """Run test.py with invalid arguments; return its one-line error."""
     capsys.readouterr()
     assert guarded(run_test, words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_every_flag_of_train_does_what_it_says(here: Path, cifar_folder: Path) -> None:
+def test_every_flag_of_train_has_its_effect(here: Path, cifar_folder: Path) -> None:
     assert run_train([word for pair in TRAIN_FLAGS.items() for word in pair]) == 0
     folder = here / "out/mine"
     for name in ("graph_loss.png", "graph_accuracy.png", "confusion_matrix.png", "result.json"):
@@ -86,7 +86,7 @@ def test_defaults_are_the_reference_preset_named_by_the_minute(
 
 
 @pytest.mark.parametrize("mode", ["cifar", "cifar-single", "custom"])
-def test_test_works_on_what_train_left(
+def test_test_loads_what_train_wrote(
     mode: str, weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.effect_noise((40, 50), 90).save(here / "cat.png")
@@ -106,7 +106,7 @@ def test_test_works_on_what_train_left(
 
 
 @pytest.mark.parametrize("mode", ["cifar", "cifar-single", "custom"])
-def test_test_works_on_the_references_own_weights(
+def test_test_loads_the_references_own_weights(
     mode: str, reference: Path, cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.effect_noise((40, 50), 90).save(here / "cat.png")
@@ -116,7 +116,7 @@ def test_test_works_on_the_references_own_weights(
     assert capsys.readouterr().out
 
 
-def test_flags_of_the_architecture_are_held_against_the_file(
+def test_flags_of_the_architecture_must_match_the_file(
     weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (9, 9)).save(here / "cat.png")
@@ -130,7 +130,7 @@ def test_flags_of_the_architecture_are_held_against_the_file(
     assert "3 attention heads, not 4" in wrong([*words, "--n_attention_heads", "4"], capsys)
 
 
-def test_without_a_model_the_newest_run_is_taken(
+def test_without_a_model_the_newest_run_is_used(
     weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_test(["--mode", "cifar-single", "--no_image"]) == 0
@@ -148,7 +148,7 @@ def test_one_image_is_logged_as_a_use_of_the_test_split_in_the_run(
     assert not (here / "output/now/test_uses.jsonl").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(
+def test_a_folder_that_cannot_be_created_is_one_line(
     weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").touch()
@@ -156,20 +156,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert "cannot be written" in wrong([*words, "--output_path", "file"], capsys)
 
 
-def test_counts_that_cannot_be_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_counts_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch_size is 0" in wrong(["--batch_size", "0"], capsys)
     assert "index is -1" in wrong(["--mode", "cifar-single", "--index", "-1"], capsys)
     assert "num_workers is -1" in wrong(["--num_workers", "-1"], capsys)
 
 
-def test_no_worker_is_taken_as_the_reference_takes_it(weights: Path, here: Path) -> None:
+def test_zero_workers_are_accepted_as_in_the_reference(weights: Path, here: Path) -> None:
     words = ["--model_path", str(weights), "--no_image", "--num_workers", "0"]
     assert run_test([*words, "--num_test_images", "5"]) == 0
     assert get_preset("reference").data.num_workers == 2
     assert from_json({"data": {"num_workers": 0}}).data.num_workers == 0
 
 
-def test_what_test_cannot_do_is_one_line(
+def test_unsupported_test_modes_are_one_line(
     weights: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["--model_path", str(weights)]
@@ -179,7 +179,7 @@ def test_what_test_cannot_do_is_one_line(
     assert "cifar-single" in wrong([*model, "--mode", "single"], capsys)
 
 
-def test_a_picture_is_shown_where_there_is_a_screen_and_never_without(
+def test_a_picture_is_shown_only_if_there_is_a_screen(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[str] = []
@@ -198,7 +198,7 @@ def test_a_picture_is_shown_where_there_is_a_screen_and_never_without(
     assert len(shown) == 1
 
 
-def test_the_files_at_the_root_hand_their_words_on(here: Path, cifar_folder: Path) -> None:
+def test_the_scripts_at_the_root_pass_their_arguments_on(here: Path, cifar_folder: Path) -> None:
     words = [*SMALL, "--num_train_images", "20", "--folder_name", "root", "--device", "cpu"]
     train = [sys.executable, ROOT / "train.py", *words]
     assert subprocess.run(train, check=False, capture_output=True).returncode == 0

@@ -1,4 +1,4 @@
-"""What went wrong for others, reproduced from the command line: a right result or one clear line.
+"""Reported problems, reproduced from the command line: a correct result or a one-line error.
 
 Minutes long: ``pytest -m slow tests/test_reproductions.py``.
 """
@@ -91,7 +91,7 @@ def test_r1_subsets_have_every_class(run: Path) -> None:
     assert len(manifest["classes"]) == 10
 
 
-def test_r2_split_folders_are_no_classes(pics: Path, tmp_path: Path) -> None:
+def test_r2_split_folders_are_not_classes(pics: Path, tmp_path: Path) -> None:
     for split in ("Training", "Testing"):
         for name in ("heart", "ring", "star"):
             shutil.copytree(pics / name, tmp_path / "mri" / split / name)
@@ -100,7 +100,7 @@ def test_r2_split_folders_are_no_classes(pics: Path, tmp_path: Path) -> None:
     assert supports(tmp_path / "output/r2") == [40, 40, 40]
 
 
-def test_r3_another_folder_is_scored_whole(run: Path, tmp_path: Path) -> None:
+def test_r3_all_of_another_folder_is_scored(run: Path, tmp_path: Path) -> None:
     held_out = draw(tmp_path / "held-out", 60, 3)
     for folder in held_out.iterdir():  # other pictures than those that were trained on
         for path in sorted(folder.iterdir())[:40]:
@@ -123,7 +123,7 @@ def test_r4_a_changed_folder_is_refused_with_what_changed(tmp_path: Path) -> Non
     assert "ignored 120 pictures that were added since the run began" in done.stderr
 
 
-def test_r5_a_frozen_backbone_stays(pics: Path, tmp_path: Path) -> None:
+def test_r5_a_frozen_backbone_does_not_change(pics: Path, tmp_path: Path) -> None:
     train(tmp_path, "r5", "--init", "cifar10", "--new_head", "--freeze_backbone",
           "--dataset", "folder", "--data_path", pics)  # fmt: skip
     before, after = (
@@ -186,7 +186,7 @@ def logits(path: Path, **options: object) -> torch.Tensor:
         return classifier.model(normalize(raw_BCHW, classifier.mean, classifier.std))
 
 
-def test_r8_assumed_preprocessing_is_said_and_can_be_set(r8: Path) -> None:
+def test_r8_assumed_preprocessing_is_reported_and_can_be_set(r8: Path) -> None:
     shutil.copy(r8 / "r8-timm/model.safetensors", r8 / "bare.safetensors")
     done = call("convert", "bare.safetensors", "mine.safetensors", "--n_attention_heads", 4, cwd=r8)
     assert "mean" in done.stdout + done.stderr
@@ -211,7 +211,7 @@ def test_r9_the_processor_of_hugging_face_is_read_completely(r8: Path) -> None:
     assert (raw.mean, raw.std) == ((0, 0, 0), (1, 1, 1))
 
 
-def test_r10_a_missing_test_split_is_said_before_the_training(pics: Path, tmp_path: Path) -> None:
+def test_r10_a_missing_test_split_is_reported_before_training(pics: Path, tmp_path: Path) -> None:
     shutil.copytree(pics, tmp_path / "im/train")
     shutil.copytree(pics, tmp_path / "im/val")
     done = train(tmp_path, "r10", "--dataset", "folder", "--data_path", "im")
@@ -225,7 +225,7 @@ def test_r10_a_missing_test_split_is_said_before_the_training(pics: Path, tmp_pa
     assert not (tmp_path / "output/r10b").exists()
 
 
-def test_r11_hidden_folders_are_left_out(pics: Path, tmp_path: Path) -> None:
+def test_r11_hidden_folders_are_skipped(pics: Path, tmp_path: Path) -> None:
     shutil.copytree(pics, tmp_path / "chk")
     for folder in pics.iterdir():
         shutil.copytree(folder, tmp_path / "chk" / folder.name / ".ipynb_checkpoints")
@@ -233,7 +233,7 @@ def test_r11_hidden_folders_are_left_out(pics: Path, tmp_path: Path) -> None:
     assert "chk: 10 classes, 400 pictures" in done.stderr
 
 
-def test_r12_links_are_followed_and_what_is_left_out_is_said(pics: Path, tmp_path: Path) -> None:
+def test_r12_links_are_followed_and_skipped_files_are_reported(pics: Path, tmp_path: Path) -> None:
     for name in ("bar", "star"):
         shutil.copytree(pics / name, tmp_path / "lnk" / name)
         for number, path in enumerate(sorted((tmp_path / "lnk" / name).iterdir())):
@@ -309,7 +309,7 @@ def test_r17_files_of_settings(run: Path, tmp_path: Path) -> None:
     assert call("train", "--resume", "output/r17", cwd=tmp_path).returncode == 0
 
 
-def test_r18_a_torchvision_that_does_not_fit(run: Path, tmp_path: Path) -> None:
+def test_r18_an_incompatible_torchvision(run: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     (broken / "torchvision").mkdir(parents=True)
     (broken / "torchvision-0.28.0.dist-info").mkdir()
@@ -327,7 +327,7 @@ def test_r18_a_torchvision_that_does_not_fit(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "output/r18/result.json").is_file()
 
 
-def test_r19_places_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+def test_r19_unwritable_folders(run: Path, tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     picture = next(Path(json.loads((run / "manifest.json").read_text())["root"]).glob("*/*.png"))
     done = call("explain", picture, "--model_path", run, "--output_path",
@@ -345,7 +345,7 @@ def test_r19_places_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 1
 
 
-def test_csv_of_another_script_is_whole(pics: Path, run: Path, tmp_path: Path) -> None:
+def test_csv_with_non_latin_names_is_complete(pics: Path, run: Path, tmp_path: Path) -> None:
     shutil.copy(pics / "star/0001.png", tmp_path / "猫.png")
     done = call("predict", "猫.png", "--csv", "--model_path", run, cwd=tmp_path)
     rows = list(csv.reader(io.StringIO(done.stdout)))

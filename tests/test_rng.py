@@ -1,4 +1,4 @@
-"""Seeding: a function of seed, stream and index, that leaves no trace."""
+"""Seeding: a function of seed, stream and index, without side effects."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from vitrail.runtime import rng
 CPU = torch.device("cpu")
 
 
-def test_inside_the_numbers_are_the_seeds_and_outside_nothing_changed() -> None:
+def test_the_numbers_depend_on_the_seed_and_the_global_state_is_restored() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -33,7 +33,9 @@ def test_generators_are_restored_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_on_the_cpu_no_other_devices_generator_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_generators_of_other_devices_are_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     touched: list[Any] = []
     for module, name in (
         (torch.cuda, "manual_seed"), (torch.cuda, "manual_seed_all"), (torch.mps, "manual_seed"),

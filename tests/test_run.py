@@ -19,7 +19,7 @@ from vitrail.training.run_folder import new_folder, prune, quality
 from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 
 
-def run_whole(config: Config, folder: Path) -> Run:
+def run_to_end(config: Config, folder: Path) -> Run:
     folder.mkdir()
     run = Run.start(config, folder)
     for _ in run.train():
@@ -33,7 +33,7 @@ def final(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> None:
-    run = run_whole(tiny_run, tmp_path / "a")
+    run = run_to_end(tiny_run, tmp_path / "a")
     result = run.finish()
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {
@@ -58,12 +58,12 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_equals_never_having_stopped(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_run: Config, tmp_path: Path, stop_at: int, optimizer: str
 ) -> None:
     training = dataclasses.replace(tiny_run.training, optimizer=optimizer)
     config = dataclasses.replace(tiny_run, training=training)
-    whole = run_whole(config, tmp_path / "whole")
+    one_go = run_to_end(config, tmp_path / "one-go")
     (tmp_path / "parts").mkdir()
     first = Run.start(config, tmp_path / "parts")
     for event in first.train():
@@ -73,18 +73,18 @@ def test_resuming_equals_never_having_stopped(
     second = Run.resume(tmp_path / "parts", first.config)
     for _ in second.train():
         pass
-    one, other = final(tmp_path / "whole"), final(tmp_path / "parts")
+    one, other = final(tmp_path / "one-go"), final(tmp_path / "parts")
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
     timeless = [
         [{k: v for k, v in row.items() if "second" not in k} for row in run.rows]
-        for run in (whole, second)
+        for run in (one_go, second)
     ]
     assert timeless[0] == timeless[1]
 
 
-def test_training_learns_and_accumulating_changes_nothing(tiny_run: Config, tmp_path: Path) -> None:
+def test_training_learns_and_accumulation_changes_nothing(tiny_run: Config, tmp_path: Path) -> None:
     plain = dataclasses.replace(
         tiny_run, model=dataclasses.replace(tiny_run.model, dropout=0.0, n_classes=0)
     )
@@ -93,7 +93,7 @@ def test_training_learns_and_accumulating_changes_nothing(tiny_run: Config, tmp_
         training = dataclasses.replace(
             plain.training, accumulate=accumulate, precision="float32", learning_rate=3e-3
         )
-        run = run_whole(dataclasses.replace(plain, training=training), tmp_path / str(accumulate))
+        run = run_to_end(dataclasses.replace(plain, training=training), tmp_path / str(accumulate))
         losses.append([row["train_loss"] for row in run.rows])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
@@ -103,17 +103,17 @@ def test_a_corrupt_newest_checkpoint_is_skipped(tiny_run: Config, tmp_path: Path
     config = dataclasses.replace(
         tiny_run, run=dataclasses.replace(tiny_run.run, keep_checkpoints=0)
     )
-    whole = run_whole(config, tmp_path / "a")
-    sound = final(tmp_path / "a")
+    finished = run_to_end(config, tmp_path / "a")
+    expected = final(tmp_path / "a")
     newest = tmp_path / "a/checkpoints/step-0000009/model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    resumed = Run.resume(tmp_path / "a", whole.config)
+    resumed = Run.resume(tmp_path / "a", finished.config)
     assert resumed.state.step == 6
     assert "step-0000009" in resumed.notices[0]
     for _ in resumed.train():
         pass
     for name, tensor in final(tmp_path / "a").items():
-        assert torch.equal(tensor, sound[name])
+        assert torch.equal(tensor, expected[name])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_the_reference_curve_is_drawn_on_test_and_logged(tiny_run: Config, tmp_path: Path) -> None:
     sections = {"data": {"validation_images": 0}, "run": {"monitor": "test"}}
     config = from_json(sections, tiny_run)
-    run = run_whole(config, tmp_path / "a")
+    run = run_to_end(config, tmp_path / "a")
     run.finish()
     assert all("test_accuracy" in row and "validation_accuracy" not in row for row in run.rows)
     uses = (tmp_path / "a/test_uses.jsonl").read_text().splitlines()
@@ -149,12 +149,12 @@ def first_is_best(row: dict[str, Any]) -> float:
     return -row.get("epoch", 1000)
 
 
-def test_the_weights_file_is_of_the_best_epoch_and_says_so(
+def test_the_weights_file_holds_the_best_epoch_and_its_metrics(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrail.training.run.quality", first_is_best)
     sections = {"run": {"model_path": str(tmp_path / "model"), "model_name": "mine"}}
-    run = run_whole(from_json(sections, tiny_run), tmp_path / "a")
+    run = run_to_end(from_json(sections, tiny_run), tmp_path / "a")
     run.finish()
     (written,) = (tmp_path / "model" / "a").iterdir()
     assert written.name == "mine-000.safetensors"
@@ -170,7 +170,7 @@ def test_without_validation_the_weights_file_has_the_references_name(
     tiny_run: Config, tmp_path: Path
 ) -> None:
     sections = {"data": {"validation_images": 0}, "run": {"model_path": str(tmp_path / "model")}}
-    run_whole(from_json(sections, tiny_run), tmp_path / "a").finish()
+    run_to_end(from_json(sections, tiny_run), tmp_path / "a").finish()
     (written,) = (tmp_path / "model" / "a").iterdir()
     assert written.name == "vit-layer1-32-shapes-002.safetensors"
     assert load_weights_file(written)[0].metrics["epoch"] == 3
@@ -205,7 +205,7 @@ def test_a_run_stops_after_the_epoch_that_is_accurate_enough(
 ) -> None:
     for goal, epochs in ((0.0, 1), (1.0, 3)):
         sections = {"run": {"stop_at_accuracy": goal, "model_path": str(tmp_path / str(epochs))}}
-        run = run_whole(from_json(sections, tiny_run), tmp_path / f"run {goal}")
+        run = run_to_end(from_json(sections, tiny_run), tmp_path / f"run {goal}")
         assert [row["epoch"] for row in run.rows] == list(range(1, epochs + 1))
         assert read_pointer(run.checkpoints, "LAST").name == f"step-{3 * epochs:07}"
         if goal == 0:
@@ -221,14 +221,14 @@ def test_each_epoch_is_one_event(tiny_run: Config, tmp_path: Path) -> None:
     assert [e.step for e in events if isinstance(e, Update)] == list(range(1, 10))
 
 
-def test_another_number_of_classes_than_the_data_have_is_refused(
+def test_a_number_of_classes_that_differs_from_the_data_is_refused(
     tiny_run: Config, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="n_classes is 7, but the dataset has 10"):
         Run.start(from_json({"model": {"n_classes": 7}}, tiny_run), tmp_path)
 
 
-def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> None:
+def test_folders_are_numbered_and_an_existing_name_is_refused(tmp_path: Path) -> None:
     names = [new_folder(tmp_path, "", "quick").name for _ in range(3)]
     assert names == ["quick", "quick-2", "quick-3"]
     (tmp_path / "quick/config.json").write_text("{}")
@@ -239,17 +239,17 @@ def test_folders_are_numbered_and_a_taken_name_is_refused(tmp_path: Path) -> Non
         new_folder(tmp_path / "file", "", "quick")
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(tiny_run: Config, tmp_path: Path) -> None:
-    run_whole(tiny_run, tmp_path / "a")
+def test_a_folder_that_contains_a_run_is_not_overwritten(tiny_run: Config, tmp_path: Path) -> None:
+    run_to_end(tiny_run, tmp_path / "a")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match="already exists: give another"):
         Run.start(tiny_run, tmp_path / "a")
     for path, content in before.items():
         assert path.read_bytes() == content
-    Run.start(tiny_run, tmp_path / "new")  # one that is not there yet is made
+    Run.start(tiny_run, tmp_path / "new")  # a missing folder is created
 
 
-def test_resuming_where_no_run_is_makes_nothing(tiny_run: Config, tmp_path: Path) -> None:
+def test_resuming_a_missing_run_creates_nothing(tiny_run: Config, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run folder"):
         Run.resume(tmp_path / "nope" / "typo", tiny_run)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A run on a folder of pictures: its manifest, its splits, what changes between two commands."""
+"""A run on a folder of pictures: its manifest, its splits, changes between two commands."""
 
 import dataclasses
 import json
@@ -106,7 +106,7 @@ def test_a_run_without_a_test_split_has_a_result(config: Config, tmp_path: Path)
         Run.start(dataclasses.replace(config, data=data, run=monitored), tmp_path / "other")
 
 
-def test_testing_uses_the_split_of_the_run_or_all_of_another_folder(
+def test_testing_uses_the_runs_split_or_all_of_another_folder(
     config: Config, tmp_path: Path
 ) -> None:
     run_to_the_end(config, tmp_path / "run")

@@ -86,7 +86,7 @@ def require_same_end(run: Run, finished: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
-def test_best_is_named_again_after_a_kill_before_it_was(
+def test_best_is_repaired_after_a_kill_before_it_was_written(
     copied: tuple[Path, Config],
 ) -> None:
     folder, config = copied
@@ -107,12 +107,12 @@ def test_a_modified_pointer_is_refused_and_repaired(
 ) -> None:
     folder, config = copied
     checkpoints = folder / "checkpoints"
-    sound = (checkpoints / name).read_bytes()
+    valid = (checkpoints / name).read_bytes()
     (checkpoints / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         read_pointer(checkpoints, name)
     run = Run.resume(folder, config)
-    assert (checkpoints / name).read_bytes() == sound
+    assert (checkpoints / name).read_bytes() == valid
     assert any("BEST" in notice for notice in run.notices) == (name == "BEST")
 
 
@@ -133,7 +133,7 @@ def test_a_renamed_checkpoint_is_refused(copied: tuple[Path, Config]) -> None:
     assert load_info(checkpoints / "mine").numbers["step"] == 6
 
 
-def test_a_lost_best_gives_its_place_to_the_best_that_is_left(
+def test_a_lost_best_is_replaced_by_the_best_that_is_left(
     copied: tuple[Path, Config],
 ) -> None:
     folder, config = copied
@@ -148,16 +148,18 @@ def test_a_lost_best_gives_its_place_to_the_best_that_is_left(
     assert any(lost.name in notice for notice in run.notices)
 
 
-def test_what_a_kill_left_incomplete_is_removed_or_restored(copied: tuple[Path, Config]) -> None:
+def test_incomplete_files_of_a_killed_run_are_removed_or_restored(
+    copied: tuple[Path, Config],
+) -> None:
     checkpoints = copied[0] / "checkpoints"
-    whole = {path.name for path in checkpoints.iterdir()}
+    complete = {path.name for path in checkpoints.iterdir()}
     (checkpoints / "step-0000009").rename(checkpoints / ".old-step-0000009")
     shutil.copytree(checkpoints / "step-0000003", checkpoints / ".old-step-0000003")
     (checkpoints / ".partial-step-0000009").mkdir()
     (checkpoints / ".doomed-step-0000002").mkdir()
     (checkpoints / ".partial-LAST").write_text("half")
     remove_incomplete(checkpoints)
-    assert {path.name for path in checkpoints.iterdir()} == whole
+    assert {path.name for path in checkpoints.iterdir()} == complete
 
 
 def test_after_a_rename_that_fails_the_next_run_has_the_old_checkpoint_back(
@@ -180,7 +182,7 @@ def test_after_a_rename_that_fails_the_next_run_has_the_old_checkpoint_back(
     assert not list(folder.parent.glob(".*"))
 
 
-def test_a_file_that_cannot_be_written_leaves_no_half(
+def test_a_failed_write_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "result.json"
@@ -206,7 +208,7 @@ def test_a_run_without_a_checkpoint_starts_over(
     require_same_end(run, finished[0])
 
 
-def test_an_epoch_that_was_stopped_while_it_was_scored_is_scored_first(
+def test_an_interrupted_evaluation_is_done_first(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrail.training.run.EVALUATION_CHUNK", 7)
@@ -241,7 +243,7 @@ def test_a_loop_that_does_not_stop_loses_no_epoch(
     assert ends == [1, 2, 3]
 
 
-def test_other_settings_than_the_checkpoints_are_refused(copied: tuple[Path, Config]) -> None:
+def test_settings_that_differ_from_the_checkpoint_are_refused(copied: tuple[Path, Config]) -> None:
     folder, config = copied
     training = dataclasses.replace(config.training, learning_rate=0.1)
     with pytest.raises(CheckpointError, match=r"do not match config\.json: learning_rate 0\.1"):
@@ -250,9 +252,7 @@ def test_other_settings_than_the_checkpoints_are_refused(copied: tuple[Path, Con
     assert Run.resume(folder, dataclasses.replace(config, data=moved)).state.step == 9
 
 
-def test_a_folder_that_was_cleared_away_is_made_again(
-    finished: tuple[Path, Config], tmp_path: Path
-) -> None:
+def test_a_removed_folder_is_created_again(finished: tuple[Path, Config], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     run = Run.start(finished[1], folder)
@@ -264,7 +264,7 @@ def test_a_folder_that_was_cleared_away_is_made_again(
     assert Run.resume(folder, run.config).state.step == 9
 
 
-def test_nothing_infinite_is_saved(copied: tuple[Path, Config]) -> None:
+def test_infinite_weights_are_not_saved(copied: tuple[Path, Config]) -> None:
     run = Run.resume(*copied)
     with torch.no_grad():
         next(iter(run.state.eval_model.parameters()))[0] = float("inf")
@@ -288,7 +288,7 @@ def test_a_number_without_end_is_damage(copied: tuple[Path, Config]) -> None:
         load_info(path.parent)
 
 
-def test_a_damaged_list_of_test_uses_is_added_to(tmp_path: Path) -> None:
+def test_a_corrupt_log_of_test_uses_is_appended_to(tmp_path: Path) -> None:
     (tmp_path / "test_uses.jsonl").write_text('{"half')
     log_test_use(tmp_path, "curve", 5)
     lines = (tmp_path / "test_uses.jsonl").read_text().splitlines()
@@ -319,13 +319,13 @@ def test_a_use_of_the_test_split_by_a_read_only_run_is_logged_beside_the_output(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/test_uses.jsonl").mkdir()  # so that root cannot write it either
+    (tmp_path / "run/test_uses.jsonl").mkdir()  # so that even root cannot write it
     note = log_test_use_of(str(tmp_path / "run"), tmp_path / "else", "score", 5)
     assert f"logged in {tmp_path / 'else/test_uses.jsonl'}" in note
     assert '"score"' in (tmp_path / "else/test_uses.jsonl").read_text()
 
 
-def test_an_empty_folder_of_the_wanted_name_is_taken(tmp_path: Path) -> None:
+def test_an_empty_folder_of_the_requested_name_is_used(tmp_path: Path) -> None:
     first = new_folder(tmp_path, "mine", "quick")
     (first / ".lock").touch()
     assert new_folder(tmp_path, "mine", "quick") == first
@@ -333,7 +333,7 @@ def test_an_empty_folder_of_the_wanted_name_is_taken(tmp_path: Path) -> None:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> subprocess.Popen[str]:
-    """Another process that holds the folder."""
+    """Another process that has locked the folder."""
     code = (
         "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
         "print('held', flush=True); time.sleep(60)"
@@ -345,18 +345,18 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_folder_is_held_by_one_process_and_by_none_that_is_dead(
+def test_a_folder_is_locked_by_one_live_process(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError, match="in use by another run"):
         hold(tmp_path)
     holder.kill()
     holder.communicate()
-    with hold(tmp_path), hold(tmp_path):  # a process may hold it twice
+    with hold(tmp_path), hold(tmp_path):  # a process may lock it twice
         pass
 
 
-def test_release_undoes_any_number_of_holds(tmp_path: Path) -> None:
+def test_release_undoes_any_number_of_locks(tmp_path: Path) -> None:
     held = hold(tmp_path), hold(tmp_path)
     assert lock_of(tmp_path).is_locked
     release(tmp_path)
@@ -368,12 +368,12 @@ def interrupted(words: Sequence[str]) -> int:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_outside_of_training_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_outside_of_training_causes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(interrupted, []) == 130
     assert capsys.readouterr().err == "vitrail: stopped\n"
 
 
-def test_a_signal_is_noted_once_then_the_systems_own_and_raised_where_wanted() -> None:
+def test_a_second_signal_has_the_systems_default_effect() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -385,7 +385,7 @@ def test_a_signal_is_noted_once_then_the_systems_own_and_raised_where_wanted() -
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_during_the_last_test_is_followed_at_once(
+def test_a_signal_during_the_final_test_stops_at_once(
     copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run.resume(*copied)
@@ -394,7 +394,7 @@ def test_a_signal_during_the_last_test_is_followed_at_once(
     assert f"vitrail train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_speed_is_finite_where_a_clock_stands_still(
+def test_speed_is_finite_if_the_clock_stands_still(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: 5.0)

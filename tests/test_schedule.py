@@ -1,4 +1,4 @@
-"""The learning rate: the reference's by epoch, the closed forms by step."""
+"""The learning rate: the reference's schedule by epoch, closed forms by step."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ def reference_rates(epochs: int, warmup: int) -> list[float]:
     return rates
 
 
-def test_seed_preset_follows_the_references_schedulers() -> None:
+def test_the_reference_preset_follows_the_references_schedulers() -> None:
     config = get_preset("reference").training
     ours = [5e-4 * multiplier(epoch * 7, config, steps_per_epoch=7) for epoch in range(200)]
     assert ours == pytest.approx(reference_rates(200, 10), rel=1e-6)
@@ -35,7 +35,9 @@ def test_seed_preset_follows_the_references_schedulers() -> None:
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.5), ("linear", 0.5)])
-def test_by_step_it_rises_to_one_and_falls_to_the_minimum(schedule: str, middle: float) -> None:
+def test_by_step_the_multiplier_rises_to_one_and_falls_to_the_minimum(
+    schedule: str, middle: float
+) -> None:
     config = TrainingConfig(
         epochs=11, warmup_epochs=1, learning_rate=0.1, minimum_learning_rate=0.01,
         schedule=schedule,  # type: ignore[arg-type]
@@ -49,7 +51,7 @@ def test_by_step_it_rises_to_one_and_falls_to_the_minimum(schedule: str, middle:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_cosine_and_line_differ_where_they_should() -> None:
+def test_cosine_and_linear_schedules_differ() -> None:
     cosine, line = (
         multiplier(25, TrainingConfig(epochs=1, warmup_epochs=0, schedule=s), steps_per_epoch=100)
         for s in ("cosine", "linear")
@@ -58,5 +60,5 @@ def test_cosine_and_line_differ_where_they_should() -> None:
     assert line == pytest.approx(0.02 + 0.98 * 0.75)
 
 
-def test_no_warm_up_starts_at_the_top() -> None:
+def test_without_warmup_the_schedule_starts_at_the_peak() -> None:
     assert multiplier(0, TrainingConfig(epochs=3, warmup_epochs=0), steps_per_epoch=5) == 1

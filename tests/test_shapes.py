@@ -1,4 +1,4 @@
-"""The drawn shapes: the same bytes everywhere, exact masks, and not solvable by anything simple."""
+"""The generated shapes: the same bytes everywhere, exact masks, not solvable by simple means."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, ImageSet]:
-    """Both splits as they are trained on."""
+    """Both splits as used in training."""
     return {"train": datasets.load_shapes("train"), "test": datasets.load_shapes("test")}
 
 
@@ -31,7 +31,7 @@ def unseen(splits: dict[str, ImageSet]) -> ImageSet:
 
 
 def accuracy_of_ridge(train: torch.Tensor, test: torch.Tensor, sets: list[ImageSet]) -> float:
-    """Test accuracy of the linear classifier of least squared error, mildly held back."""
+    """Test accuracy of ridge regression with weak regularization."""
     train, test = (F.pad(x, (0, 1), value=1.0) for x in (train, test))
     targets_BY = F.one_hot(sets[0].labels_B).float() - 0.1
     penalty = 3 * train.shape[0] ** 0.5 * torch.eye(train.shape[1])
@@ -54,7 +54,7 @@ def test_an_image_depends_on_its_seed_and_number_alone() -> None:
     assert not torch.equal(draw_shapes(13, seed=4).raw_BCHW, few.raw_BCHW[:13])
 
 
-def test_the_splits_are_bytes_balanced_and_apart(splits: dict[str, ImageSet]) -> None:
+def test_the_splits_are_bytes_balanced_and_disjoint(splits: dict[str, ImageSet]) -> None:
     train, test = splits["train"], splits["test"]
     assert train.raw_BCHW.shape == (10_000, 3, 32, 32)
     assert test.raw_BCHW.shape == (2_000, 3, 32, 32)
@@ -65,7 +65,7 @@ def test_the_splits_are_bytes_balanced_and_apart(splits: dict[str, ImageSet]) ->
     assert len(both.unique(dim=0)) == 12_000
 
 
-def test_masks_are_one_object_of_a_fitting_size(shapes: ImageSet) -> None:
+def test_masks_are_one_object_of_reasonable_size(shapes: ImageSet) -> None:
     masks_BHW = shapes.masks_BHW
     assert masks_BHW is not None
     assert masks_BHW.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""Sweeps: what the words mean, what is refused, and studies that several processes share."""
+"""Sweeps: arguments, errors, and studies shared by several processes."""
 
 import csv
 import json
@@ -109,7 +109,7 @@ def test_invalid_arguments_are_refused(words: str, message: str) -> None:
         parse_space(words.split())
 
 
-def test_a_trial_has_its_values_and_all_else_of_the_base() -> None:
+def test_a_trial_overrides_only_its_own_settings() -> None:
     base = from_json({"training": {"epochs": 7}})
     config = apply(base, {"n_layers": 3, "learning_rate": 0.5, "mixup": 1})
     changed = {n: v for n, v in config.flat().items() if v != base.flat()[n]}
@@ -118,7 +118,7 @@ def test_a_trial_has_its_values_and_all_else_of_the_base() -> None:
         apply(base, {"n_attention_heads": 3})
 
 
-def test_flags_lead_from_one_configuration_to_the_other() -> None:
+def test_flags_reproduce_the_difference_of_two_configurations() -> None:
     changes = {"warmup_epochs": None, "flip": False, "image_size": (32, 64), "mixup": 0.2}
     start = from_json({"training": {"warmup_epochs": 2.0}})
     words = flags(start, apply(start, changes))
@@ -152,7 +152,7 @@ def test_invalid_sweeps_write_nothing(
         ("--trial 3", "unknown flag --trial"),
     ],
 )
-def test_flags_that_cannot_be_are_refused(
+def test_invalid_flags_are_refused(
     words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("optuna")
@@ -189,7 +189,7 @@ def test_trials_are_listed_completed_first_and_best_first() -> None:
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of three trials by the command line; one cannot be, one is cut off and put back."""
+    """A study of three trials; one is invalid, one interrupted and queued again."""
     pytest.importorskip("optuna")
     return tmp_path_factory.mktemp("sweeps") / "s"
 
@@ -202,7 +202,9 @@ def scripted(run: Run) -> Iterator[Any]:
         yield EpochEnd({"epoch": epoch, "validation_accuracy": accuracy}, True)
 
 
-def test_a_study_ends_with_as_many_trials_as_wanted(study_folder: Path, tiny_run: Config) -> None:
+def test_a_study_ends_with_the_requested_number_of_trials(
+    study_folder: Path, tiny_run: Config
+) -> None:
     base = from_json({"training": {"epochs": 2}}, tiny_run)
     how = SweepSettings((SEARCH[0], "n_attention_heads=3,5"), trials=6, pruner="none")
 
@@ -242,7 +244,7 @@ def test_one_process_draws_the_same_trials_again(study_folder: Path, tiny_run: C
     assert drawn[0][0] != drawn[0][1]
 
 
-def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
+def test_a_trial_killed_before_its_first_heartbeat_is_not_waited_for(
     study_folder: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrail.sweep.study.POLL_SECONDS", 0.2)
@@ -252,14 +254,14 @@ def test_a_trial_killed_before_its_first_sign_of_life_is_not_waited_for(
     with pytest.warns(UserWarning, match="Heartbeat"):
         sweep.study.ask()
     events = sweep.run()
-    assert next(events) is None, "at first it may be another process at work"
+    assert next(events) is None, "at first it may belong to another live process"
     monkeypatch.setattr("vitrail.sweep.study.GRACE_SECONDS", 0)
     printed = list(events)
     assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
     assert [trial.number for trial in printed] == [1]
 
 
-def test_another_study_is_not_joined(study_folder: Path, tiny_run: Config) -> None:
+def test_a_study_with_other_settings_is_not_joined(study_folder: Path, tiny_run: Config) -> None:
     folder = study_folder.with_name("mine")
     Sweep(tiny_run, SweepSettings(SEARCH), folder)
     moved = from_json({"data": {"data_path": "elsewhere"}}, tiny_run)
@@ -323,7 +325,7 @@ def test_flags_to_try_next_can_be_pasted_into_a_shell() -> None:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """Start one process of a sweep of eight trials of some seconds."""
+    """Start one process of a sweep of eight short trials."""
     words = ["sweep", "--search", *SEARCH, "--trials", "8", "--output_path", str(folder)]
     slower = ["--num_train_images", "500", "--epochs", "6"]
     return subprocess.Popen(
@@ -374,11 +376,11 @@ def test_two_processes_share_a_study_and_one_is_killed(tmp_path: Path) -> None:
     trials = read_trials(tmp_path / "s")
     states = [trial.state.name for trial in trials]
     assert states.count("COMPLETE") + states.count("PRUNED") == 8
-    assert states.count("FAIL") == 1, "the killed one is found dead"
+    assert states.count("FAIL") == 1, "the killed process is detected"
     assert len(states) == 9
     (dead,) = [trial for trial in trials if trial.state.name == "FAIL"]
     again = [trial for trial in trials if trial.params == dead.params and trial is not dead]
-    assert again, "and taken up again"
+    assert again, "and its trial is run again"
     rows = list(csv.DictReader((tmp_path / "s/trials.csv").read_text().splitlines()))
     assert len(rows) == 9
     assert read_picture(tmp_path / "s/importance.png").std() > 5

@@ -1,4 +1,4 @@
-"""Weights as training programs leave them: wrapped, renamed, beside other things, in old files."""
+"""Checkpoints of training programs: nested, with prefixes, with other content, in old formats."""
 
 import argparse
 import collections
@@ -30,7 +30,7 @@ def prefixed(prefix: str, state: dict[str, Tensor] | None = None) -> dict[str, T
 
 
 def other() -> dict[str, Tensor]:
-    """Other weights under the same names: those that must not be taken."""
+    """Other weights under the same names, which must not be used."""
     return {key: tensor + 1 for key, tensor in timm().items()}
 
 
@@ -47,7 +47,7 @@ def same_as_plain(classifier: vitrail.Classifier, tmp_path: Path) -> bool:
 
 
 LIGHTNING = ("lightning_fabric", "utilities", "data")
-"""The module of Lightning's table of hyperparameters, without Lightning."""
+"""The module of Lightning's hyperparameters, without Lightning."""
 EXTRA = {"loss.weight": torch.ones(3), "val_acc.total": torch.ones(1, dtype=torch.int64)}
 WRAPPED: list[tuple[str, Any, str]] = [
     ("compiled", prefixed("_orig_mod."), "_orig_mod. removed"),
@@ -73,7 +73,7 @@ WRAPPED: list[tuple[str, Any, str]] = [
     ("content", "words"), [row[1:] for row in WRAPPED], ids=[r[0] for r in WRAPPED]
 )
 @pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.pth.tar"])
-def test_wrapped_weights_are_unwrapped_and_noted(
+def test_nested_weights_are_found_and_noted(
     tmp_path: Path, content: Any, words: str, name: str
 ) -> None:
     torch.save(content, tmp_path / name)
@@ -82,7 +82,7 @@ def test_wrapped_weights_are_unwrapped_and_noted(
     assert any(words in note for note in classifier.notes), classifier.notes
 
 
-def test_safetensors_are_unwrapped_too(tmp_path: Path) -> None:
+def test_prefixes_in_safetensors_are_removed(tmp_path: Path) -> None:
     save_file(prefixed("_orig_mod."), tmp_path / "a.safetensors")
     assert same_as_plain(loaded(tmp_path / "a.safetensors"), tmp_path)
 
@@ -93,7 +93,7 @@ def test_plain_weights_have_no_such_note(tmp_path: Path) -> None:
     assert not any("removed" in note or "ignored" in note or "used" in note for note in notes)
 
 
-def test_what_training_scripts_keep_beside_weights_is_read(
+def test_other_content_of_training_checkpoints_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [".".join(LIGHTNING[:depth]) for depth in (1, 2, 3)]
@@ -131,7 +131,7 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED)
-def test_what_cannot_be_read_is_refused_with_a_remedy(
+def test_unreadable_files_are_refused_with_a_remedy(
     tmp_path: Path, content: Any, words: str
 ) -> None:
     torch.save(content, tmp_path / "a.pth")
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(
     assert "weights_only" not in message
 
 
-def test_files_of_old_torch_say_how_to_convert_them(tmp_path: Path) -> None:
+def test_files_of_old_torch_versions_name_the_conversion(tmp_path: Path) -> None:
     torch.save(timm(), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"before 1\.6: convert it in Python: (.*)$") as no:
         loaded(tmp_path / "a.pth")

@@ -1,4 +1,4 @@
-"""torchrun itself: a killed process, restarts, going on with another number of processes."""
+"""torchrun itself: a killed process, restarts, resuming with another number of processes."""
 
 import json
 import os
@@ -30,33 +30,33 @@ EPOCHS, STEPS = 30, 5
 
 
 def start(folder: Path, *WORDS: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """Start ``vitrail train`` with so many processes; what they say goes into FOLDER/said.txt."""
+    """Start ``vitrail train`` with N processes; their output goes to FOLDER/output.txt."""
     torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts), "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "vitrail", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / "said.txt").open("ab") as said:
+    with (folder / "output.txt").open("ab") as said:
         return subprocess.Popen(
             [*command, *WORDS], cwd=folder, env=environment, stdout=said, stderr=said
         )
 
 
-def said(folder: Path) -> str:
-    return (folder / "said.txt").read_text()
+def output_of(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    """Wait until a file is there."""
+    """Wait until a file exists."""
     for _ in range(60_000):
         if path.exists():
             return
-        assert process.poll() is None, said(path.parents[3])
+        assert process.poll() is None, output_of(path.parents[3])
         time.sleep(0.01)
-    raise AssertionError(f"{path} never came")
+    raise AssertionError(f"{path} was not written")
 
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
-    assert process.wait() == 0, said(folder)
+    assert process.wait() == 0, output_of(folder)
 
 
 def rank_of(torchrun: subprocess.Popen, rank: int) -> int:
@@ -86,34 +86,36 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, 1), signal.SIGKILL)
     assert job.wait() == 1
-    assert "vitrail: process 0 lost contact with another process" in said(tmp_path)
-    assert "go on with --resume" in said(tmp_path)
-    assert "Signal 9 (SIGKILL)" in said(tmp_path)  # torchrun names the one that fell
+    assert "vitrail: process 0 lost contact with another process" in output_of(tmp_path)
+    assert "go on with --resume" in output_of(tmp_path)
+    assert "Signal 9 (SIGKILL)" in output_of(tmp_path)  # torchrun names the killed process
     assert not (tmp_path / "output/quick/result.json").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_with_restarts_it_goes_on_from_its_last_checkpoint(
+def test_a_restarted_job_resumes_from_the_last_checkpoint(
     tmp_path: Path, cifar_folder: Path, rank: int
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    finish(start(tmp_path / "whole", *WORDS, "--data_path", "../data"), tmp_path / "whole")
+    (tmp_path / "undisturbed").mkdir()
+    finish(
+        start(tmp_path / "undisturbed", *WORDS, "--data_path", "../data"), tmp_path / "undisturbed"
+    )
     job = start(tmp_path, *WORDS, restarts=1)
     wait_for(tmp_path / "output/quick/checkpoints/LAST", job)
     os.kill(rank_of(job, rank), signal.SIGKILL)
     finish(job, tmp_path)
-    assert "resuming at step" in said(tmp_path)
+    assert "resuming at step" in output_of(tmp_path)
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["quick"]
-    whole, killed = tmp_path / "whole/output/quick", tmp_path / "output/quick"
-    assert curve(whole) == curve(killed)
-    assert len(curve(whole)) == EPOCHS
-    wanted = final(whole)
+    undisturbed, killed = tmp_path / "undisturbed/output/quick", tmp_path / "output/quick"
+    assert curve(undisturbed) == curve(killed)
+    assert len(curve(undisturbed)) == EPOCHS
+    wanted = final(undisturbed)
     for name, tensor in final(killed).items():
         assert torch.equal(tensor, wanted[name]), name
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_folder: Path) -> None:
-    # Batch norm sees a rank's share alone, so such models differ by more (many-machines.md).
+def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path, cifar_folder: Path) -> None:
+    # Batch norm sees only a rank's share, so such models differ by more (many-machines.md).
     words = [*WORDS, "--stem", "patch"]
     (tmp_path / "alone").mkdir()
     alone = start(tmp_path / "alone", *words, "--data_path", "../data", processes=1)
@@ -123,15 +125,15 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, cifar_fo
     wait_for(checkpoints / "LAST", two)
     two.send_signal(signal.SIGTERM)
     assert two.wait() != 0
-    assert "resume with: vitrail train --resume output/quick" in said(tmp_path)
+    assert "resume with: vitrail train --resume output/quick" in output_of(tmp_path)
     stopped = step_of(read_pointer(checkpoints, "LAST"))
     assert stopped < EPOCHS * STEPS
     one = start(tmp_path, "--resume", "output/quick", processes=1)
     while step_of(read_pointer(checkpoints, "LAST")) == stopped:
-        assert one.poll() is None, said(tmp_path)
+        assert one.poll() is None, output_of(tmp_path)
         time.sleep(0.01)
     one.send_signal(signal.SIGTERM)
-    assert one.wait() == 143, said(tmp_path)
+    assert one.wait() == 143, output_of(tmp_path)
     finish(start(tmp_path, "--resume", "output/quick"), tmp_path)
     wanted = final(tmp_path / "alone/output/quick")
     for name, tensor in final(tmp_path / "output/quick").items():

@@ -1,4 +1,4 @@
-"""What is sent to TensorBoard, wandb and MLflow; the latter two are fakes."""
+"""What is sent to TensorBoard, wandb and MLflow; the latter two are mocked."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ ROW = {"epoch": 2, "step": 9, "train_loss": 1.5, "validation_accuracy": 0.25}
 
 
 class FakeWandb:
-    """What ``import wandb`` gives, as far as it is used."""
+    """A mock of the module wandb."""
 
     Image = staticmethod(lambda picture_HWC: ("image", picture_HWC.shape))
 
@@ -59,7 +59,7 @@ class FakeWandb:
 
 
 class FakeMlflow:
-    """What ``import mlflow`` gives, as far as it is used; it is its own client.
+    """A mock of the module mlflow, which is also its own client.
 
     Names, arguments and statuses are those of ``mlflow.MlflowClient``.
     """
@@ -188,7 +188,7 @@ def test_mlflow_gets_settings_numbers_and_pictures(mlflow: FakeMlflow, tmp_path:
         (KeyboardInterrupt(), "KILLED"),
     ],
 )
-def test_a_run_that_does_not_come_to_its_end_is_not_called_finished(
+def test_an_interrupted_run_is_not_reported_as_finished(
     error: BaseException, status: str, wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
 ) -> None:
     config = asking(wandb=True, mlflow=True)
@@ -212,7 +212,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_continue(
     assert wandb.exit_codes == [0]
 
 
-def test_a_tracker_that_cannot_be_closed_leaves_the_others_to_be_closed(
+def test_a_tracker_that_fails_to_close_does_not_keep_others_from_closing(
     wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
 ) -> None:
     problems: list[str] = []
@@ -223,7 +223,7 @@ def test_a_tracker_that_cannot_be_closed_leaves_the_others_to_be_closed(
     assert mlflow.statuses[-1] == "FINISHED"
 
 
-def test_a_tracker_that_cannot_start_closes_those_that_have(
+def test_a_tracker_that_fails_to_start_closes_the_others(
     wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = mlflow.exceptions.MlflowException("no server")
@@ -276,7 +276,7 @@ def test_attention_is_drawn_every_n_epochs(tiny_run: Config, tmp_path: Path) -> 
     assert read_picture(drawn).std() > 10
 
 
-def test_tensorboard_gets_the_picture(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_attention_plot(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
@@ -289,7 +289,7 @@ def test_tensorboard_gets_the_picture(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(9, 1.5)]
 
 
-def test_watched_images_are_spread_over_the_split() -> None:
+def test_plotted_images_are_spread_over_the_split() -> None:
     raw_BCHW = torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
     images = ImageSet(raw_BCHW, torch.arange(30), tuple(map(str, range(30))))
     assert choose_images(images, 1).labels_B.tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
@@ -332,7 +332,9 @@ def test_titles_distinguish_right_from_wrong_predictions(tiny_model: Any, tmp_pa
         assert count(other) == 0
 
 
-def test_ids_are_kept_side_by_side(wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path) -> None:
+def test_ids_of_several_trackers_are_kept(
+    wandb: FakeWandb, mlflow: FakeMlflow, tmp_path: Path
+) -> None:
     with Trackers(asking(wandb=True, mlflow=True), tmp_path, []):
         pass
     kept = json.loads((tmp_path / "trackers.json").read_text())

@@ -1,4 +1,4 @@
-"""One update after another: every setting counts, the average is an average, parts add up."""
+"""Training updates: every setting has an effect; averages and accumulated batches are exact."""
 
 import dataclasses
 from typing import Any
@@ -141,7 +141,7 @@ def test_muon_has_a_rate_of_its_own() -> None:
 
 
 def test_parts_of_a_batch_add_up_to_it() -> None:
-    whole, parts = (
+    at_once, parts = (
         trained(
             dataclasses.replace(
                 BASE,
@@ -152,7 +152,7 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
         )
         for n in (1, 3)
     )
-    gradients = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    gradients = zip(at_once.model.parameters(), parts.model.parameters(), strict=True)
     for one, other in gradients:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
@@ -184,7 +184,7 @@ def test_batches_of_one_image_of_one_patch_train(training: dict[str, Any]) -> No
             assert torch.equal(tensor, before[name]) is (config.training.batch_size < 5)
 
 
-def test_a_batch_of_one_value_is_normalised_as_in_evaluation() -> None:
+def test_a_batch_of_one_value_is_normalized_as_in_evaluation() -> None:
     ours, theirs = BatchNorm(5), torch.nn.BatchNorm2d(5)
     generator = torch.Generator().manual_seed(1)
     for shape in ((3, 5, 2, 4), (1, 5, 1, 2), (2, 5, 1, 1)):  # torch's own, to the bit
@@ -337,7 +337,7 @@ def test_every_model_setting_changes_the_model() -> None:
 
 
 def describe(config: ModelConfig) -> tuple[Any, ...]:
-    """Shapes of a model's tensors, and what it answers in training."""
+    """Shapes of a model's tensors, and its output in training mode."""
     torch.manual_seed(4)
     model = VisionTransformer(config)
     torch.manual_seed(5)

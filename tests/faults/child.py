@@ -1,4 +1,4 @@
-"""The command line in a process of its own, forked from a warm one, with a fault built in."""
+"""The command line in a process of its own, forked from a warm one, with faults built in."""
 
 import errno
 import multiprocessing
@@ -25,16 +25,16 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes wrong in a child."""
+    """The faults of a child process."""
 
     kill_at: int = 0
     """SIGKILL at this point (see points.py); 0 for never."""
     fail_at: int = 0
-    """An error of the system at this point."""
+    """A system error at this point."""
     error: int = errno.ENOSPC
-    """Which."""
+    """Its errno."""
     folder_flush: int = 0
-    """The error that every flush of a folder ends with; 0 for none."""
+    """The errno of every fsync of a folder; 0 for none."""
     points: bool = False
     """Write the names of all points into points.txt."""
     clock: int | None = None
@@ -44,11 +44,11 @@ class Plan:
     slow_save: bool = False
     """Saving takes a minute once there is a file ``slow`` in the working folder."""
     pictures: bool = False
-    """Draw the pictures of the end, which takes longer than all the rest."""
+    """Draw the plots at the end, which takes longer than all the rest."""
     slow_after: int = 1_000_000
-    """Updates, after which each further one takes its time: the run waits for what shall come."""
+    """Updates after which each one is slowed down: the run then lives until a signal comes."""
     pause: float = 0.2
-    """How much time, in seconds."""
+    """Length of the pause after each of them, in seconds."""
 
 
 class Child:
@@ -58,7 +58,7 @@ class Child:
         cwd.mkdir(parents=True, exist_ok=True)
         self.cwd = cwd
         self.name = f"{len(list(cwd.glob('*.err'))):03}"
-        target = (live, (words, cwd, self.name, plan or Plan()))
+        target = (run_child, (words, cwd, self.name, plan or Plan()))
         self.process = forkserver().Process(target=target[0], args=target[1])
         self.process.start()
 
@@ -72,18 +72,18 @@ class Child:
         return self.process.exitcode
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it is still there to take it."""
+        """Send it a signal if it is alive."""
         if self.process.pid is not None and self.alive:
             os.kill(self.process.pid, number)
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return self.process.is_alive()
 
     @property
     def errors(self) -> str:
-        """What it said on standard error."""
+        """Its standard error."""
         path = self.cwd / f"{self.name}.err"
         return path.read_text() if path.exists() else ""
 
@@ -107,8 +107,8 @@ def forkserver() -> Any:
     return context
 
 
-def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
-    """Be the command line. Runs in the child."""
+def run_child(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
+    """Run the command line with its faults. Runs in the child."""
     import vitrail.cli
     from faults.warm import take_few_images  # loaded already, unless the server could not
 
@@ -125,7 +125,7 @@ def live(words: tuple[str, ...], cwd: Path, name: str, plan: Plan) -> None:
 
 
 def set_up(plan: Plan, cwd: Path) -> None:
-    """Build the fault in."""
+    """Install the faults."""
     import vitrail.training.run
 
     if plan.user is not None:
@@ -153,7 +153,7 @@ def set_up(plan: Plan, cwd: Path) -> None:
 
 
 def refuse_folders(error: int) -> None:
-    """Let flushing a folder fail, and a file not."""
+    """Make fsync fail for folders but not for files."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -194,7 +194,7 @@ def log_losses(path: Path, plan: Plan) -> None:
 
 
 def jump(seed: int) -> None:
-    """Let the clock of the day jump by up to a century, and the monotonic one leap or stand."""
+    """Make the wall clock jump by up to a century, and the monotonic clock skip or stop."""
     random_ = random.Random(seed)
     day, monotonic, counter = time.time, time.monotonic, time.perf_counter
     leap = [0.0]
@@ -217,7 +217,7 @@ real_strftime = time.strftime
 
 
 def slow_down(cwd: Path) -> None:
-    """Let saving take a minute once it is asked for."""
+    """Make saving take a minute once requested."""
     import vitrail.training.run
 
     real = vitrail.training.run.save_checkpoint

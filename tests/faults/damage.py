@@ -28,41 +28,41 @@ Change = Callable[[bytes, random.Random], bytes]
 
 
 def flip_bit(content: bytes, random_: random.Random) -> bytes:
-    """Turn one bit over."""
+    """Flip one bit."""
     place = random_.randrange(len(content))
     return replaced(content, place, bytes([content[place] ^ 1 << random_.randrange(8)]))
 
 
 def flip_bytes(content: bytes, random_: random.Random) -> bytes:
-    """Write noise over a few bytes."""
+    """Overwrite a few bytes with noise."""
     return replaced(
         content, random_.randrange(len(content)), random_.randbytes(random_.choice([1, 2, 8]))
     )
 
 
 def zero(content: bytes, random_: random.Random) -> bytes:
-    """Write zeros over a block, as a lost sector leaves."""
+    """Overwrite a block with zeros, like a lost sector."""
     start = random_.randrange(len(content))
     return replaced(content, start, bytes(min(512, len(content) - start)))
 
 
 def cut(content: bytes, random_: random.Random) -> bytes:
-    """Keep the beginning."""
+    """Truncate."""
     return content[: random_.randrange(len(content))]
 
 
 def empty(_content: bytes, _random: random.Random) -> bytes:
-    """Keep nothing."""
+    """Truncate to nothing."""
     return b""
 
 
 def longer(content: bytes, random_: random.Random) -> bytes:
-    """Add something at the end."""
+    """Append bytes."""
     return content + random_.randbytes(random_.choice([1, 8, 100]))
 
 
 def swap(content: bytes, random_: random.Random) -> bytes:
-    """Let two bytes, or two halves, change places."""
+    """Swap two bytes, or two halves."""
     if random_.random() < 0.3:
         return content[len(content) // 2 :] + content[: len(content) // 2]
     one, other = sorted(random_.randrange(len(content)) for _ in range(2))
@@ -72,7 +72,7 @@ def swap(content: bytes, random_: random.Random) -> bytes:
 
 
 def digit(content: bytes, random_: random.Random) -> bytes:
-    """Change a decimal digit: what is left still reads well."""
+    """Change a decimal digit: the file still parses."""
     places = [place for place, byte in enumerate(content) if chr(byte).isdecimal() and byte < 128]
     if not places:
         return b""
@@ -80,7 +80,7 @@ def digit(content: bytes, random_: random.Random) -> bytes:
 
 
 def replaced(content: bytes, place: int, new: bytes) -> bytes:
-    """Return the bytes with others from one place on."""
+    """Return the content with bytes replaced from one position on."""
     return content[:place] + new + content[place + len(new) :]
 
 
@@ -89,7 +89,7 @@ CHANGES: list[Change] = [flip_bit, flip_bytes, zero, cut, empty, longer, swap, d
 
 @dataclasses.dataclass(frozen=True)
 class Intact:
-    """A finished run in which nothing is damaged, and all it holds."""
+    """A finished, undamaged run and all its content."""
 
     folder: Path
     config: Config
@@ -102,7 +102,7 @@ class Intact:
 def intact_run(folder: Path, config: Config) -> Intact:
     """Train, keeping every checkpoint, from the first seed whose best epoch is not the last.
 
-    So recovery must tell LAST from BEST.
+    So recovery must distinguish LAST from BEST.
     """
     data = dataclasses.replace(config.data, validation_images=40)
     for seed in range(100):
@@ -126,7 +126,7 @@ def begun(folder: Path, config: Config) -> Run:
 
 
 def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int = 7) -> Tally:
-    """Damage a copy of a run in one place each time; ``ends`` of them then train to the end."""
+    """Damage one place in each of several copies of a run; train ``ends`` of them to the end."""
     tally = Tally("A changed byte, a cut, a swap in a checkpoint; a cut in LAST or BEST")
     intact, random_ = intact_run(folder / "intact", config), random.Random(seed)
     every = max(1, times // max(1, ends))
@@ -145,7 +145,7 @@ def mutations(folder: Path, config: Config, *, times: int, ends: int, seed: int 
 
 
 def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple[str, list[Path]]:
-    """Do one thing to one file, or let two change places; return what, and to which."""
+    """Damage one file, or swap two; return the kind of damage and the files."""
     checkpoints = copy / "checkpoints"
     pointers = [checkpoints / "LAST", checkpoints / "BEST"]
     steps = folders(copy)
@@ -170,7 +170,7 @@ def damage(copy: Path, file: Path, random_: random.Random, number: int) -> tuple
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two files or folders change places."""
+    """Swap two files or folders."""
     middle = one.with_name("middle")
     one.rename(middle)
     other.rename(one)
@@ -178,12 +178,12 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def named(error: CheckpointError, damaged: list[Path]) -> None:
-    """Demand that an error names what was damaged."""
+    """Require that an error names what was damaged."""
     assert any(str(path) in str(error) for path in damaged), f"not named: {error}"
 
 
 def require_right_or_named(copy: Path, file: Path, damaged: list[Path], intact: Intact) -> None:
-    """Load everything there is: each part is right to the bit, or refused by name."""
+    """Load everything: each part is correct to the bit, or refused by name."""
     for folder in folders(copy):
         try:
             state = tensors(folder)

@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int = 1) -> Tally:
-    """Let the system refuse each write, flush, rename and removal once; then resume."""
+    """Make each write, flush, rename and removal fail once; then resume."""
     tally = Tally("An error of the disk at a write, flush, rename or removal")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -45,7 +45,7 @@ def every_error(folder: Path, *, epochs: int, only: int | None = None, seed: int
 
 
 def folders_not_flushed(folder: Path, *, epochs: int = 3) -> Tally:
-    """Let the system refuse to flush folders, as CIFS and FUSE do: that is no error of the disk."""
+    """Make fsync of folders fail, as CIFS and FUSE do: that is not a disk error."""
     tally = Tally("A file system that does not flush folders")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -63,7 +63,7 @@ def folders_not_flushed(folder: Path, *, epochs: int = 3) -> Tally:
 
 
 def full_disk(folder: Path, *, sizes: int, epochs: int = 3, seed: int = 2) -> Tally:
-    """Train on disks of some KiB, too small in most cases; then give them room."""
+    """Train on disks of some KiB, too small in most cases; then free some space."""
     tally = Tally("A full disk (tmpfs)")
     truth = undisturbed("--epochs", str(epochs))
     words = ("--epochs", str(epochs), "--keep_checkpoints", "2")
@@ -90,7 +90,7 @@ def full_disk(folder: Path, *, sizes: int, epochs: int = 3, seed: int = 2) -> Ta
 
 
 def mount(folder: Path, kib: int, option: str = "") -> str | None:
-    """Mount a small disk in memory, or return why that cannot be done."""
+    """Mount a small tmpfs, or return why that is impossible."""
     if os.name != "posix" or os.geteuid() != 0:
         return "mounting needs root"
     command = ["mount", "-t", "tmpfs", "-o", f"{option}size={kib}k", "tmpfs", str(folder)]
@@ -99,10 +99,10 @@ def mount(folder: Path, kib: int, option: str = "") -> str | None:
 
 
 def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> Tally:
-    """Take the right to write away while a run trains, and give it back."""
+    """Make the folder read-only while a run trains, then writable again."""
     tally = Tally("A folder that becomes read-only")
     words = ("--epochs", str(epochs))
-    user = NOBODY if os.geteuid() == 0 else None  # root may write everywhere
+    user = NOBODY if os.geteuid() == 0 else None  # root can write anywhere
     needed = (*folder.parents, *Path(sys.prefix, "x").parents, *Path(__file__).parents)
     closed = [path for path in needed if not open_to_all(path)]
     if user is not None and closed:
@@ -133,13 +133,13 @@ def read_only(folder: Path, *, times: int, epochs: int = 12, seed: int = 3) -> T
 
 
 def open_to_all(path: Path) -> bool:
-    """Tell whether every user may pass through a folder."""
+    """Return whether every user can enter a folder."""
     return bool(path.stat().st_mode & 0o001)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Forbid writing beneath a folder."""
+    """Make a folder and everything in it read-only."""
     inside = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     for path in inside:
         path.chmod(0o555)
@@ -164,7 +164,7 @@ def removed(folder: Path, *, times: int, epochs: int = 12, seed: int = 4) -> Tal
             child.until(updates)
             shutil.rmtree(cwd / "output/run", ignore_errors=True)
             if child.wait() == 0:
-                assert losses(cwd) == truth.losses, "other losses"
+                assert losses(cwd) == truth.losses, "different losses"
                 assert require_valid(cwd / "output/run", truth) == truth.steps, "not saved"
             else:
                 require_one_line(child)
@@ -174,7 +174,7 @@ def removed(folder: Path, *, times: int, epochs: int = 12, seed: int = 4) -> Tal
 
 
 def clock(folder: Path, *, times: int) -> Tally:
-    """Let the clock of the day jump by decades at every look, the other one leap or stand still."""
+    """Make the wall clock jump by decades at every call, and the monotonic clock skip or stop."""
     tally = Tally("A clock that jumps")
     words = ("--epochs", "4")
     truth = undisturbed(*words)

@@ -28,7 +28,7 @@ class Truth:
 
     @property
     def steps(self) -> int:
-        """Updates in the whole run."""
+        """Updates of the run."""
         return max(self.losses)
 
 
@@ -36,11 +36,11 @@ class Truth:
 def undisturbed(*words: str) -> Truth:
     """Train without any fault."""
     with tempfile.TemporaryDirectory() as name:
-        return train_whole(Path(name), *words)
+        return train_and_read(Path(name), *words)
 
 
-def train_whole(cwd: Path, *words: str) -> Truth:
-    """Train and keep all of it."""
+def train_and_read(cwd: Path, *words: str) -> Truth:
+    """Train and return everything."""
     child = Child(cwd, *WORDS, *words, "--folder_name", "run", "--keep_checkpoints", "0")
     assert child.wait() == 0, child.errors
     run = cwd / "output/run"
@@ -78,7 +78,7 @@ def timeless(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses(cwd: Path) -> dict[int, str]:
-    """Return the loss of every update, from the logs of all lives; they must agree."""
+    """Return the loss of every update, from the logs of all processes; they must agree."""
     found: dict[int, str] = {}
     for log in sorted(cwd.glob("*.losses")):
         for line in log.read_bytes().split(b"\n")[:-1]:
@@ -106,18 +106,20 @@ def require_end(cwd: Path, truth: Truth, *, best: bool = True) -> None:
     """Compare a finished run with the truth."""
     run = cwd / "output/run"
     assert require_valid(run, truth) == truth.steps, "the last checkpoint is missing"
-    assert losses(cwd) == truth.losses, "other losses"
+    assert losses(cwd) == truth.losses, "different losses"
     if best:
-        assert rows(run) == truth.rows, "other metrics"
-        assert read_pointer(run / "checkpoints", "BEST").name == truth.best, "another best"
-        assert result(run) == truth.result, "another result"
+        assert rows(run) == truth.rows, "different metrics"
+        assert read_pointer(run / "checkpoints", "BEST").name == truth.best, (
+            "different best checkpoint"
+        )
+        assert result(run) == truth.result, "different result"
     left = [path.name for path in (run / "checkpoints").glob(".*")]
     assert not left, f"left behind: {left}"
 
 
 def require_equal(one: dict[str, Tensor], other: dict[str, Tensor], what: str) -> None:
-    """Compare tensors to the bit."""
-    assert one.keys() == other.keys(), f"{what}: other tensors"
+    """Compare tensors bit for bit."""
+    assert one.keys() == other.keys(), f"{what}: different tensors"
     wrong = [name for name in one if not torch.equal(one[name], other[name])]
     assert not wrong, f"{what}: not equal: {wrong[:3]}"
 
@@ -137,7 +139,7 @@ def finish(cwd: Path, truth: Truth, *words: str, best: bool = True) -> None:
 
 
 def require_one_line(child: Child, *, codes: tuple[int, ...] = (1, 2)) -> None:
-    """Demand that a command ended with one clear error."""
+    """Require that a command ended with one clear error."""
     code = child.wait()
     errors = [line for line in child.errors.splitlines() if line.startswith("vitrail: ")]
     assert "Traceback" not in child.errors, child.errors[-2000:]

@@ -24,7 +24,7 @@ def storm(
 ) -> Tally:
     """Kill one run again and again, at random moments, and resume it each time."""
     tally = Tally(f"SIGKILL at random moments of one run ({recipe})")
-    # At most three epochs a life: the run does not end before the last kill.
+    # At most three epochs per process: the run does not end before the last kill.
     words = (*RECIPES[recipe], "--epochs", str(epochs or 3 * kills + 1))
     truth = undisturbed(*words)
     cwd, random_, newest = folder / "storm", random.Random(seed), 0
@@ -38,7 +38,7 @@ def storm(
             child.signal(signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL, child.errors
             step = require_valid(cwd / "output/run", truth)
-            assert step >= newest, f"update {newest} was saved and is lost"
+            assert step >= newest, f"update {newest} was saved but lost"
             newest = step
     with tally.trial("the end"):
         assert tally.tried > kills, f"only {tally.tried - 1} kills before the end"

@@ -1,4 +1,4 @@
-"""A NaN or an infinity in a batch, a weight, a gradient, an average: stopped before the update."""
+"""A NaN or an infinity in a batch, a weight, a gradient, an average stops training."""
 
 import math
 import random
@@ -24,7 +24,7 @@ Fault = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def in_tensor(tensor: Tensor, place: int, value: float) -> Iterator[None]:
-    """Put a value into a tensor, for a time."""
+    """Put a value into a tensor inside the block."""
     flat = tensor.detach().view(-1)
     old = flat[place].clone()
     flat[place] = value
@@ -36,14 +36,14 @@ def in_tensor(tensor: Tensor, place: int, value: float) -> Iterator[None]:
 
 @contextmanager
 def in_gradient(parameter: Tensor, place: int, value: float) -> Iterator[None]:
-    """Put a value into a gradient as it is worked out, for a time."""
+    """Put a value into a gradient when it is computed, inside the block."""
 
-    def spoil(gradient: Tensor) -> Tensor:
-        spoilt = gradient.clone()
-        spoilt.view(-1)[place] = value
-        return spoilt
+    def change(gradient: Tensor) -> Tensor:
+        changed = gradient.clone()
+        changed.view(-1)[place] = value
+        return changed
 
-    hook = parameter.register_hook(spoil)
+    hook = parameter.register_hook(change)
     try:
         yield
     finally:
@@ -52,19 +52,19 @@ def in_gradient(parameter: Tensor, place: int, value: float) -> Iterator[None]:
 
 @contextmanager
 def in_batch(run: Run, field: str, value: float) -> Iterator[None]:
-    """Put a value into the next batches, for a time."""
+    """Put a value into the next batches inside the block."""
     real: Any = run.batches
 
-    class Spoilt:
+    class Changed:
         steps_per_epoch, device = real.steps_per_epoch, real.device
 
         def __call__(self, step: int) -> Any:
             batch = real(step)
-            spoilt = getattr(batch, field).clone()
-            spoilt[0].view(-1)[-1] = value
-            return batch._replace(**{field: spoilt})
+            changed = getattr(batch, field).clone()
+            changed[0].view(-1)[-1] = value
+            return batch._replace(**{field: changed})
 
-    run.batches = Spoilt()  # type: ignore[assignment]
+    run.batches = Changed()  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -84,10 +84,10 @@ def faults(run: Run, random_: random.Random) -> Iterator[tuple[str, Fault]]:
 
 
 def injected(folder: Path, config: Config, *, every: int = 1, seed: int = 8) -> Tally:
-    """Put each fault into the same run in turn; at its end it is as if there had been none."""
+    """Put each fault into the same run in turn; its end must be that of an undisturbed run."""
     tally = Tally("NaN, inf in a batch, a weight, a gradient, the average, the optimizer")
-    whole, run = (begun(folder / name, config) for name in ("whole", "spoilt"))
-    for _ in whole.train():
+    clean, run = (begun(folder / name, config) for name in ("clean", "faulty"))
+    for _ in clean.train():
         pass
     advance(run, run.batches.steps_per_epoch + 1)
     step, kept = run.state.step, folders(run.folder)
@@ -109,7 +109,7 @@ def injected(folder: Path, config: Config, *, every: int = 1, seed: int = 8) -> 
     with tally.trial("the end"):
         for _ in run.train():
             pass
-        one, other = (tensors(folders(r.folder)[-1]) for r in (run, whole))
+        one, other = (tensors(folders(r.folder)[-1]) for r in (run, clean))
         require_equal(one, other, "the end")
     return tally
 
@@ -137,20 +137,20 @@ def hidden(run: Run) -> list[tuple[str, Tensor]]:
 
 
 def require_stopped(run: Run, words: str) -> None:
-    """Demand that training stops, and names the last good checkpoint."""
+    """Require that training stops and names the last good checkpoint."""
     message = error_of(lambda: next(iter(run.train())))
     assert words in message, message
     assert f"the last good checkpoint is {folders(run.folder)[-1]}" in message, message
 
 
 def require_not_saved(run: Run) -> None:
-    """Demand that what is broken is not saved."""
+    """Require that invalid values are not saved."""
     message = error_of(run.save)
     assert "not finite" in message, message
 
 
 def error_of(action: Callable[[], Any]) -> str:
-    """Return what training's error says that an action ends with."""
+    """Return the message of the TrainingError that an action raises."""
     try:
         action()
     except TrainingError as error:

@@ -1,4 +1,4 @@
-"""Every write, flush, rename and removal of a process, as a point where it can be struck."""
+"""Every write, flush, rename and removal of a process, as a point where it can be interrupted."""
 
 import contextlib
 import io
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Points:
-    """Counts the points beneath a folder, and calls ``strike`` before each.
+    """Counts the points inside a folder, and calls ``strike`` before each.
 
     A write is two points: before it, and when half of it is on the disk. pathlib and shutil go
-    through the functions patched here; what else writes (a picture's own library) does not count.
+    through the functions patched here; other writers (an image library) are not counted.
     """
 
     def __init__(self, root: Path, strike: Callable[[int, str], None]) -> None:
@@ -25,11 +25,11 @@ class Points:
         self.strike(self.count, name)
 
     def holds(self, path: Any) -> bool:
-        """Tell whether a path lies beneath the folder."""
+        """Return whether a path is inside the folder."""
         return os.path.abspath(os.fspath(path)).startswith(self.root)  # noqa: PTH100
 
     def install(self, patch: Callable[[Any, str, Any], None]) -> None:
-        """Put the points in with ``patch(object, name, value)``."""
+        """Install the points with ``patch(object, name, value)``."""
         real_open, real_fsync = io.open, os.fsync
 
         def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ class Points:
             patch(os, name, self.wrapped(name))
 
     def wrapped(self, name: str) -> Callable[..., Any]:
-        """Return a function of os with its point before it."""
+        """Return a function of os with a point before it."""
         real = getattr(os, name)
 
         def call(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ class Points:
 
 
 class HalfWriter:
-    """A file open for writing that is written to in halves."""
+    """An open file that is written to in halves."""
 
     def __init__(self, file: Any, points: Points) -> None:
         self.file, self.points = file, points
@@ -91,7 +91,7 @@ class HalfWriter:
 
 
 def kill_at(wanted: int) -> Callable[[int, str], None]:
-    """Strike by SIGKILL at one point."""
+    """Send SIGKILL at one point."""
 
     def strike(count: int, _name: str) -> None:
         if count == wanted:
@@ -101,7 +101,7 @@ def kill_at(wanted: int) -> Callable[[int, str], None]:
 
 
 def fail_at(wanted: int, number: int) -> Callable[[int, str], None]:
-    """Strike by an error of the system at one point."""
+    """Raise a system error at one point."""
 
     def strike(count: int, _name: str) -> None:
         if count == wanted:

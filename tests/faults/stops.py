@@ -18,11 +18,11 @@ from faults.folder import (
 from faults.tally import Tally
 
 STOPPING_SECONDS = 10.0
-"""A run that is asked to stop has so long."""
+"""Seconds in which a run must stop after a signal."""
 
 
 def asked(folder: Path, *, times: int, epochs: int | None = None, seed: int = 5) -> Tally:
-    """Ask one run to stop again and again, with both signals in turn, and go on each time."""
+    """Ask one run to stop again and again, with both signals in turn, and resume each time."""
     tally = Tally("SIGTERM, SIGINT")
     words = ("--epochs", str(epochs or 3 * times))
     truth = undisturbed(*words)
@@ -62,7 +62,7 @@ def early(folder: Path, *, times: int, epochs: int = 2, seed: int = 6) -> Tally:
         with tally.trial(f"time {number}"):
             child = resume_run(cwd, *words)
             while child.alive and not (cwd / "000.ready").exists():
-                time.sleep(0.001)  # the signals before belong to Python, not to us
+                time.sleep(0.001)  # earlier signals are handled by Python
             time.sleep(random_.uniform(0, 0.1))
             wanted = (signal.SIGTERM, signal.SIGINT)[number % 2]
             child.signal(wanted)
@@ -74,7 +74,7 @@ def early(folder: Path, *, times: int, epochs: int = 2, seed: int = 6) -> Tally:
 
 
 def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
-    """Send the same signal again while a slow disk takes its time: it stops at once."""
+    """Send the same signal again while a slow disk is writing: it stops at once."""
     tally = Tally("SIGTERM, SIGINT twice")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -89,7 +89,7 @@ def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
                 time.sleep(0.002)
             began = time.monotonic()
             while child.alive:
-                child.signal(wanted)  # the first is noted, the next one ends it
+                child.signal(wanted)  # the first is noted, the second ends the process
                 time.sleep(0.2)
             code = child.wait()
             assert code == -wanted, f"exit code {code}: {child.errors}"
@@ -102,7 +102,7 @@ def twice(folder: Path, *, times: int, epochs: int = 12) -> Tally:
 
 
 def two_runs(folder: Path, *, times: int, epochs: int = 12) -> Tally:
-    """Start a second run in the folder of a first; kill the first; go on."""
+    """Start a second run in the folder of a first; kill the first; resume."""
     tally = Tally("Two runs in one folder")
     words = ("--epochs", str(epochs))
     truth = undisturbed(*words)
@@ -141,6 +141,6 @@ def race(folder: Path, *, times: int, epochs: int = 2) -> Tally:
 
 
 def fresh(cwd: Path, name: str, *words: str) -> Child:
-    """Start a run in a folder that others try to use, too."""
+    """Start a run in a folder that other processes try to use, too."""
     output = ("--output_path", str(cwd / "output"), "--folder_name", "run")
     return Child(cwd / name, *WORDS, *words, *output)

@@ -1,4 +1,4 @@
-"""How often a fault was tried, and each time that something was lost."""
+"""How often a fault was tried, and what was lost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ class Tally:
 
     @property
     def survived(self) -> int:
-        """Times that nothing was lost."""
+        """Tries in which nothing was lost."""
         return self.tried - len(self.lost)
 
     @contextmanager
     def trial(self, what: str) -> Iterator[None]:
-        """Count one try; an assertion that fails inside, or an error of ours, is a loss."""
+        """Count one try; a failed assertion or a VitrailError inside is a loss."""
         self.tried += 1
         try:
             yield

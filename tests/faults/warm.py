@@ -1,4 +1,4 @@
-"""Imported once by the process that all children are forked from: what is slow to load."""
+"""Slow imports, done once in the process that all children are forked from."""
 
 import torch
 import torch._dynamo
@@ -14,9 +14,9 @@ DRAWN = {
     which: draw_shapes(count, seed=SEEDS[which])
     for which, count in {"train": 300, "test": 50}.items()
 }
-"""A part of the drawn shapes is enough, and all would take seconds."""
+"""A few of the generated shapes: generating all takes seconds."""
 
 
 def take_few_images() -> None:
-    """Let runs load these."""
+    """Make runs load these."""
     vitrail.data.datasets.load_shapes = DRAWN.__getitem__  # type: ignore[assignment]

@@ -58,9 +58,9 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, bits: int, colour: int, *chunks: bytes) -> bytes:
+def png(width: int, height: int, bits: int, color: int, *chunks: bytes) -> bytes:
     """Return a PNG of chunks that its header need not fit."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     return PNG + head + b"".join(chunks) + chunk(b"IEND", b"")
 
 
