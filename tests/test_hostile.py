@@ -203,9 +203,9 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     Image.preinit()
     full = hostile_pictures.encoded(Image.new("L", (1_000, 1_000)), "JPEG", progressive=True)
     start = full.rindex(b"\xff\xda")
-    assert read_picture(whole).shape == (1_000, 1_000, 3)
+    assert read_picture(full).shape == (1_000, 1_000, 3)
     with pytest.raises(PictureError, match="scans"):
-        read_picture(whole[:start] + whole[start:-2] * 2_001 + b"\xff\xd9")
+        read_picture(full[:start] + full[start:-2] * 2_001 + b"\xff\xd9")
 
 
 # Weights.
