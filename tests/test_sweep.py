@@ -17,13 +17,22 @@ from typing import Any
 import pytest
 
 from vitrail.cli import main
+from vitrail.cli.sweep import summary, trial_table
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.pictures import read_picture
 from vitrail.errors import ConfigError, DataError
-from vitrail.sweep.report import Outcome, flags, outcomes, trial_table
-from vitrail.sweep.space import apply, parse_dimension, parse_space
-from vitrail.sweep.study import Stopped, Sweep, SweepSettings
+from vitrail.sweep.study import (
+    Stopped,
+    Sweep,
+    apply,
+    describe,
+    flags,
+    parse_space,
+    ranked,
+    suggest,
+    write_csv,
+)
 from vitrail.training.run import EpochEnd, Run
 
 TINY = shlex.split(
@@ -33,51 +42,36 @@ TINY = shlex.split(
 SEARCH = ("learning_rate=1e-4..1e-2:log", "forward_mul=1,2")
 
 
-class Asked:
-    """Mock of an optuna trial: records the calls, and returns the last possible value."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def suggest_categorical(self, name: str, values: tuple[Any, ...]) -> Any:
-        self.calls.append((name, values))
-        return values[-1]
-
-    def suggest_int(self, name: str, low: int, high: int, **how: Any) -> int:
-        self.calls.append((name, low, high, how))
-        return high
-
-    suggest_float: Any = suggest_int
-
-
 @pytest.mark.parametrize(
-    ("word", "call"),
+    ("word", "expected"),
     [
-        ("n_layers=4,6,8", ("n_layers", (4, 6, 8))),
-        ("--n-layers=4,6", None),
-        ("n-layers=4,6", ("n_layers", (4, 6))),
-        ("label_smoothing=0,0.1", ("label_smoothing", (0.0, 0.1))),
-        ("pool=cls,mean", ("pool", ("cls", "mean"))),
-        ("flip=true,False", ("flip", (True, False))),
-        ("warmup_epochs=none,1", ("warmup_epochs", (None, 1.0))),
-        ("seed=1..3", ("seed", 1, 3, {"log": False, "step": 1})),
-        ("embed_dim=64..192:32", ("embed_dim", 64, 192, {"log": False, "step": 32})),
+        ("n_layers=4,6,8", ("CategoricalDistribution", {"choices": (4, 6, 8)})),
+        ("n-layers=4,6", ("CategoricalDistribution", {"choices": (4, 6)})),
+        ("label_smoothing=0,0.1", ("CategoricalDistribution", {"choices": (0.0, 0.1)})),
+        ("pool=cls,mean", ("CategoricalDistribution", {"choices": ("cls", "mean")})),
+        ("flip=true,False", ("CategoricalDistribution", {"choices": (True, False)})),
+        ("warmup_epochs=none,1", ("CategoricalDistribution", {"choices": (None, 1.0)})),
+        ("seed=1..3", ("IntDistribution", {"low": 1, "high": 3})),
+        ("embed_dim=64..192:32", ("IntDistribution", {"low": 64, "high": 192, "step": 32})),
         (
             "learning_rate=1e-4..1e-2:log",
-            ("learning_rate", 1e-4, 1e-2, {"log": True, "step": None}),
+            ("FloatDistribution", {"low": 1e-4, "high": 1e-2, "log": True}),
         ),
-        ("dropout=0..0.3:0.1", ("dropout", 0.0, 0.3, {"log": False, "step": 0.1})),
+        ("dropout=0..0.3:0.1", ("FloatDistribution", {"low": 0.0, "high": 0.3, "step": 0.1})),
     ],
 )
-def test_arguments_become_calls_of_optuna(word: str, call: tuple[Any, ...] | None) -> None:
-    if call is None:
-        with pytest.raises(ConfigError, match="unknown setting"):
-            parse_dimension(word)
-        return
-    trial = Asked()
-    value = parse_dimension(word).suggest(trial)
-    assert trial.calls == [call]
-    assert type(value) is type(call[1][-1] if isinstance(call[1], tuple) else call[2])
+def test_arguments_become_distributions_of_optuna(
+    word: str, expected: tuple[str, dict[str, Any]]
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    kind, arguments = expected
+    distribution = getattr(optuna.distributions, kind)(**arguments)
+    name = word.partition("=")[0].replace("-", "_")
+    assert parse_space([word]) == {name: distribution}
+    trial = optuna.create_study().ask()
+    value = suggest(trial, name, distribution)
+    assert trial.params == {name: value}
+    assert trial.distributions == {name: distribution}
 
 
 @pytest.mark.parametrize(
@@ -85,26 +79,25 @@ def test_arguments_become_calls_of_optuna(word: str, call: tuple[Any, ...] | Non
     [
         ("", "nothing to search"),
         ("n_layers", "give NAME=A,B,C or NAME=LOW..HIGH"),
-        ("n_layer=1,2", "unknown setting 'n_layer' (did you mean 'n_layers'?)"),
+        ("n_layer=1,2", "cannot search 'n_layer' (did you mean 'n_layers'?)"),
+        ("--n-layers=4,6", "cannot search '__n_layers'"),
         ("n_layers=4", "at least two different values"),
         ("n_layers=4,4", "at least two different values"),
         ("n_layers=4,x", "n_layers is 'x': give a whole number"),
-        ("n_layers=1.5..3", "n_layers takes whole numbers"),
-        ("n_layers=3..1", "3 is not below 1"),
-        ("n_layers=a..1", "'a' is not a number"),
-        ("learning_rate=0..1:log", "a log range must start above 0"),
-        ("learning_rate=1e-3..inf", "'inf' is not a number"),
-        ("embed_dim=64..100:32", "from 64 to 100 is not a multiple of 32"),
-        ("embed_dim=64..100:0", "is not a multiple of 0"),
-        ("embed_dim=64..100:up", "'up' is not a number"),
+        ("n_layers=1.5..3", "--search n_layers=1.5..3: invalid literal for int()"),
+        ("n_layers=3..1", "`low <= high` must hold"),
+        ("learning_rate=a..1", "could not convert string to float: 'a'"),
+        ("learning_rate=0..1:log", "`low > 0` must hold for `log=True`"),
+        ("embed_dim=64..100:0", "`step > 0` must hold"),
+        ("embed_dim=64..100:up", "invalid literal for int() with base 10: 'up'"),
         ("pool=1..2", "pool is not a number: give a list"),
         ("pool=cls,max", "pool is 'max': give 'cls', 'mean'"),
-        ("dataset=shapes,cifar10", "dataset must be the same in all trials"),
-        ("device=cpu,cuda", "device must be the same in all trials"),
+        ("dataset=shapes,cifar10", "cannot search 'dataset'"),
         ("n_layers=1,2 n_layers=3,4", "--search has n_layers twice"),
     ],
 )
 def test_invalid_arguments_are_refused(words: str, message: str) -> None:
+    pytest.importorskip("optuna")
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_space(words.split())
 
@@ -129,10 +122,10 @@ def test_flags_reproduce_the_difference_of_two_configurations() -> None:
     ("changes", "how", "message"),
     [
         ({}, {"trials": 0}, "trials is 0"),
-        ({"data": {"validation_images": 0}}, {}, "a sweep compares trials on validation images"),
-        ({"run": {"monitor": "test"}}, {}, "give --monitor validation"),
+        ({"data": {"validation_images": 0}}, {}, "give --validation_images"),
+        ({"run": {"monitor": "test"}}, {}, "--monitor validation"),
         ({"run": {"folder_name": "a"}}, {}, "leave out --folder_name"),
-        ({}, {"search": ("n_layer=1,2",)}, "unknown setting"),
+        ({}, {"search": ("n_layer=1,2",)}, "cannot search"),
         ({}, {"storage": "nonsense://"}, "--storage: "),
     ],
 )
@@ -141,7 +134,7 @@ def test_invalid_sweeps_write_nothing(
 ) -> None:
     pytest.importorskip("optuna")
     with pytest.raises(ConfigError, match=message):
-        Sweep(from_json(changes), SweepSettings(**{"search": SEARCH, **how}), tmp_path / "s")
+        Sweep(from_json(changes), tmp_path / "s", **{"search": SEARCH, **how})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +164,7 @@ def fake_trial(number: int, state: str, accuracies: list[float], **params: Any) 
     )
 
 
-def test_trials_are_listed_completed_first_and_best_first() -> None:
+def test_trials_are_listed_completed_first_and_best_first(tmp_path: Path) -> None:
     all_trials = [
         fake_trial(0, "PRUNED", [0.9], n_layers=1),
         fake_trial(1, "COMPLETE", [0.2, 0.5, 0.4], n_layers=2),
@@ -179,12 +172,17 @@ def test_trials_are_listed_completed_first_and_best_first() -> None:
         fake_trial(3, "COMPLETE", [0.6, 0.7], n_layers=4),
         fake_trial(4, "FAIL", []),
     ]
-    printed = outcomes(SimpleNamespace(get_trials=lambda **_: all_trials))
-    assert [(o.number, o.accuracy, o.epochs) for o in printed] == [
+    trials = ranked(SimpleNamespace(get_trials=lambda **_: all_trials))
+    assert [(t["trial"], t["validation"], t["trained"]) for t in trials] == [
         (3, 0.7, 2), (1, 0.5, 3), (0, 0.9, 1), (4, None, 0),
     ]  # fmt: skip
-    assert printed[0].line() == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"
-    assert trial_table(printed).row_count == 4
+    assert summary(trials[0]) == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"
+    assert trial_table(trials).row_count == 4
+    assert trial_table([]).row_count == 0
+    write_csv(trials, tmp_path / "trials.csv")
+    rows = list(csv.DictReader((tmp_path / "trials.csv").read_text().splitlines()))
+    assert [row["n_layers"] for row in rows] == ["4", "2", "1", ""]
+    assert [row["validation"] for row in rows] == ["0.7", "0.5", "0.9", ""]
 
 
 @pytest.fixture(scope="module")
@@ -206,73 +204,57 @@ def test_a_study_ends_with_the_requested_number_of_trials(
     study_folder: Path, tiny_run: Config
 ) -> None:
     base = from_json({"training": {"epochs": 2}}, tiny_run)
-    how = SweepSettings((SEARCH[0], "n_attention_heads=3,5"), trials=6, pruner="none")
+    how: Any = {"search": (SEARCH[0], "n_attention_heads=3,5"), "trials": 6, "pruner": "none"}
 
     def cut_short(run: Run) -> Iterator[Any]:
         yield next(scripted(run))
 
     # The first part is stopped in the middle of a trial: the next takes it up again.
     with pytest.raises(Stopped):
-        list(Sweep(base, how, study_folder, events=cut_short).run())
-    sweep = Sweep(base, how, study_folder, events=scripted)
+        list(Sweep(base, study_folder, **how, events=cut_short).run())
+    sweep = Sweep(base, study_folder, **how, events=scripted)
     trials = list(sweep.run())
     states = [trial.state.name for trial in trials]
     assert len(trials) == states.count("COMPLETE") + states.count("PRUNED") == 6
     assert trials[0].params == sweep.study.trials[0].params
     # embed_dim 12 has no 5 heads: a pruned trial, not the end.
-    bad = [Outcome.of(trial) for trial in trials if trial.params["n_attention_heads"] == 5]
+    bad = [describe(trial) for trial in trials if trial.params["n_attention_heads"] == 5]
     assert bad
-    assert all("embed_dim 12 is not a multiple" in each.error for each in bad)
-    assert not any(each.folder for each in bad)
+    assert all("embed_dim 12 is not a multiple" in each["error"] for each in bad)
+    assert not any(each["folder"] for each in bad)
     for trial in trials:
         if trial.state.name == "COMPLETE":
             rate = trial.params["learning_rate"]
             assert trial.value == pytest.approx(min(1, rate * 50 + 0.02))
             config = json.loads((Path(trial.user_attrs["folder"]) / "config.json").read_text())
             assert config["training"]["learning_rate"] == rate
-    assert list(Sweep(base, how, study_folder, events=scripted).run()) == []
+    assert list(Sweep(base, study_folder, **how, events=scripted).run()) == []
 
 
 def test_one_process_draws_the_same_trials_again(study_folder: Path, tiny_run: Config) -> None:
     base = from_json({"training": {"epochs": 2}}, tiny_run)
-    how = SweepSettings((SEARCH[0],), trials=2)
     drawn = []
     for name in ("same-1", "same-2"):
-        sweep = Sweep(base, how, study_folder.with_name(name), events=scripted)
+        sweep = Sweep(
+            base, study_folder.with_name(name), search=SEARCH[:1], trials=2, events=scripted
+        )
         drawn.append([trial.params["learning_rate"] for trial in sweep.run()])
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[0][1]
 
 
-def test_a_trial_killed_before_its_first_heartbeat_is_not_waited_for(
-    study_folder: Path, tiny_run: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vitrail.sweep.study.POLL_SECONDS", 0.2)
-    base = from_json({"training": {"epochs": 2}}, tiny_run)
-    how = SweepSettings((SEARCH[0],), trials=1)
-    sweep = Sweep(base, how, study_folder.with_name("killed"), events=scripted)
-    with pytest.warns(UserWarning, match="Heartbeat"):
-        sweep.study.ask()
-    events = sweep.run()
-    assert next(events) is None, "at first it may belong to another live process"
-    monkeypatch.setattr("vitrail.sweep.study.GRACE_SECONDS", 0)
-    printed = list(events)
-    assert [trial.state.name for trial in sweep.study.trials] == ["FAIL", "COMPLETE"]
-    assert [trial.number for trial in printed] == [1]
-
-
 def test_a_study_with_other_settings_is_not_joined(study_folder: Path, tiny_run: Config) -> None:
     folder = study_folder.with_name("mine")
-    Sweep(tiny_run, SweepSettings(SEARCH), folder)
+    Sweep(tiny_run, folder, search=SEARCH)
     moved = from_json({"data": {"data_path": "elsewhere"}}, tiny_run)
-    Sweep(moved, SweepSettings(SEARCH[::-1], trials=3), folder)  # the same in another order
+    Sweep(moved, folder, search=SEARCH[::-1], trials=3)  # the same in another order
     other = from_json({"training": {"batch_size": 41}}, tiny_run)
     for base, search, name in (
         (other, SEARCH, "batch_size"),
         (tiny_run, SEARCH[:1], "--search forward_mul=1,2"),
     ):
         with pytest.raises(ConfigError, match=f"has other settings: {name}: give the same"):
-            Sweep(base, SweepSettings(search), folder)
+            Sweep(base, folder, search=search)
 
 
 def test_a_sweep_without_a_completed_trial_shows_the_reasons_and_fails(
@@ -283,21 +265,10 @@ def test_a_sweep_without_a_completed_trial_shows_the_reasons_and_fails(
     assert main([*words, "--trials", "2"]) == 1
     shown = capsys.readouterr()
     table = " ".join(shown.out.split())
-    assert "reason" in table
+    assert "error" in table
     assert "embed_dim" in table
     assert "n_attention_heads" in table
     assert shown.err.splitlines()[-1].startswith("vitrail: no trial completed")
-
-
-def test_a_sweep_on_too_few_images_is_refused_at_the_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("optuna")
-    words = ["sweep", "--search", "learning_rate=1e-3,1e-2", *TINY, "--output_path", str(tmp_path)]
-    few = ["--num_train_images", "9", "--validation_images", "None"]
-    assert main([*words, *few]) == 2
-    assert "these training images are too few to hold any out" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_trial_whose_data_has_no_validation_images_ends_the_sweep(
@@ -312,8 +283,8 @@ def test_a_trial_whose_data_has_no_validation_images_ends_the_sweep(
         return run
 
     monkeypatch.setattr(Run, "start", without)
-    sweep = Sweep(tiny_run, SweepSettings(SEARCH, trials=2), tmp_path / "few")
-    with pytest.raises(DataError, match="these training images are too few to hold any out"):
+    sweep = Sweep(tiny_run, tmp_path / "few", search=SEARCH, trials=2)
+    with pytest.raises(DataError, match="compares trials on validation images, but there are none"):
         list(sweep.run())
 
 

@@ -1,22 +1,29 @@
 """``vitrail sweep``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+from rich.text import Text
 
 from vitrail.cli.console import err, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import read_toml
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
-from vitrail.errors import ConfigError, TrainingError
+from vitrail.errors import ConfigError, TrainingError, printable
 
 if TYPE_CHECKING:
     from vitrail.cli.signals import StopRequest
     from vitrail.sweep.study import Sweep
 
 PROG = "vitrail sweep"
+COLUMNS = ("trial", "state", "validation", "trained", "folder", "error")
+"""What describes a trial besides its settings."""
+LISTED_TRIALS = 20
+"""Number of trials in the table; the CSV file has all."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,6 @@ class SweepOptions(Config, SearchOptions):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail sweep``."""
-    from vitrail.optional import import_optional
-
     start, _ = parse_known(SearchOptions, args, prog=prog, add_help=False)
     base = get_preset(start.preset)
     if start.config is not None:
@@ -64,23 +69,16 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     defaults = SweepOptions(**vars(start), **vars(base))
     options = parse(SweepOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
-    import_optional("optuna")
-    folder = _study_folder(options, settings)
-    stopped, completed = _search(options, settings, folder)
+    name = options.study_name or f"sweep-{options.preset}"
+    if name != Path(name).name or name == "..":
+        raise ConfigError(f"study_name is {name!r}: give a plain name, no path")
+    stopped, completed = _search(options, settings, settings.run.output_path / name)
     if stopped:
         print_err("interrupted; run the same command to continue")
         return 128 + stopped
     if not completed:
         raise TrainingError("no trial completed: the table above gives the reasons")
     return 0
-
-
-def _study_folder(options: SweepOptions, settings: Config) -> Path:
-    """Return the folder of the study."""
-    name = options.study_name or f"sweep-{options.preset}"
-    if name != Path(name).name or name == "..":
-        raise ConfigError(f"study_name is {name!r}: give a plain name, no path")
-    return settings.run.output_path / name
 
 
 def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, int]:
@@ -90,17 +88,21 @@ def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int,
         the signal that stopped it, or 0; the number of complete trials of the study.
     """
     from vitrail.cli.signals import stop_requests
-    from vitrail.sweep.report import Outcome
-    from vitrail.sweep.study import Stopped, Sweep, SweepSettings
+    from vitrail.optional import import_optional
 
-    how = SweepSettings(options.search, options.trials, options.pruner, options.storage)
+    import_optional("optuna")  # before anything slow
+    from vitrail.sweep.study import Stopped, Sweep, describe
+
     waiting = False
     with stop_requests() as stop:
-        sweep = Sweep(settings, how, folder, events=lambda run: _shown(run, stop))
+        sweep = Sweep(
+            settings, folder, search=options.search, trials=options.trials, pruner=options.pruner,
+            storage=options.storage, events=lambda run: _shown(run, stop),
+        )  # fmt: skip
         try:
             for trial in sweep.run():
                 if trial is not None:
-                    print_err(Outcome.of(trial).line())
+                    print_err(summary(describe(trial)))
                 elif not waiting:
                     print_err("waiting for the trials of other processes")
                 waiting = trial is None
@@ -130,26 +132,56 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     Returns:
         the number of complete trials.
     """
-    from vitrail.sweep import report
-    from vitrail.sweep.space import apply
+    from vitrail.sweep.study import apply, flags, plot_importances, ranked, write_csv
 
-    trials = report.outcomes(sweep.study)
-    report.write_csv(trials, sweep.folder / "trials.csv")
-    out.print(report.trial_table(trials))
+    trials = ranked(sweep.study)
+    write_csv(trials, sweep.folder / "trials.csv")
+    out.print(trial_table(trials))
     print_err(f"all trials in {sweep.folder / 'trials.csv'}")
-    shares = report.importances(sweep.study)
-    complete = [trial for trial in trials if trial.state == "complete"]
-    if shares:
-        report.plot_importances(shares, len(complete), sweep.folder / "importance.png")
+    plot = sweep.folder / "importance.png"
+    if shares := plot_importances(sweep.study, plot):
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        print_err(f"importance of the settings, in {sweep.folder / 'importance.png'}: {listed}")
+        print_err(f"importance of the settings, in {plot}: {listed}")
     else:
         print_err("no plot of the settings' importance: it takes two complete trials that differ")
+    complete = [trial for trial in trials if trial["state"] == "complete"]
     if complete:
-        best = apply(settings, complete[0].params)
-        flags = report.flags(get_preset(options.preset), best)
+        values = {name: value for name, value in complete[0].items() if name in sweep.space}
+        best = flags(get_preset(options.preset), apply(settings, values))
         print_out(
-            f"\nTry next:\n  vitrail train --preset {options.preset} {flags}\n"
-            f"  vitrail test --model_path {complete[0].folder}"
+            f"\nTry next:\n  vitrail train --preset {options.preset} {best}\n"
+            f"  vitrail test --model_path {complete[0]['folder']}"
         )
     return len(complete)
+
+
+def summary(trial: Mapping[str, Any]) -> str:
+    """Describe a trial in one line."""
+    cells = _cells(trial)
+    settings = ", ".join(f"{name} {cells[name]}" for name in cells if name not in COLUMNS)
+    return (
+        f"trial {cells['trial']} {cells['state']} after {cells['trained']} epochs, "
+        f"validation {cells['validation']}: {settings}"
+        + (f": {cells['error']}" if cells["error"] else "")
+    )
+
+
+def trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of the best trials, one per row."""
+    settings = dict.fromkeys(name for trial in trials for name in trial if name not in COLUMNS)
+    reasons = ["error"] if any(trial["error"] for trial in trials) else []
+    columns = [*COLUMNS[:4], *settings, *reasons]
+    table = Table(show_edge=False, pad_edge=False)
+    for name in columns:
+        justify: Literal["left", "right"] = "left" if name in ("state", "error") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    for cells in map(_cells, trials[:LISTED_TRIALS]):
+        table.add_row(*(Text(printable(cells.get(name, ""))) for name in columns))
+    return table
+
+
+def _cells(trial: Mapping[str, Any]) -> dict[str, str]:
+    """Return a trial's values as text, floats with four significant digits."""
+    cells = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in trial.items()}
+    accuracy = trial["validation"]
+    return cells | {"validation": "–" if accuracy is None else f"{accuracy:.2%}"}

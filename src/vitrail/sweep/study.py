@@ -1,4 +1,6 @@
-"""Runs the trials of a study, which any number of processes and machines may share.
+"""Hyperparameter search: what is searched, the trials of a study, and their ranking.
+
+Optuna chooses and prunes the trials; any number of processes and machines may share a study.
 
 OUTPUT/STUDY/
 ├── study.db                       the study (SQLite), if no other storage is given
@@ -6,23 +8,27 @@ OUTPUT/STUDY/
 └── trial-0000/ ...                one run folder per trial
 """
 
+import csv
+import io
+import json
 import math
+import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from vitrail.config.settings import Config, require
-from vitrail.errors import ConfigError, DataError, OutputError, TrainingError
+from vitrail.config.files import convert, from_json
+from vitrail.config.settings import Config, RunConfig, require
+from vitrail.errors import ConfigError, DataError, OutputError, TrainingError, nearest
+from vitrail.evaluation.plots import save_figure
 from vitrail.optional import import_optional
+from vitrail.runtime.files import replace_file
 from vitrail.runtime.rng import derive_seed
-from vitrail.sweep.space import Value, apply, parse_space, signature
 from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder
@@ -35,25 +41,101 @@ RETRIES = 2
 """Maximum number of times that a killed trial is repeated; it may be the cause itself."""
 POLL_SECONDS = 1.0
 """Polling interval of a process that waits for others."""
-
+SEARCHED = ("model", "augment", "training")
+"""Sections of the settings that can be searched; the seed can be, too."""
+LOCAL = {field.name for field in fields(RunConfig)} - {"seed"} | {"data_path", "num_workers"}
+"""Settings in which the processes of a study may differ."""
 NO_VALIDATION = (
-    "a sweep compares trials on validation images, but these training images are too few to hold "
-    "any out: give --validation_images, or more data"
+    "a sweep compares trials on validation images, but there are none: give --validation_images "
+    "(or more data), and --monitor validation"
 )
 
 Pruning = Literal["median", "hyperband", "none"]
 Events = Callable[[Run], Iterator[Update | EpochEnd]]
 
 
-@dataclass(frozen=True)
-class SweepSettings:
-    """Settings of a search."""
+# --- what is searched -----------------------------------------------------------------------------
 
-    search: tuple[str, ...]
-    trials: int = 20
-    pruner: Pruning = "median"
-    storage: str = ""
-    """URL of a database that Optuna supports. Default: SQLite in the study's folder."""
+
+def parse_space(words: Iterable[str]) -> dict[str, Any]:
+    """Parse the arguments of --search: NAME=A,B,C or NAME=LOW..HIGH (:log, :STEP).
+
+    Returns:
+        Optuna's distributions, by setting.
+
+    Raises:
+        ConfigError: no argument, a name twice, or an invalid argument.
+    """
+    hints = get_type_hints(Config)
+    known = {n: hint for part in SEARCHED for n, hint in get_type_hints(hints[part]).items()}
+    known["seed"] = int
+    space: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        name = name.replace("-", "_")
+        require(bool(text), f"--search {word}: give NAME=A,B,C or NAME=LOW..HIGH[:log]")
+        require(name not in space, f"--search has {name} twice: give it once")
+        if name not in known:
+            raise ConfigError(f"--search {word}: cannot search {name!r}{nearest(name, known)}")
+        read = _parse_range if ".." in text else _parse_list
+        try:
+            space[name] = read(name, text, known[name])
+        except (ConfigError, ValueError) as error:  # ours, or Optuna's
+            raise ConfigError(f"--search {word}: {error}") from error
+    require(bool(space), "nothing to search: give --search, e.g. learning_rate=1e-4..1e-2:log")
+    return space
+
+
+def _parse_list(name: str, text: str, hint: Any) -> Any:
+    """Parse A,B,C."""
+    values = tuple(convert(name, _read_value(part), hint) for part in text.split(","))
+    require(len(set(values)) > 1, "give at least two different values")
+    return import_optional("optuna").distributions.CategoricalDistribution(values)
+
+
+def _parse_range(name: str, text: str, hint: Any) -> Any:
+    """Parse LOW..HIGH, LOW..HIGH:log or LOW..HIGH:STEP."""
+    distributions, kinds = import_optional("optuna").distributions, {hint, *get_args(hint)}
+    require(bool(kinds & {int, float}), f"{name} is not a number: give a list A,B,C")
+    bounds, _, how = text.partition(":")
+    low, _, high = bounds.partition("..")
+    log, step = how == "log", "" if how == "log" else how
+    if float in kinds:
+        every = float(step) if step else None
+        return distributions.FloatDistribution(float(low), float(high), log=log, step=every)
+    return distributions.IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+
+
+def _read_value(text: str) -> Any:
+    """Parse a number, true, false or none; return other text unchanged."""
+    try:
+        return json.loads({"none": "null", "None": "null"}.get(text, text.lower()))
+    except json.JSONDecodeError:
+        return text
+
+
+def suggest(trial: Any, name: str, among: Any) -> Any:
+    """Return the value of a setting that Optuna suggests for a trial."""
+    if hasattr(among, "choices"):
+        return trial.suggest_categorical(name, among.choices)
+    number = trial.suggest_int if isinstance(among.low, int) else trial.suggest_float
+    return number(name, among.low, among.high, log=among.log, step=among.step)
+
+
+def apply(base: Config, values: Mapping[str, Any]) -> Config:
+    """Return the settings with a trial's values.
+
+    Raises:
+        ConfigError: the values are incompatible.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section = next(key for key, part in vars(base).items() if hasattr(part, name))
+        sections.setdefault(section, {})[name] = value
+    return from_json(sections, base)
+
+
+# --- the trials -----------------------------------------------------------------------------------
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: requested by a signal)
@@ -65,8 +147,10 @@ class Sweep:
 
     Args:
         base: the settings common to all trials.
-        settings: the settings of the search.
         folder: the study's folder; its name is the study's.
+        search: the arguments of --search.
+        trials: the number of trials of the study.
+        storage: URL of a database that Optuna supports. Default: SQLite in the study's folder.
         events: replaces ``Run.train``, e.g. to show progress. A trial whose events end early is put
             back into the study.
 
@@ -76,30 +160,27 @@ class Sweep:
     """
 
     def __init__(
-        self, base: Config, settings: SweepSettings, folder: Path, *, events: Events = Run.train
+        self,
+        base: Config,
+        folder: Path,
+        *,
+        search: Sequence[str],
+        trials: int = 20,
+        pruner: Pruning = "median",
+        storage: str = "",
+        events: Events = Run.train,
     ) -> None:
         self.optuna = import_optional("optuna")
-        _check(base, settings)
+        require(trials >= 1, f"trials is {trials}: give at least 1")
+        _check(base)
         self.base, self.folder, self.events = base, folder, events
-        self.wanted, self.space = settings.trials, parse_space(settings.search)
+        self.wanted, self.space = trials, parse_space(search)
         self.current = -1
         self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
-        with _quiet(self.optuna):
-            self.study = _open_study(
-                settings.storage or _local_storage(folder),
-                folder.name,
-                self._pruner(settings.pruner),
-            )
-        self._seed_sampler(len(self.study.trials))
-        self._check_same_settings(signature(base, settings.search))
-
-    def _seed_sampler(self, number: int) -> None:
-        """Set a sampler seeded with the run's seed and a trial's number.
-
-        Processes that share a study draw different trials; a single process is reproducible.
-        """
-        seed = derive_seed(self.base.run.seed, "sweep", number) % 2**32
-        self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
+        warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)  # heartbeats
+        url = storage or _local_storage(folder)
+        self.study = _open_study(url, folder.name, self._pruner(pruner))
+        self._check_same_settings(search)
 
     def _pruner(self, name: Pruning) -> Any:
         """Return Optuna's pruner; no trial is pruned before the end of its warm-up."""
@@ -112,8 +193,10 @@ class Sweep:
             return pruners.HyperbandPruner(min_resource=patience, max_resource=resource)
         return pruners.NopPruner()
 
-    def _check_same_settings(self, ours: dict[str, str]) -> None:
+    def _check_same_settings(self, search: Sequence[str]) -> None:
         """Store the settings in a new study; refuse to join one that has others."""
+        ours = {f"--search {word}": "" for word in sorted(search)}
+        ours |= {n: str(value) for n, value in self.base.flat().items() if n not in LOCAL}
         theirs = self.study.user_attrs.get("settings")
         if theirs is None:
             self.study.set_user_attr("settings", ours)
@@ -137,7 +220,7 @@ class Sweep:
         """
         state = self.optuna.trial.TrialState
         while True:
-            self._fail_killed_trials()
+            self.optuna.storages.fail_stale_trials(self.study)  # those of killed processes
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             done = states.count(state.COMPLETE) + states.count(state.PRUNED)
             if done >= self.wanted:
@@ -147,32 +230,19 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
                 continue
             try:
-                with _quiet(self.optuna):
-                    self.study.optimize(self._objective, n_trials=1)
+                self.study.optimize(self._objective, n_trials=1)
             except Stopped:
                 self.study.enqueue_trial(self.study.trials[self.current].params)
                 raise
             yield self.study.trials[self.current]
 
-    def _fail_killed_trials(self) -> None:
-        """Fail the trials of killed processes, so that others repeat them.
-
-        Optuna finds those whose heartbeat stopped. A trial that was killed before its first
-        heartbeat is recognized by its age; it has no settings yet.
-        """
-        with _quiet(self.optuna):
-            self.optuna.storages.fail_stale_trials(self.study)
-        state, now = self.optuna.trial.TrialState, datetime.now()
-        for trial in self.study.get_trials(deepcopy=False, states=(state.RUNNING,)):
-            age = (now - (trial.datetime_start or now)).total_seconds()
-            if not trial.params and age > GRACE_SECONDS:
-                self.study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
-
     def _objective(self, trial: Any) -> float:
         """Run one trial; return its best validation accuracy."""
         self.current = trial.number
-        self._seed_sampler(trial.number)
-        values: dict[str, Value] = {each.name: each.suggest(trial) for each in self.space}
+        # Processes that share a study draw different trials; a single one is reproducible.
+        seed = derive_seed(self.base.run.seed, "sweep", trial.number) % 2**32
+        self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
+        values = {name: suggest(trial, name, among) for name, among in self.space.items()}
         try:
             return self._train(trial, apply(self.base, values))
         except (ConfigError, TrainingError, torch.OutOfMemoryError) as error:
@@ -200,19 +270,10 @@ class Sweep:
         return best
 
 
-def _check(base: Config, settings: SweepSettings) -> None:
+def _check(base: Config) -> None:
     """Refuse invalid settings before anything is written."""
-    require(settings.trials >= 1, f"trials is {settings.trials}: give at least 1")
-    require(
-        base.data.validation_images != 0,
-        "a sweep compares trials on validation images, but validation_images is 0: give more",
-    )
-    train, kept = base.data.num_train_images, base.data.validation_images
-    require(kept is not None or train is None or train >= 10, NO_VALIDATION)
-    require(
-        base.run.monitor == "validation",
-        "a sweep compares trials on validation images: give --monitor validation",
-    )
+    compared = base.data.validation_images != 0 and base.run.monitor == "validation"
+    require(compared, NO_VALIDATION)
     for name in ("folder_name", "model_path", "model_name"):
         given = getattr(base.run, name)
         require(not given, f"a sweep names its trials itself: leave out --{name}")
@@ -249,7 +310,7 @@ def _open_study(url: str, name: str, pruner: Any) -> Any:
                 study_name=name, storage=storage, direction="maximize", pruner=pruner,
                 load_if_exists=True,
             )  # fmt: skip
-        except (errors.OperationalError, errors.DatabaseError) as error:
+        except errors.DatabaseError as error:
             # Two processes may create the tables simultaneously: the second retries.
             if attempt == 4:
                 raise OutputError(f"the study's storage cannot be used: {error.orig}") from error
@@ -259,9 +320,72 @@ def _open_study(url: str, name: str, pruner: Any) -> Any:
     raise AssertionError
 
 
-@contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Suppress Optuna's warning that heartbeats are experimental."""
+# --- the results ----------------------------------------------------------------------------------
+
+
+def ranked(study: Any) -> list[dict[str, Any]]:
+    """Describe all started trials of a study: complete ones first, then by accuracy."""
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING"]
+    return sorted(
+        map(describe, trials),
+        key=lambda row: (row["state"] != "complete", -(row["validation"] or 0.0), row["trial"]),
+    )
+
+
+def describe(trial: Any) -> dict[str, Any]:
+    """Return the result of an optuna FrozenTrial.
+
+    ``validation`` is the best accuracy so far, None before the end of the first epoch.
+    """
+    accuracies = trial.intermediate_values
+    return {
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        "validation": max(accuracies.values(), default=None),
+        "trained": max(accuracies, default=0),
+        **trial.params,
+        "folder": trial.user_attrs.get("folder", ""),
+        "error": trial.user_attrs.get("error", ""),
+    }
+
+
+def write_csv(trials: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write all trials, one per row."""
+    columns = dict.fromkeys(name for trial in trials for name in trial)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(trials)
+    replace_file(path, text.getvalue().encode())
+
+
+def plot_importances(study: Any, path: Path) -> dict[str, float]:
+    """Plot and return the relative importance of each setting; {} if it cannot be computed.
+
+    Source: Watanabe et al. 2023, "PED-ANOVA", arXiv:2304.10255.
+    """
+    import matplotlib
+
+    optuna = import_optional("optuna")
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len({trial.value for trial in complete}) < 2:
+        return {}
+    matplotlib.use("Agg")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
+        warnings.simplefilter("ignore")
+        save_figure(optuna.visualization.matplotlib.plot_param_importances(study).figure, path)
+        return dict(optuna.importance.get_param_importances(study))
+
+
+def flags(start: Config, best: Config) -> str:
+    """Return the flags that turn one configuration into another."""
+    words: list[str] = []
+    before = start.flat()
+    for name, value in best.flat().items():
+        if value == before[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
