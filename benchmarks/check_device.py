@@ -23,7 +23,7 @@ from vitrail.config.files import from_json
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.data.batches import Batches
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
@@ -100,7 +100,7 @@ def main(
         "training": {"batch_size": batch_size, "learning_rate": 1e-3, "warmup_epochs": 0},
     }
     config = from_json(changes, base)
-    images = load_splits(config.data, ["train"], image_hw=config.model.image_hw)["train"]
+    images = load_data(config.data, ["train"], image_hw=config.model.image_hw).images["train"]
     sized = dataclasses.replace(config.model, n_classes=len(images.classes))
     config = dataclasses.replace(config, model=sized)
 

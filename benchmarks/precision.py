@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
 from vitrail.data.batches import Batches
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.files import write_json
@@ -60,7 +60,7 @@ def losses(options: Options, precision: Precision, seed: int) -> list[float]:
             config.training, epochs=options.epochs, precision=precision, warmup_epochs=None
         ),
     )
-    images = load_splits(config.data, ["train"])["train"]
+    images = load_data(config.data, ["train"]).images["train"]
     device = torch.device("cpu")
     batches = Batches(
         images, config.augment, batch_size=config.training.batch_size, seed=seed, device=device,

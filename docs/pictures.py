@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import vitrail
 from vitrail.config.settings import DataConfig
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.shapes import load_shapes
 from vitrail.explain.draw import dim, normalize, place
 
@@ -27,7 +27,7 @@ def test_images(data_path: str | None) -> list[np.ndarray]:
     if data_path is None:
         return list(load_shapes("test").first(COLUMNS).raw_BCHW.permute(0, 2, 3, 1).numpy())
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
-    images = load_splits(data, ("test",), image_hw=(32, 32), n_channels=3)["test"]
+    images = load_data(data, ("test",), image_hw=(32, 32), n_channels=3).images["test"]
     labels = images.labels_B.tolist()
     wanted = [images.classes.index(name) for name in ("cat", "car", "ship", "horse")]
     wanted += [label for label in range(len(images.classes)) if label not in wanted]

@@ -25,6 +25,7 @@ from speed.workers import BenchError, Worker, command, interleave, python_of, st
 from vitrail.cli import guarded
 from vitrail.config.presets import PRESETS, get_preset
 from vitrail.config.settings import AugmentConfig, ModelConfig, TrainingConfig
+from vitrail.data.datasets import Loaded
 from vitrail.errors import ConfigError
 from vitrail.weights.formats.convert import convert
 
@@ -303,7 +304,7 @@ def test_the_references_weights_give_its_own_test_result(
     model = ours.VisionTransformer(found.config)
     model.load_state_dict(found.weights)
     images = ours.noise(TINY.config(), 9)
-    monkeypatch.setattr(ours, "load_splits", lambda *_, **__: {"test": images})
+    monkeypatch.setattr(ours, "load_data", lambda *_, **__: Loaded({"test": images}))
     expected_BY = model.eval()(images.raw_BCHW / 127.5 - 1).detach()
     spec = Job("vitrail", "float32", "test").spec(
         TINY, device="cpu", images=5, folder=tmp_path, data_path=tmp_path

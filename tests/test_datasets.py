@@ -9,7 +9,7 @@ from PIL import Image
 
 from vitrail.config.settings import DataConfig
 from vitrail.data import datasets
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError, DataError
 
@@ -33,7 +33,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ImageSet]:
 
 
 def test_splits_validation_from_the_training_part(parts: dict[str, ImageSet]) -> None:
-    loaded = load_splits(DataConfig(validation_images=15), ["train", "validation", "test"])
+    loaded = load_data(DataConfig(validation_images=15), ["train", "validation", "test"]).images
     assert {split: len(images) for split, images in loaded.items()} == {
         "train": 82,
         "validation": 15,
@@ -46,32 +46,32 @@ def test_splits_validation_from_the_training_part(parts: dict[str, ImageSet]) ->
 
 def test_subsets_are_stratified_and_independent_of_order(parts: dict[str, ImageSet]) -> None:
     config = DataConfig(validation_images=0, num_train_images=31, num_test_images=21)
-    loaded = load_splits(config, ["train", "validation", "test"])
+    loaded = load_data(config, ["train", "validation", "test"]).images
     assert loaded["train"].labels_B.bincount().tolist() == [5, 5, 5, 4, 4, 4, 4]
     assert loaded["test"].labels_B.bincount().tolist() == [3] * 7
     assert loaded["validation"].raw_BCHW.shape == (0, 3, 32, 32)
     by_class = parts["train"].labels_B.sort(stable=True).indices  # as folders are listed
     parts["train"] = parts["train"].take(by_class)
-    again = load_splits(config, ["train"])["train"]
+    again = load_data(config, ["train"]).images["train"]
     for label in range(7):
         images = [s.raw_BCHW[s.labels_B == label].flatten(1) for s in (loaded["train"], again)]
         assert len(torch.cat(images).unique(dim=0)) == len(images[0]) == len(images[1])
 
 
 def test_validation_does_not_change_with_the_training_images() -> None:
-    few = load_splits(DataConfig(num_train_images=20), ["train", "validation"])
+    few = load_data(DataConfig(num_train_images=20), ["train", "validation"]).images
     assert len(few["train"]) == 20
-    all_of_it = load_splits(DataConfig(), ["validation"])
+    all_of_it = load_data(DataConfig(), ["validation"]).images
     assert torch.equal(few["validation"].raw_BCHW, all_of_it["validation"].raw_BCHW)
 
 
 def test_opens_the_test_part_only_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(datasets, "load_shapes", lambda part: opened.append(part) or colored(41, 3))
-    assert set(load_splits(DataConfig(), ["train"])) == {"train"}
-    assert set(load_splits(DataConfig(), ["validation"])) == {"validation"}
+    assert set(load_data(DataConfig(), ["train"]).images) == {"train"}
+    assert set(load_data(DataConfig(), ["validation"]).images) == {"validation"}
     assert opened == ["train", "train"]
-    assert set(load_splits(DataConfig(), ["test"])) == {"test"}
+    assert set(load_data(DataConfig(), ["test"]).images) == {"test"}
     assert opened == ["train", "train", "test"]
 
 
@@ -82,7 +82,7 @@ def test_resizes_images_and_masks_together(parts: dict[str, ImageSet]) -> None:
     raw_BCHW[~masks_BHW[:, None].expand_as(raw_BCHW)] = 0
     for fit in ("crop", "pad", "squash"):
         config = DataConfig(fit=fit)  # type: ignore[arg-type]
-        images = load_splits(config, ["test"], image_hw=(20, 28))["test"]
+        images = load_data(config, ["test"], image_hw=(20, 28)).images["test"]
         assert images.raw_BCHW.shape == (41, 3, 20, 28)
         assert images.masks_BHW is not None
         assert torch.equal(images.masks_BHW, images.raw_BCHW[:, 0] >= 128)
@@ -90,7 +90,7 @@ def test_resizes_images_and_masks_together(parts: dict[str, ImageSet]) -> None:
 
 
 def test_converts_to_gray_as_pillow_does(parts: dict[str, ImageSet]) -> None:
-    images = load_splits(DataConfig(), ["test"], n_channels=1)["test"]
+    images = load_data(DataConfig(), ["test"], n_channels=1).images["test"]
     expected = [
         np.asarray(Image.fromarray(raw_HWC).convert("L"))
         for raw_HWC in parts["test"].raw_BCHW.permute(0, 2, 3, 1).numpy()
@@ -109,7 +109,7 @@ def test_loads_cifar(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_cifar", load_cifar)
     config = DataConfig(dataset=dataset, data_path=Path("there"))  # type: ignore[arg-type]
-    assert len(load_splits(config, ["train", "test"])["test"]) == 41
+    assert len(load_data(config, ["train", "test"]).images["test"]) == 41
     assert asked == [(dataset, "train", Path("there")), (dataset, "test", Path("there"))]
 
 
@@ -119,7 +119,7 @@ def test_loads_folders(tmp_path: Path) -> None:
         for number in range(11):
             Image.new("RGB", (40, 20), (level,) * 3).save(tmp_path / name / f"{number}.png")
     config = DataConfig(dataset="folder", data_path=tmp_path, fit="pad", validation_images=4)
-    loaded = load_splits(config, ["train", "validation", "test"], image_hw=(12, 8))
+    loaded = load_data(config, ["train", "validation", "test"], image_hw=(12, 8)).images
     assert [len(loaded[split]) for split in ("train", "validation", "test")] == [16, 4, 2]
     assert loaded["train"].labels_B.bincount().tolist() == [8, 8]
     assert loaded["test"].classes == ("dark", "light")
@@ -130,6 +130,6 @@ def test_loads_folders(tmp_path: Path) -> None:
 
 def test_refuses_training_images_of_one_class_and_too_much_validation() -> None:
     with pytest.raises(DataError, match=r"^all 1 training images belong to one class$"):
-        load_splits(DataConfig(num_train_images=1), ["train"])
+        load_data(DataConfig(num_train_images=1), ["train"])
     with pytest.raises(ConfigError, match=r"^validation_images is 97, but there are 97 "):
-        load_splits(DataConfig(validation_images=97), ["train"])
+        load_data(DataConfig(validation_images=97), ["train"])

@@ -7,11 +7,9 @@ import pytest
 from PIL import Image
 
 from vitrail.config.settings import DataConfig
-from vitrail.data.folder import LoadedFolder, load_folder
+from vitrail.data.datasets import Loaded, load_data
 from vitrail.data.manifest import scan
 from vitrail.errors import DataError
-
-CONFIG = DataConfig(fit="squash", num_workers=3)
 
 
 def draw(path: Path, level: int, mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Path:
@@ -21,14 +19,15 @@ def draw(path: Path, level: int, mode: str = "RGB", size: tuple[int, int] = (9, 
     return path
 
 
-def load(data_path: Path, split: str, n_channels: int = 3) -> LoadedFolder:
-    manifest = scan(data_path)
-    return load_folder(manifest, split, CONFIG, image_hw=(5, 11), n_channels=n_channels)  # type: ignore[arg-type]
+def load(data_path: Path, split: str, n_channels: int = 3) -> Loaded:
+    config = DataConfig(dataset="folder", data_path=data_path, fit="squash", num_workers=3)
+    return load_data(config, [split], image_hw=(5, 11), n_channels=n_channels)  # type: ignore[list-item]
 
 
-def levels(loaded: LoadedFolder) -> list[int]:
-    """The gray levels of the pictures, which identify them."""
-    return loaded.images.raw_BCHW[:, 0, 0, 0].tolist()
+def levels(loaded: Loaded) -> list[int]:
+    """The grays of the pictures, which identify them."""
+    (images,) = loaded.images.values()
+    return images.raw_BCHW[:, 0, 0, 0].tolist()
 
 
 @pytest.fixture
@@ -50,11 +49,13 @@ def test_pictures_of_any_size_and_mode_are_read_with_their_labels(tmp_path: Path
             draw(tmp_path / which / "black" / f"{number}.PNG", 0, mode, size)
     for split, each in (("train", 4), ("test", 2)):
         loaded = load(tmp_path, split)
-        assert loaded.images.classes == ("black", "white")
-        assert loaded.images.raw_BCHW.shape == (2 * each, 3, 5, 11)
-        assert loaded.images.labels_B.tolist() == [0] * each + [1] * each
+        images = loaded.images[split]  # type: ignore[index]
+        assert images.classes == ("black", "white")
+        assert images.raw_BCHW.shape == (2 * each, 3, 5, 11)
+        assert images.labels_B.tolist() == [0] * each + [1] * each
         assert levels(loaded) == [0] * each + [255] * each
-        assert load(tmp_path, split, n_channels=1).images.raw_BCHW.shape == (2 * each, 1, 5, 11)
+        (gray,) = load(tmp_path, split, n_channels=1).images.values()
+        assert gray.raw_BCHW.shape == (2 * each, 1, 5, 11)
 
 
 def test_an_empty_split_has_no_images(pictures: Path) -> None:
@@ -62,7 +63,7 @@ def test_an_empty_split_has_no_images(pictures: Path) -> None:
         path.unlink()
     for path in [*pictures.glob("cat/*.png")][1:]:
         path.unlink()
-    assert load(pictures, "validation").images.raw_BCHW.shape == (0, 3, 5, 11)
+    assert load(pictures, "validation").images["validation"].raw_BCHW.shape == (0, 3, 5, 11)
 
 
 def test_corrupt_pictures_are_named_and_skipped(
@@ -75,13 +76,12 @@ def test_corrupt_pictures_are_named_and_skipped(
     with caplog.at_level(logging.WARNING, "vitrail"):
         loaded = load(pictures, "train")
     assert levels(loaded) == [v for i, v in enumerate(levels(before)) if i not in (3, 11)]
-    assert loaded.broken == (files[3], files[11])
     assert f"{files[3]}: not a picture that can be read" in caplog.text
     assert f"{files[11]}: " in caplog.text
     assert "2 of 26 train pictures left out" in caplog.text
-    manifest = scan(pictures).without("broken", loaded.broken)
-    assert manifest.paths("train") == [f for i, f in enumerate(files) if i not in (3, 11)]
-    assert len(manifest.left_out["broken"]) == 2
+    assert loaded.manifest is not None
+    assert loaded.manifest.paths("train") == [f for i, f in enumerate(files) if i not in (3, 11)]
+    assert [pictures / name for name in loaded.manifest.left_out["broken"]] == [files[3], files[11]]
 
 
 def test_a_class_without_readable_pictures_is_refused(pictures: Path) -> None:

@@ -23,7 +23,7 @@ from vitrail.cli import guarded
 from vitrail.cli import predict as cli_predict
 from vitrail.config.files import from_json, read_json, read_toml
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError, VitrailError
 from vitrail.explain.draw import draw_caption
@@ -183,7 +183,7 @@ def test_folders_and_files_with_names_that_are_not_utf8(tmp_path: Path) -> None:
             path = tmp_path / os.fsdecode(folder) / os.fsdecode(name)
             path.write_bytes(hostile_names.picture())
     config = DataConfig(dataset="folder", data_path=tmp_path)
-    images = load_splits(config, ["train"], image_hw=(4, 4))["train"]
+    images = load_data(config, ["train"], image_hw=(4, 4)).images["train"]
     assert sorted(map(os.fsencode, images.classes)) == [b"caf\xe9", b"tea"]
 
 

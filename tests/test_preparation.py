@@ -361,12 +361,12 @@ def test_the_flags_of_convert_are_written_into_the_file(tmp_path: Path) -> None:
 
 def test_images_of_a_data_set_are_framed_once(tmp_path: Path) -> None:
     """--index takes an image that was framed when it was loaded."""
-    from vitrail.data.datasets import load_splits
+    from vitrail.data.datasets import load_data
     from vitrail.weights.pretrained import of_model_size
 
     config = DataConfig(dataset="shapes", crop_pct=0.5, num_test_images=4)
-    raw_BCHW = load_splits(config, ["test"])["test"].raw_BCHW
-    plain = load_splits(DataConfig(num_test_images=4), ["test"])["test"].raw_BCHW
+    raw_BCHW = load_data(config, ["test"]).images["test"].raw_BCHW
+    plain = load_data(DataConfig(num_test_images=4), ["test"]).images["test"].raw_BCHW
     assert not torch.equal(raw_BCHW, plain)
     classifier = of_model_size(vitrail.load("cifar10", crop_pct=0.5, device="cpu"))
     raw_HWC = raw_BCHW[0].permute(1, 2, 0).numpy()

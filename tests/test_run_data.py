@@ -13,7 +13,7 @@ from PIL import Image
 import vitrail
 from vitrail.config.files import from_json, read_json
 from vitrail.config.settings import Config, DataConfig
-from vitrail.data import memory
+from vitrail.data import datasets
 from vitrail.data.manifest import load_manifest
 from vitrail.errors import ConfigError, DataError
 from vitrail.training.run import Run
@@ -144,13 +144,13 @@ def test_the_range_of_wide_pictures_is_the_trainings(
 def test_images_that_cannot_fit_in_memory_are_refused_with_numbers(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(datasets, "available_memory", lambda: 100_000)
     model = dataclasses.replace(config.model, image_size=64)
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match=r"^33 images of 64 x 64 pixels need 0\.0 GiB of memory"):
         Run.start(dataclasses.replace(config, model=model), tmp_path / "run")
-    monkeypatch.setattr(memory, "available_memory", lambda: None)
-    memory.require_memory(10**9, (10**4, 10**4), 3)
+    monkeypatch.setattr(datasets, "available_memory", lambda: None)
+    datasets.require_memory(10**9, (10**4, 10**4), 3)
 
 
 def test_free_memory_is_the_least_of_what_the_limits_leave(
@@ -162,11 +162,11 @@ def test_free_memory_is_the_least_of_what_the_limits_leave(
         ("memory.stat", "anon 3000\ninactive_file 1000\n"),
     ):
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory._group_memory() == 1900
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory, "_machine_memory", lambda: 2000)
-    monkeypatch.setattr(memory, "_address_space", lambda: None)
-    assert memory.available_memory() == 1900
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2 kB\n")
+    monkeypatch.setattr(datasets, "CGROUP", tmp_path)
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "meminfo")
+    assert datasets.available_memory() == 1900
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory() == 2000
+    assert datasets.available_memory() == 2048
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "none")
+    assert datasets.available_memory() is None

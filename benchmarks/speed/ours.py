@@ -23,7 +23,7 @@ from vitrail.cli.process import keep_freed_memory
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.batches import Batch, Batches
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.evaluation.metrics import measure as score
 from vitrail.evaluation.metrics import predict_logits
@@ -158,7 +158,7 @@ def test_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         heads = config.model.n_attention_heads
         classifier = load(weights, n_attention_heads=heads, device=spec["device"])
         model, data = classifier.model, DataConfig("cifar10", Path(spec["data_path"]))
-        images = load_splits(data, ["test"], image_hw=config.model.image_hw)["test"]
+        images = load_data(data, ["test"], image_hw=config.model.image_hw).images["test"]
         images = images.take(torch.arange(spec["images"]))  # as the reference does
         theirs_BY = torch.load(weights.with_name("logits.pt"), weights_only=True).softmax(dim=1)
         ours_BY = scoring(spec, model, images, data).softmax(dim=1)

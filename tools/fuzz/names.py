@@ -21,7 +21,7 @@ from vitrail.cli import console, predict
 from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.predict import PredictOptions, print_answers
 from vitrail.config.settings import DataConfig
-from vitrail.data.datasets import load_splits
+from vitrail.data.datasets import load_data
 from vitrail.data.layout import find_pictures
 from vitrail.errors import DataError
 from vitrail.evaluation.metrics import CalibrationBin, Metrics
@@ -223,7 +223,7 @@ def use_files(folder: Path, made: list[str]) -> None:
         inside = os.path.abspath(path).startswith(f"{folder}/out/")  # noqa: PTH100
         require(inside and path.parent == folder / "out", f"{path!r} is outside the folder")
     config = DataConfig(dataset="folder", data_path=folder / "pictures")
-    images = load_splits(config, ["train"], image_hw=(4, 4))["train"]
+    images = load_data(config, ["train"], image_hw=(4, 4)).images["train"]
     write_json(folder / "classes.json", list(images.classes))
     read = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     require(read == list(images.classes), "JSON changes the names of classes")

@@ -1,19 +1,53 @@
-"""Settings and the names of splits -> images in memory, for every data set."""
+"""Settings and the names of splits -> images in memory, for every data set.
 
-from collections.abc import Sequence
+The pictures of a folder are decoded in parallel; their pixels depend on neither the number of
+threads nor the order of the files.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from vitrail.config.settings import DataConfig, Split
 from vitrail.data.cifar import load_cifar
-from vitrail.data.folder import load_folder
-from vitrail.data.framing import framing
+from vitrail.data.formats import read_pixels
+from vitrail.data.framing import Fit, enough_side, fit_channels, framing
 from vitrail.data.images import ImageSet
 from vitrail.data.layout import left_out_reason
 from vitrail.data.manifest import Manifest, scan
-from vitrail.data.memory import require_memory
+from vitrail.data.pictures import (
+    Extent,
+    PixelRange,
+    choose_range,
+    describe,
+    gray_to_rgb,
+    join,
+    measure,
+    to_bytes,
+)
 from vitrail.data.shapes import load_shapes
-from vitrail.errors import DataError
+from vitrail.errors import DataError, PictureError
+
+log = logging.getLogger("vitrail")
+
+NAMED = 5
+"""Broken files that are named in the log; the manifest lists all of them."""
+DECODING = 1.3
+"""Peak memory while pictures are decoded, as a multiple of their decoded bytes."""
+GIB = 2**30
+BLOCK = 16
+"""Number of pictures that a thread decodes at a time."""
+MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -23,27 +57,8 @@ class Loaded:
     images: dict[Split, ImageSet]
     manifest: Manifest | None = None
     """Of a folder: its files, without those that could not be decoded."""
-    pixel_range: tuple[float, float] | None = None
+    pixel_range: PixelRange | None = None
     """Of a folder with 16-bit or floating-point pictures: their values of black and white."""
-
-
-def load_splits(
-    config: DataConfig,
-    splits: Sequence[Split],
-    *,
-    image_hw: tuple[int, int] = (32, 32),
-    n_channels: int = 3,
-) -> dict[Split, ImageSet]:
-    """Load splits at the model's size, in color (3 channels) or gray (1).
-
-    Validation is split off the training images, always the same ones; it may be empty. The test
-    split is opened only if it is among ``splits``.
-
-    Raises:
-        DataError: the data set is missing, corrupt, or would run code.
-        ConfigError: more validation images are requested than there are.
-    """
-    return load_data(config, splits, image_hw=image_hw, n_channels=n_channels).images
 
 
 def load_data(
@@ -54,45 +69,25 @@ def load_data(
     n_channels: int = 3,
     manifest: Manifest | None = None,
 ) -> Loaded:
-    """Load splits like ``load_splits``; of a folder, the files that the manifest lists."""
+    """Load splits at the model's size, in color (3 channels) or gray (1).
+
+    Validation is split off the training images, always the same ones; it may be empty. The test
+    split is opened only if it is among ``splits``. Of a folder, the files that the manifest lists
+    are loaded.
+
+    Raises:
+        DataError: the data set is missing, corrupt, or would run code.
+        ConfigError: more validation images are requested than there are.
+    """
     if config.dataset == "folder":
         manifest = manifest or scan(config.data_path, config.validation_images)
-        loaded = _read_folder(config, splits, manifest, image_hw, n_channels)
+        loaded = _load_folder(config, splits, manifest, image_hw, n_channels)
     else:
         loaded = Loaded(_load_packaged(config, splits, image_hw))
     images = {split: loaded.images[split].with_channels(n_channels) for split in splits}
     if "train" in images and images["train"].labels_B.unique().numel() < 2:
         raise DataError(f"all {len(images['train'])} training images belong to one class")
-    return Loaded(images, loaded.manifest, loaded.pixel_range)
-
-
-def _read_folder(
-    config: DataConfig,
-    splits: Sequence[Split],
-    manifest: Manifest,
-    image_hw: tuple[int, int],
-    n_channels: int,
-) -> Loaded:
-    """Decode the subsets of a folder's splits that the settings request."""
-    limited = manifest.limited(config)
-    require_memory(sum(len(limited.files.get(s, ())) for s in splits), image_hw, n_channels)
-    images: dict[Split, ImageSet] = {}
-    pixel_range = config.pixel_range
-    for split in splits:
-        if split == "test" and not limited.files.get("test"):
-            raise DataError(
-                f"{manifest.root}: there is no test split: give --split validation, or --data_path "
-                "another folder"
-            )
-        found = load_folder(
-            limited, split, replace(config, pixel_range=pixel_range),
-            image_hw=image_hw, n_channels=n_channels,
-        )  # fmt: skip
-        images[split] = found.images
-        for path in found.broken:
-            manifest = manifest.without(left_out_reason(path), [path])
-        pixel_range = found.pixel_range or pixel_range
-    return Loaded(images, manifest, pixel_range)
+    return replace(loaded, images=images)
 
 
 def _load_packaged(
@@ -115,3 +110,188 @@ def _load_packaged(
     if "test" in splits:
         loaded["test"] = load_part("test").sample(config.num_test_images)
     return loaded
+
+
+def _load_folder(
+    config: DataConfig,
+    splits: Sequence[Split],
+    manifest: Manifest,
+    image_hw: tuple[int, int],
+    n_channels: int,
+) -> Loaded:
+    """Decode the subsets of a folder's splits that the settings request.
+
+    A file that cannot be decoded is logged and left out.
+    """
+    limited = manifest.limited(config)
+    require_memory(sum(len(limited.files.get(s, ())) for s in splits), image_hw, n_channels)
+    images: dict[Split, ImageSet] = {}
+    pixel_range = config.pixel_range
+    for split in splits:
+        if split == "test" and not limited.files.get("test"):
+            raise DataError(
+                f"{manifest.root}: there is no test split: give --split validation, or --data_path "
+                "another folder"
+            )
+        paths, labels = limited.paths(split), limited.labels(split)
+        decoded = decode(
+            paths,
+            size_hw=image_hw,
+            fit=framing(config),
+            num_workers=config.num_workers,
+            n_channels=n_channels,
+            pixel_range=pixel_range,
+        )
+        pixel_range = decoded.pixel_range
+        for number, (index, reason) in enumerate(sorted(decoded.broken.items())):
+            if number < NAMED:
+                log.warning("left out: %s: %s", paths[index], reason)
+            manifest = manifest.without(left_out_reason(paths[index]), [paths[index]])
+        _report_broken(limited, split, decoded.broken)
+        valid = [label for index, label in enumerate(labels) if index not in decoded.broken]
+        raw_BCHW = torch.from_numpy(decoded.raw_BCHW)
+        images[split] = ImageSet(raw_BCHW, torch.tensor(valid, dtype=torch.int64), manifest.classes)
+    return Loaded(images, manifest, pixel_range)
+
+
+def _report_broken(manifest: Manifest, split: Split, broken: dict[int, str]) -> None:
+    """Log how many pictures are broken; refuse a split, or a training class, of broken ones only.
+
+    Raises:
+        DataError: no picture of the split, or none of a training class, can be decoded.
+    """
+    labels = manifest.labels(split)
+    if not broken:
+        return
+    log.warning("%d of %d %s pictures left out: they cannot be decoded",
+                len(broken), len(labels), split)  # fmt: skip
+    if len(broken) == len(labels):
+        raise DataError(f"{manifest.root}: no picture of the {split} split can be decoded")
+    lost = set(labels) - {label for index, label in enumerate(labels) if index not in broken}
+    if split == "train" and lost:
+        raise DataError(
+            f"{manifest.root}: none of the training pictures of class "
+            f"{manifest.classes[min(lost)]!r} can be decoded: repair them, or remove the folder"
+        )
+
+
+class Decoded(NamedTuple):
+    """The valid pictures of a list of files, in their order (uint8), and what was found."""
+
+    raw_BCHW: np.ndarray
+    broken: dict[int, str]
+    """Of the files that cannot be decoded: their index and the reason."""
+    pixel_range: PixelRange | None
+    """The values of black and white in wide gray pictures; None if there are no such pictures."""
+
+
+def decode(
+    paths: Sequence[Path],
+    *,
+    size_hw: tuple[int, int],
+    fit: Fit,
+    num_workers: int,
+    n_channels: int = 3,
+    pixel_range: PixelRange | None = None,
+) -> Decoded:
+    """Decode picture files at one size, each once (wide gray ones twice, if no range is given).
+
+    Args:
+        paths: the files.
+        size_hw: height and width of the result in pixels.
+        fit: how a picture of another shape is fitted.
+        num_workers: number of threads; each holds one picture in memory.
+        n_channels: 3 for RGB, 1 for gray.
+        pixel_range: the values of black and white in wide gray pictures. Default: inferred from
+            the lowest and highest value of all of them, and logged.
+    """
+    raw_BCHW = np.empty((len(paths), n_channels, *size_hw), np.uint8)
+    broken: dict[int, str] = {}
+    wide: dict[int, Extent] = {}
+
+    def decode_one(index: int) -> None:
+        """Decode a picture into its slot; measure a wide one as long as the range is unknown."""
+        try:
+            pixels = read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
+        except PictureError as error:
+            broken[index] = str(error)
+            return
+        if pixels.ndim == 2:
+            if pixel_range is None:
+                wide[index] = measure(pixels)
+                return
+            pixels = gray_to_rgb(to_bytes(pixels, pixel_range))
+        raw_BCHW[index] = fit_channels(pixels, size_hw, fit, n_channels).transpose(2, 0, 1)
+
+    _run_threads(decode_one, range(len(paths)), num_workers, "decoding")
+    if wide:
+        extent = join(wide.values())
+        pixel_range = choose_range(extent)
+        log.warning("wide gray pictures: %d files, %s", len(wide), describe(extent, pixel_range))
+        _run_threads(decode_one, sorted(wide), num_workers, "decoding wide gray pictures")
+    valid = [index for index in range(len(paths)) if index not in broken]
+    for target, index in enumerate(valid):  # in place, to avoid a second copy
+        if target != index:
+            raw_BCHW[target] = raw_BCHW[index]
+    return Decoded(raw_BCHW[: len(valid)], broken, pixel_range)
+
+
+def _run_threads(
+    work: Callable[[int], None], indices: Sequence[int], num_workers: int, title: str
+) -> None:
+    """Call ``work`` with each index, in threads, showing progress on a terminal.
+
+    An exception or Ctrl-C stops all threads after their current block.
+    """
+    blocks = [indices[start : start + BLOCK] for start in range(0, len(indices), BLOCK)]
+    silent = sys.stderr is None or not sys.stderr.isatty()
+
+    def work_on(block: Sequence[int]) -> None:
+        for index in block:
+            work(index)
+
+    with (
+        Progress(console=Console(stderr=True), disable=silent) as progress,
+        ThreadPoolExecutor(max(1, num_workers)) as pool,
+    ):
+        for _ in progress.track(pool.map(work_on, blocks), len(blocks), description=title):
+            pass
+
+
+def require_memory(count: int, image_hw: tuple[int, int], n_channels: int) -> None:
+    """Refuse to decode more images than fit in memory.
+
+    Raises:
+        DataError: they do not fit; the message gives both sizes.
+    """
+    height, width = image_hw
+    needed, free = int(count * height * width * n_channels * DECODING), available_memory()
+    if free is not None and needed > free:
+        raise DataError(
+            f"{count:,} images of {height} x {width} pixels need {needed / GIB:.1f} GiB of memory, "
+            f"but {free / GIB:.1f} GiB are free: lower --image_size or --num_train_images"
+        )
+
+
+def available_memory() -> int | None:
+    """Return how many bytes are free on this machine and in its container (control group 2).
+
+    None if that is unknown, as on other systems than Linux.
+    """
+
+    def number(file: Path, pattern: str) -> int:
+        match = re.search(pattern, file.read_text(encoding="ascii"), re.MULTILINE)
+        if match is None:  # for example "max": no limit
+            raise ValueError(pattern)
+        return int(match[1])
+
+    try:
+        free = number(MEMORY, r"^MemAvailable: +(\d+) kB") * 1024
+    except (OSError, ValueError):
+        return None
+    try:
+        used = number(CGROUP / "memory.current", r"(\d+)")
+        cached = number(CGROUP / "memory.stat", r"^inactive_file (\d+)")
+        return min(free, number(CGROUP / "memory.max", r"(\d+)") - used + cached)
+    except (OSError, ValueError):
+        return free
