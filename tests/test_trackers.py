@@ -237,10 +237,10 @@ def test_a_tracker_that_fails_to_start_closes_the_others(
     assert wandb.exit_codes == [1]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"wandb": 3}', "\x00"])
+@pytest.mark.parametrize("content", ["", "3", "\x00"])
 def test_a_corrupt_file_of_ids_is_one_line(content: str, wandb: FakeWandb, tmp_path: Path) -> None:
     (tmp_path / "trackers.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"trackers\.json: corrupt.*: remove the file"):
+    with pytest.raises(CheckpointError, match=r"trackers\.json: corrupt: remove it"):
         Trackers(asking(wandb=True), tmp_path, [])
 
 
