@@ -40,10 +40,10 @@ from vitrail.weights.checkpoint import (
     read_pointer,
     save_weights_file,
 )
+from vitrail.weights.formats import Converted
 from vitrail.weights.formats.convert import (
     CONFIG,
     FILES,
-    Converted,
     read_foreign,
     write_foreign,
 )
@@ -186,7 +186,7 @@ def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, A
     classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
     notes, known = (*found.notes, *_note_assumed(found, given)), bool(found.classes)
-    return Source(info, found.weights, found.layout, notes, found.tensors, known)
+    return Source(info, dict(found.weights), found.layout, notes, found.tensors, known)
 
 
 def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:

@@ -1,28 +1,28 @@
-"""Reads and writes the weights of other systems: the reference, timm, Hugging Face and Google."""
+"""Reads and writes the weights of other systems: the reference, timm, Hugging Face and Google.
 
+Files of torch.save are unpickled without running code, and wrappers around names are removed.
+"""
+
+import argparse
 import dataclasses
 import io
-import zipfile
-import zlib
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitrail.config.settings import PREPARATION, DataConfig, ModelConfig
-from vitrail.errors import CheckpointError, ConfigError
+from vitrail.errors import CheckpointError, ConfigError, printable
 from vitrail.model.layers import sincos_table
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, read_json_object, unpack
-from vitrail.weights.formats import huggingface, timm
-from vitrail.weights.formats.google import GOOGLE
-from vitrail.weights.formats.layout import State, first_few, read_rules, write_rules
-from vitrail.weights.formats.reference import REFERENCE
-from vitrail.weights.formats.torch_pickle import READ_ERRORS, read_pickle, unwrap_names
+from vitrail.weights.formats import Converted, State, first_few, huggingface, timm
+from vitrail.weights.formats.single_file import GOOGLE, REFERENCE
 
 LAYOUTS = {
     layout.name: layout for layout in (REFERENCE, timm.TIMM, huggingface.HUGGINGFACE, GOOGLE)
@@ -34,29 +34,39 @@ SUFFIXES = {"reference": ".pt", "google": ".npz"}
 """Layouts that are one file; the others are folders."""
 FILES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz")
 """Extensions of weights files."""
-MAX_EXPANSION = 20
-"""Maximum ratio of an archive's unpacked size to its own."""
+TABLE_NAMES = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict",
+    "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params",
+    "student",
+)  # fmt: skip
+"""Keys under which training scripts keep a state dict, in order of preference: averages first."""
+COMPILED = "_orig_mod."
+"""Prefix that torch.compile adds to names."""
+MODULE_NAMES = (
+    "ema_model", "model_ema", "ema", "teacher", "module", "model", "net", "network", "backbone",
+    "student",
+)  # fmt: skip
+"""Attributes under which programs keep a model, in order of preference: averages first."""
+SCALAR = np.float64(0).__reduce__()[0]
+"""The function that builds NumPy scalars; its module has an old and a new name."""
+SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    *(int, float, list, dict, set),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+    # Lightning's hyperparameters, and tables that torch does not fill: read as dictionaries.
+    (dict, "lightning_fabric.utilities.data.AttributeDict"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (lambda *_: {}, "collections.defaultdict"),
+]
+"""What training scripts save with the weights and what runs no code when it is unpickled."""
+REMEDY = "Save the state dict alone: torch.save(model.state_dict(), 'weights.pth')"
 
 
-class Converted(NamedTuple):
-    """Another system's model, converted to our settings and tensors."""
-
-    layout: str
-    config: ModelConfig
-    """n_classes is 0 if the weights have no head."""
-    weights: dict[str, Tensor]
-    tensors: int
-    """Number of tensors that were read."""
-    notes: list[str]
-    """What was assumed, changed or ignored."""
-    classes: tuple[str, ...]
-    """Class names, if the files contain them."""
-    data: dict[str, Any]
-    """How pictures are prepared: the fields of PREPARATION."""
-    assumed: tuple[str, ...]
-    """The fields of ``data`` that the files do not specify."""
-    refused: dict[str, str]
-    """The fields of ``data`` whose value in the files Vitrail does not support, and that value."""
+# --- from other systems ---------------------------------------------------------------------------
 
 
 def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
@@ -71,11 +81,11 @@ def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
     try:
         found = convert(state, files, n_attention_heads=n_attention_heads)
         return found._replace(notes=notes + found.notes)
+    except ConfigError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError,
-            MemoryError) as error:  # fmt: skip
-        # The files are untrusted: any value may have any type, any tensor any shape.
+    except Exception as error:  # any value in the files may have any type, any tensor any shape
         what = CONFIG if files else "its content"
         raise CheckpointError(f"{path}: {what} is not that of a ViT: {error!s:.100}") from error
 
@@ -84,39 +94,113 @@ def _find_weights(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the weights file at a path and the content of the JSON files beside it, by name."""
     if not path.is_dir():
         return path, {}
-    for name in WEIGHTS:
-        if (path / name).is_file():
-            break
-    else:
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is None:
         raise CheckpointError(f"{path}: no {' or '.join(WEIGHTS)} in this folder")
     present = [path / file for file in (CONFIG, PROCESSOR) if (path / file).is_file()]
-    return path / name, {file.name: read_json_object(file) for file in present}
+    return weights, {file.name: read_json_object(file) for file in present}
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a file by name, and notes of what was ignored.
 
-    Only tensors are unpickled, never code.
+    Raises:
+        CheckpointError: it is corrupt, would run code, or is not a state dict of tensors.
     """
+    content = io.BytesIO(read_bytes(path))
     if path.suffix == ".safetensors":
-        return unpack(read_bytes(path), path), []
-    if path.suffix == ".npz":
-        return _read_npz(path), []
-    return read_pickle(path)
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    """Return the arrays of a NumPy archive."""
+        return unpack(content.getvalue(), path), []
+    if path.suffix != ".npz":
+        return _read_pickle(content, path)
     try:
-        content = read_bytes(path)
-        with zipfile.ZipFile(io.BytesIO(content)) as opened:
-            size = sum(part.file_size for part in opened.infolist())
-        if size > MAX_EXPANSION * len(content):
-            raise CheckpointError(f"{path}: refused: it expands to {size:,} bytes")
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: torch.from_numpy(np.asarray(archive[name])) for name in archive.files}
-    except (*READ_ERRORS, zipfile.BadZipFile, zlib.error, OSError, SyntaxError) as error:
+        with np.load(content, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}, []
+    except Exception as error:  # NumPy raises many kinds
         raise CheckpointError(f"{path}: not a valid .npz file: {error!s:.100}") from error
+
+
+def _read_pickle(content: io.BytesIO, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors that torch.save wrote, by name, and notes of what was ignored."""
+    state, notes = _unpickle(content, path), []
+    while tables := [name for name in TABLE_NAMES if _holds_table(state, name)]:
+        if len(tables) > 1:
+            notes.append(f"{tables[0]} is used; ignored in the same file: {first_few(tables[1:])}")
+        state = state[tables[0]]
+    what = ""
+    if not isinstance(state, dict):
+        what = f"but a {type(state).__name__}"
+    elif not state:
+        what = "but empty"
+    elif wrong := [str(name) for name, value in state.items() if not _is_plain(name, value)]:
+        what = f"because of its entry {printable(wrong[0])[:60]!r}"
+    if what:
+        raise CheckpointError(f"{path}: not a state dict of plain tensors, {what}. {REMEDY}")
+    return dict(state), notes
+
+
+def _unpickle(content: io.BytesIO, path: Path) -> Any:
+    """Return the content of a file of torch.save if nothing in it would run code."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
+        warnings.simplefilter("ignore")  # about unusual pickles; errors are reported below
+        try:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            what = "corrupt, or more than tensors and plain values"
+            if name := _unsafe_global(content):
+                what = f"it contains {name}, which could run code. {REMEDY}"
+            raise CheckpointError(f"{path}: not a valid weights file: {what}") from error
+
+
+def _unsafe_global(content: io.BytesIO) -> str:
+    """Return the name of the global that torch refuses to unpickle, or '' if it refuses none."""
+    content.seek(0)
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+    except Exception:  # noqa: BLE001  (the file is corrupt)
+        return ""
+    return printable(min(found, default=""))[:80]
+
+
+def _holds_table(state: object, name: str) -> bool:
+    """Return whether a dictionary has a non-empty dictionary under this name."""
+    return isinstance(state, dict) and isinstance(state.get(name), dict) and bool(state[name])
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Return whether an entry is a named tensor with its values."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_meta
+    )
+
+
+def _unwrap_names(state: State) -> tuple[State, list[str]]:
+    """Remove prefixes such as ``module.`` or ``teacher.backbone.`` from the tensors' names.
+
+    Returns:
+        the tensors by the model's own names, and notes of what was changed or ignored.
+    """
+    notes: list[str] = []
+    if any(COMPILED in key for key in state):
+        state = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
+        notes.append(f"{COMPILED} removed from the names (torch.compile)")
+    removed, ignored = "", []
+    while not any(layout.key_pattern.match(key) for key in state for layout in LAYOUTS.values()):
+        heads = {key.partition(".")[0] for key in state}
+        wrapper = next((name for name in MODULE_NAMES if name in heads), None)
+        if wrapper is None:
+            break
+        prefix = f"{wrapper}."
+        ignored += [removed + key for key in state if not key.startswith(prefix)]
+        state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        removed += prefix
+    if removed:
+        notes.append(f"{removed} removed from the names")
+    if ignored:
+        notes.append(f"ignored, not under {removed}: {first_few(ignored)}")
+    return state, notes
 
 
 def convert(
@@ -136,14 +220,11 @@ def convert(
         CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
         ConfigError: the width is not a multiple of the head count.
     """
-    state, notes = unwrap_names(
-        state, lambda key: any(layout.key_pattern.match(key) for layout in LAYOUTS.values())
+    state, notes = _unwrap_names(state)
+    layout = max(
+        LAYOUTS.values(), key=lambda each: len(list(filter(each.key_pattern.match, state)))
     )
-    hits = {
-        name: sum(map(bool, map(each.key_pattern.match, state))) for name, each in LAYOUTS.items()
-    }
-    layout = LAYOUTS[max(hits, key=lambda name: hits[name])]
-    if hits[layout.name] == 0:
+    if not any(map(layout.key_pattern.match, state)):
         raise CheckpointError(
             f"unrecognized weights format (known: {', '.join(LAYOUTS)}); "
             f"keys {first_few(list(state))}"
@@ -153,33 +234,27 @@ def convert(
         raise CheckpointError(f"tensors that are empty or not floating point: {first_few(wrong)}")
     floats = {key: tensor.float() for key, tensor in state.items()}
     found = layout.find(floats, files or {}, n_attention_heads)
-    rules = layout.rules(found.config)
-    weights, unknown = read_rules(rules, found.state, _empty_state(found.config), layout.name)
-    if unknown:
-        raise CheckpointError(f"keys unknown to layout {layout.name}: {first_few(sorted(unknown))}")
-    classes = found.classes if len(found.classes) == found.config.n_classes else ()
-    usual = {name: getattr(DataConfig(), name) for name in PREPARATION} | found.usual
-    assumed = tuple(name for name in usual if name not in found.data and usual[name] is not None)
-    return Converted(
-        layout.name, found.config, weights, len(state), _group_notes(notes + found.notes), classes,
-        usual | found.data, assumed, found.refused,
-    )  # fmt: skip
+    usual = {name: getattr(DataConfig(), name) for name in PREPARATION} | dict(found.usual)
+    return found._replace(
+        weights=layout.to_ours(found.config, found.weights, _empty_state(found.config)),
+        notes=notes + found.notes,
+        classes=found.classes if len(found.classes) == found.config.n_classes else (),
+        data={**usual, **found.data},
+        layout=layout.name,
+        tensors=len(state),
+        assumed=tuple(n for n in usual if n not in found.data and usual[n] is not None),
+    )
 
 
 def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
     """Return the state dict of such a model as meta tensors (shapes without content)."""
     with torch.device("meta"):
         model = VisionTransformer(dataclasses.replace(config, n_classes=config.n_classes or 1))
-    return dict(model.state_dict())
+    state = model.state_dict()
+    return {n: t for n, t in state.items() if config.n_classes or not n.startswith("head.")}
 
 
-def _group_notes(notes: list[str]) -> list[str]:
-    """Join notes that have the same text for several keys."""
-    keys: dict[str, list[str]] = {}
-    for note in notes:
-        key, _, words = note.partition(": ") if ": " in note else ("", "", note)
-        keys.setdefault(words, []).append(key)
-    return [f"{first_few(names)}: {words}" if names[0] else words for words, names in keys.items()]
+# --- to other systems -----------------------------------------------------------------------------
 
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:
@@ -188,7 +263,7 @@ def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, 
     Raises:
         ConfigError: the layout cannot represent such a model.
     """
-    needs = {"stem": ("patch",), "position": ("learned",)} | LAYOUTS[layout].needs
+    needs = {"stem": ("patch",), "position": ("learned",), **LAYOUTS[layout].needs}
     weights = dict(weights)
     if config.position == "sincos":
         weights["position_ND"] = sincos_table(config.grid_GJ, config.embed_dim)
@@ -198,7 +273,7 @@ def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, 
         has = ", ".join(f"{name} {getattr(config, name)}" for name in wrong)
         flags = " ".join(f"--{name} {' or '.join(map(str, needs[name]))}" for name in wrong)
         raise ConfigError(f"the layout {layout} does not support {has}: train with {flags}")
-    return write_rules(LAYOUTS[layout].rules(config), weights)
+    return LAYOUTS[layout].to_theirs(config, weights)
 
 
 def write_foreign(

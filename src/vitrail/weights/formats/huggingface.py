@@ -13,28 +13,40 @@ from torch import Tensor
 
 from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.weights.formats.layout import (
+from vitrail.weights.formats import (
     PREPARATION_FLAGS,
-    Found,
+    Converted,
     Layout,
-    Rule,
     State,
+    block_names,
     choose_heads,
-    count_layers,
+    fill_biases,
+    first_few,
+    read_shapes,
     rgb_values,
-    same,
     shape,
     square_image,
-    square_patch,
-    stacked,
-    tokens,
 )
 
-EMBEDDINGS = "vit.embeddings"
-STEM, POSITIONS = (
-    f"{EMBEDDINGS}.patch_embeddings.projection.weight",
-    f"{EMBEDDINGS}.position_embeddings",
-)
+POSITIONS = "vit.embeddings.position_embeddings"
+NAMES = {
+    "stem": ("vit.embeddings.patch_embeddings.projection",),
+    "norm": ("vit.layernorm",),
+    "head": ("classifier",),
+    **block_names(
+        "vit.encoder.layer.*.",
+        {
+            "norm1": ("layernorm_before",),
+            "attention.qkv": tuple(
+                f"attention.attention.{name}" for name in ("query", "key", "value")
+            ),
+            "attention.out_projection": ("attention.output.dense",),
+            "norm2": ("layernorm_after",),
+            "mlp.fc1": ("intermediate.dense",),
+            "mlp.fc2": ("output.dense",),
+        },
+    ),
+}
 ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 NEW_NAMES = (
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -63,89 +75,50 @@ REQUIRED = ("do_resize", "do_center_crop", "do_normalize", "size", "resample", "
 """Settings required of processors whose defaults differ from ViTImageProcessor's."""
 
 
-def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
+def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
     """Read the model's settings off its shapes and its config.json."""
     about = files.get("config.json", {})
     notes: list[str] = []
     plain = _standard_form(state, notes)
-    embed_dim, n_channels, height, width = shape(plain, STEM, 4)
-    patch_size = square_patch(height, width, STEM)
+    shapes = read_shapes(plain, NAMES)
     act = about.get("hidden_act", "gelu")
     if act not in ACTS:
         raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
     heads = about.get("num_attention_heads")
-    hidden_dim = shape(plain, "vit.encoder.layer.0.intermediate.dense.weight", 2)[0]
-    n_classes = len(plain["classifier.weight"]) if "classifier.weight" in plain else 0
+    n_patches = shape(plain, POSITIONS, 3)[1] - 1
+    size = about.get("image_size") or square_image(n_patches, shapes["patch_size"])
     config = ModelConfig(
-        image_size=_image_size(about, shape(plain, POSITIONS, 3)[1] - 1, patch_size),
-        n_channels=n_channels,
-        n_classes=n_classes,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        n_layers=count_layers(plain, r"vit\.encoder\.layer\.(\d+)\."),
-        n_attention_heads=choose_heads(embed_dim, n_attention_heads, heads, notes),
-        forward_mul=hidden_dim / embed_dim,
+        image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
+        n_attention_heads=choose_heads(shapes["embed_dim"], n_attention_heads, heads, notes),
         head="linear",
         hidden_act=ACTS[act],  # type: ignore[arg-type]
         layer_norm_eps=float(about.get("layer_norm_eps", 1e-12)),
+        **shapes,
     )
     labels = about.get("id2label", {})
-    classes = tuple(str(labels[str(index)]) for index in range(n_classes) if str(index) in labels)
+    classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
     processor = files.get("preprocessor_config.json")
     data = {} if processor is None else read_processor(processor, config.image_hw, notes)
-    return Found(config, plain, notes, classes, data, {"fit": "squash"})
+    return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
 
-def _standard_form(state: State, notes: list[str]) -> State:
+def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
     """Rename variants to the standard names and fill gaps, with notes."""
     plain: dict[str, Tensor] = {}
+    unused = []
     for key, tensor in state.items():
         name = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
         for new, old in NEW_NAMES:
             name = re.sub(new, old, name)
         if UNUSED.match(name):
-            notes.append(f"{key}: ignored, the classifier does not use it")
+            unused.append(key)
         else:
             plain[name] = tensor
-    for key in [key for key in plain if re.search(r"\.attention\.(query|key|value)\.weight$", key)]:
-        bias = f"{key.removesuffix('weight')}bias"
-        if bias not in plain:
-            plain[bias] = plain[key].new_zeros(len(plain[key]))
-            notes.append(f"{bias}: missing, set to zeros")
+    if unused:
+        notes.append(f"{first_few(unused)}: ignored, the classifier does not use it")
+    fill_biases(plain, NAMES, notes)
     notes.append("the class token's position is added to the class token")
     return plain
-
-
-def _image_size(about: dict[str, Any], n_patches: int, patch_size: int) -> int | tuple[int, int]:
-    """Return the image size in config.json, or that of a square image."""
-    size = about.get("image_size")
-    if size is None:
-        return square_image(n_patches, patch_size, POSITIONS)
-    return size if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _rules(config: ModelConfig) -> list[Rule]:
-    """Return the layout's rules for one model."""
-    table = [
-        *same("stem", f"{EMBEDDINGS}.patch_embeddings.projection"),
-        tokens(f"{EMBEDDINGS}.cls_token", POSITIONS),
-        *same("norm", "vit.layernorm"),
-    ]
-    for index in range(config.n_layers):
-        ours, theirs = f"blocks.{index}", f"vit.encoder.layer.{index}"
-        names = ("query", "key", "value")
-        table += stacked(
-            f"{ours}.attention.qkv", (f"{theirs}.attention.attention.{name}" for name in names)
-        )
-        for mine, other in (
-            ("attention.out_projection", "attention.output.dense"),
-            ("norm1", "layernorm_before"),
-            ("norm2", "layernorm_after"),
-            ("mlp.fc1", "intermediate.dense"),
-            ("mlp.fc2", "output.dense"),
-        ):
-            table += same(f"{ours}.{mine}", f"{theirs}.{other}")
-    return [*table, *(same("head", "classifier") if config.n_classes else [])]
 
 
 def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
@@ -302,6 +275,8 @@ HUGGINGFACE = Layout(
         r"|(vit\.)?encoder\.layer\.|vit\.layers\."
     ),
     _find,
-    _rules,
-    {"pool": ("cls",), "head": ("linear",)},
+    lambda _: NAMES,
+    class_token="vit.embeddings.cls_token",
+    positions=POSITIONS,
+    needs={"pool": ("cls",), "head": ("linear",)},
 )

@@ -14,24 +14,23 @@ from torch import Tensor
 
 from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.weights.formats.huggingface import FILTERS
-from vitrail.weights.formats.layout import (
-    Found,
+from vitrail.weights.formats import (
+    Converted,
     Layout,
-    Rule,
+    Names,
     State,
+    block_names,
     choose_heads,
-    count_layers,
-    positions,
+    fill_biases,
+    first_few,
+    read_shapes,
     rgb_values,
-    same,
     shape,
     square_image,
-    square_patch,
-    tokens,
 )
+from vitrail.weights.formats.huggingface import FILTERS
 
-STEM, POSITIONS, CLASS = "patch_embed.proj.weight", "pos_embed", "cls_token"
+CLASS, POSITIONS = "cls_token", "pos_embed"
 MODES = {"center": "crop", "squash": "squash"}
 """timm's crop_mode -> our fit; its third mode, border, pads with the mean color, not black."""
 USUAL = {
@@ -39,40 +38,53 @@ USUAL = {
     "interpolation": "bicubic", "crop_pct": 0.875,
 }  # fmt: skip
 """timm's defaults for what config.json does not specify (timm/data/config.py)."""
-ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+NAMES = {
+    "stem": ("patch_embed.proj",),
+    "norm": ("norm",),
+    "head": ("head",),
+    **block_names(
+        "blocks.*.",
+        {
+            "norm1": ("norm1",),
+            "attention.qkv": ("attn.qkv",),
+            "attention.out_projection": ("attn.proj",),
+            "norm2": ("norm2",),
+            "mlp.fc1": ("mlp.fc1",),
+            "mlp.fc2": ("mlp.fc2",),
+        },
+    ),
+}
 
 
-def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Found:
+def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
     """Read the model's settings off its shapes and, if there is one, timm's config.json."""
     about = files.get("config.json", {})
     args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg") or about
     notes: list[str] = []
-    embed_dim, n_channels, height, width = shape(state, STEM, 4)
-    patch_size = square_patch(height, width, STEM)
-    size = _configured_size(args, pretrained)
-    plain = _standard_form(dict(state), size and size[0] // height * (size[1] // width), notes)
+    shapes = read_shapes(state, NAMES)
+    patch_size, size = shapes["patch_size"], _configured_size(args, pretrained)
+    configured_patches = size and math.prod(side // patch_size for side in size)
+    plain = _standard_form(dict(state), configured_patches, notes)
     n_patches = shape(plain, POSITIONS, 3)[1] - (CLASS in plain)
-    hidden_dim = shape(plain, "blocks.0.mlp.fc1.weight", 2)[0]
-    if args.get("act_layer", "gelu") not in ACTS:
-        raise CheckpointError(f"act_layer is {args['act_layer']!r}: only {', '.join(ACTS)}")
+    if not size or configured_patches != n_patches:
+        size = (square_image(n_patches, patch_size),) * 2
+    act = args.get("act_layer", "gelu")
+    if act not in ("gelu", "gelu_tanh"):
+        raise CheckpointError(f"act_layer is {act!r}: only gelu, gelu_tanh")
+    stored = args.get("num_heads")
     config = ModelConfig(
-        image_size=_image_size(size, n_patches, patch_size),
-        n_channels=n_channels,
-        n_classes=len(plain["head.weight"]) if "head.weight" in plain else 0,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        n_layers=count_layers(plain, r"blocks\.(\d+)\."),
-        n_attention_heads=choose_heads(embed_dim, n_attention_heads, args.get("num_heads"), notes),
-        forward_mul=hidden_dim / embed_dim,
+        image_size=size[0] if size[0] == size[1] else size,
+        n_attention_heads=choose_heads(shapes["embed_dim"], n_attention_heads, stored, notes),
         head="linear",
-        hidden_act=ACTS[args.get("act_layer", "gelu")],  # type: ignore[arg-type]
+        hidden_act=act,
         layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
+        **shapes,
         **_pooling(plain, args),
     )
     data, refused = _preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
-    return Found(config, plain, notes, classes, data, USUAL if about else {}, refused)
+    return Converted(config, plain, notes, classes, data, USUAL if about else {}, refused)
 
 
 def _preparation(
@@ -101,30 +113,27 @@ def _preparation(
     return data, refused
 
 
-def _standard_form(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> State:
+def _standard_form(
+    state: dict[str, Tensor], n_patches: int | None, notes: list[str]
+) -> dict[str, Tensor]:
     """Convert variants to timm's standard form, with notes; the model computes the same.
 
     ``n_patches`` follows from config.json; without it the image is assumed to be square.
     """
-    for key in [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
-        block, layer = key.removesuffix(".gamma").rsplit(".", 1)
-        before = f"{block}.{'attn.proj' if layer == 'ls1' else 'mlp.fc2'}"
+    gammas = [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]
+    for key in gammas:
+        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         gamma_D = state.pop(key)
         for part in ("weight", "bias"):
-            if f"{before}.{part}" in state:
-                tensor = state[f"{before}.{part}"]
-                state[f"{before}.{part}"] = tensor * gamma_D.view(-1, *[1] * (tensor.ndim - 1))
-        notes.append(f"{key}: multiplied into {before}")
-    for key in [key for key in state if key.endswith(".attn.qkv.weight")]:
-        bias = f"{key.removesuffix('weight')}bias"
-        if bias not in state:
-            state[bias] = state[key].new_zeros(len(state[key]))
-            notes.append(f"{bias}: missing, set to zeros")
-    if CLASS in state and POSITIONS in state:
-        table_1TD = state[POSITIONS]
+            if (tensor := state.get(f"{layer}.{part}")) is not None:
+                state[f"{layer}.{part}"] = tensor * gamma_D.view(-1, *[1] * (tensor.ndim - 1))
+    if gammas:
+        notes.append(f"{first_few(gammas)}: multiplied into the layers before")
+    fill_biases(state, NAMES, notes)
+    if CLASS in state:
+        table_1TD = state.get(POSITIONS, torch.empty(0))
         rows = table_1TD.shape[1] if table_1TD.ndim == 3 else 0
-        has_no_class_row = rows == (n_patches or math.isqrt(rows) ** 2)
-        if has_no_class_row:
+        if rows == (n_patches or math.isqrt(rows) ** 2):  # the class token has no position
             state[POSITIONS] = torch.cat([torch.zeros_like(table_1TD[:, :1]), table_1TD], dim=1)
         else:
             notes.append("the class token's position is added to the class token")
@@ -136,15 +145,6 @@ def _configured_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[
     size = args.get("img_size") or list(pretrained.get("input_size", ()))[1:]
     hw = (size, size) if isinstance(size, int) else tuple(size)
     return (hw[0], hw[1]) if len(hw) == 2 else None
-
-
-def _image_size(
-    configured: tuple[int, int] | None, n_patches: int, patch_size: int
-) -> int | tuple[int, int]:
-    """Return the configured image size if it has N patches, else that of a square image."""
-    if configured and math.prod(side // patch_size for side in configured) == n_patches:
-        return configured[0] if configured[0] == configured[1] else configured
-    return square_image(n_patches, patch_size, POSITIONS)
 
 
 def _pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
@@ -175,22 +175,9 @@ def _share(part: int, whole: int) -> float:
     return exact if int(part / exact) == whole else math.nextafter(exact, 0)
 
 
-def _rules(config: ModelConfig) -> list[Rule]:
-    """Return the layout's rules for one model."""
-    table = same("stem", "patch_embed.proj")
-    table.append(tokens(CLASS, POSITIONS) if config.has_class_token else positions(POSITIONS))
-    table += same("norm", "fc_norm" if config.fc_norm else "norm")
-    for index in range(config.n_layers):
-        for ours, theirs in (
-            ("norm1", "norm1"),
-            ("attention.qkv", "attn.qkv"),
-            ("attention.out_projection", "attn.proj"),
-            ("norm2", "norm2"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-        ):
-            table += same(f"blocks.{index}.{ours}", f"blocks.{index}.{theirs}")
-    return [*table, *(same("head", "head") if config.n_classes else [])]
+def _names(config: ModelConfig) -> Names:
+    """Return the names of the layers, which depend on where the mean is normalized."""
+    return NAMES | {"norm": ("fc_norm",)} if config.fc_norm else NAMES
 
 
 def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
@@ -243,9 +230,8 @@ TIMM = Layout(
     "timm",
     re.compile(r"patch_embed\.|blocks\.\d+\.(attn|ls\d)\."),
     _find,
-    _rules,
-    {
-        "head": ("linear",),
-        "layer_norm_eps": (1e-5, 1e-6),
-    },
+    _names,
+    CLASS,
+    POSITIONS,
+    needs={"head": ("linear",), "layer_norm_eps": (1e-5, 1e-6)},
 )
