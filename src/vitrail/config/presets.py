@@ -78,7 +78,7 @@ def _cifar10(
 
 def _small() -> Config:
     """Return a recipe for dozens of epochs: a wider stem, and more augmentation."""
-    recipe = _cifar10((128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
+    recipe = _cifar10((64, 128, 256, 256), embed_dim=256, n_layers=2, epochs=70, batch_size=256)
     return replace(
         recipe,
         augment=AugmentConfig(
@@ -89,7 +89,7 @@ def _small() -> Config:
 
 def _base() -> Config:
     """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
-    recipe = _cifar10((128, 256), embed_dim=256, n_layers=8, epochs=300, batch_size=512)
+    recipe = _cifar10((128, 256, 256), embed_dim=256, n_layers=8, epochs=300, batch_size=512)
     return replace(
         recipe,
         model=replace(recipe.model, patch_size=4, drop_path=0.1),

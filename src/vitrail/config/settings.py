@@ -71,6 +71,9 @@ class ModelConfig(Checked):
     """Patch embedding: one strided convolution, or whitened patches and convolutions."""
     stem_channels: tuple[int, ...] = ()
     """Widths of the 3x3 convolutions of stem conv. Default: doubling up to embed_dim."""
+    stem_pools: tuple[int, ...] = ()
+    """Convolutions of stem conv that are followed by max pooling, which halves the image, counted
+    from 1. Default: the first ones."""
     position: Literal["learned", "sincos", "rope"] = "learned"
     """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block)."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -130,26 +133,25 @@ class ModelConfig(Checked):
                 f"give {width // 4 * 4 or 4}",
             )
         if self.stem == "conv":
+            halvings, widths = self.patch_size.bit_length() - 1, self.stem_widths
             require(
-                self.patch_size in (2, 4, 8, 16),
+                self.patch_size == 2**halvings and halvings,
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
                 "must be 2, 4, 8 or 16, or give stem patch",
             )
             require(
-                min(self.image_hw) >= 4,
-                f"image_size {self.image_size}: stem conv needs 4 pixels or more: enlarge it, or "
-                "give stem patch",
+                len(widths) >= halvings and min(widths) >= 1,
+                f"stem_channels {widths} cannot halve the image down to patches of "
+                f"{self.patch_size}: give at least {halvings} widths",
             )
-            least = max(1, self.patch_size.bit_length() - 2)
             require(
-                len(self.stem_widths) >= least and min(self.stem_widths) >= 1,
-                f"stem_channels {self.stem_channels} cannot halve the image down to patches of "
-                f"{self.patch_size}: give at least {least} widths",
+                len(set(self.pools) & set(range(1, len(widths) + 1))) == len(self.pools) == halvings,
+                f"stem_pools {self.pools}: give {halvings} different numbers from 1 to "
+                f"{len(widths)}, to halve the image down to patches of {self.patch_size}",
             )
         else:
-            require(
-                not self.stem_channels, "stem_channels apply to stem conv only: give --stem conv"
-            )
+            for name in ("stem_channels", "stem_pools"):
+                require(not getattr(self, name), f"{name} applies to stem conv only: give --stem conv")
 
     @property
     def has_class_token(self) -> bool:
@@ -172,9 +174,13 @@ class ModelConfig(Checked):
     @property
     def stem_widths(self) -> tuple[int, ...]:
         """Widths of the convolutions of stem conv. Default: doubling up to embed_dim."""
-        convolutions = max(1, self.patch_size.bit_length() - 2)
-        halved = (self.embed_dim // 2**step or 1 for step in reversed(range(convolutions)))
-        return self.stem_channels or tuple(halved)
+        halved = (self.embed_dim // 2**step or 1 for step in range(self.patch_size.bit_length()))
+        return self.stem_channels or tuple(halved)[::-1]
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Numbers of the convolutions of stem conv that are followed by max pooling."""
+        return self.stem_pools or tuple(range(1, self.patch_size.bit_length()))
 
     @property
     def hidden_dim(self) -> int:
@@ -261,8 +267,8 @@ class AugmentConfig(Checked):
 
     crop_padding: int = 4
     """Random crop after padding with N black pixels on each side; 0 for none."""
-    flip: bool = True
-    """Random horizontal flip."""
+    flip: Literal["random", "alternating", "none"] = "random"
+    """Horizontal flip: random, or every image in every second epoch."""
     randaugment_ops: int = 0
     """RandAugment operations per image; 0 for none."""
     randaugment_magnitude: int = 9
@@ -273,12 +279,18 @@ class AugmentConfig(Checked):
     """Parameter alpha of mixup; 0 for none."""
     cutmix: float = 0.0
     """Parameter alpha of CutMix; 0 for none. With mixup, each batch uses one of the two."""
+    mix_probability: float = 1.0
+    """Fraction of the batches that mixup or CutMix apply to."""
+    mix_until: float = 1.0
+    """Fraction of the run after which mixup and CutMix stop."""
+    strong_until: float = 1.0
+    """Fraction of the run after which RandAugment and random erasing stop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "crop_padding randaugment_ops mixup cutmix", 0)
         require_range(self, "randaugment_magnitude", 0, 30)
-        require_range(self, "random_erasing", 0, 1)
+        require_range(self, "random_erasing mix_probability mix_until strong_until", 0, 1)
 
 
 @dataclass(frozen=True)

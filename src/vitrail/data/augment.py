@@ -27,6 +27,11 @@ def random_crop(raw_BCHW: Tensor, generator: torch.Generator, padding: int) -> T
 def random_flip(raw_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Flip each image horizontally with probability 0.5."""
     flipped_B = torch.randint(2, (len(raw_BCHW),), generator=generator, dtype=torch.bool)
+    return flip(raw_BCHW, flipped_B)
+
+
+def flip(raw_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
+    """Flip the chosen images horizontally."""
     flipped_B111 = flipped_B.view(-1, 1, 1, 1).to(raw_BCHW.device)
     return torch.where(flipped_B111, raw_BCHW.flip(3), raw_BCHW)
 

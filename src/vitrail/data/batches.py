@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.config.settings import AugmentConfig
-from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
+from vitrail.data.augment import cutmix, flip, mixup, random_crop, random_erasing, random_flip
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.randaugment import rand_augment
 from vitrail.errors import DataError
@@ -45,6 +45,7 @@ class Batches:
         config: AugmentConfig,
         *,
         batch_size: int,
+        epochs: int,
         seed: int,
         device: torch.device,
         mean: Sequence[float],
@@ -58,6 +59,7 @@ class Batches:
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.device, self.mean, self.std = device, mean, std
         self.steps_per_epoch = -(-len(images) // batch_size)
+        self.steps = epochs * self.steps_per_epoch
         self._latest: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> Batch:
@@ -65,11 +67,22 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         indices_B = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         generator = rng.generator(self.seed, "augment", step)
-        raw_BCHW = self._augment(self.raw_BCHW[indices_B], generator)
+        raw_BCHW = self._augment(self.raw_BCHW[indices_B], step, generator)
+        if self.config.flip == "alternating":
+            raw_BCHW = flip(raw_BCHW, self._mirrored(epoch)[indices_B])
         labels_B = self.labels_B[indices_B]
         images_BCHW = normalize(raw_BCHW, self.mean, self.std)
         targets_BY = F.one_hot(labels_B, self.n_classes).float()
-        return Batch(*self._mix(images_BCHW, targets_BY, generator), labels_B)
+        return Batch(*self._mix(images_BCHW, targets_BY, step, generator), labels_B)
+
+    def _mirrored(self, epoch: int) -> Tensor:
+        """Return which images of the data set are mirrored in an epoch: the others in the next.
+
+        Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+        """
+        generator = rng.generator(self.seed, "flip")
+        first_B = torch.randint(2, (len(self.labels_B),), generator=generator, dtype=torch.bool)
+        return (first_B ^ bool(epoch % 2)).to(self.device)
 
     def _order(self, epoch: int) -> Tensor:
         """Return the order of an epoch; the latest is cached."""
@@ -79,28 +92,31 @@ class Batches:
             self._latest = (epoch, order_B.to(self.device))
         return self._latest[1]
 
-    def _augment(self, raw_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    def _augment(self, raw_BCHW: Tensor, step: int, generator: torch.Generator) -> Tensor:
         """Augment the bytes of the images."""
         config = self.config
+        strong = step < config.strong_until * self.steps
         if config.crop_padding:
             raw_BCHW = random_crop(raw_BCHW, generator, config.crop_padding)
-        if config.flip:
+        if config.flip == "random":
             raw_BCHW = random_flip(raw_BCHW, generator)
-        if config.randaugment_ops:
+        if strong and config.randaugment_ops:
             magnitude = config.randaugment_magnitude
             raw_BCHW = rand_augment(raw_BCHW, generator, config.randaugment_ops, magnitude)
-        if config.random_erasing:
+        if strong and config.random_erasing:
             raw_BCHW = random_erasing(raw_BCHW, generator, config.random_erasing)
         return raw_BCHW
 
     def _mix(
-        self, images_BCHW: Tensor, targets_BY: Tensor, generator: torch.Generator
+        self, images_BCHW: Tensor, targets_BY: Tensor, step: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mix the images of the batch by mixup or cutmix; if both are enabled, by one at random."""
-        methods = [(mixup, self.config.mixup), (cutmix, self.config.cutmix)]
-        enabled = [(mix, alpha) for mix, alpha in methods if alpha]
-        if not enabled:
+        config = self.config
+        enabled = [(m, a) for m, a in ((mixup, config.mixup), (cutmix, config.cutmix)) if a]
+        if not enabled or step >= config.mix_until * self.steps:
             return images_BCHW, targets_BY
         pick = int(torch.randint(len(enabled), (), generator=generator))
+        if float(torch.rand((), generator=generator)) >= config.mix_probability:
+            return images_BCHW, targets_BY
         mix, alpha = enabled[pick]
         return mix(images_BCHW, targets_BY, generator, alpha)

@@ -62,7 +62,7 @@ class PatchStem(nn.Conv2d):
 
 
 class WhitePatches(nn.Conv2d):
-    """Principal components of overlapping 4 x 4 patches, each scaled to variance 1 (whitened).
+    """Principal components of the 3 x 3 patch around each pixel, scaled to variance 1 (whitened).
 
     The kernels are not trained: ``whiten`` computes them from training images, once. Before that
     they are random. Each component occurs with both signs, so that no activation function loses it.
@@ -71,8 +71,8 @@ class WhitePatches(nn.Conv2d):
     """
 
     def __init__(self, n_channels: int) -> None:
-        self.components = 8 * n_channels  # half of all; the others are mostly noise
-        super().__init__(n_channels, 2 * self.components, 4, stride=2, padding=1, bias=False)
+        self.components = 16 if n_channels == 3 else 8  # of 27 or 9; the others are mostly noise
+        super().__init__(n_channels, 2 * self.components, 3, padding=1, bias=False)
         self.weight.requires_grad_(False)
 
     @torch.no_grad()
@@ -112,21 +112,21 @@ class BatchNorm(nn.BatchNorm2d):
 class ConvStem(nn.Sequential):
     """Whitened patches, 3 x 3 convolutions with batch norm, and a 1 x 1 convolution to tokens.
 
-    The whitened patches halve the image. So does max pooling after each of the first convolutions,
-    until one position is P pixels wide.
+    Max pooling halves the image after some of the convolutions, until one position is P pixels
+    wide.
 
     Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704 (pooling).
     """
 
     def __init__(
-        self, n_channels: int, embed_dim: int, patch_size: int, stem_channels: tuple[int, ...]
+        self, n_channels: int, embed_dim: int, widths: tuple[int, ...], pools: tuple[int, ...]
     ) -> None:
         white = WhitePatches(n_channels)
         layers: list[nn.Module] = [white, nn.GELU()]
-        poolings, n_channels = patch_size.bit_length() - 2, white.out_channels
-        for index, width in enumerate(stem_channels):
+        n_channels = white.out_channels
+        for number, width in enumerate(widths, start=1):
             layers.append(nn.Conv2d(n_channels, width, 3, padding=1, bias=False))
-            if index < poolings:
+            if number in pools:
                 layers.append(nn.MaxPool2d(2))
             layers += [BatchNorm(width), nn.GELU()]
             n_channels = width

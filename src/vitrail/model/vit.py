@@ -152,7 +152,7 @@ class VisionTransformer(nn.Module):
         if config.stem == "patch":
             self.stem = PatchStem(config.n_channels, D, config.patch_size)
         else:
-            self.stem = ConvStem(config.n_channels, D, config.patch_size, config.stem_widths)
+            self.stem = ConvStem(config.n_channels, D, config.stem_widths, config.pools)
         if config.position == "learned":
             self.position_ND = nn.Parameter(torch.empty(n_patches, D))
         elif config.position == "sincos":
@@ -263,15 +263,19 @@ def initialize(module: nn.Module) -> None:
     The reference implementation and timm use ``trunc_normal_(std=0.02)``, which is equivalent:
     it truncates at -2 and 2, i.e. at 100 standard deviations.
 
-    The convolutional stem has He initialization instead, so that its activations do not shrink.
-    Its whitened patches are fitted to images later (ConvStem.whiten).
+    The convolutional stem has He initialization instead, so that its activations do not shrink;
+    but a 3 x 3 kernel passes each input on to one output unchanged, as far as there are outputs.
+    The whitened patches are fitted to images later (ConvStem.whiten).
 
-    Source: He et al. 2015, arXiv:1502.01852, equation 10.
+    Source: He et al. 2015, arXiv:1502.01852, equation 10; Jordan 2024, arXiv:2404.00498,
+    section 3.1 (partial identity).
     """
     if isinstance(module, nn.Linear | PatchStem):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.kernel_size == (3, 3):
+            nn.init.dirac_(module.weight[: module.in_channels])
     elif isinstance(module, VisionTransformer):
         for parameter in module.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)

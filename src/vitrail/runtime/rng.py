@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 
 STREAMS = (
-    "init", "order", "augment", "dropout", "split", "shapes", "explain", "ties", "export", "sweep",
+    "init", "order", "augment", "flip", "dropout", "split", "shapes", "explain", "ties", "export",
+    "sweep",
 )  # fmt: skip
 """One for each purpose, so that no two purposes share random numbers."""
 

@@ -126,6 +126,7 @@ class Run:
             train_set,
             config.augment,
             batch_size=config.training.batch_size,
+            epochs=config.training.epochs,
             seed=config.run.seed,
             device=self.device,
             mean=config.data.mean,
