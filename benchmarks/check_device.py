@@ -47,10 +47,7 @@ def outcomes(
     """Return the logits and gradients of a first batch, and the loss of every update."""
     with rng.seeded(config.run.seed, "init", device=torch.device("cpu")):
         model = VisionTransformer(config.model).to(device)
-    batches = Batches(
-        images, config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
-        device=device, mean=config.data.mean, std=config.data.std,
-    )  # fmt: skip
+    batches = Batches(images, config, device=device)
     first = batches(0)
     half = config.training.precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):

@@ -60,15 +60,12 @@ def losses(options: Options, precision: Precision, seed: int) -> list[float]:
             config.training, epochs=options.epochs, precision=precision, warmup_epochs=None
         ),
     )
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
     images = load_data(config.data, ["train"]).images["train"]
     device = torch.device("cpu")
-    batches = Batches(
-        images, config.augment, batch_size=config.training.batch_size, seed=seed, device=device,
-        mean=config.data.mean, std=config.data.std,
-    )  # fmt: skip
+    batches = Batches(images, config, device=device)
     with rng.seeded(seed, "init", device=device):
         model = VisionTransformer(config.model)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
     state = TrainingState.start(model, config.training)
     return [update.loss for update in train(state, batches, config)]
 

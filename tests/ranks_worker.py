@@ -78,10 +78,7 @@ def few_shapes(part: str) -> ImageSet:
 
 def make_batches(config: Config, images: ImageSet) -> Batches:
     """Return the batches of a run."""
-    return Batches(
-        images, config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
-        device=torch.device("cpu"), mean=config.data.mean, std=config.data.std,
-    )  # fmt: skip
+    return Batches(images, config, device=torch.device("cpu"))
 
 
 def start(config: Config, *, batch_norm: bool = False) -> TrainingState:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.config.settings import AugmentConfig
+from vitrail.config.settings import AugmentConfig, Config, DataConfig, RunConfig, TrainingConfig
 from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
@@ -81,13 +81,16 @@ def test_cutmix_mixes_targets_by_the_area_pasted() -> None:
 def batches(config: AugmentConfig, count: int = 23, batch_size: int = 5) -> Batches:
     raw_BCHW = numbered(count) // 2 + torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
     images = ImageSet(raw_BCHW, torch.arange(count) % 3, ("a", "b", "c"))
-    return Batches(
-        images, config, batch_size=batch_size, seed=3, device=torch.device("cpu"),
-        mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
-    )  # fmt: skip
+    settings = Config(
+        data=DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
+        augment=config,
+        training=TrainingConfig(batch_size=batch_size, epochs=4),
+        run=RunConfig(seed=3),
+    )
+    return Batches(images, settings, device=torch.device("cpu"))
 
 
-PLAIN = AugmentConfig(crop_padding=0, flip=False)
+PLAIN = AugmentConfig(crop_padding=0, flip="none")
 
 
 def test_an_epoch_visits_every_image_once() -> None:
@@ -113,16 +116,64 @@ def test_a_batch_depends_on_the_step_alone() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"crop_padding": 2}, {"flip": True}, {"randaugment_ops": 2}, {"random_erasing": 1.0},
-        {"mixup": 1.0}, {"cutmix": 1.0}, {"randaugment_ops": 2, "randaugment_magnitude": 25},
+        {"crop_padding": 2},
+        {"flip": "random"},
+        {"flip": "alternating"},
+        {"randaugment_ops": 2},
+        {"randaugment_ops": 2, "randaugment_magnitude": 25},
+        {"random_erasing": 1.0},
+        {"mixup": 1.0},
+        {"cutmix": 1.0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_setting_changes_the_batch(change: dict[str, float]) -> None:
-    plain = batches(PLAIN)(0)
-    changed = batches(dataclasses.replace(PLAIN, **change))(0)  # type: ignore[arg-type]
+    plain = batches(PLAIN, batch_size=23)(0)
+    changed = batches(dataclasses.replace(PLAIN, **change), batch_size=23)(0)  # type: ignore[arg-type]
     assert not torch.equal(plain.images_BCHW, changed.images_BCHW)
     assert torch.equal(plain.labels_B, changed.labels_B)
+
+
+def test_every_image_is_mirrored_in_every_second_epoch() -> None:
+    made = batches(dataclasses.replace(PLAIN, flip="alternating"), count=101)
+    plain_BCHW = normalize(made.raw_BCHW, made.mean, made.std)
+    mirrored = torch.empty(3, 101, dtype=torch.bool)
+    for epoch in range(3):
+        steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
+        for image_CHW in torch.cat([made(step).images_BCHW for step in steps]):
+            (kept,) = (plain_BCHW == image_CHW).flatten(1).all(1).nonzero().flatten().tolist() or [
+                None
+            ]
+            same_B = (plain_BCHW.flip(3) == image_CHW).flatten(1).all(1)
+            index = int(same_B.nonzero()) if kept is None else kept
+            mirrored[epoch, index] = kept is None
+    assert 35 < mirrored[0].sum() < 66
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+
+
+def test_strong_augmentation_and_mixing_stop_where_the_settings_say() -> None:
+    strong = AugmentConfig(
+        crop_padding=0, flip="none", randaugment_ops=1, randaugment_magnitude=30,
+        random_erasing=1.0, strong_until=0.5, cutmix=1.0, mix_until=0.75,
+    )  # fmt: skip
+    made, plain = batches(strong, batch_size=23), batches(PLAIN, batch_size=23)  # one step an epoch
+    for step, (augmented, mixed) in enumerate(((1, 1), (1, 1), (0, 1), (0, 0))):
+        batch, bare = made(step), plain(step)
+        assert (len(batch.targets_BY.unique()) > 2) == bool(mixed), step
+        assert torch.equal(batch.images_BCHW, bare.images_BCHW) == (not augmented and not mixed)
+    unmixed = batches(dataclasses.replace(strong, cutmix=0.0), batch_size=23)
+    assert not torch.equal(unmixed(1).images_BCHW, plain(1).images_BCHW)
+    assert torch.equal(unmixed(2).images_BCHW, plain(2).images_BCHW)
+
+
+def test_a_share_of_the_batches_is_mixed() -> None:
+    config = dataclasses.replace(PLAIN, mixup=1.0, mix_probability=0.3)
+    made = batches(config, batch_size=2, count=50)
+    plain = batches(PLAIN, batch_size=2, count=50)
+    mixed = sum(not torch.equal(made(s).images_BCHW, plain(s).images_BCHW) for s in range(100))
+    # Half of the pairs are their own partners, and do not change.
+    assert 5 < mixed < 35
 
 
 def test_images_are_normalized_and_targets_one_hot() -> None:

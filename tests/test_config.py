@@ -46,7 +46,8 @@ def test_settings_round_trip_through_json(name: str) -> None:
         ({"model": {"embed_dim": True}}, "embed_dim is True"),
         ({"model": {"pool": "max"}}, "'cls', 'mean'"),
         ({"data": {"mean": [0.5, 0.5]}}, "a list of 3 numbers"),
-        ({"augment": {"flip": 1}}, "true or false"),
+        ({"augment": {"flip": 1}}, "'random', 'alternating', 'none'"),
+        ({"training": {"new_head": 1}}, "true or false"),
         ({"training": {"learning_rate": float("nan")}}, "learning_rate is nan"),
     ],
 )
@@ -98,7 +99,7 @@ def test_the_reference_preset_is_the_references_recipe() -> None:
         "patch_size": 4, "embed_dim": 128, "n_layers": 6, "n_attention_heads": 4, "forward_mul": 2,
         "dropout": 0.1, "weight_decay": 1e-3, "decay": "all", "minimum_learning_rate": 1e-5,
         "schedule": "cosine", "schedule_by": "epoch", "optimizer": "adamw", "seed": 1234,
-        "crop_padding": 4, "flip": True, "randaugment_ops": 2, "randaugment_magnitude": 9,
+        "crop_padding": 4, "flip": "random", "randaugment_ops": 2, "randaugment_magnitude": 9,
         "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "validation_images": 0, "pool": "cls",
         "stem": "patch", "position": "learned", "head": "mlp", "label_smoothing": 0, "mixup": 0,
     }  # fmt: skip
@@ -128,7 +129,7 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
         (lambda: ModelConfig(image_size=(32, 32, 3)), "image_size is (32, 32, 3)"),
         (lambda: DataConfig(dataset="imagenet"), "dataset is 'imagenet'"),
         (lambda: DataConfig(mean=0.5), "mean is 0.5: give a list of 3 numbers"),
-        (lambda: AugmentConfig(flip="no"), "flip is 'no': give true or false"),
+        (lambda: AugmentConfig(flip="no"), "flip is 'no': give 'random', 'alternating', 'none'"),
         (lambda: RunConfig(device="tpu"), "device is 'tpu'"),
     ],
 )

@@ -150,15 +150,23 @@ def test_weights_are_normal_with_the_tails_of_a_normal_distribution() -> None:
             assert beyond == pytest.approx(share, abs=4 * spread)
 
 
-def test_the_convolutional_stem_keeps_the_size_of_its_activations() -> None:
+def test_kernels_of_the_stem_pass_their_input_on_and_keep_its_size() -> None:
     torch.manual_seed(0)
     config = ModelConfig(stem="conv", patch_size=8, stem_channels=(48, 96, 64), n_classes=3)
     stem = VisionTransformer(config).stem
     kernels = [m.weight for m in stem.modules() if isinstance(m, nn.Conv2d) and m is not stem[0]]  # type: ignore[index]
     assert len(kernels) == 4
     for kernel in kernels:
-        fan_in = kernel[0].numel()  # He: variance 2 / fan_in
-        assert kernel.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.03)
+        inputs, side = kernel.shape[1], kernel.shape[2]
+        if side == 3:
+            images_BCHW = torch.randn(2, inputs, 5, 7)
+            passed = min(inputs, len(kernel))
+            same_BCHW = nn.functional.conv2d(images_BCHW, kernel, padding=1)[:, :passed]
+            torch.testing.assert_close(same_BCHW, images_BCHW[:, :passed])
+            kernel = kernel[inputs:]
+        if len(kernel):
+            # He: variance 2 / fan_in
+            assert kernel.std().item() == pytest.approx((2 / kernel[0].numel()) ** 0.5, rel=0.03)
 
 
 def test_stochastic_depth_rises_from_the_first_block_to_the_last(tiny_model: ModelConfig) -> None:
@@ -210,11 +218,13 @@ def test_drop_path_drops_all_values_of_an_image() -> None:
         ({"stem": "conv", "patch_size": 5, "image_size": 20}, ["conv", "patch_size 5"]),
         (
             {"stem": "conv", "patch_size": 8, "image_size": 24, "stem_channels": (7,)},
-            ["(7,)", "2 widths"],
+            ["(7,)", "3 widths"],
         ),
         ({"stem": "conv", "stem_channels": (7, 0)}, ["stem_channels (7, 0)"]),
-        ({"stem_channels": (5, 7)}, ["--stem conv"]),
-        ({"stem": "conv", "patch_size": 2, "image_size": 2}, ["image_size 2", "stem patch"]),
+        ({"stem": "conv", "stem_pools": (1, 1)}, ["stem_pools (1, 1)", "give 2", "1 to 3"]),
+        ({"stem": "conv", "stem_pools": (1, 4)}, ["stem_pools (1, 4)"]),
+        ({"stem_channels": (5, 7)}, ["stem_channels", "--stem conv"]),
+        ({"stem_pools": (1, 2)}, ["stem_pools", "--stem conv"]),
         ({"dropout": 1.0}, ["dropout is 1.0"]),
         ({"n_layers": 0}, ["n_layers is 0"]),
         ({"n_channels": 2}, ["n_channels is 2"]),
@@ -231,35 +241,31 @@ def test_invalid_models_are_refused_with_a_remedy(
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "channels", "poolings"),
+    ("patch_size", "channels", "pools", "heights"),
     [
-        (2, (), 0),
-        (2, (5, 7), 0),
-        (4, (), 1),
-        (4, (5, 7, 9), 1),
-        (8, (), 2),
-        (8, (5, 7, 9, 11), 2),
+        (2, (), (), [16, 16, 8]),
+        (2, (5, 7), (2,), [16, 16, 16]),
+        (4, (), (), [16, 16, 8, 4]),
+        (4, (5, 7, 9, 11), (1, 3), [16, 16, 8, 8, 4]),
+        (8, (5, 7, 9, 11), (), [16, 16, 8, 4, 2]),
     ],
 )
-def test_each_early_convolution_of_the_stem_is_followed_by_pooling(
-    patch_size: int, channels: tuple[int, ...], poolings: int
+def test_the_stem_halves_the_image_after_the_convolutions_asked_for(
+    patch_size: int, channels: tuple[int, ...], pools: tuple[int, ...], heights: list[int]
 ) -> None:
     config = ModelConfig(
         image_size=(16, 24), patch_size=patch_size, embed_dim=12, n_classes=3, stem="conv",
-        stem_channels=channels,
+        stem_channels=channels, stem_pools=pools,
     )  # fmt: skip
     stem = VisionTransformer(config).stem
-    convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
-    heights: list[int] = []
+    convolutions = [m for m in stem.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3]
+    seen: list[int] = []
     for convolution in convolutions:
-        convolution.register_forward_hook(
-            lambda _m, _i, out_BCGJ: heights.append(out_BCGJ.shape[2])
-        )
+        convolution.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[2]))
     assert stem(torch.randn(2, 3, 16, 24)).shape == (2, 12, 16 // patch_size, 24 // patch_size)
-    later = [8 // 2 ** min(number, poolings) for number in range(len(convolutions) - 1)]
-    assert heights == [8, *later], "each of the first convolutions is followed by a pooling"
-    widths = channels or {2: (12,), 4: (12,), 8: (6, 12)}[patch_size]
-    assert [c.out_channels for c in convolutions] == [48, *widths, 12]
+    assert seen == heights[: len(convolutions)]
+    widths = channels or {2: (6, 12), 4: (3, 6, 12)}[patch_size]
+    assert [c.out_channels for c in convolutions] == [32, *widths]
 
 
 @pytest.mark.parametrize("n_channels", [1, 3])
@@ -268,8 +274,8 @@ def test_white_patches_have_unit_covariance(n_channels: int) -> None:
     patches = WhitePatches(n_channels)
     patches.whiten(images_BCHW)
     assert not patches.weight.requires_grad
-    responses_BEGJ = patches(images_BCHW)[:, :, 1:-1, 1:-1]  # without those at the border
-    n = 8 * n_channels
+    responses_BEGJ = patches(images_BCHW)[:, :, 1:-1, 1:-1]  # without the border
+    n = {1: 8, 3: 16}[n_channels]
     torch.testing.assert_close(responses_BEGJ[:, :n], -responses_BEGJ[:, n:])
     responses_RE = responses_BEGJ[:, :n].transpose(0, 1).flatten(1).T
     covariance_EE = responses_RE.T @ responses_RE / len(responses_RE)

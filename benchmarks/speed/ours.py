@@ -101,10 +101,7 @@ def step_measure(spec: Spec) -> Measure:
 def epoch_measure(spec: Spec) -> Measure:
     """Training with data and augmentation."""
     config, device = settings(spec)
-    batches = Batches(
-        noise(config, EPOCH_IMAGES), config.augment, batch_size=config.training.batch_size,
-        seed=config.run.seed, device=device, mean=config.data.mean, std=config.data.std,
-    )  # fmt: skip
+    batches = Batches(noise(config, EPOCH_IMAGES), config, device=device)
     return training_measure(config, batches)
 
 

@@ -135,7 +135,7 @@ class ModelConfig(Checked):
         if self.stem == "conv":
             halvings, widths = self.patch_size.bit_length() - 1, self.stem_widths
             require(
-                self.patch_size == 2**halvings and halvings,
+                halvings > 0 and self.patch_size == 2**halvings,
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
                 "must be 2, 4, 8 or 16, or give stem patch",
             )
@@ -145,13 +145,17 @@ class ModelConfig(Checked):
                 f"{self.patch_size}: give at least {halvings} widths",
             )
             require(
-                len(set(self.pools) & set(range(1, len(widths) + 1))) == len(self.pools) == halvings,
+                len(set(self.pools) & set(range(1, len(widths) + 1)))
+                == len(self.pools)
+                == halvings,
                 f"stem_pools {self.pools}: give {halvings} different numbers from 1 to "
                 f"{len(widths)}, to halve the image down to patches of {self.patch_size}",
             )
         else:
             for name in ("stem_channels", "stem_pools"):
-                require(not getattr(self, name), f"{name} applies to stem conv only: give --stem conv")
+                require(
+                    not getattr(self, name), f"{name} applies to stem conv only: give --stem conv"
+                )
 
     @property
     def has_class_token(self) -> bool:
@@ -313,10 +317,10 @@ class TrainingConfig(Checked):
     """Change the learning rate at every update, or once per epoch (as in the reference)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the weight matrices of the blocks and the stem, AdamW for the rest."""
-    muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon for the blocks; five times as high for the kernels of the stem."""
+    muon_learning_rate: float = 0.05
+    """Peak learning rate of Muon: the size of an update as a fraction of the weight's norm."""
     weight_decay: float = 1e-3
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW. (Muon fixes the norms of its weights instead.)"""
     decay: Literal["matrices", "all"] = "matrices"
     """Apply weight decay to weight matrices only, or to all weights (as in the reference)."""
     label_smoothing: float = 0.0

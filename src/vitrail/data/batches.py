@@ -1,13 +1,12 @@
 """The batches of a run as a function of the step: order, augmentation, mixing."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.config.settings import AugmentConfig
+from vitrail.config.settings import Config
 from vitrail.data.augment import cutmix, flip, mixup, random_crop, random_erasing, random_flip
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.randaugment import rand_augment
@@ -39,27 +38,17 @@ class Batches:
         DataError: there are no images.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        config: AugmentConfig,
-        *,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
+    def __init__(self, images: ImageSet, config: Config, *, device: torch.device) -> None:
         if len(images) == 0:
             raise DataError("there are no images to train on: raise num_train_images")
         self.raw_BCHW = images.raw_BCHW.to(device)
         self.labels_B = images.labels_B.to(device)
         self.n_classes = len(images.classes)
-        self.config, self.batch_size, self.seed = config, batch_size, seed
-        self.device, self.mean, self.std = device, mean, std
-        self.steps_per_epoch = -(-len(images) // batch_size)
-        self.steps = epochs * self.steps_per_epoch
+        self.config, self.seed, self.device = config.augment, config.run.seed, device
+        self.mean, self.std = config.data.mean, config.data.std
+        self.batch_size = config.training.batch_size
+        self.steps_per_epoch = -(-len(images) // self.batch_size)
+        self.steps = config.training.epochs * self.steps_per_epoch
         self._latest: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> Batch:

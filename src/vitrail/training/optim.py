@@ -1,5 +1,6 @@
 """Optimizers and their parameter groups."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from vitrail.config.settings import TrainingConfig
 from vitrail.runtime.hardware import choose_precision
 from vitrail.training.muon import Muon
 
-KERNEL_RATE = 5
-"""Learning rate of Muon for the kernels of the stem, relative to the blocks (docs/log.md)."""
+VECTOR_RATE = 5
+"""Learning rate of biases and norm weights beside Muon, relative to the head's (docs/log.md)."""
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
@@ -22,27 +23,37 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
-    if config.optimizer == "muon":
+    muon = config.optimizer == "muon"
+    if muon:
         names = [name for name, p in parameters.items() if _is_hidden_matrix(name, p)]
-        matrices = {name: parameters.pop(name) for name in names}
-        rate = config.muon_learning_rate
-        groups = [
-            {"params": [p for n, p in matrices.items() if _is_in_block(n) == inside], "peak": peak}
-            for inside, peak in ((True, rate), (False, rate * KERNEL_RATE))
-        ]
-        groups = _by_layer([g for g in groups if g["params"]], model, config.layer_decay)
+        matrices = [parameters.pop(name) for name in names]
         if matrices:
+            groups = [{"params": matrices, "peak": config.muon_learning_rate}]
+            groups = _by_layer(groups, model, config.layer_decay)
             dtype = choose_precision(config.precision, next(model.parameters()).device)
-            optimizers.append(Muon(groups, lr=rate, weight_decay=config.weight_decay, dtype=dtype))
-    decayed = {n: p for n, p in parameters.items() if config.decay == "all" or _is_matrix(n, p)}
+            optimizers.append(Muon(groups, lr=config.muon_learning_rate, dtype=dtype))
+    rate, decay = config.learning_rate, config.weight_decay
     groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay if decayed else 0.0, "peak": rate * multiple}
+        for (decayed, multiple), params in _grouped(parameters, config, muon).items()
+        if params
     ]
-    groups = [{**group, "peak": config.learning_rate} for group in groups if group["params"]]
     groups = _by_layer(groups, model, config.layer_decay)
-    optimizers.append(AdamW(groups, lr=config.learning_rate, fused=True))
+    betas = (0.9, 0.95) if muon else (0.9, 0.999)
+    optimizers.append(AdamW(groups, lr=rate, betas=betas, fused=True))
     return optimizers
+
+
+def _grouped(
+    parameters: Mapping[str, Tensor], config: TrainingConfig, muon: bool
+) -> dict[tuple[bool, int], list[Tensor]]:
+    """Group AdamW's parameters by whether they decay and by their relative learning rate."""
+    groups: dict[tuple[bool, int], list[Tensor]] = {(True, 1): []}
+    for name, parameter in parameters.items():
+        decayed = config.decay == "all" or _is_matrix(name, parameter)
+        faster = muon and parameter.ndim == 1 and name != "class_token_D"
+        groups.setdefault((decayed, VECTOR_RATE if faster else 1), []).append(parameter)
+    return groups
 
 
 def _by_layer(

@@ -122,16 +122,7 @@ class Run:
         self.problems: list[str] = []
         """What failed without ending the run, one line each."""
         self.state = TrainingState.start(self._build_model(train_set, fresh), config.training)
-        self.batches = Batches(
-            train_set,
-            config.augment,
-            batch_size=config.training.batch_size,
-            epochs=config.training.epochs,
-            seed=config.run.seed,
-            device=self.device,
-            mean=config.data.mean,
-            std=config.data.std,
-        )
+        self.batches = Batches(train_set, config, device=self.device)
         self.rows: list[EpochRow] = []
         self.best: Mapping[str, Any] = {}
         """Row of the best epoch so far."""
