@@ -67,18 +67,22 @@ def choose_own_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return bfloat16 or float32; ``auto`` takes bfloat16 where the hardware supports it."""
+    """Return bfloat16 or float32; ``auto`` takes bfloat16 where it is faster."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has instructions for bfloat16 products."""
+    """Return whether the device multiplies faster in bfloat16 than in float32.
+
+    Intel processors with AVX512_BF16 but without AMX do not (docs/log.md).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    intel = str(found.get("cpu_name")).startswith("Intel")
+    return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and not intel))
 
 
 def choose_compile(name: str, device: torch.device, updates: int) -> bool:
