@@ -1,8 +1,10 @@
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -14,12 +16,14 @@ from torchmetrics.functional.classification import (
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import (
+    SixViews,
     evaluating,
     measure,
     predict_logits,
     quick_scores,
     wilson_interval,
 )
+from vitrail.evaluation.tables import metrics_table
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 CPU = torch.device("cpu")
@@ -162,6 +166,36 @@ def test_bins_hold_all_images_within_their_bounds() -> None:
     bins = measure(*answers(11), classes=names(11)).calibration
     assert sum(bin.share for bin in bins) == pytest.approx(1)
     assert all(b.low <= b.confidence <= b.high for b in bins if b.confidence is not None)
+
+
+def test_six_views_are_weighted_by_half_and_quarters() -> None:
+    class Pixels(nn.Module):
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            assert not self.training
+            return images_BCHW.flatten(1)
+
+    image_HW = torch.arange(20.0).view(4, 5)
+    shifted = {
+        0: image_HW,
+        1: torch.stack([image_HW[r] for r in (1, 2, 3, 2)])[:, [1, 2, 3, 4, 3]],
+        -1: torch.stack([image_HW[r] for r in (1, 0, 1, 2)])[:, [1, 0, 1, 2, 3]],
+    }
+    expected = sum(
+        weight * (shifted[by] + shifted[by].flip(1)) / 2
+        for by, weight in ((0, 0.5), (1, 0.25), (-1, 0.25))
+    )
+    logits_BY = SixViews(Pixels()).eval()(image_HW[None, None])
+    torch.testing.assert_close(logits_BY.view(4, 5), expected)
+
+
+def test_test_time_augmentation_is_named() -> None:
+    logits_BY, labels_B = answers(3)
+    for tta in (False, True):
+        metrics = measure(logits_BY, labels_B, classes=names(3), tta=tta)
+        assert metrics.to_json()["tta"] is tta
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(metrics_table(metrics))
+        assert ("test-time augmentation" in console.export_text()) is tta
 
 
 def test_wilson_interval() -> None:

@@ -36,6 +36,8 @@ class TestOptions(ModelArgument):
     """Threads that decode picture files; 0 and 1 decode one at a time."""
     batch_size: int = 500
     """Images per batch."""
+    tta: bool = False
+    """Test-time augmentation: average the logits of six views (mirrored and shifted by a pixel)."""
     json: bool = False
     """Print JSON on standard output, and nothing else."""
     output_path: Path | None = None
@@ -77,7 +79,7 @@ class Scored(NamedTuple):
 def score(classifier: "Classifier", options: TestOptions) -> Scored:
     """Evaluate the model and write the results."""
     from vitrail.errors import ConfigError
-    from vitrail.evaluation.metrics import measure, predict_logits
+    from vitrail.evaluation.metrics import SixViews, measure, predict_logits
     from vitrail.evaluation.plots import plot_metrics
     from vitrail.runtime.files import write_json
     from vitrail.training.run_data import load_split
@@ -94,12 +96,14 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
             f"the model {', '.join(classifier.classes[:4])}…: give data with the model's classes"
         )
     folder = options.output_path or _default_folder(Path(classifier.source), split)
-    log_test_use(classifier, split, folder, "vitrail test", len(images))
+    purpose = "vitrail test --tta" if options.tta else "vitrail test"
+    log_test_use(classifier, split, folder, purpose, len(images))
+    model = SixViews(classifier.model) if options.tta else classifier.model
     logits_BY = predict_logits(
-        classifier.model, images, mean=classifier.mean, std=classifier.std,
+        model, images, mean=classifier.mean, std=classifier.std,
         device=classifier.device, batch_size=options.batch_size,
     )  # fmt: skip
-    metrics = measure(logits_BY, images.labels_B, classes=classifier.classes)
+    metrics = measure(logits_BY, images.labels_B, classes=classifier.classes, tta=options.tta)
     write_json(folder / "metrics.json", metrics.to_json())
     return Scored(metrics, folder, plot_metrics(metrics, folder))
 

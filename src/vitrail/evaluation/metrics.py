@@ -67,6 +67,8 @@ class Metrics:
     confusion_YY: tuple[tuple[int, ...], ...]
     """Counts. Rows: the true class. Columns: the predicted class."""
     calibration: tuple[CalibrationBin, ...]
+    tta: bool = False
+    """Whether the logits are those of SixViews (test-time augmentation)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; metrics of single classes are under ``per_class``."""
@@ -132,6 +134,31 @@ def predict_logits(
     return distributed.join_rows(torch.cat(chunks).float().cpu())
 
 
+class SixViews(nn.Module):
+    """A model with test-time augmentation: the mean logits of an image, two shifts and mirrors.
+
+    The image itself counts as much as the two copies together that are shifted by one pixel along
+    a diagonal (reflected at the border); of each, the mirror image counts as much as the original.
+
+    Source: Jordan 2024, arXiv:2404.00498, section 3.5.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the averaged logits (B, Y)."""
+        H, W = images_BCHW.shape[-2:]
+        padded_BCHW = F.pad(images_BCHW, (1, 1, 1, 1), mode="reflect")
+        logits_BY = torch.zeros(())
+        for offset, weight in ((1, 0.5), (0, 0.25), (2, 0.25)):
+            view_BCHW = padded_BCHW[..., offset : offset + H, offset : offset + W]
+            both_BY = self.model(view_BCHW) + self.model(view_BCHW.flip(-1))
+            logits_BY = logits_BY.to(both_BY) + weight / 2 * both_BY
+        return logits_BY
+
+
 def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
     """Return accuracy and mean cross-entropy (nats), the metrics of each epoch.
 
@@ -152,7 +179,9 @@ def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
     return right / len(labels_B), loss.item()
 
 
-def measure(logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str]) -> Metrics:
+def measure(
+    logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str], tta: bool = False
+) -> Metrics:
     """Compute all metrics from the logits and labels of a split.
 
     Raises:
@@ -193,6 +222,7 @@ def measure(logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str]) -> M
         support_Y=tuple(support),
         confusion_YY=tuple(map(tuple, confusion_YY.tolist())),
         calibration=bins,
+        tta=tta,
     )
 
 

@@ -43,6 +43,8 @@ def _overall(metrics: "Metrics") -> Table:
     table.add_column(justify="right", style="bold")
     table.add_column(style="dim")
     interval = f"of {metrics.images:,} images; 95% interval {percent(low)} to {percent(high)}"
+    if metrics.tta:
+        interval += "; mean of six views (test-time augmentation)"
     table.add_row("accuracy", percent(metrics.accuracy, 2), interval)
     if metrics.top5_accuracy is not None:
         note = "the true class is among the five most probable"
