@@ -40,7 +40,7 @@ def _reference(n_layers: int) -> Config:
 def _recipe(
     dataset: Literal["shapes", "cifar10"],
     *,
-    stem_channels: tuple[int, ...],
+    stem_channels: tuple[int, ...] = (),
     stem_pools: tuple[int, ...] = (),
     patch_size: int,
     embed_dim: int,
@@ -105,15 +105,7 @@ def _base() -> Config:
 
 PRESETS = {
     "quick": Preset(
-        _recipe(
-            "shapes",
-            stem_channels=(16, 32, 64),
-            patch_size=4,
-            embed_dim=64,
-            n_layers=4,
-            epochs=5,
-            batch_size=100,
-        ),
+        _recipe("shapes", patch_size=4, embed_dim=64, n_layers=4, epochs=5, batch_size=100),
         "generated shapes, a small model: try out all commands",
         "2 to 4 minutes on a laptop: 99.1% on shapes (records/quick)",
     ),
