@@ -101,7 +101,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Validation accuracy in %", title_justify="left")
     for column in ("variant", "runs", "accuracy", "deviation", "difference", "seconds"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    whole = [100 * row["validation_accuracy"] for row in rows if row["variant"] == "as it is"]
+    full = [100 * row["validation_accuracy"] for row in rows if row["variant"] == "as it is"]
     for name in VARIANTS:
         own = [row for row in rows if row["variant"] == name]
         if not own:
@@ -109,7 +109,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         accuracies = [100 * row["validation_accuracy"] for row in own]
         mean = statistics.fmean(accuracies)
         deviation = f"{statistics.stdev(accuracies):.2f}" if len(own) > 1 else ""
-        difference = f"{mean - statistics.fmean(whole):+.2f}" if whole else ""
+        difference = f"{mean - statistics.fmean(full):+.2f}" if full else ""
         seconds = f"{statistics.median(row['seconds'] for row in own):.0f}"
         table.add_row(name, str(len(own)), f"{mean:.2f}", deviation, difference, seconds)
     Console().print(table)

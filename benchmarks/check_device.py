@@ -120,7 +120,7 @@ def main(
     show(rows, f"{preset} on {device}, {steps} updates")
     curves = {name: values[0]["loss curve"].tolist() for name, values in pairs.items()}
     print(json.dumps({"title": "check_device", "device": device, "rows": rows, "curves": curves}))
-    return 0 if all(sound for *_, sound in rows) else 1
+    return 0 if all(within for *_, within in rows) else 1
 
 
 def show(rows: list[tuple[str, float, float, bool]], title: str) -> None:
@@ -128,8 +128,8 @@ def show(rows: list[tuple[str, float, float, bool]], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "difference", "bound", ""):
         table.add_column(column)
-    for name, apart, bound, sound in rows:
-        table.add_row(name, f"{apart:.2e}", f"{bound:g}", "ok" if sound else "TOO FAR")
+    for name, apart, bound, within in rows:
+        table.add_row(name, f"{apart:.2e}", f"{bound:g}", "ok" if within else "TOO FAR")
     Console().print(table)
 
 

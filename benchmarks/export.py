@@ -2,10 +2,10 @@
 
     python benchmarks/export.py --model_path output/quick --rounds 7 --threads 2
 
-Every contestant lives in a process of its own and they take turns, so that a machine that grows
-slower meanwhile treats all alike and no library's threads disturb another's. Latency is the median
-of single pictures, throughput that of whole batches; what is timed is the model on normalized
-images. A cold start is ``vitrail predict`` for one picture, from the shell to the answer.
+Every contestant runs in its own process and they take turns, so that a machine that slows down
+meanwhile affects all equally and no library's threads disturb another's. Latency is the median of
+single pictures, throughput that of batches; the model is timed on normalized images. A cold start
+is ``vitrail predict`` for one picture, from the shell to the result.
 """
 
 import json
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 REST = 0.3
-"""Seconds between two turns, in which the threads of the last one go to sleep."""
+"""Seconds between two turns, in which the threads of the last contestant go to sleep."""
 Times = dict[str, list[float]]
 
 
@@ -41,7 +41,7 @@ def torch_forward(
 
     torch.set_num_threads(threads)
     model = vitrail.load(path, device="cpu").model
-    # dynamic: one compilation for both batch sizes, as somebody who serves pictures would have it.
+    # dynamic: one compilation for both batch sizes, as in a server.
     forward = torch.compile(model, dynamic=True) if compiled else model
 
     def run(images_BCHW: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def onnx_forward(
 
 
 def work(name: str, path: Path, threads: int, pipe: Connection) -> None:
-    """Be one contestant: answer each (batch, repeats) with seconds a batch."""
+    """Run one contestant: answer each (batch, repeats) with the seconds per batch."""
     if name.startswith("onnx"):
         run, shape = onnx_forward(path, threads)
     else:
@@ -90,7 +90,7 @@ def take_turns(
     """Time every contestant at every batch size, A B C D A B C D; the first round is not counted.
 
     Returns:
-        batch size -> contestant -> the median seconds of a batch, a value a round.
+        batch size -> contestant -> the median seconds of a batch, one value per round.
     """
     spawn = multiprocessing.get_context("spawn")
     pipes, workers = {}, []
@@ -163,13 +163,13 @@ def report(steady: Mapping[int, Times], cold: Times, **about: Any) -> None:
 
 
 def main(model_path: Path, rounds: int = 7, threads: int = 2, batch: int = 64) -> None:
-    """Export a model, and time it in four forms.
+    """Export a model and time it in four forms.
 
     Args:
         model_path: a run folder or a file of weights.
-        rounds: rounds that count, after one that does not.
+        rounds: measured rounds, after a warm-up round.
         threads: threads of every contestant.
-        batch: images at a time for the throughput.
+        batch: images per batch for the throughput.
     """
     import vitrail
     from vitrail.export.graph import ExportSettings
@@ -187,8 +187,8 @@ def main(model_path: Path, rounds: int = 7, threads: int = 2, batch: int = 64) -
         steady = take_turns(files, rounds=rounds, threads=threads, batches=batches)
         picture = Path(folder) / "picture.png"
         Image.effect_noise((90, 70), 90).convert("RGB").save(picture)
-        told = {name: path for name, path in files.items() if name != "torch, compiled"}
-        cold = cold_starts(told, picture, rounds)
+        files = {name: path for name, path in files.items() if name != "torch, compiled"}
+        cold = cold_starts(files, picture, rounds)
         about = {"model": model_path.name, "threads": threads, "batch": batch}
         report(steady, cold, **about, bytes={n: p.stat().st_size for n, p in
                (("onnx", large), ("onnx int8", small))})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Collect what a record needs of finished runs: their small files and a table of means and spreads.
+"""Collect the data of a record from finished runs: small files and a table of means and spreads.
 
     python benchmarks/gather.py output/ records/NAME
 

@@ -29,7 +29,7 @@ from vitrail.runtime.hardware import describe_environment
 
 
 def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) -> Tensor:
-    """Return the last layer's map (B, G, J), the attention recomputed from what hooks caught."""
+    """Return the last layer's map (B, G, J), its attention recomputed from what hooks recorded."""
     caught: list[Tensor] = []
 
     def catch(_: object, __: object, qkv_BTX: Tensor) -> None:
@@ -49,13 +49,13 @@ def hooked(model: VisionTransformer, image_BCHW: Tensor, blocks: list[Block]) ->
 
 
 def bfloat16(model: VisionTransformer, images_BCHW: Tensor, settings: MapSettings) -> Maps:
-    """Return the maps of a model that multiplies in bfloat16."""
+    """Return the maps of a model under bfloat16 autocast."""
     with torch.autocast("cpu", torch.bfloat16):
         return compute_maps(model, images_BCHW, settings)
 
 
 def timed(images_BCHW: Tensor, explain: Callable[[Tensor], object]) -> Callable[[], float]:
-    """Return a function that explains the images and returns how many it did a second."""
+    """Return a function that explains the images and returns the images per second."""
 
     def measure() -> float:
         began = time.perf_counter()
@@ -91,11 +91,11 @@ def main(
     """Time maps of random images by a fresh model (neither changes the speed).
 
     Args:
-        preset: name of the preset whose model it is.
-        layers: its blocks.
-        images: images explained in batches in a round.
-        single: images explained one by one in a round.
-        rounds: rounds that count, after one that does not.
+        preset: the preset whose model is used.
+        layers: number of blocks.
+        images: images per round, explained in batches.
+        single: images per round, explained one by one.
+        rounds: measured rounds, after a warm-up round.
     """
     keep_freed_memory()  # as the commands do
     config = dataclasses.replace(get_preset(preset).model, n_layers=layers, n_classes=10)

@@ -88,7 +88,7 @@ def main() -> None:
         name: [statistics.fmean(c[-options.window :]) for c in curve]
         for name, curve in curves.items()
     }
-    told = {
+    result = {
         "window": options.window,
         "mean_distance_between_formats": float(between_formats.mean()),
         "largest_distance_between_formats": float(between_formats.max()),
@@ -96,10 +96,10 @@ def main() -> None:
         "largest_range_of_seeds": float(between_seeds.max()),
         "last_loss": last,
     }
-    print(json.dumps(told, indent=1))
+    print(json.dumps(result, indent=1))
     options.record.mkdir(parents=True, exist_ok=True)
     rounded = {name: [[round(x, 4) for x in c] for c in curve] for name, curve in curves.items()}
-    write_json(options.record / "curves.json", {**told, "losses": rounded})
+    write_json(options.record / "curves.json", {**result, "losses": rounded})
     figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     updates = np.arange(reference.shape[1]) + options.window

@@ -1,10 +1,10 @@
-"""How fast is training alone, and beside another busy process, by how long OpenMP's threads spin?
+"""Speed of training, alone and beside a busy process, by how long OpenMP's threads spin.
 
     python benchmarks/waiting.py --rounds 5 --spins 300000 30000 10000 1000
     python benchmarks/waiting.py --rounds 5 --package /path/to/another/checkout/src
 
 Every round trains `quick` for two short epochs once per setting, in turns: on the idle machine, and
-beside one process that multiplies matrices. `chosen` is what the commands choose by themselves;
+beside one process that multiplies matrices. `chosen` is the setting that the commands use;
 300000 is the default of GNU's OpenMP. The other checkout is measured as it is.
 """
 

@@ -3,8 +3,8 @@
     python docs/pictures.py output/quick docs/pictures/attention.png
     python docs/pictures.py cifar10 docs/pictures/bundled.png data     (CIFAR-10 in data/)
 
-Images of the test split in the upper row, with what the model takes them for; below each what got
-the model's attention.
+Upper row: images of the test split with the model's predictions. Lower row: what the model attended
+to.
 """
 
 import sys
@@ -23,7 +23,7 @@ COLUMNS = 7
 
 
 def test_images(data_path: str | None) -> list[np.ndarray]:
-    """Return drawn shapes, or the first CIFAR-10 test image of each of several classes."""
+    """Return generated shapes, or the first CIFAR-10 test image of each of several classes."""
     if data_path is None:
         return list(load_shapes("test").first(COLUMNS).raw_BCHW.permute(0, 2, 3, 1).numpy())
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))

@@ -1,5 +1,6 @@
 """Hostile input: faults that fuzzing found; a few cases of every target (slow)."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from fuzz.engine import FaultError, Target, mutate, require_in_time, run_case
 from vitrail.cli import guarded
 from vitrail.cli import predict as cli_predict
 from vitrail.config.files import from_json, read_json, read_toml
-from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.config.settings import Config, DataConfig
 from vitrail.data.datasets import load_data
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError, VitrailError
@@ -239,14 +240,8 @@ def test_loading_draws_no_random_numbers_and_keeps_float32(tiny_file: Path) -> N
 
 @pytest.mark.parametrize("position", ["rope", "sincos", "learned"])
 def test_tables_are_made_on_the_cpu(position: Any, tmp_path: Path) -> None:
-    config = ModelConfig(
-        image_size=12,
-        patch_size=4,
-        n_classes=2,
-        embed_dim=8,
-        n_layers=1,
-        n_attention_heads=2,
-        position=position,
+    config = dataclasses.replace(
+        hostile_weights.TINY, image_size=12, embed_dim=8, position=position
     )
     model = hostile_weights.VisionTransformer(config).eval()
     info = CheckpointInfo(Config(model=config), ("a", "b"), {}, {})

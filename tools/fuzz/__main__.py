@@ -36,24 +36,24 @@ MODULES = {
     "files": "names.FILES",
 }
 STUCK = 60.0
-"""Seconds of a processor, or ten times as many by the clock, without a new case: it is killed."""
+"""CPU seconds, or ten times as many of wall time, without a new case until a process is killed."""
 LOST = 20
 """Processes of a target that may die before it is given up."""
 INSTRUMENTED = ["vitrail", "pickle", "tomllib", "zipfile", "json"]
 
 
 def main() -> int:
-    """Run what the flags ask for."""
+    """Parse the flags and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=20_000, help="cases of each target")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--targets", nargs="+", default=list(MODULES), choices=list(MODULES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--engine", choices=["atheris", "seeded"])
-    parser.add_argument("--keep", type=Path, help="folder for the cases that broke a promise")
+    parser.add_argument("--keep", type=Path, help="folder for faulty cases")
     parser.add_argument("--replay", type=Path, help="run the one case in this file")
     parser.add_argument("--slot", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def run_target(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run a target to its end, beginning again behind every case that stops the process."""
+    """Run all cases of a target, with a new process after each case that kills one."""
     from fuzz.engine import LARGEST_CASE, SLOT
 
     slot, began, lost = scratch / f"{name}.slot", time.monotonic(), 0
@@ -125,7 +125,7 @@ def run_process(name: str, options: argparse.Namespace, slot: Path, log: Path) -
 
 
 def wait(child: "subprocess.Popen[bytes]", slot: Path) -> str:
-    """Wait for a process to end, or end it where it no longer comes to a next case; return why."""
+    """Wait for a process to end, or kill it if it hangs; return why it ended."""
     from fuzz.engine import SLOT
 
     done, seen, spent = -1, time.monotonic(), 0.0
@@ -139,13 +139,13 @@ def wait(child: "subprocess.Popen[bytes]", slot: Path) -> str:
         elif used - spent > STUCK or time.monotonic() - seen > 10 * STUCK:
             child.kill()
             child.wait()
-            return f"did not end within {STUCK:.0f} s of a processor: killed"
+            return f"did not end within {STUCK:.0f} s of CPU time: killed"
     code = child.returncode
     return f"the process died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the time that a process has had of a processor."""
+    """Return the CPU time of a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -154,11 +154,11 @@ def processor_seconds(pid: int) -> float:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Be the process that runs one target."""
+    """Run one target, in a child process."""
     import torch
 
     torch.set_num_threads(1)
-    logging.getLogger("vitrail").setLevel(logging.ERROR)  # it warns of every file not official
+    logging.getLogger("vitrail").setLevel(logging.ERROR)  # it warns about unofficial files
     if options.engine == "atheris":
         import atheris
 
@@ -190,7 +190,7 @@ def find_target(name: str) -> Any:
 
 
 def replay(options: argparse.Namespace) -> int:
-    """Run one case, and let what it raises be seen."""
+    """Run one case without catching its exception."""
     from fuzz.engine import run_case
 
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +206,7 @@ def replay(options: argparse.Namespace) -> int:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace, seconds: float) -> int:
-    """Print the table and write the figures; return the exit code."""
+    """Print the table and write the JSON file; return the exit code."""
     from rich.console import Console
     from rich.table import Table
 

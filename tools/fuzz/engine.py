@@ -1,9 +1,9 @@
-"""What runs a target: cases by coverage or by seeded mutation, each watched, in a killable process.
+"""Run the cases of a target, guided by coverage or mutated from seeds, in a process of its own.
 
-A case is a few bytes. A target turns them into files and hands these to Vitrail, which may take
-them or refuse them with an exception of its own in one printable line. Anything else is a fault:
-another exception, more than ``SECONDS`` of a processor, more than ``MEGABYTES`` of memory, a
-process begun, an address called, anything written outside the folder that was given.
+A case is a few bytes. A target turns them into files and passes these to Vitrail, which may accept
+them or refuse them with a VitrailError of one printable line. Anything else is a fault: another
+exception, more than ``SECONDS`` of CPU time, more than ``MEGABYTES`` of memory, a new process, a
+network connection, or a file written outside the given folder.
 """
 
 import mmap
@@ -25,40 +25,40 @@ from typing import Any
 from vitrail.errors import VitrailError
 
 SECONDS = 5.0
-"""Time of one processor that a case may take."""
+"""CPU time that a case may take."""
 MEGABYTES = 3000
-"""Memory that a process may ever hold: a picture of MAX_PIXELS with alpha takes most of it."""
+"""Peak memory of a process: a picture of MAX_PIXELS with alpha takes most of it."""
 LONGEST_MESSAGE = 20_000
-"""Characters of an error: classes and keys are named in it, but not without end."""
+"""Maximum length of an error message, which may list classes and keys."""
 LARGEST_CASE = 1 << 20
 SLOT = struct.Struct("<6q2d")
-"""Cases done, refused, accepted, faults, kilobytes at most, bytes of the present case; and seconds
-of a processor: of the slowest case and of all.
+"""Cases done, refused, accepted, faults, peak KiB, bytes of the current case; and CPU seconds: of
+the slowest case, of all.
 """
 NUMBERS = (0, 1, 2, 16, 100, 127, 128, 254, 255)
 
 Operation = tuple[int, int, int]
-"""Which of six changes, where (0 to 65535: a share of the length), and a value (0 to 255)."""
+"""One of six mutations, its position (0 to 65535, relative to the length), a value (0 to 255)."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One door to Vitrail: cases to begin with, the first one harmless, and how a case enters."""
+    """One kind of input: seed cases, the first of them valid, and a function that runs a case."""
 
     name: str
     seeds: Callable[[], list[bytes]]
     attack: Callable[[bytes, Path], None]
-    """Hands one case to Vitrail, writing in the folder only; checks what comes out."""
+    """Passes one case to Vitrail, writing to the folder only, and checks the result."""
     large: Callable[[], list[bytes]] = list
-    """More cases to begin with, which take seconds to make: for the long form."""
+    """More seeds, which take seconds to make."""
 
 
 class HangError(BaseException):
-    """A case took more than its share of a processor; no ``except Exception`` holds it."""
+    """A case took too long. No ``except Exception`` catches it."""
 
 
 class FaultError(AssertionError):
-    """A promise was broken without an exception: what, and by what."""
+    """A fault other than an unexpected exception."""
 
 
 def require(condition: bool, what: str) -> None:
@@ -69,7 +69,7 @@ def require(condition: bool, what: str) -> None:
 
 @contextmanager
 def require_in_time(seconds: float = SECONDS) -> Iterator[None]:
-    """Require that the block takes no more than so many seconds of a processor."""
+    """Require that the block takes no more than N seconds of CPU time."""
 
     def stop(*_: object) -> None:
         raise HangError
@@ -79,24 +79,26 @@ def require_in_time(seconds: float = SECONDS) -> Iterator[None]:
     try:
         yield
     except HangError:
-        raise FaultError(f"more than {seconds} s of a processor") from None
+        raise FaultError(f"more than {seconds} s of CPU time") from None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 
 
 def run_case(target: Target, data: bytes, root: Path) -> bool:
-    """Run one case in ``root/given``; return whether Vitrail took it.
+    """Run one case in ``root/given``; return whether Vitrail accepted it.
 
     Raises:
-        FaultError: or any other exception but Vitrail's own.
+        FaultError: the case is a fault; so is any exception but a VitrailError.
     """
     accepted = True
     try:
         target.attack(data, root / "given")
     except VitrailError as error:
         message = str(error)
-        require(message.isprintable() and message != "", f"an error of not one line: {message!r}")
+        require(
+            message.isprintable() and message != "", f"an error of more than one line: {message!r}"
+        )
         require(len(message) <= LONGEST_MESSAGE, f"an error of {len(message)} characters")
         accepted = False
     strange = {name for name in os.listdir(root) if name != "given"}  # noqa: PTH208 (faster)
@@ -105,7 +107,7 @@ def run_case(target: Target, data: bytes, root: Path) -> bool:
 
 
 def mutate(data: bytes, operations: Sequence[Operation], others: Sequence[bytes]) -> bytes:
-    """Return the bytes with some changes."""
+    """Return the mutated bytes."""
     case = bytearray(data)
     for kind, where, value in operations:
         at = where * (len(case) + 1) >> 16
@@ -127,7 +129,7 @@ def mutate(data: bytes, operations: Sequence[Operation], others: Sequence[bytes]
 
 
 def draw_case(seeds: Sequence[bytes], number: int, seed: str) -> bytes:
-    """Return case ``number``: the seeds first, then seeds that were changed."""
+    """Return case ``number``: the seeds first, then mutated seeds."""
     if number < len(seeds):
         return seeds[number]
     draw = random.Random(f"{seed}/{number}")
@@ -139,7 +141,7 @@ def draw_case(seeds: Sequence[bytes], number: int, seed: str) -> bytes:
 
 
 class Watch:
-    """Runs cases one by one and keeps what came of them where the parent process sees it."""
+    """Runs cases one by one and writes the results to shared memory for the parent process."""
 
     def __init__(self, target: Target, root: Path, slot: Path, *, cases: int) -> None:
         self.target, self.root, self.cases = target, root, cases
@@ -153,17 +155,17 @@ class Watch:
         signal.signal(signal.SIGPROF, self.stop)
 
     def stop(self, *_: object) -> None:
-        """End a case that takes too long."""
+        """Stop a case that takes too long."""
         raise HangError
 
     def listen(self) -> None:
-        """From now on note what no case may do (see ``audit``)."""
+        """From now on, record forbidden events (see ``audit``)."""
         if not self.listening:
             sys.addaudithook(self.audit)
         self.listening = True
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Note a process begun, a connection, a file written anywhere but in the folder."""
+        """Record new processes, network connections, and files written outside the folder."""
         if event in (
             "subprocess.Popen",
             "os.system",
@@ -185,12 +187,12 @@ class Watch:
                 self.notes.append(f"{event} {arguments!r:.200}")
 
     def inside(self, path: str | bytes) -> bool:
-        """Tell whether a path is in the folder that is given."""
-        whole = os.path.realpath(os.fsdecode(path))
-        return whole.startswith((f"{os.path.realpath(self.root)}/given", "/dev/null"))
+        """Return whether a path is inside the given folder."""
+        real = os.path.realpath(os.fsdecode(path))
+        return real.startswith((f"{os.path.realpath(self.root)}/given", "/dev/null"))
 
     def case(self, data: bytes) -> None:
-        """Run one case and write down what came of it; end the process after the last."""
+        """Run one case and record its result; end the process after the last one."""
         data = bytes(data[:LARGEST_CASE])
         self.keep(len(data))
         self.slot[SLOT.size : SLOT.size + len(data)] = data
@@ -201,10 +203,10 @@ class Watch:
                 accepted = run_case(self.target, data, self.root)
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
-            require(not self.notes, f"did what no case may: {self.notes[:3]}")
+            require(not self.notes, f"forbidden events: {self.notes[:3]}")
         except HangError:
             self.fault(data, f"more than {SECONDS} s\n{traceback.format_exc()}")
-        except Exception:  # noqa: BLE001 (every exception but Vitrail's own is a fault)
+        except Exception:  # noqa: BLE001 (every exception but a VitrailError is a fault)
             self.fault(data, traceback.format_exc())
         else:
             self.accepted += accepted
@@ -214,23 +216,23 @@ class Watch:
         self.done += 1
         self.keep(0)
         if self.done == 1:
-            self.listen()  # what is loaded once has been loaded
+            self.listen()  # lazy imports of the first case are done
         if self.done >= self.cases:
             self.slot.flush()
             os._exit(0)
 
     def fault(self, data: bytes, what: str) -> None:
-        """Keep a case that broke a promise, and put right what it left behind."""
+        """Keep a faulty case, and remove what it left behind."""
         self.broken += 1
         self.notes.clear()
         for name in set(os.listdir(self.root)) - {"given"}:  # noqa: PTH208
             strange = self.root / name
             shutil.rmtree(strange) if strange.is_dir() else strange.unlink()
         keep_fault(self.faults, self.broken, data, what)
-        self.notes.clear()  # of what was done here
+        self.notes.clear()  # events of this function
 
     def keep(self, length: int) -> None:
-        """Write the numbers where the parent sees them."""
+        """Write the numbers to shared memory."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         SLOT.pack_into(
             self.slot,
@@ -247,7 +249,7 @@ class Watch:
 
 
 def keep_fault(folder: Path, number: int, data: bytes, what: str) -> None:
-    """Write down a case that broke a promise; of many only the first."""
+    """Write a faulty case to a file, up to 50."""
     if number <= 50:
         folder.mkdir(exist_ok=True)
         (folder / f"{number:03}.case").write_bytes(data)
@@ -255,7 +257,7 @@ def keep_fault(folder: Path, number: int, data: bytes, what: str) -> None:
 
 
 def fuzz(watch: Watch, seeds: Sequence[bytes], *, seed: int, engine: str, scratch: Path) -> None:
-    """Run cases to the end; this ends the process, too."""
+    """Run all cases, then end the process."""
     first = watch.done
     if engine == "atheris":
         import atheris
@@ -268,13 +270,13 @@ def fuzz(watch: Watch, seeds: Sequence[bytes], *, seed: int, engine: str, scratc
             f"-seed={seed + first + 1}",
             "-max_len=8192",
             "-verbosity=0",
-            "-timeout=600",  # the watch has its own; atheris takes 0 for "at once"
+            "-timeout=600",  # Watch has its own; 0 means "at once" to atheris
             "-rss_limit_mb=0",
             "-malloc_limit_mb=0",
             "-reload=0",
             "-detect_leaks=0",
         ]
-        watch.case(seeds[0])  # libFuzzer begins with cases of its own
+        watch.case(seeds[0])  # libFuzzer starts with its own cases
         atheris.Setup(["hostile", *flags, str(corpus)], watch.case)
         atheris.Fuzz()
     for number in range(first, watch.cases):

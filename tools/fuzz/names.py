@@ -1,4 +1,4 @@
-"""Names from strangers: of classes and of files, in tables, JSON, CSV, pages, pictures, errors."""
+"""Untrusted names of classes and files: in tables, JSON, CSV, pages, pictures, errors."""
 
 import contextlib
 import csv
@@ -36,15 +36,15 @@ SEEN = re.compile(r"[^\n\t]")
 
 
 def require_harmless(text: str, where: str) -> None:
-    """Require that nothing in a text commands a terminal or changes the order of what is read."""
+    """Require that a text contains no control or bidirectional formatting characters."""
     bad = {
         c for c in SEEN.findall(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
     }
-    require(not bad, f"{where} holds {bad!r}")
+    require(not bad, f"{where} contains {bad!r}")
 
 
 def attack_classes(data: bytes, folder: Path) -> None:
-    """Show two classes and a picture of these names in every way there is."""
+    """Write two classes and a picture with these names to every kind of output."""
     text = data.decode("utf-8", errors="surrogateescape")
     names = (*([*text.split("\x00"), "b", "c"])[:2], text[:255])
     metrics = make_metrics(names[:2])
@@ -63,11 +63,11 @@ def attack_classes(data: bytes, folder: Path) -> None:
     if len(data) % 512 == 7:
         plot_confusion(metrics, folder / "confusion.png")
     error = DataError(f"{names[2]}: no such class {names[0]}")
-    require(str(error).isprintable(), "an error of not one line")
+    require(str(error).isprintable(), "an error of more than one line")
 
 
 def make_metrics(classes: tuple[str, ...]) -> Metrics:
-    """Return figures of a test of two classes."""
+    """Return metrics of two classes."""
     bins = (CalibrationBin(0.0, 1.0, 1.0, 0.75, 0.75),)
     return Metrics(
         classes,
@@ -88,7 +88,7 @@ def make_metrics(classes: tuple[str, ...]) -> Metrics:
 
 
 def check_answers(answers: list[tuple[str, list[Prediction]]]) -> None:
-    """Print predictions as a table, JSON and CSV, and read them again."""
+    """Print predictions as a table, JSON and CSV, and read them back."""
     texts = {}
     for form in ("table", "json", "csv"):
         shown = io.StringIO()
@@ -103,15 +103,17 @@ def check_answers(answers: list[tuple[str, list[Prediction]]]) -> None:
         texts[form] = shown.getvalue()
         require_harmless(texts[form], form)
         texts[form].encode("utf-8")
-    told = [
+    parsed = [
         (each["picture"], [p["class"] for p in each["predictions"]])
         for each in json.loads(texts["json"])
     ]
-    require(told == [(name, [p.name for p in top]) for name, top in answers], "JSON changes names")
+    require(
+        parsed == [(name, [p.name for p in top]) for name, top in answers], "JSON changes names"
+    )
     rows = list(csv.reader(io.StringIO(texts["csv"])))
-    require(len(rows) == 1 + sum(len(top) for _, top in answers), "CSV has other rows")
+    require(len(rows) == 1 + sum(len(top) for _, top in answers), "CSV has a wrong number of rows")
     cells = [cell for row in rows for cell in row if len(cell) > 1]
-    require(not any(cell[0] in "=+-@" for cell in cells), "CSV holds what a spreadsheet computes")
+    require(not any(cell[0] in "=+-@" for cell in cells), "CSV contains a formula")
 
 
 class Tags(html.parser.HTMLParser):
@@ -136,7 +138,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def make_html(names: tuple[str, ...]) -> str:
-    """Return the page of two classes and a picture of these names."""
+    """Return the page of two classes and a picture with these names."""
     ones_LATT = np.full((1, 1, 4, 4), 0.25, np.float32)
     data = PageData(
         picture(),
@@ -163,22 +165,22 @@ def picture() -> bytes:
 
 @cache
 def plain_tags() -> tuple[str, ...]:
-    """Return the tags of a page of plain names."""
+    """Return the tags of a page with harmless names."""
     return tuple(map(str, Tags(make_html(("a", "b", "cat.png"))).tags))
 
 
 def check_page(names: tuple[str, ...]) -> None:
-    """Require that names change no tag of the page, and only text in it."""
+    """Require that names change only the text of the page, not its tags."""
     page = make_html(names)
     require_harmless(page, "a page")
     tags = Tags(page)
     require(tuple(map(str, tags.tags)) == plain_tags(), "a name became a tag")
-    told = json.loads(tags.texts["data"])["predictions"][-1]
-    require(len(told) == 2, "a page of other classes")
+    predictions = json.loads(tags.texts["data"])["predictions"][-1]
+    require(len(predictions) == 2, "a page with wrong classes")
 
 
 def attack_files(data: bytes, folder: Path) -> None:
-    """Read a folder of pictures with these names, classify by name, name what is written."""
+    """Use a folder of pictures with these names as a dataset, and the names in output files."""
     names = [
         part[:200]
         for part in data.replace(b"\0", b"").split(b"/")
@@ -206,15 +208,15 @@ def attack_files(data: bytes, folder: Path) -> None:
 
 
 def use_files(folder: Path, made: list[str]) -> None:
-    """Take the folder as data, and its files as pictures to classify and to explain."""
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        console.err, before = Console(file=told, width=79, highlight=False), console.err
+    """Load the folder as a dataset, and its files as pictures to classify and explain."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        console.err, before = Console(file=printed, width=79, highlight=False), console.err
         try:
             for path in made:
                 console.print_err(f"vitrail: {path}: cannot be read")
         finally:
             console.err = before
-    require_harmless(told.getvalue(), "what is said")
+    require_harmless(printed.getvalue(), "an error message")
     found = find_pictures([str(folder / "pictures")])
     check_answers([(str(path), [Prediction(path.parent.name, 1.0)]) for path in found])
     for path in name_files(
@@ -286,13 +288,13 @@ HARMFUL = (
 
 
 def names_seeds() -> list[bytes]:
-    """Return names, alone and two by two."""
+    """Return single names and pairs."""
     ends = [name.encode("utf-8", errors="surrogatepass") for name in HARMFUL]
     return [b"cat\0dog", *ends, *(a + b"\0" + b for a, b in itertools.pairwise(ends))]
 
 
 def files_seeds() -> list[bytes]:
-    """Return names of folders and files, three by three."""
+    """Return names of folders and files."""
     ends = [name.encode("utf-8", errors="surrogatepass") for name in HARMFUL]
     return [
         b"cat/dog",

@@ -1,4 +1,4 @@
-"""Pictures from anywhere: every format that Pillow writes, and headers that claim too much."""
+"""Untrusted pictures: every format that Pillow writes, and headers that claim too many pixels."""
 
 import io
 import itertools
@@ -29,7 +29,7 @@ showpage
 
 
 def attack(data: bytes, folder: Path) -> None:
-    """Read a picture, by content and now and then by name, and bring it to a model's size."""
+    """Read a picture, from memory or sometimes from a file, and fit it to a model's size."""
     data = with_checksums(data) if data.startswith(PNG) else data
     source: bytes | Path = data
     if len(data) % 16 == 5:
@@ -43,7 +43,7 @@ def attack(data: bytes, folder: Path) -> None:
 
 
 def with_checksums(data: bytes) -> bytes:
-    """Put the right checksum behind each chunk of a PNG, so that changes reach what reads it."""
+    """Correct the checksum of each chunk of a PNG, so that mutations reach the decoder."""
     parts, at = [PNG], len(PNG)
     while at + 12 <= len(data):
         length = min(struct.unpack(">I", data[at : at + 4])[0], len(data) - at - 12)
@@ -59,7 +59,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, color: int, *chunks: bytes) -> bytes:
-    """Return a PNG of chunks that its header need not fit."""
+    """Return a PNG with a header and chunks, which may be inconsistent."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     return PNG + head + b"".join(chunks) + chunk(b"IEND", b"")
 
@@ -68,13 +68,13 @@ def encoded(image: Image.Image, format: str, **settings: object) -> bytes:
     """Return an image as a file's content."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that will go
+        warnings.simplefilter("ignore", DeprecationWarning)  # of deprecated formats
         image.save(file, format, **settings)
     return file.getvalue()
 
 
 def seeds() -> list[bytes]:
-    """Return pictures of every format and mode, and those that are made to harm."""
+    """Return pictures of every format and mode, and malicious ones."""
     Image.init()
     random = np.random.default_rng(4)
     rgb = Image.fromarray(random.integers(0, 256, (11, 17, 3), dtype=np.uint8))
@@ -84,12 +84,12 @@ def seeds() -> list[bytes]:
             image = rgb.convert("L").convert("I").convert(mode) if mode == "I;16" else None
             found.append(encoded(image or rgb.convert(mode), format))
         except (OSError, ValueError, KeyError, SystemError, TypeError):
-            continue  # the format does not hold this mode
+            continue  # the format does not support this mode
     return found + strange(rgb) + claims()
 
 
 def strange(rgb: Image.Image) -> list[bytes]:
-    """Return pictures that are sound but odd, or broken beside their pixels."""
+    """Return unusual but valid pictures, and pictures with broken metadata."""
     frames = [Image.new("RGB", (9, 7), (level, 0, 0)) for level in (10, 90, 250)]
     moving = [
         encoded(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -115,7 +115,7 @@ def strange(rgb: Image.Image) -> list[bytes]:
 
 
 def bombs() -> list[bytes]:
-    """Return small files that grow: as many pixels as are taken, too many, and texts of zeros."""
+    """Return small files that expand: to the maximum of pixels, to too many, to texts of zeros."""
     side = 9_999
     rows = zlib.compress(bytes(side * (side // 8 + 2)), 9)
     text = zlib.compress(bytes(30_000_000), 9)
@@ -135,10 +135,10 @@ def bombs() -> list[bytes]:
 
 
 def scans() -> bytes:
-    """Return a progressive JPEG whose scans are many and say nothing."""
-    whole = encoded(Image.new("L", (4_000, 4_000)), "JPEG", progressive=True)
-    start = whole.rindex(b"\xff\xda")
-    return whole[:start] + whole[start:-2] * 400 + b"\xff\xd9"
+    """Return a progressive JPEG with many useless scans."""
+    full = encoded(Image.new("L", (4_000, 4_000)), "JPEG", progressive=True)
+    start = full.rindex(b"\xff\xda")
+    return full[:start] + full[start:-2] * 400 + b"\xff\xd9"
 
 
 def claims() -> list[bytes]:

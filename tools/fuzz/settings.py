@@ -1,4 +1,4 @@
-"""Settings from strangers: TOML and JSON, as text and as values where others are expected."""
+"""Untrusted settings: TOML and JSON, as text and as unexpected values."""
 
 import copy
 import json
@@ -88,7 +88,7 @@ VALUES: tuple[Any, ...] = (
     [[[[]]]],
     {"model": {}},
 )
-"""What stands where something else is expected."""
+"""Unexpected values for settings."""
 
 
 def places(table: dict[str, Any], before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -111,7 +111,7 @@ def set_values(table: dict[str, Any], choices: bytes) -> dict[str, Any]:
         for name in path:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
-            # A few bytes more than there are values name settings that are not there.
+            # The highest bytes add unknown settings.
             known = value < 250
             inner[last if known else last + "s\n"] = copy.deepcopy(VALUES[value % len(VALUES)])
     return table
@@ -147,8 +147,8 @@ def as_toml(choices: bytes) -> bytes:
 
 
 def check(config: Config) -> None:
-    """Hold what was taken against its promises."""
-    require(from_json(to_json(config)) == config, "settings do not survive JSON")
+    """Check accepted settings."""
+    require(from_json(to_json(config)) == config, "settings do not round-trip through JSON")
     model = config.model
     if model.n_classes and model.n_layers <= 12:
         with torch.device("meta"):
@@ -157,7 +157,7 @@ def check(config: Config) -> None:
 
 def settings_seeds() -> list[bytes]:
     """Return settings as JSON."""
-    whole = [json.dumps(to_json(preset.config)).encode() for preset in PRESETS.values()]
+    presets = [json.dumps(to_json(preset.config)).encode() for preset in PRESETS.values()]
     deep = [
         b"[" * 99_999,
         b'{"a":' * 50_000,
@@ -175,7 +175,7 @@ def settings_seeds() -> list[bytes]:
         b'{"data": {"data_path": "\\u0000"}}',
         b'{"\\ud800": 1}',
     ]
-    return [*whole, *deep, *words, *chosen()]
+    return [*presets, *deep, *words, *chosen()]
 
 
 def toml_seeds() -> list[bytes]:
@@ -196,17 +196,17 @@ def toml_seeds() -> list[bytes]:
         b"epochs = 1979-05-27T07:32:00Z",
         b"[model]\n" * 9,
     ]
-    whole = b"".join(
+    valid = b"".join(
         f"{name} = {json.dumps(value)}\n".encode()
         for section in to_json(Config()).values()
         for name, value in section.items()
         if value is not None
     )
-    return [whole, *words, *chosen()]
+    return [valid, *words, *chosen()]
 
 
 def chosen() -> list[bytes]:
-    """Return every value at some place."""
+    """Return cases with every value at some place."""
     return [b"v" + bytes((number * 7 % 256, number)) for number in range(256)]
 
 

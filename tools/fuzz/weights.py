@@ -1,4 +1,4 @@
-"""Weights from strangers: .pt with code inside, safetensors with false headers, checkpoints."""
+"""Untrusted weights: .pt files that run code, safetensors with invalid headers, checkpoints."""
 
 import hashlib
 import io
@@ -51,7 +51,7 @@ PICKLE, STEP = "x/data.pkl", "step-0000003"
 
 @cache
 def parts() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Return what a tiny checkpoint says of itself, its weights, and what going on needs."""
+    """Return the info, the weights and the training state of a tiny checkpoint."""
     torch.manual_seed(0)
     config = Config(model=TINY)
     state = TrainingState.start(VisionTransformer(TINY), config.training)
@@ -65,7 +65,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
 
 @cache
 def reference_state() -> dict[str, Tensor]:
-    """Return a state dict as the reference system names it."""
+    """Return a state dict of the reference implementation's layout."""
     D, M = 4, 8
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.pos_embedding": (1, 4, D),
@@ -92,7 +92,7 @@ def reference_state() -> dict[str, Tensor]:
 
 
 def check(classifier: Classifier) -> None:
-    """Hold a model that was taken against its promises; ask it, if that is cheap."""
+    """Check an accepted model; run it if it is small."""
     model = classifier.model
     require(not model.training, "a model in training mode")
     require(len(classifier.classes) == classifier.config.model.n_classes, "classes do not fit")
@@ -105,7 +105,7 @@ def check(classifier: Classifier) -> None:
 
 
 def attack_reference(data: bytes, folder: Path) -> None:
-    """Load a .pt: bytes as they are, or a pickle put into the zip file that torch writes."""
+    """Load a .pt: the bytes themselves, or a pickle in a zip file as torch writes it."""
     path = folder / "x.pt"
     path.write_bytes(rezip(data[1:]) if data[:1] == b"p" else data)
     check(load(path, device="cpu"))
@@ -113,7 +113,7 @@ def attack_reference(data: bytes, folder: Path) -> None:
 
 @cache
 def saved() -> tuple[bytes, dict[str, bytes]]:
-    """Return the reference's weights as torch.save writes them, and the parts of that zip file."""
+    """Return the reference's weights as written by torch.save, and the files in its zip archive."""
     file = io.BytesIO()
     torch.save(reference_state(), file)
     with zipfile.ZipFile(file) as opened:
@@ -122,7 +122,7 @@ def saved() -> tuple[bytes, dict[str, bytes]]:
 
 
 def rezip(content: bytes, *, packing: int = zipfile.ZIP_STORED) -> bytes:
-    """Return the zip file with another pickle."""
+    """Return the zip archive with another pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", packing) as opened:
         for name, part in {**saved()[1], PICKLE: content}.items():
@@ -131,7 +131,7 @@ def rezip(content: bytes, *, packing: int = zipfile.ZIP_STORED) -> bytes:
 
 
 class Call:
-    """Pickled, it is a call of any function."""
+    """Pickles as a call of any function."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
@@ -141,7 +141,7 @@ class Call:
 
 
 def reference_seeds() -> list[bytes]:
-    """Return a valid file, pickles that run code, and tensors that are not what they show."""
+    """Return a valid file, pickles that run code, and unusual tensors."""
     content = saved()[1][PICKLE]
     evil = [
         Call(os.mkdir, "../ran"),
@@ -197,7 +197,7 @@ def attack_safetensors(data: bytes, folder: Path) -> None:
 
 
 def described(info: dict[str, Any]) -> bytes:
-    """Return a file of the tiny weights with this description, with the right hashes."""
+    """Return a file of the tiny weights with this info and the right hash."""
     weights = parts()[1]
     text = json.dumps({**info, "sha256": hash_tensors(weights)})
     return bytes(pack_tensors(weights, {METADATA_KEY: text}))
@@ -205,9 +205,9 @@ def described(info: dict[str, Any]) -> bytes:
 
 def safetensors_seeds() -> list[bytes]:
     """Return a valid file, and invalid headers and metadata."""
-    whole = described(parts()[0])
-    size = int.from_bytes(whole[:8], "little")
-    header = whole[8 : 8 + size]
+    valid = described(parts()[0])
+    size = int.from_bytes(valid[:8], "little")
+    header = valid[8 : 8 + size]
     heads = [
         b"{}",
         b"null",
@@ -223,7 +223,7 @@ def safetensors_seeds() -> list[bytes]:
     halves = pack_tensors({n: t.half() for n, t in parts()[1].items()}, {METADATA_KEY: "{}"})
     chosen = [b"v" + bytes((number * 5 % 256, number)) for number in range(256)]
     return [
-        whole,
+        valid,
         *(b"h" + head for head in [header, *heads]),
         *(b"t" + text for text in texts),
         *chosen,
@@ -235,7 +235,7 @@ def safetensors_seeds() -> list[bytes]:
 
 
 def attack_checkpoint(data: bytes, folder: Path) -> None:
-    """Load a run folder of which one file is another one; the hashes are made to fit."""
+    """Load a run folder in which one file is replaced and the hashes are updated."""
     run = folder / "run"
     if not run.exists():
         make_run(run)
@@ -246,8 +246,8 @@ def attack_checkpoint(data: bytes, folder: Path) -> None:
     try:
         content = data[1:]
         if data[:1] == b"v":
-            said = {**set_values(parts()[0], content), "sha256": hashes(step)}
-            content = json.dumps(said).encode()
+            info = {**set_values(parts()[0], content), "sha256": hashes(step)}
+            content = json.dumps(info).encode()
         path.write_bytes(content)
         if name in (MODEL, TRAINING):
             (step / INFO).write_text(json.dumps({**parts()[0], "sha256": hashes(step)}))
@@ -276,7 +276,7 @@ def hashes(step: Path) -> dict[str, str]:
 
 
 def use_run(run: Path) -> None:
-    """Load the model, read the epochs, and take the training state over."""
+    """Load the model, read the metrics, and restore the training state."""
     check(load(run, device="cpu"))
     for row in read_rows(run):
         f"{row['step']} {row['epoch']} {row.get('train_accuracy') or 0:.2%}"
@@ -287,11 +287,11 @@ def use_run(run: Path) -> None:
         state.model(torch.zeros(1, 3, 8, 8)).sum().backward()
         for optimizer in state.optimizers:
             optimizer.step()
-        require(isinstance(state.step + state.seconds, float), "a step that is no number")
+        require(isinstance(state.step + state.seconds, float), "a step that is not a number")
 
 
 def checkpoint_seeds() -> list[bytes]:
-    """Return other files for a run folder, each with the letter of its place."""
+    """Return replacement files for a run folder, each with the letter of its place."""
     info, weights, training = parts()
     reshaped = {name: torch.zeros(3, 1) for name in training}
     renamed = {f"{name}.x": tensor for name, tensor in training.items()}
@@ -306,7 +306,7 @@ def checkpoint_seeds() -> list[bytes]:
         b'{"step": ' + b"9" * 9_000 + b"}",
         b'{"step": 3, "epoch": 1, "x": NaN}',
     ]
-    words = [
+    pointers = [
         b"",
         b"..",
         b".",
@@ -320,7 +320,7 @@ def checkpoint_seeds() -> list[bytes]:
     return [
         b"e" + rows[0],
         *(b"e" + row for row in rows),
-        *(b"b" + word for word in words),
+        *(b"b" + word for word in pointers),
         b"m" + pack_tensors(weights),
         b"m" + pack_tensors({}),
         b"s" + pack_tensors(training),
@@ -335,7 +335,7 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def attack_foreign(data: bytes, folder: Path) -> None:
-    """Load what another system wrote: an archive of NumPy, or a folder with other words in it."""
+    """Load weights of another system: an .npz, or a folder with a modified config.json."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     kind, rest = data[:1], data[1:]
     if kind == b"n":
@@ -360,18 +360,8 @@ def attack_foreign(data: bytes, folder: Path) -> None:
 
 @cache
 def foreign_files() -> dict[str, dict[str, bytes]]:
-    """Return the tiny model's files as other systems have them."""
-    model = ModelConfig(
-        image_size=8,
-        n_classes=2,
-        patch_size=4,
-        embed_dim=4,
-        n_layers=1,
-        n_attention_heads=2,
-        forward_mul=1.0,
-        head="linear",
-        dropout=0.0,
-    )
+    """Return the tiny model's files in the formats of other systems."""
+    model = replace(TINY, head="linear", dropout=0.0)
     torch.manual_seed(0)
     weights = VisionTransformer(model).state_dict()
     found = {}
