@@ -13,7 +13,7 @@ import vitrail
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrail.training.loop import Update
+from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder, prune, quality
 from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
@@ -46,6 +46,8 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     assert [row["step"] for row in rows] == [3, 6, 9]
     assert result["test"]["images"] == 70
     assert result["train_images"] == 90
+    operations = count_flops(run.config.model)[1] * 90 * 3
+    assert result["petaflops"] == pytest.approx(operations / 1e15, rel=1e-3)
     assert result["validation"]["accuracy"] == max(row["validation_accuracy"] for row in rows)
     uses = (tmp_path / "a/test_uses.jsonl").read_text().splitlines()
     assert len(uses) == 1

@@ -14,7 +14,7 @@ from vitrail.data.images import ImageSet
 from vitrail.errors import DataError
 from vitrail.model.layers import BatchNorm
 from vitrail.model.vit import VisionTransformer
-from vitrail.training.loop import train
+from vitrail.training.loop import count_flops, train
 from vitrail.training.optim import make_optimizers
 from vitrail.training.state import TrainingState
 
@@ -355,3 +355,13 @@ def describe(config: ModelConfig) -> tuple[Any, ...]:
     logits_BY = model.train()(images_BCHW.view(2, config.n_channels, H, W))
     shapes = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
     return shapes, tuple(images_BCHW.shape), logits_BY.tolist()
+
+
+def test_operations_match_the_formula() -> None:
+    forward, training = count_flops(ModelConfig(n_classes=10))
+    patches, width, tokens, layers = 64, 128, 65, 6
+    stem, head = patches * 48 * width, width * width + width * 10
+    block = tokens * width * (4 * width + 2 * 2 * width) + 2 * tokens**2 * width
+    assert forward == 2 * (stem + layers * block + head)
+    assert 58e6 < forward / 2 < 59e6
+    assert training == 3 * forward - 2 * stem, "no gradient goes to the pixels"

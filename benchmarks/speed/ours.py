@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).parents[1]))
 from speed.jobs import plain
 from speed.worker import Measure, Spec, autocast, random_batch, serve
 from vitrail.cli.process import keep_freed_memory
 from vitrail.config.files import from_json
-from vitrail.config.settings import Config, DataConfig, ModelConfig
+from vitrail.config.settings import Config, DataConfig
 from vitrail.data.batches import Batch, Batches
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
@@ -30,7 +29,7 @@ from vitrail.evaluation.metrics import predict_logits
 from vitrail.explain.methods import MapSettings, compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
-from vitrail.training.loop import train
+from vitrail.training.loop import count_flops, train
 from vitrail.training.state import TrainingState
 from vitrail.weights.pretrained import load
 
@@ -188,20 +187,6 @@ def predict_measure(spec: Spec) -> Measure:
     return measure
 
 
-def count_operations(model: ModelConfig) -> tuple[float, float]:
-    """Return the floating-point operations per image: inference, and training.
-
-    A multiply-add counts as two.
-    """
-    images_BCHW = torch.randn(2, model.n_channels, *model.image_hw)
-    vit = VisionTransformer(model).train()
-    with FlopCounterMode(display=False) as counter:
-        logits_BY = vit(images_BCHW)
-        forward = counter.get_total_flops()
-        logits_BY.sum().backward()
-    return forward / 2, counter.get_total_flops() / 2
-
-
 def product_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     """Matrix products of the size and precision in a request; counts operations."""
     config, device = settings(spec)
@@ -232,8 +217,8 @@ def product_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         return 2.0 * left.numel() * right.shape[1] * times
 
     operations = {
-        "ours": count_operations(config.model),
-        "plain": count_operations(plain(config.model)),
+        "ours": count_flops(config.model),
+        "plain": count_flops(plain(config.model)),
     }
     return measure, {"operations": operations}
 

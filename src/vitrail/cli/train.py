@@ -332,7 +332,8 @@ def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     if not result["test"]:
         print_out("There is no test split, so there is no test score.")
     print_out(
-        f"{count(result['epochs'], 'epoch')} in {result['seconds']:,.0f} s of training "
+        f"{count(result['epochs'], 'epoch')} ({result['petaflops']:.2g} PFLOP) "
+        f"in {result['seconds']:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
         f"evaluation), {result['images_per_second']:,.0f} images/s; "
         f"best epoch: {result['best_epoch']}; "

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.config.settings import Config
+from vitrail.config.settings import Config, ModelConfig
 from vitrail.data.batches import Batch, Batches
 from vitrail.errors import TrainingError
 from vitrail.model.vit import VisionTransformer
@@ -69,6 +70,22 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
             learning_rate=config.training.learning_rate * share,
             ends_epoch=state.step % batches.steps_per_epoch == 0,
         )
+
+
+def count_flops(config: ModelConfig) -> tuple[int, int]:
+    """Return the floating-point operations per image: of inference, and of training.
+
+    As torch counts them: matrix products and convolutions, with a multiply-add as two; the
+    optimizer's are not included.
+    """
+    with torch.device("meta"):
+        model = VisionTransformer(config).to("meta")
+        images_BCHW = torch.empty(2, config.n_channels, *config.image_hw)
+    with FlopCounterMode(display=False) as counter:
+        logits_BY = model(images_BCHW)
+        forward = counter.get_total_flops()
+        logits_BY.sum().backward()
+    return forward // 2, counter.get_total_flops() // 2
 
 
 def _train_step(

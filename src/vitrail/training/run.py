@@ -29,7 +29,7 @@ from vitrail.runtime.hardware import (
     choose_rank_device,
     describe_environment,
 )
-from vitrail.training.loop import Update, train
+from vitrail.training.loop import Update, count_flops, train
 from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
 from vitrail.training.run_folder import (
     EpochRow,
@@ -416,15 +416,17 @@ class Run:
         step, epochs = step_of(Path(best.source)), self.rows[-1]["epoch"]
         row: dict[str, Any] = next((dict(row) for row in self.rows if row["step"] == step), {})
         names = {"accuracy": "validation_accuracy", "loss": "validation_loss"}
+        images = self.train_images * epochs
         return {
             "epochs": epochs,
             "best_epoch": row.get("epoch"),
             "validation": {n: row[key] for n, key in names.items() if key in row} or None,
             "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
             "train_images": self.train_images,
+            "petaflops": float(f"{count_flops(self.config.model)[1] * images / 1e15:.4g}"),
             "seconds": round(self.state.seconds, 1),
             "evaluation_seconds": round(sum(r.get("evaluation_seconds", 0) for r in self.rows), 1),
-            "images_per_second": _speed(self.train_images * epochs, self.state.seconds),
+            "images_per_second": _speed(images, self.state.seconds),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "precision": self.precision,
             "compiled": self.compiled,
