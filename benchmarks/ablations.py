@@ -21,6 +21,7 @@ from unittest import mock
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
@@ -49,18 +50,26 @@ VARIANTS: dict[str, Change] = {
     "as it is": unchanged,
     "AdamW for all weights, rate 0.001": part("training", optimizer="adamw", learning_rate=1e-3),
     "AdamW for all weights, rate 0.003": part("training", optimizer="adamw", learning_rate=3e-3),
-    "one rate for blocks and kernels": unchanged,
-    "first kernels random, not white": unchanged,
-    "patch stem, patches of 4": part("model", stem="patch", stem_channels=(), patch_size=4),
+    "half Muon's rate": lambda config: part(
+        "training", muon_learning_rate=config.training.muon_learning_rate / 2
+    )(config),
+    "one rate for vectors and head": unchanged,
+    "first kernels random, not whitened": unchanged,
+    "kernels random, not partly identity": unchanged,
+    "patch stem": part("model", stem="patch", stem_channels=(), stem_pools=()),
     "learned positions": part("model", position="learned"),
     "class token": part("model", pool="cls"),
     "no label smoothing": part("training", label_smoothing=0.0),
-    "no crop, no flip": part("augment", crop_padding=0, flip=False),
+    "random flip": part("augment", flip="random"),
+    "no crop, no flip": part("augment", crop_padding=0, flip="none"),
+    "strong augmentation to the end": part("augment", strong_until=1.0),
+    "crop and flip only": part("augment", randaugment_ops=0, random_erasing=0.0),
     "one block": part("model", n_layers=1),
 }
 PATCHES = {  # what no setting changes
-    "one rate for blocks and kernels": mock.patch.object(optim, "KERNEL_RATE", 1),
-    "first kernels random, not white": mock.patch.object(ConvStem, "whiten"),
+    "one rate for vectors and head": mock.patch.object(optim, "VECTOR_RATE", 1),
+    "first kernels random, not whitened": mock.patch.object(ConvStem, "whiten"),
+    "kernels random, not partly identity": mock.patch.object(nn.init, "dirac_"),
 }
 
 
