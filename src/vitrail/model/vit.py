@@ -200,7 +200,11 @@ class VisionTransformer(nn.Module):
         if images_BCHW.ndim != 4 or images_BCHW.shape[1:] != (C, H, W):
             shape = tuple(images_BCHW.shape)
             raise ConfigError(f"images have shape {shape}: give (number of images, {C}, {H}, {W})")
-        tokens_BND = self.stem(images_BCHW).flatten(2).transpose(1, 2)
+        return self.add_positions(self.stem(images_BCHW))
+
+    def add_positions(self, grid_BDGJ: Tensor) -> Tensor:
+        """Return the tokens (B, T, D) of a grid of patches, with positions and class token."""
+        tokens_BND = grid_BDGJ.flatten(2).transpose(1, 2)
         if self.config.position != "rope":
             tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
         if not self.config.has_class_token:

@@ -1,0 +1,95 @@
+"""The balanced gradient: backward through a network whose gates, norms and attention are frozen.
+
+With the factors that depend on the input held constant, the network is affine in its input: a
+class's logit is the sum of every pixel (or token) times its gradient, plus the biases' terms. The
+forward pass is the model's own.
+
+Source: Mehri et al. 2025, "LibraGrad", arXiv:2411.16760.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.model.layers import ConvStem, Rotation
+from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
+
+
+def embed(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+    """Return ``model.embed(images_BCHW)``, tokens (B, T, D), with the stem's gates frozen."""
+    if not isinstance(model.stem, ConvStem):
+        return model.embed(images_BCHW)
+    features_BCGJ = images_BCHW
+    for layer in model.stem:
+        gelu = isinstance(layer, nn.GELU)
+        features_BCGJ = _frozen_gelu(features_BCGJ) if gelu else layer(features_BCGJ)
+    return model.add_positions(features_BCGJ)
+
+
+def logits(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits (B, Y), and each block's attention (B, A, T, T) as a leaf of the graph."""
+    attentions = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        tokens_BTD, attention_BATT = _run_block(block, tokens_BTD, model.rotation)
+        attentions.append(attention_BATT)
+    return _classify(model, tokens_BTD), attentions
+
+
+def _run_block(
+    block: Block, tokens_BTD: Tensor, rotation: Rotation | None
+) -> tuple[Tensor, Tensor]:
+    normed_BTD = _frozen_norm(block.norm1, tokens_BTD)
+    mixed_BTD, attention_BATT = _attend(block.attention, normed_BTD, rotation)
+    tokens_BTD = tokens_BTD + mixed_BTD
+    hidden_BTM = block.mlp.fc1(_frozen_norm(block.norm2, tokens_BTD))
+    gated_BTM = _frozen_gelu(hidden_BTM, block.mlp.approximate)
+    return tokens_BTD + block.mlp.fc2(gated_BTM), attention_BATT
+
+
+def _attend(
+    attention: Attention, normed_BTD: Tensor, rotation: Rotation | None
+) -> tuple[Tensor, Tensor]:
+    """Mix the values by an attention that does not depend on the tokens."""
+    with torch.no_grad():
+        _, attention_BATT = attention(normed_BTD, rotation, keep_attention=True)
+    assert attention_BATT is not None
+    attention_BATT.requires_grad_(torch.is_grad_enabled())
+    B, T, D = normed_BTD.shape
+    values_BTD = F.linear(normed_BTD, attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :])
+    values_BATK = values_BTD.view(B, T, attention.n_attention_heads, -1).transpose(1, 2)
+    mixed_BTD = (attention_BATT @ values_BATK).transpose(1, 2).reshape(B, T, D)
+    return attention.out_projection(mixed_BTD), attention_BATT
+
+
+def _classify(model: VisionTransformer, tokens_BTD: Tensor) -> Tensor:
+    """Return ``model.classify(tokens_BTD)`` with the norm and the head's tanh frozen."""
+    config = model.config
+    if not config.fc_norm:
+        tokens_BTD = _frozen_norm(model.norm, tokens_BTD)
+    if config.pool == "cls":
+        pooled_BD = tokens_BTD[:, 0]
+    else:
+        pooled_BD = tokens_BTD[:, int(config.has_class_token) :].mean(dim=1)
+    if config.fc_norm:
+        pooled_BD = _frozen_norm(model.norm, pooled_BD)
+    if not isinstance(model.head, MLPHead):
+        return model.head(pooled_BD)  # type: ignore[no-any-return]
+    hidden_BD = model.head.fc1(pooled_BD)
+    return model.head.fc2(_gate(hidden_BD, torch.tanh(hidden_BD), at_zero=1.0))  # type: ignore[no-any-return]
+
+
+def _frozen_norm(norm: nn.LayerNorm, x_BxD: Tensor) -> Tensor:
+    """LayerNorm divided by a constant standard deviation."""
+    centered_BxD = x_BxD - x_BxD.mean(dim=-1, keepdim=True)
+    variance_Bx1 = centered_BxD.detach().square().mean(dim=-1, keepdim=True)
+    return centered_BxD * (variance_Bx1 + norm.eps).rsqrt() * norm.weight + norm.bias
+
+
+def _frozen_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    return _gate(x, F.gelu(x, approximate=approximate), at_zero=0.5)
+
+
+def _gate(x: Tensor, output: Tensor, *, at_zero: float) -> Tensor:
+    """Return ``output`` as the product of x and a constant."""
+    return x * torch.where(x == 0, at_zero, output / x).detach()

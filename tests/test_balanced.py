@@ -1,0 +1,82 @@
+"""The balanced gradient: the model's own logits, as a sum of input terms and bias terms."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.config.settings import ModelConfig
+from vitrail.explain import balanced
+from vitrail.model.vit import VisionTransformer
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "class token": {"pool": "cls"},
+    "mean": {"pool": "mean", "head": "linear"},
+    "mean with class token and fc_norm": {"pool": "mean", "class_token": True, "fc_norm": True},
+    "conv stem and rope": {"pool": "mean", "stem": "conv", "position": "rope"},
+    "sincos and tanh": {"position": "sincos", "hidden_act": "gelu_tanh"},
+}
+
+
+def random_model(base: ModelConfig, **changes: Any) -> VisionTransformer:
+    """Return a model in which every parameter matters: biases and norms are random, too."""
+    torch.manual_seed(5)
+    model = VisionTransformer(dataclasses.replace(base, **changes)).double().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_(1.0 if name.endswith("weight") else 0.0, 0.4)
+        else:
+            parameter.data.mul_(10 if "stem" not in name else 1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_the_logit_is_the_sum_of_all_terms(
+    tiny_model: ModelConfig, changes: dict[str, Any]
+) -> None:
+    model = random_model(tiny_model, **changes)
+    images_BCHW = torch.randn(3, model.config.n_channels, *model.config.image_hw).double()
+    images_BCHW.requires_grad_()
+    tokens_BTD = balanced.embed(model, images_BCHW)
+    torch.testing.assert_close(tokens_BTD, model.embed(images_BCHW))
+    logits_BY, attentions = balanced.logits(model, tokens_BTD)
+    own_BY, own_attentions = model.forward_with_attention(images_BCHW)
+    torch.testing.assert_close(logits_BY, own_BY)
+    for one, other in zip(attentions, own_attentions, strict=True):
+        torch.testing.assert_close(one, other)
+    inside = [p for n, p in model.named_parameters() if n.endswith("bias") and "stem" not in n]
+    for chosen in range(3):
+        logit = logits_BY[chosen, 1]
+        gradients = torch.autograd.grad(logit, [tokens_BTD, *inside], retain_graph=True)
+        terms = [(g * x).sum() for g, x in zip(gradients, [tokens_BTD, *inside], strict=True)]
+        torch.testing.assert_close(sum(terms), logit)
+        (pixels_BCHW,) = torch.autograd.grad(logit, images_BCHW, retain_graph=True)
+        assert pixels_BCHW[chosen].abs().sum() > 0
+        assert pixels_BCHW[[i for i in range(3) if i != chosen]].abs().sum() == 0
+
+
+def test_a_plain_gradient_does_not_pass_this_test(tiny_model: ModelConfig) -> None:
+    model = random_model(tiny_model, pool="mean")
+    images_BCHW = torch.randn(1, model.config.n_channels, *model.config.image_hw).double()
+    tokens_BTD = model.embed(images_BCHW).detach().requires_grad_()
+    out_BTD = tokens_BTD
+    for _, output_BTD, _ in model.run_blocks(tokens_BTD):
+        out_BTD = output_BTD
+    logit = model.classify(out_BTD)[0, 1]
+    inside = [p for n, p in model.named_parameters() if n.endswith("bias") and "stem" not in n]
+    gradients = torch.autograd.grad(logit, [tokens_BTD, *inside])
+    terms = sum((g * x).sum() for g, x in zip(gradients, [tokens_BTD, *inside], strict=True))
+    assert abs(float((terms - logit).detach())) > 0.1
+
+
+def test_gates_at_zero() -> None:
+    x = torch.tensor([0.0, 1e-30, 2.0], requires_grad=True)
+    y = balanced._frozen_gelu(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(
+        gradient, torch.tensor([0.5, 0.5, torch.nn.functional.gelu(torch.tensor(2.0)) / 2])
+    )
