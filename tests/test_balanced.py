@@ -80,3 +80,40 @@ def test_gates_at_zero() -> None:
     torch.testing.assert_close(
         gradient, torch.tensor([0.5, 0.5, torch.nn.functional.gelu(torch.tensor(2.0)) / 2])
     )
+
+
+def first_logit(logits_XY: torch.Tensor, _image_X: torch.Tensor) -> torch.Tensor:
+    return logits_XY[:, 1]
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_contributions_are_pixels_times_balanced_gradients(
+    tiny_model: ModelConfig, stem: str
+) -> None:
+    model = random_model(tiny_model, pool="mean", stem=stem)
+    images_BCHW = torch.randn(2, model.config.n_channels, *model.config.image_hw).double()
+    images_BCHW.requires_grad_()
+    logits_BY, _ = balanced.logits(model, balanced.embed(model, images_BCHW))
+    (gradient_BCHW,) = torch.autograd.grad(logits_BY[:, 1].sum(), images_BCHW)
+    images_BCHW = images_BCHW.detach()
+    difference_BCHW = images_BCHW - images_BCHW.mean((2, 3), keepdim=True)
+    found_BHW = balanced.contributions(model, images_BCHW, first_logit)
+    torch.testing.assert_close(found_BHW, (difference_BCHW * gradient_BCHW).sum(1))
+    averaged_BHW = balanced.contributions(model, images_BCHW, first_logit, points=3)
+    assert not torch.allclose(averaged_BHW, found_BHW)
+    for parameter in model.parameters():
+        assert parameter.grad is None
+
+
+def test_integrated_gradients_sum_to_the_difference(tiny_model: ModelConfig) -> None:
+    model = random_model(tiny_model, pool="mean")
+    images_BCHW = torch.randn(2, model.config.n_channels, *model.config.image_hw).double()
+    blank_BCHW = images_BCHW.mean((2, 3), keepdim=True).expand_as(images_BCHW)
+    with torch.no_grad():
+        difference_B = (model(images_BCHW) - model(blank_BCHW))[:, 1]
+    gaps = []
+    for points in (8, 400):
+        found_BHW = balanced.integrated_gradients(model, images_BCHW, first_logit, points=points)
+        gaps.append((found_BHW.sum((1, 2)) - difference_B).abs().max().item())
+    assert gaps[1] < 0.01 * difference_B.abs().min()
+    assert gaps[1] < gaps[0]

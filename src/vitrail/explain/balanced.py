@@ -7,12 +7,64 @@ forward pass is the model's own.
 Source: Mehri et al. 2025, "LibraGrad", arXiv:2411.16760.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.model.layers import ConvStem, Rotation
 from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,)."""
+
+
+def contributions(
+    model: VisionTransformer, images_BCHW: Tensor, score: Score, *, points: int = 1
+) -> Tensor:
+    """Return what each pixel contributes to the score, negative where it counts against: (B, H, W).
+
+    ``sum over channels of (pixel - color) * gradient`` with the image's mean color, which hidden
+    patches have, too. With more points, the gradient is averaged along the line from a blank image
+    to this one.
+    """
+
+    def forward(images_BCHW: Tensor) -> Tensor:
+        return logits(model, embed(model, images_BCHW))[0]
+
+    steps = [(point + 1) / points for point in range(points)]
+    return _along(forward, images_BCHW, score, steps)
+
+
+def integrated_gradients(
+    model: VisionTransformer, images_BCHW: Tensor, score: Score, *, points: int = 16
+) -> Tensor:
+    """Return the same as ``contributions`` with the model's plain gradient: (B, H, W).
+
+    The sum over the pixels approaches the score of the image less that of a blank one.
+
+    Source: Sundararajan et al. 2017, arXiv:1703.01365, equation 3 (at the middle of each step).
+    """
+    return _along(model, images_BCHW, score, [(point + 0.5) / points for point in range(points)])
+
+
+def _along(
+    forward: Callable[[Tensor], Tensor], images_BCHW: Tensor, score: Score, steps: Sequence[float]
+) -> Tensor:
+    """Return the contributions with the gradient averaged over points between blank and image."""
+    colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
+    differences_BCHW = images_BCHW - colors_BC11
+    index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
+    total_BCHW = torch.zeros_like(images_BCHW)
+    for step in steps:
+        with torch.enable_grad():
+            point_BCHW = (colors_BC11 + step * differences_BCHW).detach().requires_grad_()
+            (gradient_BCHW,) = torch.autograd.grad(
+                score(forward(point_BCHW), index_B).sum(), point_BCHW
+            )
+        total_BCHW += gradient_BCHW
+    return (differences_BCHW * total_BCHW / len(steps)).sum(dim=1)
 
 
 def embed(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
