@@ -1,0 +1,106 @@
+"""Maps from hiding patches: occlusion by windows, and Shapley values by random orders.
+
+A hidden patch is painted in the image's mean color. Nothing inside the model is read, so these
+maps work for every model; they cost many passes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vitrail.model.vit import VisionTransformer
+from vitrail.runtime import rng
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,)."""
+
+
+def occlusion(
+    model: VisionTransformer, images_BCHW: Tensor, score: Score, *, window: int, chunk: int
+) -> Tensor:
+    """Return how much the score drops when a window of patches is hidden: values_BGJ.
+
+    Each patch has the mean drop of the ``window ** 2`` windows that cover it; windows may overhang
+    the border. Negative where hiding raises the score.
+
+    Source: Zeiler & Fergus 2014, arXiv:1311.2901, section 4.2.
+    """
+    G, J = model.config.grid_GJ
+    covered_RN = torch.stack(
+        [
+            _window(row, column, window, (G, J))
+            for row in range(1 - window, G)
+            for column in range(1 - window, J)
+        ]
+    ).to(images_BCHW.device)
+    before_B = score(model(images_BCHW), torch.arange(len(images_BCHW), device=images_BCHW.device))
+    after_BR = _scores(model, images_BCHW, ~covered_RN, score, chunk)
+    drops_BR = before_B[:, None] - after_BR
+    return (drops_BR @ covered_RN.to(drops_BR) / window**2).view(-1, G, J)
+
+
+def shapley(
+    model: VisionTransformer, images_BCHW: Tensor, score: Score, *, passes: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return estimated Shapley values of the patches, and their standard errors: two values_BGJ.
+
+    Starting from a blank image, the patches are shown one after another in a random order, and then
+    in its reverse; a patch's value is the mean gain in score when it is shown. So the values sum
+    to the score of the image less that of the blank one, in every order. All images have the same
+    orders.
+
+    Args:
+        passes: the most forward passes per image; at least one order and its reverse are run.
+
+    Source: Castro et al. 2009, "Polynomial calculation of the Shapley value based on sampling";
+    Mitchell et al. 2022, arXiv:2104.12199, section 4.3 (an order and its reverse).
+    """
+    (G, J), device = model.config.grid_GJ, images_BCHW.device
+    N = G * J
+    pairs = max(1, (passes - 2) // (2 * max(1, N - 1)))
+    generator = rng.generator(0, "explain")
+    ranks = [torch.randperm(N, generator=generator) for _ in range(pairs)]
+    ranks_ON = torch.stack([rank for r in ranks for rank in (r, N - 1 - r)]).to(device)
+    shown_OSN = ranks_ON[:, None, :] < torch.arange(1, N, device=device)[:, None]
+    ends_2N = torch.tensor([[False], [True]], device=device).expand(2, N)
+    blank_B, whole_B = _scores(model, images_BCHW, ends_2N, score, chunk).unbind(1)
+    between_BR = _scores(model, images_BCHW, shown_OSN.flatten(0, 1), score, chunk)
+    steps_BOS = torch.cat(
+        [
+            blank_B[:, None, None].expand(-1, 2 * pairs, 1),
+            between_BR.view(-1, 2 * pairs, N - 1),
+            whole_B[:, None, None].expand(-1, 2 * pairs, 1),
+        ],
+        dim=2,
+    )
+    gains_BON = steps_BOS.diff(dim=2).gather(2, ranks_ON.expand(len(images_BCHW), -1, -1))
+    gains_BPN = gains_BON.unflatten(1, (pairs, 2)).mean(2)
+    error_BN = (
+        gains_BPN.std(1) / pairs**0.5 if pairs > 1 else torch.full_like(gains_BPN[:, 0], torch.nan)
+    )
+    return gains_BPN.mean(1).view(-1, G, J), error_BN.view(-1, G, J)
+
+
+def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tensor:
+    """Return which patches (N,) a window covers whose top left corner is at a patch."""
+    covered_GJ = torch.zeros(grid_GJ, dtype=torch.bool)
+    covered_GJ[max(0, row) : row + side, max(0, column) : column + side] = True
+    return covered_GJ.flatten()
+
+
+def _scores(
+    model: VisionTransformer, images_BCHW: Tensor, shown_RN: Tensor, score: Score, chunk: int
+) -> Tensor:
+    """Return the scores (B, R) of every image with only some of its patches shown."""
+    (G, J), P = model.config.grid_GJ, model.config.patch_size
+    B, R, device = len(images_BCHW), len(shown_RN), images_BCHW.device
+    colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
+    found = []
+    for pairs_X in torch.arange(B * R, device=device).split(chunk):
+        image_X, row_X = pairs_X // R, pairs_X % R
+        shown_XGJ = shown_RN[row_X].view(-1, G, J)
+        shown_X1HW = shown_XGJ.repeat_interleave(P, 1).repeat_interleave(P, 2).unsqueeze(1)
+        images_XCHW = torch.where(shown_X1HW, images_BCHW[image_X], colors_BC11[image_X])
+        found.append(score(model(images_XCHW), image_X))
+    return torch.cat(found).view(B, R)
