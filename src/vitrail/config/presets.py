@@ -73,10 +73,11 @@ def _small() -> Config:
     """Return the flagship: 64 tokens, most operations in the blocks, and more augmentation."""
     recipe = _recipe(
         "cifar10", stem_channels=(64, 64, 192, 192), stem_pools=(1, 3), patch_size=4,
-        embed_dim=192, n_layers=4, epochs=22, muon_learning_rate=0.05,
+        embed_dim=192, n_layers=4, epochs=18, muon_learning_rate=0.03,
     )  # fmt: skip
     return replace(
         recipe,
+        model=replace(recipe.model, init_std=0.05),
         augment=AugmentConfig(
             crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
             random_erasing=0.25, strong_until=0.8,
@@ -88,7 +89,7 @@ def _base() -> Config:
     """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
     recipe = _recipe(
         "cifar10", stem_channels=(128, 256, 256), patch_size=4, embed_dim=256, n_layers=8,
-        epochs=300, batch_size=512, muon_learning_rate=0.05,
+        epochs=300, batch_size=512, muon_learning_rate=0.03,
     )  # fmt: skip
     return replace(
         recipe,
