@@ -329,9 +329,8 @@ def test_every_model_setting_changes_the_model() -> None:
         "n_layers": 3, "n_attention_heads": 1, "forward_mul": 3.0, "dropout": 0.5,
         "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
         "class_token": True, "fc_norm": True, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-2,
-        "init_std": 0.03,
     }  # fmt: skip
-    assert {*other, "stem_channels", "stem_pools"} == {
+    assert {*other, "stem_channels", "stem_pools", "init_std"} == {
         f.name for f in dataclasses.fields(ModelConfig)
     }
     conv = dataclasses.replace(BASE.model, stem="conv")
