@@ -73,7 +73,7 @@ def _small() -> Config:
     """Return the flagship: 64 tokens, most operations in the blocks, and more augmentation."""
     recipe = _recipe(
         "cifar10", stem_channels=(64, 64, 192, 192), stem_pools=(1, 3), patch_size=4,
-        embed_dim=192, n_layers=4, epochs=18, muon_learning_rate=0.03,
+        embed_dim=192, n_layers=4, epochs=18, muon_learning_rate=0.02,
     )  # fmt: skip
     return replace(
         recipe,
@@ -89,7 +89,7 @@ def _base() -> Config:
     """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
     recipe = _recipe(
         "cifar10", stem_channels=(128, 256, 256), patch_size=4, embed_dim=256, n_layers=8,
-        epochs=300, batch_size=512, muon_learning_rate=0.03,
+        epochs=300, batch_size=512, muon_learning_rate=0.02,
     )  # fmt: skip
     return replace(
         recipe,
