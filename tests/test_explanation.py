@@ -309,7 +309,7 @@ def test_data_other_than_the_training_data_is_named(
         calls.append((split, changes, classifier.config.data))
         raise DataError("enough")
 
-    monkeypatch.setattr("vitrail.training.run_data.load_split", ask)
+    monkeypatch.setattr("vitrail.training.run_folder.load_split", ask)
     command = f"{words} --dataset folder --data_path other --split train --model_path {run_folder}"
     assert main(shlex.split(command)) == 2
     trained = vitrail.load(run_folder, device="cpu").config.data

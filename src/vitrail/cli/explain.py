@@ -203,7 +203,8 @@ def _list_checkpoints(
     classifier: "Classifier", wanted: bool, device: str
 ) -> "list[tuple[str, VisionTransformer]]":
     """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
-    from vitrail.training.run_folder import checkpoint_folders, is_run_folder, read_rows
+    from vitrail.training.run_folder import is_run_folder, read_rows
+    from vitrail.training.state import checkpoint_folders
     from vitrail.weights.checkpoint import step_of
     from vitrail.weights.pretrained import load
 
@@ -265,7 +266,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from vitrail.explain.map_report import plot_scores, score_table
     from vitrail.explain.methods import METHODS
     from vitrail.runtime.files import write_json
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split, folder = options.data.split, options.folder
     methods = _list_methods(options.method) or METHODS

@@ -121,7 +121,7 @@ def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) ->
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything slow."""
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split = options.data.split
     images = load_split(classifier, **options.data.to_load())

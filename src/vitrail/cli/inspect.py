@@ -79,7 +79,7 @@ def _load_images(
         DataError: the data that the options name cannot be read.
     """
     from vitrail.data.images import normalize
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     try:
         images = load_split(classifier, **options.data.to_load()).sample(options.images)

@@ -190,7 +190,7 @@ def load_image(
     Raises:
         ConfigError: the split has no such image.
     """
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     images = load_split(classifier, **data.to_load())
     if not 0 <= index < len(images):

@@ -80,7 +80,7 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
     from vitrail.evaluation.metrics import measure, predict_logits
     from vitrail.evaluation.plots import plot_metrics
     from vitrail.runtime.files import write_json
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split = options.data.split
     changes = options.data.to_load() | {

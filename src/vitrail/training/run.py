@@ -30,20 +30,19 @@ from vitrail.runtime.hardware import (
     describe_environment,
 )
 from vitrail.training.loop import Update, train
-from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
 from vitrail.training.run_folder import (
     EpochRow,
     hold,
+    list_files,
+    load_on_all_ranks,
     log_test_use,
-    prune,
-    quality,
     read_rows,
-    recover,
     require_run_folder,
     require_unused,
+    restore_files,
 )
 from vitrail.training.schedule import multiplier
-from vitrail.training.state import TrainingState, first_not_finite
+from vitrail.training.state import TrainingState, first_not_finite, prune, quality, recover
 from vitrail.training.trackers import Trackers, check_trackers
 from vitrail.weights import pretrained
 from vitrail.weights.checkpoint import (
