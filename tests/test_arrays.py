@@ -14,9 +14,8 @@ import vitrail
 from vitrail.cli import explain as cli_explain
 from vitrail.cli.explain import ExplainOptions
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.framing import stack_pictures
 from vitrail.data.images import ImageSet
-from vitrail.data.pictures import read_picture
+from vitrail.data.pictures import read_picture, stack_pictures
 from vitrail.errors import ConfigError, PictureError, VitrailError
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer

@@ -9,7 +9,7 @@ from PIL import ImageFont
 from torch.nn import functional
 
 from vitrail.config.settings import Colormap
-from vitrail.data.framing import Fit, fit_picture, seen_box
+from vitrail.data.pictures import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError
 from vitrail.explain import draw
 from vitrail.explain.draw import (

@@ -12,8 +12,7 @@ from PIL import Image
 
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.framing import Fit, fit_picture
-from vitrail.data.pictures import read_picture
+from vitrail.data.pictures import Fit, fit_picture, read_picture
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
 from vitrail.inference.predictions import rank

@@ -22,7 +22,7 @@ from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.predict import PredictOptions, print_answers
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
-from vitrail.data.layout import find_pictures
+from vitrail.data.formats import find_pictures
 from vitrail.errors import DataError
 from vitrail.evaluation.metrics import CalibrationBin, Metrics
 from vitrail.evaluation.plots import plot_confusion

@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from vitrail.cli import process
@@ -81,6 +82,7 @@ def run(command: str, args: Sequence[str]) -> int:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
     if command != "train":
         _refuse_many_processes(command)
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # about metadata and sizes of pictures
     module = importlib.import_module(f"vitrail.cli.{command}")
     process.limit_spinning()
     return int(module.command(args))

@@ -299,7 +299,7 @@ def _is_file_name(path: Path) -> bool:
 
     ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
     """
-    from vitrail.data.layout import SUFFIXES
+    from vitrail.data.formats import SUFFIXES
 
     known = path.suffix.lower() in (*SUFFIXES, *PAGES, *UNSUPPORTED)
     return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)

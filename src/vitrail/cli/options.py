@@ -226,7 +226,7 @@ def list_pictures(args: Sequence[str]) -> list[str]:
 
 def _search(arg: str) -> list[str]:
     """Return the names of the pictures that one argument stands for."""
-    from vitrail.data.layout import find_pictures  # here, since --help need not load Pillow
+    from vitrail.data.formats import find_pictures  # here, since --help need not load Pillow
 
     found, root = find_pictures([arg]), Path(arg)
     runs = {path: _run_above(path, root) for path in found}

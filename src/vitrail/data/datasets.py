@@ -20,21 +20,21 @@ from rich.progress import Progress
 
 from vitrail.config.settings import DataConfig, Split
 from vitrail.data.cifar import load_cifar
-from vitrail.data.formats import read_pixels
-from vitrail.data.framing import Fit, enough_side, fit_channels, framing
-from vitrail.data.images import ImageSet
-from vitrail.data.layout import left_out_reason
-from vitrail.data.manifest import Manifest, scan
-from vitrail.data.pictures import (
+from vitrail.data.formats import (
     Extent,
     PixelRange,
     choose_range,
     describe,
     gray_to_rgb,
     join,
+    left_out_reason,
     measure,
+    read_pixels,
     to_bytes,
 )
+from vitrail.data.images import ImageSet
+from vitrail.data.manifest import Manifest, scan
+from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
 from vitrail.data.shapes import load_shapes
 from vitrail.errors import DataError, PictureError
 
@@ -133,7 +133,7 @@ def _load_folder(
                 f"{manifest.root}: there is no test split: give --split validation, or --data_path "
                 "another folder"
             )
-        paths, labels = limited.paths(split), limited.labels(split)
+        paths, files = limited.paths(split), limited.files.get(split, ())
         decoded = decode(
             paths,
             size_hw=image_hw,
@@ -146,9 +146,11 @@ def _load_folder(
         for number, (index, reason) in enumerate(sorted(decoded.broken.items())):
             if number < NAMED:
                 log.warning("left out: %s: %s", paths[index], reason)
-            manifest = manifest.without(left_out_reason(paths[index]), [paths[index]])
+            manifest = manifest.without(
+                left_out_reason(paths[index]), [limited.files[split][index].path]
+            )
         _report_broken(limited, split, decoded.broken)
-        valid = [label for index, label in enumerate(labels) if index not in decoded.broken]
+        valid = [f.label for index, f in enumerate(files) if index not in decoded.broken]
         raw_BCHW = torch.from_numpy(decoded.raw_BCHW)
         images[split] = ImageSet(raw_BCHW, torch.tensor(valid, dtype=torch.int64), manifest.classes)
     return Loaded(images, manifest, pixel_range)

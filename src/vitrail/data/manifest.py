@@ -1,5 +1,12 @@
 """The data of a run: the classes, every picture file with its split, and the files left out.
 
+    data/CLASS/...                          or      data/train/CLASS/...   data/val/CLASS/...
+                                                    data/test/CLASS/...
+
+Split folders are recognized in their usual spellings (Training, training_set, val, valid, seg_test,
+train2017, ...), also where an archive repeats a name (training_set/training_set/CLASS). A folder
+that looks like splits but cannot be used as such is refused: it is never read as classes.
+
 A manifest is made once, before a run starts, and stored with it as manifest.json. Resuming and
 testing use it, so that no picture changes its split when files are added, and files that were
 replaced or removed are detected.
@@ -8,17 +15,18 @@ replaced or removed are detected.
 import hashlib
 import json
 import logging
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vitrail.config.settings import DataConfig, Split
-from vitrail.data.layout import Layout, find_layout, is_picture, left_out_reason, walk_files
-from vitrail.data.splits import cut, shares, tenth_of_each, validation_shares
+from vitrail.data.formats import is_hidden, is_picture, left_out_reason, walk_files
+from vitrail.data.splits import choose, shares, tenth_of_each, validation_shares
 from vitrail.errors import CheckpointError, DataError
 from vitrail.runtime.files import replace_file
 
@@ -31,6 +39,16 @@ SHOWN = 3
 """Number of files named in a message."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_WORDS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+SPLIT_NAME = re.compile(
+    rf"(?:(?P<prefix>.+)[\W_]+)?(?P<split>{'|'.join(SPLIT_WORDS)})"
+    r"[\W_]*(?:sets?|data|dataset|images?|imgs?|pictures|photos|split|folder)?[\W_]*\d*",
+    re.IGNORECASE,
+)
 
 Files = dict[Split, tuple["File", ...]]
 
@@ -61,16 +79,17 @@ class Manifest:
         """Return the labels of a split."""
         return [file.label for file in self.files.get(split, ())]
 
-    def without(self, reason: str, paths: Iterable[Path]) -> "Manifest":
+    def without(self, reason: str, names: Iterable[str]) -> "Manifest":
         """Return the manifest without some files, e.g. because they cannot be decoded."""
-        names = {path.relative_to(self.root).as_posix() for path in paths}
+        dropped = set(names)
         files = {
-            split: tuple(file for file in files if file.path not in names)
+            split: tuple(file for file in files if file.path not in dropped)
             for split, files in self.files.items()
         }
-        earlier = self.left_out.get(reason, ())
-        reasons = {**self.left_out, reason: (*earlier, *sorted(names))} if names else self.left_out
-        return replace(self, files=files, left_out=reasons)
+        left_out = {**self.left_out}
+        if dropped:
+            left_out[reason] = (*left_out.get(reason, ()), *sorted(dropped))
+        return replace(self, files=files, left_out=left_out)
 
     def limited(self, config: DataConfig) -> "Manifest":
         """Return the manifest with the stratified subsets that the settings request.
@@ -82,21 +101,22 @@ class Manifest:
             "validation": config.validation_images,
             "test": config.num_test_images,
         }
-        dropped: list[Path] = []
+        dropped: list[str] = []
         for split, files in self.files.items():
-            kept = {f.path for f in _subset(files, wanted[split], len(self.classes), split)}
-            dropped += [self.root / file.path for file in files if file.path not in kept]
+            count = wanted[split]
+            if count is not None and count < len(files):
+                counts = shares(_counts(files, len(self.classes)), count)
+                rest, _ = _cut(files, counts, f"{split} subset")
+                dropped += [file.path for file in rest]
         return self.without("not in the requested subset", dropped)
 
     def with_fingerprints(self, num_workers: int) -> "Manifest":
         """Return the manifest with the fingerprint of every file."""
-        prints = {s: _fingerprints(self.paths(s), num_workers) for s in self.files}
-        files = {
-            split: tuple(
-                file._replace(fingerprint=p) for file, p in zip(files, prints[split], strict=True)
-            )
-            for split, files in self.files.items()
-        }
+        files: Files = {}
+        for split in self.files:
+            prints = _fingerprints(self.paths(split), num_workers)
+            pairs = zip(self.files[split], prints, strict=True)
+            files[split] = tuple(file._replace(fingerprint=text) for file, text in pairs)
         return replace(self, files=files)
 
     def save(self, folder: Path) -> None:
@@ -119,36 +139,116 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return _from_json(content)
+        files: Files = {split: tuple(File(*entry) for entry in content["files"][split])
+                        for split in SPLITS if split in content["files"]}  # fmt: skip
+        left_out = {reason: tuple(names) for reason, names in content["left_out"].items()}
+        manifest = Manifest(Path(content["root"]), tuple(content["classes"]), files, left_out)
+        if any(
+            manifest.labels(s) and max(manifest.labels(s)) >= len(manifest.classes) for s in files
+        ):
+            raise ValueError("a label without a class")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: corrupt: restore it, or start a new run ({error})"
         ) from error
+    return manifest
 
 
-def _from_json(content: Any) -> Manifest:
-    """Return the manifest that ``Manifest.save`` wrote, after checking it."""
-    classes = tuple(map(_text, content["classes"]))
-    files: Files = {}
-    for split, entries in content["files"].items():
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r:.40}")
-        files[split] = tuple(File(_text(p), int(y), _text(f)) for p, y, f in entries)
-        if not all(0 <= file.label < len(classes) for file in files[split]):
-            raise ValueError("a label without a class")
-        if any(Path(file.path).is_absolute() or ".." in file.path for file in files[split]):
-            raise ValueError("a file outside of the data's folder")
-    left_out = {_text(r): tuple(map(_text, names)) for r, names in content["left_out"].items()}
-    return Manifest(Path(_text(content["root"])), classes, files, left_out)
+class Layout(NamedTuple):
+    """The folder of classes of each split; of a single tree, under ``train``, splits are cut."""
+
+    trees: dict[Split, Path]
+    one_tree: bool
+    unused: tuple[Path, ...]
+    """Folders next to the split folders, which are not read."""
 
 
-def _text(value: object) -> str:
-    """Return a value that must be a string."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is not a string")
-    return value
+def find_layout(data_path: Path) -> Layout:
+    """Return how a folder of pictures is organized.
+
+    Raises:
+        DataError: there is no such folder, or it looks like splits but cannot be used as such.
+    """
+    if not data_path.is_dir():
+        raise DataError(f"{data_path}: no such folder; give --data_path a folder of class folders")
+    root = _without_repeat(data_path)
+    folders = _subfolders(root)
+    named = _split_folders(folders)
+    kinds = {split for split, _ in named}
+    if not named or (len(kinds) == 1 and not _is_lone_split(root, named[0][1], folders)):
+        return Layout({"train": root}, one_tree=True, unused=())
+    trees: dict[Split, Path] = {}
+    for split, folder in named:
+        if split in trees:
+            raise DataError(f"{root}: {trees[split].name}/ and {folder.name}/ are both a {split} "
+                            "split: keep one")  # fmt: skip
+        trees[split] = folder
+    for split, folder in trees.items():
+        trees[split] = tree = _without_repeat(folder)
+        if not _subfolders(tree):
+            raise DataError(
+                f"{root}: {folder.name}/ looks like a {split} split, but has no class folders: "
+                "put its pictures into one folder per class, or rename it if it is a class"
+            )
+    unused = tuple(folder for folder in folders if folder not in [path for _, path in named])
+    return Layout(trees, one_tree=False, unused=unused)
+
+
+def _split_folders(folders: list[Path]) -> list[tuple[Split, Path]]:
+    """Return the folders that are named as splits, all with the same prefix.
+
+    Among several prefixes the one with the most splits wins: ``seg_train`` and ``seg_test`` are
+    splits even next to a class called ``freight train``.
+    """
+    groups: dict[str, list[tuple[Split, Path]]] = {}
+    for folder in folders:
+        match = SPLIT_NAME.fullmatch(folder.name)
+        if match:
+            prefix = (match["prefix"] or "").lower()
+            groups.setdefault(prefix, []).append((SPLIT_WORDS[match["split"].lower()], folder))
+    lone = {prefix: group for prefix, group in groups.items() if len({s for s, _ in group}) == 1}
+    if len(lone) == len(groups):  # without a second split, only the plain names count
+        return groups.get("", [])
+    return max(groups.values(), key=lambda group: len({split for split, _ in group}))
+
+
+def _is_lone_split(root: Path, folder: Path, folders: list[Path]) -> bool:
+    """Return whether the only folder named like a split is a split; otherwise it is a class.
+
+    Raises:
+        DataError: it is ambiguous.
+    """
+    if _has_pictures(folder) or not _subfolders(folder):
+        return False
+    if len(folders) > 1:
+        other = next(other for other in folders if other != folder)
+        raise DataError(
+            f"{root}: {folder.name}/ looks like a split, but {other.name}/ next to it does not: "
+            f"rename {folder.name}/ if it is a class, or move {other.name}/ away"
+        )
+    return True
+
+
+def _without_repeat(folder: Path) -> Path:
+    """Return ``folder/folder`` if ``folder`` contains nothing else, as in many archives."""
+    inner = _subfolders(folder)
+    repeated = len(inner) == 1 and inner[0].name.lower() == folder.resolve().name.lower()
+    return inner[0] if repeated and not _has_pictures(folder) else folder
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the visible folders in a folder, sorted by name."""
+    try:
+        return sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.is_dir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Return whether there are pictures directly in a folder."""
+    return any(map(is_picture, folder.iterdir()))
 
 
 def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
@@ -168,26 +268,20 @@ def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
         there = ", ".join(f"{folder.name}/" for folder in layout.trees.values())
         raise DataError(f"{data_path}: found {there}, but no train/ next to it: add it")
     trees, left_out = _list_trees(layout, data_path)
-    names = tuple(sorted(trees["train"]))
-    if len(names) < 2:
+    classes = tuple(sorted(trees["train"]))
+    if len(classes) < 2:
         raise DataError(
             f"{layout.trees['train']}: a classifier needs at least 2 class folders with pictures, "
-            f"found {len(names)}"
+            f"found {len(classes)}"
         )
-    _check_classes(trees, layout, names)
-    by_class = {split: [tree.get(name, []) for name in names] for split, tree in trees.items()}
+    files = _label(trees, layout, classes)
     if layout.one_tree:
-        train = by_class["train"]
-        by_class["train"], by_class["test"] = cut(
-            train, tenth_of_each(list(map(len, train))), _name_rank("test")
-        )
-    if "validation" not in by_class:
-        train = by_class["train"]
-        counts = validation_shares(list(map(len, train)), validation_images)
-        by_class["train"], by_class["validation"] = cut(train, counts, _name_rank("validation"))
-    by_class.setdefault("test", [])
-    files: Files = {split: _labeled(by_class[split]) for split in SPLITS}
-    return Manifest(data_path, names, files, left_out)
+        counts = tenth_of_each(_counts(files["train"], len(classes)))
+        files["train"], files["test"] = _cut(files["train"], counts, "test")
+    if "validation" not in files:
+        counts = validation_shares(_counts(files["train"], len(classes)), validation_images)
+        files["train"], files["validation"] = _cut(files["train"], counts, "validation")
+    return Manifest(data_path, classes, {s: files.get(s, ()) for s in SPLITS}, left_out)
 
 
 def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
@@ -200,10 +294,9 @@ def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
     """
     layout = find_layout(data_path)
     trees, left_out = _list_trees(layout, data_path)
-    _check_classes(trees, layout, classes)
+    files = _label(trees, layout, classes)
     if layout.one_tree:
-        trees = {"test": trees["train"]}
-    files = {s: _labeled([tree.get(name, []) for name in classes]) for s, tree in trees.items()}
+        files = {"test": files["train"]}
     if not any(files.values()):
         raise DataError(f"{data_path}: no class folder with pictures in it")
     return Manifest(data_path, tuple(classes), files, left_out)
@@ -231,46 +324,46 @@ def _list_trees(
     return trees, {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())}
 
 
-def _check_classes(
+def _label(
     trees: dict[Split, dict[str, list[str]]], layout: Layout, classes: Sequence[str]
-) -> None:
-    """Refuse a split with an unknown class."""
+) -> Files:
+    """Return the files of every split with their labels; refuse a split with an unknown class."""
     for split, tree in trees.items():
         unknown = sorted(set(tree) - set(classes))
         if unknown:
             known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise DataError(f"{layout.trees[split]}: class {unknown[0]!r} is not among the "
                             f"training classes ({known})")  # fmt: skip
+    return {
+        split: tuple(
+            File(path, label) for label, name in enumerate(classes) for path in tree.get(name, ())
+        )
+        for split, tree in trees.items()
+    }
 
 
-def _subset(
-    files: tuple[File, ...], wanted: int | None, n_classes: int, purpose: str
-) -> tuple[File, ...]:
-    """Return a stratified subset of ``wanted`` files, or all of them."""
-    if wanted is None or wanted >= len(files):
-        return files
-    by_class: list[list[str]] = [[] for _ in range(n_classes)]
-    for file in files:
-        by_class[file.label].append(file.path)
-    counts = shares(list(map(len, by_class)), wanted)
-    _, chosen = cut(by_class, counts, _name_rank(f"{purpose} subset"))
-    kept = {name for names in chosen for name in names}
-    return tuple(file for file in files if file.path in kept)
+def _counts(files: Iterable[File], n_classes: int) -> list[int]:
+    """Return the number of files of each class."""
+    counts = Counter(file.label for file in files)
+    return [counts[label] for label in range(n_classes)]
 
 
-def _labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
-    """Return the files of all classes with their labels."""
-    return tuple(File(name, label) for label, names in enumerate(by_class) for name in names)
+def _cut(
+    files: Sequence[File], counts: Sequence[int], purpose: str
+) -> tuple[tuple[File, ...], tuple[File, ...]]:
+    """Return the remaining files, and of each class ``counts`` files, sorted by class and name.
 
+    They are chosen by a hash of their names, the same on every system (some decompose accents).
+    """
 
-def _name_rank(purpose: str) -> Callable[[str], bytes]:
-    """Return a hash of relative names, the same on every system (some decompose accents)."""
-
-    def rank(name: str) -> bytes:
-        text = f"{purpose}/{unicodedata.normalize('NFC', name)}"
+    def rank(file: File) -> bytes:
+        text = f"{purpose}/{unicodedata.normalize('NFC', file.path)}"
         return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # may not be UTF-8
 
-    return rank
+    files = sorted(files, key=lambda file: (file.label, file.path))
+    chosen = set(choose([file.label for file in files], counts, list(map(rank, files))))
+    rest = tuple(file for index, file in enumerate(files) if index not in chosen)
+    return rest, tuple(files[index] for index in sorted(chosen))
 
 
 def _fingerprint(path: Path) -> str:
@@ -382,5 +475,6 @@ def summary(manifest: Manifest) -> str:
 
 def class_counts(manifest: Manifest) -> list[tuple[str, list[int]]]:
     """Return the number of training, validation and test pictures of each class."""
-    counts = [Counter(manifest.labels(split)) for split in SPLITS]
-    return [(name, [c[label] for c in counts]) for label, name in enumerate(manifest.classes)]
+    n_classes = len(manifest.classes)
+    columns = [_counts(manifest.files.get(split, ()), n_classes) for split in SPLITS]
+    return list(zip(manifest.classes, map(list, zip(*columns, strict=True)), strict=True))

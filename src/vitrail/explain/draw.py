@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vitrail.config.settings import Colormap, Normalization
-from vitrail.data.framing import Fit, seen_box
+from vitrail.data.pictures import Fit, seen_box
 from vitrail.errors import ConfigError, nearest
 
 SCALES: dict[Normalization, str] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import Look, require
-from vitrail.data.framing import Fit
+from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.explain.methods import (
     METHODS,

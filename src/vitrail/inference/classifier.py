@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import Config, require
-from vitrail.data.framing import framing
+from vitrail.data.formats import gray_to_rgb
 from vitrail.data.images import normalize
 from vitrail.data.pictures import (
     Picture,
     Pictures,
-    gray_to_rgb,
+    framing,
     only_picture,
     read_picture,
     source_name,

@@ -27,7 +27,7 @@ import numpy as np
 
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
-from vitrail.data.framing import channel_scale
+from vitrail.data.pictures import channel_scale
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.predictions import BaseClassifier, check_classes
 from vitrail.optional import import_optional

@@ -10,8 +10,7 @@ import numpy as np
 
 from vitrail.config.settings import Config
 from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import framing, stack_pictures
-from vitrail.data.pictures import Pictures
+from vitrail.data.pictures import Pictures, framing, stack_pictures
 from vitrail.errors import CheckpointError, ConfigError, printable
 
 SHOWN = 50
