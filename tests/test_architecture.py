@@ -13,7 +13,7 @@ SOURCE = Path(vitrail.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "optional", "runtime", "config", "data", "model", "evaluation", "explain",
-    "inference", "weights", "training", "export", "sweep", "cli", "__main__",
+    "inference", "weights", "training", "sweep", "cli", "__main__",
 ]  # fmt: skip
 """Each package may import from itself and from those before it."""
 

@@ -42,7 +42,7 @@ PREPROCESSING = {
 }
 
 
-def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> dict[str, str]:
+def write_metadata(config: Config, classes: Sequence[str], *, raw: bool) -> dict[str, str]:
     """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
     names = ("mean", "std", "crop_pct", "pixel_range")
@@ -53,7 +53,7 @@ def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> d
         **data,
         "fit": config.data.fit,
         "interpolation": config.data.interpolation,
-        "preprocessing": PREPROCESSING[input_name],
+        "preprocessing": PREPROCESSING["raw" if raw else "images"],
     }
 
 
@@ -125,7 +125,7 @@ class OnnxClassifier(BaseClassifier):
         batch = raw_BHWC if input_name == "raw" else self._normalize(raw_BHWC)
         try:
             (scores_BY,) = self.session.run([OUTPUT_OF_INPUT[input_name]], {input_name: batch})
-        except _runtime_errors() as error:
+        except Exception as error:  # its exceptions have no common base class
             raise CheckpointError(f"{self.source}: cannot be run: {_first_line(error)}") from error
         if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
             raise CheckpointError(
@@ -168,7 +168,7 @@ def load_onnx(
     providers = _choose_providers(device, runtime.get_available_providers())
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
-    except _runtime_errors() as error:
+    except Exception as error:  # its exceptions have no common base class
         raise CheckpointError(f"{path}: not a valid ONNX file: {_first_line(error)}") from error
     config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
     input_name = session.get_inputs()[0].name
@@ -192,13 +192,6 @@ def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
             f"device {device} is not available to onnxruntime, only {', '.join(there)}"
         )
     return [there[device]]
-
-
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Return onnxruntime's exceptions, which have no common base class."""
-    state = import_optional("onnxruntime.capi.onnxruntime_pybind11_state")
-    kinds = vars(state).values()
-    return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))
 
 
 def _first_line(error: Exception) -> str:
