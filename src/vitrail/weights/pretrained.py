@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,17 +193,13 @@ def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, A
 def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
     """Return a note on how pictures are prepared if neither the files nor the user specify it."""
     names = [name for name in found.assumed if name not in given]
-    if not names:
-        return []
-    values = ", ".join(f"{name} {_format_value(found.data[name])}" for name in names)
+    values = []
+    for name in names:
+        value = found.data[name]
+        words = [v if isinstance(v, str) else f"{v:g}" for v in np.atleast_1d(value).tolist()]
+        values.append(" ".join([name, *words]))
     flags = ", ".join(f"--{name}" for name in names)
-    return [f"assumed, as not in the files: {values} (set by {flags})"]
-
-
-def _format_value(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    values = value if isinstance(value, tuple) else (value,)
-    return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+    return [f"assumed, as not in the files: {', '.join(values)} (set by {flags})"] if names else []
 
 
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
