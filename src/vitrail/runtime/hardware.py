@@ -22,11 +22,7 @@ PACKAGES = ("vitrail", "torch", "numpy", "pillow", "safetensors")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with this name; ``auto`` prefers cuda, then mps, then cpu.
-
-    Raises:
-        ConfigError: PyTorch has no such device on this machine.
-    """
+    """Return the device with this name, if it is there; ``auto`` prefers cuda, then mps."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     there = [device for device, yes in usable.items() if yes] + ["cpu"]
     if name != "auto" and name not in there:
@@ -68,9 +64,8 @@ def choose_own_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return bfloat16 or float32; ``auto`` takes bfloat16 where the hardware supports it."""
-    if name == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    fast = name == "bfloat16" or (name == "auto" and multiplies_bfloat16(device))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """One training run: build, train, evaluate, save. Its files are described in run_folder.py."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,14 +65,10 @@ EVALUATION_CHUNK = 500
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnd:
-    """The end of an epoch. ``row`` is its line of metrics.jsonl."""
+    """The end of an epoch, with its line of metrics.jsonl."""
 
     row: EpochRow
     best: bool
-
-
-def _never() -> bool:
-    return False
 
 
 class Run:
@@ -122,14 +119,9 @@ class Run:
         """What failed without ending the run, one line each."""
         self.state = TrainingState.start(self._build_model(train_set, fresh), config.training)
         self.batches = Batches(
-            train_set,
-            config.augment,
-            batch_size=config.training.batch_size,
-            seed=config.run.seed,
-            device=self.device,
-            mean=config.data.mean,
-            std=config.data.std,
-        )
+            train_set, config.augment, batch_size=config.training.batch_size, seed=config.run.seed,
+            device=self.device, mean=config.data.mean, std=config.data.std,
+        )  # fmt: skip
         self.rows: list[EpochRow] = []
         self.best: Mapping[str, Any] = {}
         """Row of the best epoch so far."""
@@ -154,20 +146,15 @@ class Run:
     def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
         """Begin a new run in an empty folder (see run_folder.new_folder).
 
-        Args:
-            config: the run's settings.
-            folder: the run folder.
-            manifest: the files of a data set that is a folder, if already listed.
+        ``manifest`` is that of a data set that is a folder, if its files are listed already.
 
         Raises:
             ConfigError: the folder is not empty.
         """
         distributed.on_leader(require_unused, folder)
         if config.data.dataset != "shapes":  # so that the run can be tested from any folder
-            place = config.data.data_path.absolute()
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, data_path=place)
-            )
+            data = dataclasses.replace(config.data, data_path=config.data.data_path.absolute())
+            config = dataclasses.replace(config, data=data)
         run = cls(config, folder, manifest=distributed.on_leader(list_files, config, manifest))
         distributed.on_leader(run._write_settings)
         return run
@@ -176,9 +163,7 @@ class Run:
     def resume(cls, folder: Path, config: Config) -> "Run":
         """Resume from the newest valid checkpoint of a run folder; without one, start over.
 
-        Args:
-            folder: the run folder.
-            config: the settings in its config.json; only the paths and the device may differ.
+        The settings are those in its config.json; only the paths and the device may differ.
 
         Raises:
             CheckpointError: no checkpoint is valid, or it was made with other settings.
@@ -226,15 +211,12 @@ class Run:
         goal = self.config.run.stop_at_accuracy
         return bool(self.rows) and goal is not None and self.rows[-1]["validation_accuracy"] >= goal
 
-    def train(self, stopping: Callable[[], bool] = _never) -> Iterator[Update | EpochEnd]:
+    def train(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and the end of every epoch.
 
-        The iteration may be left at any time; save() then keeps all progress.
-
-        Args:
-            stopping: polled during the evaluation of an epoch, which may take long. If it returns
-                True, the evaluation is postponed; leave the iteration after that update, otherwise
-                the evaluation starts over.
+        The iteration may be left at any time; save() then keeps all progress. ``stopping`` is
+        polled during the evaluation of an epoch, which may take long. If it returns True, the
+        evaluation is postponed; leave the iteration after that update, or it starts over.
 
         Raises:
             TrainingError: the loss, the gradient or a weight is not finite.
@@ -262,7 +244,7 @@ class Run:
             # Before the update is yielded, so that leaving then loses nothing of the epoch.
             end = self._end_epoch(stopping) if update.ends_epoch else None
             yield update
-            if update.ends_epoch and (end := end or self._end_epoch(_never)):
+            if update.ends_epoch and (end := end or self._end_epoch(lambda: False)):
                 yield end
                 if self.is_enough():
                     return
@@ -297,9 +279,8 @@ class Run:
 
     def _synchronize(self) -> None:
         """Copy the leader's state to all ranks: different processors round differently."""
-        distributed.copy_from_leader(
-            [*self.state.weights().values(), *self.state.tensors().values()]
-        )
+        state = {**self.state.weights(), **self.state.tensors()}
+        distributed.copy_from_leader(state.values())
 
     def _score_monitored(self, epoch: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Evaluate the monitored splits; None when stopping."""
@@ -328,12 +309,10 @@ class Run:
         if not every or row["epoch"] % every or not distributed.is_leader():
             return None
         name, model = f"epoch-{row['epoch']:04}.png", self.state.eval_model
-        folder = self.folder / "attention"
-        problems = draw_each(
-            {name: lambda path: draw_attention(model, self.watched, self.config, path)}, folder
-        )
+        draw = {name: lambda path: draw_attention(model, self.watched, self.config, path)}
+        problems = draw_each(draw, self.folder / "attention")
         self.problems += problems
-        return None if problems else folder / name
+        return None if problems else self.folder / "attention" / name
 
     # --- what the leader writes ---
 
@@ -371,8 +350,10 @@ class Run:
     def _write_checkpoint(self) -> Path:
         folder = self.checkpoints / f"step-{self.state.step:07}"
         row: Mapping[str, Any] = self.rows[-1] if self.rows else {}
-        if folder == self.saved and _has_row(folder, row):
-            return folder
+        if folder == self.saved:
+            with contextlib.suppress(CheckpointError):  # it was removed
+                if load_info(folder).metrics == row:
+                    return folder
         weights, training = self.state.weights(), self.state.tensors()
         broken = first_not_finite({**weights, **training})
         if broken is not None:
@@ -388,10 +369,9 @@ class Run:
         return folder
 
     def finish(self) -> dict[str, Any]:
-        """Test the best model once, write result.json and the plots, return the result.
+        """Test the best model once, if there is a test split; write result.json and the plots.
 
-        Without a test split there is no test score. ``problems`` then lists the plots and weights
-        that could not be written.
+        ``problems`` then lists the plots and weights that could not be written.
         """
         best = distributed.on_leader(  # on the CPU, from where it can be sent to every rank
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
@@ -442,14 +422,6 @@ class Run:
 def _speed(images: int, seconds: float) -> float:
     """Return images per second, also if the clock did not advance."""
     return round(images / max(seconds, 1e-9), 1)
-
-
-def _has_row(folder: Path, row: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint exists and its metrics are those of a row."""
-    try:
-        return load_info(folder).metrics == row
-    except CheckpointError:
-        return False
 
 
 def _write_weights(best: Classifier, run_name: str) -> None:

@@ -93,11 +93,7 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
 
 
 def require_unused(folder: Path) -> None:
-    """Refuse a folder that is not empty.
-
-    Raises:
-        ConfigError: it holds a run, or other files.
-    """
+    """Raise ConfigError if a folder is not empty."""
     if folder.exists() and not is_unused(folder):
         raise ConfigError(
             f"{folder} already exists: give another --folder_name, or resume the run in it with "
@@ -118,11 +114,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def require_run_folder(folder: Path) -> None:
-    """Refuse a folder without a run. Nothing is written.
-
-    Raises:
-        CheckpointError: it has neither settings nor checkpoints.
-    """
+    """Raise CheckpointError if a folder has neither settings nor checkpoints."""
     if not ((folder / "config.json").is_file() or is_run_folder(folder)):
         raise CheckpointError(f"{folder}: not a run folder (it has no checkpoints/)")
 
@@ -179,10 +171,8 @@ def run_of(source: str) -> Path | None:
 def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageSet:
     """Load a split of the data that a model was trained on, or of other data.
 
-    Args:
-        classifier: the model. If it comes from a run, the run's manifest determines the splits.
-        split: the split. All of a folder other than the training data is its test split.
-        changes: data settings that differ from those of the training, such as ``data_path``.
+    If the model comes from a run, the run's manifest determines the splits. All of another folder
+    is its test split. ``changes`` are data settings that differ, such as ``data_path``.
 
     Raises:
         DataError: data are missing, or changed since the training.
@@ -218,11 +208,7 @@ def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
 
 
 def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
-    """Return the files that a run started with, after verifying them, and how many were added.
-
-    Raises:
-        DataError: a file was removed or changed.
-    """
+    """Return the files that a run started with, after verifying them, and how many were added."""
     if config.data.dataset != "folder" or not (folder / FILE).is_file():
         return list_files(config, None), 0  # it was stopped before its settings were written
     manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
@@ -237,7 +223,7 @@ def read_rows(folder: Path) -> list[EpochRow]:
     """Return the lines of metrics.jsonl, if there are any.
 
     Raises:
-        CheckpointError: the file cannot be read, or a line is not one of a run.
+        CheckpointError: a line is not that of an epoch.
     """
     path = folder / "metrics.jsonl"
     try:

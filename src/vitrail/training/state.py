@@ -34,8 +34,6 @@ from vitrail.weights.checkpoint import (
 
 SLOTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 """The state that an optimizer keeps for each parameter."""
-RESTORE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError)
-"""What restoring the state of another model may raise."""
 
 
 @dataclass
@@ -89,15 +87,13 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, except those of ``eval_model``: see weights()."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         if self.average is not None:
-            tensors.update({f"model.{name}": t for name, t in self.model.state_dict().items()})
+            tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
             tensors["average.count"] = self.average.n_averaged
         for number, optimizer in enumerate(self.optimizers):
             for index, slots in optimizer.state_dict()["state"].items():
-                tensors.update(
-                    {f"optimizer.{number}.{index}.{slot}": t for slot, t in slots.items()}
-                )
+                tensors |= {f"optimizer.{number}.{index}.{slot}": t for slot, t in slots.items()}
         return tensors
 
     def weights(self) -> dict[str, Tensor]:
@@ -126,14 +122,13 @@ class TrainingState:
                 self.average.n_averaged.copy_(tensors["average.count"])
             for number, optimizer in enumerate(self.optimizers):
                 _restore_optimizer(optimizer, _under(tensors, f"optimizer.{number}"))
-            tally = Tally(**numbers["tally"])
             self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+            tally = Tally(**numbers["tally"])
             self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
-        except RESTORE_ERRORS as error:
+        except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise CheckpointError(
-                f"the saved training state does not match the settings: {reason:.200}"
-            ) from error
+            message = f"the saved training state does not match the settings: {reason:.200}"
+            raise CheckpointError(message) from error
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -156,8 +151,7 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
 def _warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """Return an update function for AveragedModel with a decay that warms up to ``decay``.
 
-    After n updates it is ``min(decay, (1 + n) / (10 + n))``, so that the initial weights do not
-    dominate the average of a short run. The first update is copied.
+    So the initial weights do not dominate the average of a short run. The first update is copied.
 
     Source: TensorFlow's ExponentialMovingAverage, ``num_updates``; timm's ModelEmaV3.
     """
@@ -197,14 +191,13 @@ def quality(row: Mapping[str, Any]) -> tuple[float, ...]:
 
 def checkpoint_folders(checkpoints: Path, last: int | None = None) -> list[Path]:
     """Return the checkpoint folders in the order of their steps. Default: all, else to ``last``."""
-    steps = {folder: step_of(folder) for folder in checkpoints.glob("step-*")}
-    known = {folder: step for folder, step in steps.items() if step is not None}
-    wanted = [folder for folder, step in known.items() if last is None or step <= last]
-    return sorted(wanted, key=known.__getitem__)
+    found = [(step_of(path), path) for path in checkpoints.glob("step-*")]
+    known = sorted((step, path) for step, path in found if step is not None)
+    return [path for step, path in known if last is None or step <= last]
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove the checkpoints up to LAST, except BEST and the ``keep`` newest (0 keeps all).
+    """Remove the checkpoints up to LAST, except BEST and the ``keep`` newest.
 
     Those after LAST were skipped as corrupt; training will overwrite them.
 
@@ -236,10 +229,7 @@ class SavedState(NamedTuple):
 
 
 def recover(folder: Path, config: Config) -> SavedState | None:
-    """Repair a run folder and load its newest valid checkpoint.
-
-    Returns:
-        None if the run was stopped before its first checkpoint.
+    """Repair a run folder and load its newest valid checkpoint; None if there was none yet.
 
     Raises:
         CheckpointError: it has no valid checkpoint, or one made with other settings.
@@ -258,11 +248,7 @@ def recover(folder: Path, config: Config) -> SavedState | None:
 
 
 def remove_incomplete(checkpoints: Path) -> None:
-    """Remove what a killed run left incomplete; restore what it had moved aside.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
+    """Remove what a killed run left incomplete; restore what it had moved aside."""
     try:
         for old in checkpoints.glob(".old-*"):
             folder = old.with_name(old.name.removeprefix(".old-"))
@@ -276,11 +262,7 @@ def remove_incomplete(checkpoints: Path) -> None:
 
 
 def newest_valid(checkpoints: Path) -> SavedState:
-    """Load the newest checkpoint that is complete and unchanged.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Load the newest checkpoint that is complete and unchanged, or raise CheckpointError."""
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(checkpoints)):
         try:
