@@ -111,10 +111,10 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
         contents = _read_files(archive, (*files, *archive.meta), data_path)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    batches = [read_batch(*contents[file], archive) for file in files]
+    batches = [_read_batch(*contents[file], archive) for file in files]
     raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])
     labels_B = np.concatenate([labels_B for _, labels_B in batches])
-    classes = read_class_names(*contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
+    classes = _read_class_names(*contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
     return ImageSet(torch.from_numpy(raw_BCHW), torch.from_numpy(labels_B), classes)
 
 
@@ -207,7 +207,7 @@ def _receive(url: str, output_file: str, _pooch: object) -> None:
             file.writelines(shown)
 
 
-def read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+def _read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
     """Return the images and labels of one file.
 
     Shapes:
@@ -232,7 +232,7 @@ def read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray
     return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)  # type: ignore[union-attr]
 
 
-def read_class_names(where: str, content: bytes, archive: Archive) -> tuple[str, ...]:
+def _read_class_names(where: str, content: bytes, archive: Archive) -> tuple[str, ...]:
     """Return CIFAR-100's fine class names."""
     names = _read_pickle(where, content, archive).get("fine_label_names")
     if not (isinstance(names, list) and len(names) == archive.n_classes):

@@ -54,14 +54,14 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
             _draw_reference(explanation), path, durations_ms=look.duration, loop=look.loop
         )
     elif suffix == ".png":
-        replace_file(path, encode_png(draw_sheet(explanation, look)))
+        replace_file(path, encode_png(_draw_sheet(explanation, look)))
     else:
-        frames = draw_frames(explanation, look)
+        frames = _draw_frames(explanation, look)
         save_animation(frames, path, durations_ms=look.duration, loop=look.loop)
     return path
 
 
-def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
+def _draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     """Draw each frame: the picture, and beside it the picture with the map over it."""
     maps_FGJ = normalize(explanation.maps_FGJ, look.normalize)
     low_F, high_F = limits(explanation.maps_FGJ, look.normalize)
@@ -79,7 +79,7 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     ]  # fmt: skip
 
 
-def draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
+def _draw_sheet(explanation: Explanation, look: Look) -> Image.Image:
     """Draw all frames on one sheet, the picture first."""
     frames, maps_FGJ = explanation.frames, normalize(explanation.maps_FGJ, look.normalize)
     columns = explanation.columns or (len(frames) + 1 if len(frames) < 5 else 4)
@@ -215,14 +215,14 @@ def page_data(explanation: Explanation) -> PageData:
 
 def to_png(explanation: Explanation) -> bytes:
     """Return all frames on one sheet, as a PNG file, for a notebook."""
-    return encode_png(draw_sheet(explanation, Look()))
+    return encode_png(_draw_sheet(explanation, Look()))
 
 
 def to_html(explanation: Explanation) -> str:
     """Return an image tag for a notebook, animated if the frames are a sequence."""
     look = Look()
     if explanation.kind in ANIMATED and len(explanation.frames) > 1:
-        frames = same_size(draw_frames(explanation, look))
+        frames = same_size(_draw_frames(explanation, look))
         kind, content = "gif", encode_gif(frames, [look.duration] * len(frames), look.loop)
     else:
         kind, content = "png", to_png(explanation)

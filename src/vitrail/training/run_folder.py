@@ -160,7 +160,7 @@ def lock_of(folder: Path) -> BaseFileLock:
 # --- the data -------------------------------------------------------------------------------------
 
 
-def run_of(source: str) -> Path | None:
+def _run_of(source: str) -> Path | None:
     """Return the run folder that a model was loaded from, itself or one of its checkpoints."""
     checkpoints = Path(source).resolve().parent
     if is_run_folder(Path(source)):
@@ -181,7 +181,7 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
     data = dataclasses.replace(config.data, **changes)
     manifest = None
     if data.dataset == "folder":
-        run = run_of(classifier.source)
+        run = _run_of(classifier.source)
         known = load_manifest(run) if run and (run / FILE).is_file() else None
         manifest = choose_manifest(data, config.data, known, split, classifier.classes)
     return _load(dataclasses.replace(config, data=data), manifest, split).images[split]
@@ -253,7 +253,7 @@ def log_test_use_of(source: str, fallback: Path, purpose: str, images: int) -> s
     If it is not from a run, or the run is read-only, log it in the folder ``fallback``. Return a
     message for the user if the run folder could not be written, else "".
     """
-    run = run_of(source)
+    run = _run_of(source)
     try:
         log_test_use(run or fallback, purpose, images)
     except OutputError as error:

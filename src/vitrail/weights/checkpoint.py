@@ -217,7 +217,7 @@ def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         described = (file.metadata() or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrail: it does not describe its model")
-    content = parse_json_object(described, path)
+    content = _parse_json_object(described, path)
     if content.get("sha256") != hash_tensors(tensors):
         raise CheckpointError(f"{path}: checksum mismatch: the weights were modified")
     return CheckpointInfo.from_json(content, path), tensors
@@ -261,10 +261,10 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    return parse_json_object(read_bytes(path), path)
+    return _parse_json_object(read_bytes(path), path)
 
 
-def parse_json_object(text: str | bytes, where: Path) -> dict[str, Any]:
+def _parse_json_object(text: str | bytes, where: Path) -> dict[str, Any]:
     """Return the object in a JSON text.
 
     Raises:

@@ -98,7 +98,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     labels = about.get("id2label", {})
     classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
     processor = files.get("preprocessor_config.json")
-    data = {} if processor is None else read_processor(processor, config.image_hw, notes)
+    data = {} if processor is None else _read_processor(processor, config.image_hw, notes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
 
@@ -144,7 +144,7 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_processor(
+def _read_processor(
     about: dict[str, Any], image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
     """Return the fields of DataConfig that preprocessor_config.json specifies.
