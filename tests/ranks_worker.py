@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vitrail.data.datasets
 import vitrail.training.run
 from vitrail.cli import main
-from vitrail.cli.display import TrainingDisplay
+from vitrail.cli.progress import TrainingDisplay
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.batches import Batches

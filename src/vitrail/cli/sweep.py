@@ -16,7 +16,7 @@ from vitrail.config.settings import Config
 from vitrail.errors import ConfigError, TrainingError, printable
 
 if TYPE_CHECKING:
-    from vitrail.cli.signals import StopRequest
+    from vitrail.cli.progress import StopRequest
     from vitrail.sweep.study import Sweep
 
 PROG = "vitrail sweep"
@@ -87,7 +87,7 @@ def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int,
     Returns:
         the signal that stopped it, or 0; the number of complete trials of the study.
     """
-    from vitrail.cli.signals import stop_requests
+    from vitrail.cli.progress import stop_requests
     from vitrail.optional import import_optional
 
     import_optional("optuna")  # before anything slow
@@ -115,7 +115,7 @@ def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int,
 
 def _shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
     """Show a trial's events as vitrail train does, until a signal asks to stop."""
-    from vitrail.cli.display import TrainingDisplay
+    from vitrail.cli.progress import TrainingDisplay
 
     print_err(f"{run.folder}")
     with TrainingDisplay(run, err) as display:
