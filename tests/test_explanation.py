@@ -345,12 +345,12 @@ def test_a_search_skips_the_plots_of_runs(
     Image.new("RGB", (9, 9)).save("all/runs/a/plot.png")
     words = ["predict", "all", "--model_path", str(run_folder), "--json"]
     assert main(words) == 2
-    assert "its only pictures are the plots of runs: all/runs/a" in capsys.readouterr().err
+    assert "its only pictures are the plots of runs" in capsys.readouterr().err
     shutil.copy(picture, "all/cat.png")
     assert main(words) == 0
     captured = capsys.readouterr()
     assert [answer["picture"] for answer in json.loads(captured.out)] == ["all/cat.png"]
-    assert "plots of runs: all/runs/a" in captured.err
+    assert "plots of runs" in captured.err
     assert main(["predict", "all/runs/a/plot.png", "--model_path", str(run_folder)]) == 0
 
 

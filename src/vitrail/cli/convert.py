@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vitrail.cli.console import print_out
-from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Preparation
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         raise ConfigError("--n_classes needs a new head: give --new_head too")
     from vitrail.weights.pretrained import read, remodel, save
 
-    heads, given = options.n_attention_heads, options.preparation.given()
+    heads, given = options.n_attention_heads, options.preparation
     found = read(options.source, n_attention_heads=heads, preparation=given)
     changes: dict[str, Any] = {
         name: value

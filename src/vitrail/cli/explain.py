@@ -406,7 +406,7 @@ def _describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
         value = getattr(options, name)
         if value != getattr(default, name):
             parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
-    parts += [f"{name}-{value}" for name, value in options.preparation.given().items()]
+    parts += [f"{name}-{value}" for name, value in options.preparation.items()]
     for name, value in vars(options.drawing).items():
         if value != getattr(default.drawing, name):
             parts.append(f"{name}-{value}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from vitrail.cli.console import number_table, out, print_err, print_out
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 
@@ -45,7 +45,7 @@ class ExportOptions(ModelArgument):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail export``."""
-    options = with_argument(parse(ExportOptions, args, prog=prog))
+    options = parse(ExportOptions, args, prog=prog)
     ending = ".onnx" if options.format == "onnx" else ".pt2"
     _check(options, ending)
     classifier = load_model(options)

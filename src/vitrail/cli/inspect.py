@@ -14,7 +14,6 @@ from vitrail.cli.options import (
     check_images,
     load_model,
     log_test_use,
-    with_argument,
 )
 from vitrail.cli.parsing import parse
 from vitrail.errors import DataError
@@ -52,7 +51,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     from vitrail.explain.inspection import draw_inspection, inspect_model
     from vitrail.runtime.files import write_json
 
-    options = with_argument(parse(InspectOptions, args, prog=prog))
+    options = parse(InspectOptions, args, prog=prog)
     check_images(options.images)
     classifier = load_model(options)
     images_BCHW, missing = _load_images(classifier, options)

@@ -96,7 +96,7 @@ def _load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
         raise ConfigError("--n_attention_heads is not for ONNX files: leave it out")
     assert options.model_path is not None
     exported = load_onnx(options.model_path, device=options.device)
-    return exported.prepared(**options.preparation.given())
+    return exported.prepared(**options.preparation)
 
 
 def _predict_all(

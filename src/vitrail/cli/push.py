@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from vitrail.cli.console import print_err, print_out
-from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Preparation
 from vitrail.errors import CheckpointError, ConfigError
 
 PROG = "vitrail push"
@@ -47,7 +47,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     from vitrail.weights.pretrained import OWN, read
 
     hub.hub_api()
-    heads, given = options.n_attention_heads, options.preparation.given()
+    heads, given = options.n_attention_heads, options.preparation
     found = read(options.model, n_attention_heads=heads, preparation=given)
     for note in found.notes:
         print_err(f"{options.model}: {note}")

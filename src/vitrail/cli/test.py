@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import tyro
 
 from vitrail.cli.console import out, print_err
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
 
@@ -49,7 +49,7 @@ class TestOptions(ModelArgument):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail test``."""
-    options = with_argument(parse(TestOptions, args, prog=prog))
+    options = parse(TestOptions, args, prog=prog)
     classifier = load_model(options)
     scored = score(classifier, options)
     if options.json:
