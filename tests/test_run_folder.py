@@ -384,7 +384,11 @@ def test_a_signal_during_the_final_test_stops_at_once(
     copied: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run.resume(*copied)
-    monkeypatch.setattr(run, "finish", lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "finish", interrupted)
     assert follow(run) == 128 + signal.SIGINT
     assert f"vitrail train --resume {run.folder}" in capsys.readouterr().err.replace("\n", "")
 
