@@ -61,12 +61,7 @@ def is_hub_id(source: str | Path) -> bool:
 def download(hub_id: str) -> Path:
     """Download a model of the hub unless it is cached, and return its folder.
 
-    Args:
-        hub_id: ``hf:OWNER/NAME``, or ``hf:OWNER/NAME@REVISION`` (a branch, tag or commit).
-
-    Raises:
-        ConfigError: huggingface_hub is not installed.
-        CheckpointError: there is no such model, or the hub cannot be reached.
+    ``hub_id`` is ``hf:OWNER/NAME``, or ``hf:OWNER/NAME@REVISION`` (a branch, tag or commit).
     """
     name, _, revision = hub_id.removeprefix(PREFIX).partition("@")
     api, wanted = hub_api(), [CONFIG, PROCESSOR, MODEL]
@@ -75,12 +70,7 @@ def download(hub_id: str) -> Path:
 
 
 def upload(folder: Path, hub_id: str, *, private: bool = False) -> str:
-    """Upload a folder's files as one commit, and return the model's URL.
-
-    Raises:
-        ConfigError: huggingface_hub is not installed.
-        OutputError: the upload is rejected, or the hub cannot be reached.
-    """
+    """Upload a folder's files as one commit, and return the model's URL."""
     name, api = hub_id.removeprefix(PREFIX), hub_api()
     with _reported_as(hub_id, OutputError):
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -89,11 +79,7 @@ def upload(folder: Path, hub_id: str, *, private: bool = False) -> str:
 
 
 def hub_api() -> Any:
-    """Return the hub's client.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Return the hub's client."""
     return import_optional("huggingface_hub").HfApi(library_name="vitrail")
 
 
@@ -134,17 +120,8 @@ def write_hub_folder(
 ) -> None:
     """Write a model's files: weights that describe themselves, config.json to read, and the card.
 
-    Args:
-        folder: the output folder.
-        info: the model's description.
-        weights: its weights.
-        hub_id: its id on the hub.
-        license: a license identifier of the hub, e.g. ``mit``.
-        result: the content of a finished run's result.json, if any.
-
-    Raises:
-        ConfigError: huggingface_hub is not installed.
-        OutputError: a file cannot be written.
+    ``license`` is an identifier of the hub, e.g. ``mit``; ``result`` is the content of a finished
+    run's result.json, if any.
     """
     info = dataclasses.replace(info, config=without_paths(info.config))
     save_weights_file(folder / MODEL, info, weights)

@@ -119,15 +119,9 @@ def read(
     n_attention_heads: int | None = None,
     preparation: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Return the weights that ``load`` would load, and their description.
+    """Return the weights, also without a head, that ``load`` would load, and their description.
 
-    Args:
-        source: as for ``load``.
-        n_attention_heads: as for ``load``.
-        preparation: fields of PREPARATION that override the files.
-
-    Raises:
-        CheckpointError: as ``load``, but weights without a head are allowed.
+    ``preparation`` has fields of PREPARATION that override the files.
     """
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
@@ -186,7 +180,8 @@ def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, A
     data = replace_fields(DataConfig(), {"dataset": dataset, **found.data, **given})
     classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
-    notes, known = (*found.notes, *_note_assumed(found, given)), bool(found.classes)
+    notes = (*found.notes, *_note_assumed(found, given))
+    known = bool(found.classes)
     return Source(info, dict(found.weights), found.layout, notes, found.tensors, known)
 
 
@@ -206,9 +201,6 @@ def with_init(config: Config, init: str, n_attention_heads: int | None = None) -
     """Return the settings of a run that starts from weights: their model and preparation.
 
     Dropout and stochastic depth are kept; the number of classes is that of the data.
-
-    Raises:
-        CheckpointError: as ``read``.
     """
     theirs = read(init, n_attention_heads=n_attention_heads).info.config
     # The range of 16-bit pictures is a property of the data, not of the weights.
@@ -249,11 +241,7 @@ def start_from(
 def remodel(
     source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
 ) -> Source:
-    """Adapt weights to another image size or, with ``new_head``, other classes.
-
-    Raises:
-        CheckpointError: the models differ in other settings.
-    """
+    """Adapt weights to another image size or, with ``new_head``, other classes."""
     with rng.seeded(seed, "init", device=torch.device("cpu")):
         built = VisionTransformer(model)
     notes = adapt(built, source.info.config.model, source.weights, new_head=new_head)
@@ -269,12 +257,7 @@ def remodel(
 
 
 def save(source: Source, path: Path, layout: str = OWN) -> None:
-    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model, or the extension is wrong.
-        OutputError: it cannot be written.
-    """
+    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout."""
     if layout != OWN:
         write_foreign(path, layout, source.info, source.weights)
     elif path.suffix != ".safetensors":

@@ -92,11 +92,7 @@ class Layout:
         """Convert their tensors to ours.
 
         Only the sum of a class token and its position is ever used: it becomes the token.
-
-        Args:
-            config: the model's settings.
-            state: their tensors.
-            template: tensors of our model's names and shapes; may be on the meta device.
+        ``template`` has tensors of our model's names and shapes, also on the meta device.
 
         Raises:
             CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
@@ -149,11 +145,7 @@ def block_names(theirs: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, 
 
 
 def read_shapes(plain: State, names: Names) -> dict[str, Any]:
-    """Return the settings that the shapes of tensors show; all but the image size.
-
-    Raises:
-        CheckpointError: a tensor is missing, or a patch is not square.
-    """
+    """Return the settings that the shapes of tensors show; all but the image size."""
     stem, mlp = f"{names['stem'][0]}.weight", names["blocks.*.mlp.fc1"][0]
     embed_dim, n_channels, height, width = shape(plain, stem, 4)
     if height != width:
@@ -230,11 +222,7 @@ def fill_biases(plain: dict[str, Tensor], names: Names, notes: list[str]) -> Non
 
 
 def rgb_values(values: Any, what: str) -> tuple[float, float, float]:
-    """Return a value for each of three channels; one value (gray models) is repeated.
-
-    Raises:
-        CheckpointError: there are neither three nor one.
-    """
+    """Return a value for each of three channels; one value (gray models) is repeated."""
     numbers = values if isinstance(values, list | tuple) else [values]
     if len(numbers) not in (1, 3):
         raise CheckpointError(f"{what} has {len(numbers)} values: 1 or 3 are needed")

@@ -177,11 +177,7 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def _unwrap_names(state: State) -> tuple[State, list[str]]:
-    """Remove prefixes such as ``module.`` or ``teacher.backbone.`` from the tensors' names.
-
-    Returns:
-        the tensors by the model's own names, and notes of what was changed or ignored.
-    """
+    """Remove prefixes such as ``module.`` from the names; return notes of what was changed, too."""
     notes: list[str] = []
     if any(COMPILED in key for key in state):
         state = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
@@ -209,12 +205,8 @@ def convert(
     """Convert another system's state dict to our settings and state dict.
 
     Layers, widths, patch, image, channels and classes are read off the shapes. Head count,
-    activation and class names are not in every file; ``notes`` lists what was assumed.
-
-    Args:
-        state: the tensors, by their names in the file.
-        files: the content of the JSON files beside it, by name.
-        n_attention_heads: the head count, if the files do not specify it.
+    activation and class names are not in every file (``files``: the JSON files beside it, by name);
+    ``notes`` lists what was assumed.
 
     Raises:
         CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
@@ -258,11 +250,7 @@ def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:
-    """Return our weights as another layout's state dict.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model.
-    """
+    """Return our weights as another layout's state dict, if it can represent such a model."""
     needs = {"stem": ("patch",), "position": ("learned",), **LAYOUTS[layout].needs}
     weights = dict(weights)
     if config.position == "sincos":
@@ -279,12 +267,7 @@ def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, 
 def write_foreign(
     path: Path, layout: str, info: CheckpointInfo, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a model as another system's file, or folder with its configuration.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model, or the path has a wrong extension.
-        OutputError: it cannot be written.
-    """
+    """Write a model as another system's file, or folder with its configuration."""
     wanted = SUFFIXES.get(layout)
     if wanted is not None and path.suffix != wanted:
         raise ConfigError(f"{path}: the layout {layout} needs a name that ends in {wanted}")
