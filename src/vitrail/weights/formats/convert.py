@@ -107,21 +107,20 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
         CheckpointError: it is corrupt, would run code, or is not a state dict of tensors.
     """
-    content = io.BytesIO(read_bytes(path))
     if path.suffix == ".safetensors":
-        return unpack(content.getvalue(), path), []
+        return unpack(read_bytes(path), path), []
     if path.suffix != ".npz":
-        return _read_pickle(content, path)
+        return _read_pickle(path)
     try:
-        with np.load(content, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}, []
     except Exception as error:  # NumPy raises many kinds
         raise CheckpointError(f"{path}: not a valid .npz file: {error!s:.100}") from error
 
 
-def _read_pickle(content: io.BytesIO, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors that torch.save wrote, by name, and notes of what was ignored."""
-    state, notes = _unpickle(content, path), []
+    state, notes = _unpickle(path), []
     while tables := [name for name in TABLE_NAMES if _holds_table(state, name)]:
         if len(tables) > 1:
             notes.append(f"{tables[0]} is used; ignored in the same file: {first_few(tables[1:])}")
@@ -138,24 +137,25 @@ def _read_pickle(content: io.BytesIO, path: Path) -> tuple[dict[str, Tensor], li
     return dict(state), notes
 
 
-def _unpickle(content: io.BytesIO, path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     """Return the content of a file of torch.save if nothing in it would run code."""
     with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
         warnings.simplefilter("ignore")  # about unusual pickles; errors are reported below
         try:
-            return torch.load(content, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
         except Exception as error:  # torch raises many kinds
             what = "corrupt, or more than tensors and plain values"
-            if name := _unsafe_global(content):
+            if name := _unsafe_global(path):
                 what = f"it contains {name}, which could run code. {REMEDY}"
             raise CheckpointError(f"{path}: not a valid weights file: {what}") from error
 
 
-def _unsafe_global(content: io.BytesIO) -> str:
+def _unsafe_global(path: Path) -> str:
     """Return the name of the global that torch refuses to unpickle, or '' if it refuses none."""
-    content.seek(0)
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  (the file is corrupt)
         return ""
     return printable(min(found, default=""))[:80]
