@@ -1,5 +1,6 @@
 """Settings from Python, flags, JSON and TOML: one set of rules checks and converts every value."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -48,34 +49,31 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, str) and not _is_file_text(value):
         raise ConfigError(f"{name} is {value!r:.60}: it contains characters that no file name can")
     for option in options:
-        found, converted = _as_type(name, value, option)
-        if found:
-            return converted
+        with contextlib.suppress(TypeError):
+            return _as_type(name, value, option)
     wanted = " or ".join(_describe(option) for option in options)
     raise ConfigError(f"{name} is {value!r:.60}: give {wanted}")
 
 
-def _as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
-    """Return whether a value has this type, and if so, the value converted to it."""
+def _as_type(name: str, value: Any, option: Any) -> Any:
+    """Return a value converted to a type, or raise TypeError if it does not have it."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if get_origin(option) is Literal:
-        return isinstance(value, str) and value in get_args(option), value
-    if get_origin(option) is tuple:
-        kinds = get_args(option)
-        if not isinstance(value, list | tuple):
-            return False, None
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(value) != len(kinds):
-            return False, None
-        return True, tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    kinds = get_args(option)
+    if get_origin(option) is Literal and isinstance(value, str) and value in kinds:
+        return value
+    if get_origin(option) is tuple and isinstance(value, list | tuple):
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(value) == len(kinds):
+            return tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
     if option is Path and isinstance(value, str | Path):
-        return True, expand_home(value)
+        return expand_home(value)
     if option is float and number:
-        return True, float(value)
+        return float(value)
     if option is int and number and isinstance(value, Integral):
-        return True, int(value)
-    return type(value) is option, value
+        return int(value)
+    if type(value) is option:
+        return value
+    raise TypeError
 
 
 def expand_home(path: str | Path) -> Path:

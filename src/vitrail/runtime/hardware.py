@@ -2,8 +2,6 @@
 
 import platform
 import re
-import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ from vitrail.runtime import distributed
 
 LONG_RUN = 2000
 """Updates from which compiling a run on CUDA is worth its time: a rule of thumb, not measured."""
-PRIVATE = re.compile(r"path|name|config|resume|init\b")
-"""Matches flags whose values are paths or names."""
-HIDDEN = "[path or name]"
 PACKAGES = ("vitrail", "torch", "numpy", "pillow", "safetensors")
 
 
@@ -86,7 +81,7 @@ def choose_compile(name: str, device: torch.device, updates: int) -> bool:
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return versions, machine, device and number format; nothing that identifies a person."""
+    """Return versions, machine, device and number format."""
     gpu = f": {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return {
         "versions": package_versions(),
@@ -96,21 +91,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "threads": torch.get_num_threads(),
         "device": device.type + gpu,
         "precision": precision,
-        "command": [Path(sys.argv[0]).name, *public_words(sys.argv[1:])],
     }
-
-
-def public_words(words: Sequence[str]) -> list[str]:
-    """Return the command line without paths and names, which may identify a person."""
-    shown: list[str] = []
-    private = False
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if flag:
-            private = bool(PRIVATE.search(flag))
-        hidden = bool(value) and (private or any(mark in value for mark in "/\\~"))
-        shown.append(flag + equals + (HIDDEN if hidden else value))
-    return shown
 
 
 def package_versions() -> dict[str, str]:

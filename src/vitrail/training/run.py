@@ -88,12 +88,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        *,
-        fresh: bool = True,
-        manifest: Manifest | None = None,
+        self, config: Config, folder: Path, *, fresh: bool = True, manifest: Manifest | None = None
     ) -> None:
         check_trackers(config.run)  # fails now rather than after hours of training
         if config.run.model_path is not None:
