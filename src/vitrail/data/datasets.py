@@ -33,7 +33,7 @@ from vitrail.data.formats import (
     to_bytes,
 )
 from vitrail.data.images import ImageSet
-from vitrail.data.manifest import Manifest, scan
+from vitrail.data.manifest import File, Manifest, scan
 from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
 from vitrail.data.shapes import load_shapes
 from vitrail.errors import DataError, PictureError
@@ -143,33 +143,30 @@ def _load_folder(
             pixel_range=pixel_range,
         )
         pixel_range = decoded.pixel_range
-        for number, (index, reason) in enumerate(sorted(decoded.broken.items())):
-            if number < NAMED:
-                log.warning("left out: %s: %s", paths[index], reason)
-            manifest = manifest.without(
-                left_out_reason(paths[index]), [limited.files[split][index].path]
-            )
-        _report_broken(limited, split, decoded.broken)
-        valid = [f.label for index, f in enumerate(files) if index not in decoded.broken]
-        raw_BCHW = torch.from_numpy(decoded.raw_BCHW)
-        images[split] = ImageSet(raw_BCHW, torch.tensor(valid, dtype=torch.int64), manifest.classes)
+        for index, reason in sorted(decoded.broken.items())[:NAMED]:
+            log.warning("left out: %s: %s", paths[index], reason)
+        for index in decoded.broken:
+            manifest = manifest.without(left_out_reason(paths[index]), [files[index].path])
+        valid = [file for index, file in enumerate(files) if index not in decoded.broken]
+        _check_valid(limited, split, valid)
+        labels_B = torch.tensor([file.label for file in valid], dtype=torch.int64)
+        images[split] = ImageSet(torch.from_numpy(decoded.raw_BCHW), labels_B, manifest.classes)
     return Loaded(images, manifest, pixel_range)
 
 
-def _report_broken(manifest: Manifest, split: Split, broken: dict[int, str]) -> None:
+def _check_valid(manifest: Manifest, split: Split, valid: Sequence[File]) -> None:
     """Log how many pictures are broken; refuse a split, or a training class, of broken ones only.
 
     Raises:
         DataError: no picture of the split, or none of a training class, can be decoded.
     """
-    labels = manifest.labels(split)
-    if not broken:
-        return
-    log.warning("%d of %d %s pictures left out: they cannot be decoded",
-                len(broken), len(labels), split)  # fmt: skip
-    if len(broken) == len(labels):
+    files = manifest.files.get(split, ())
+    if len(valid) < len(files):
+        log.warning("%d of %d %s pictures left out: they cannot be decoded",
+                    len(files) - len(valid), len(files), split)  # fmt: skip
+    if files and not valid:
         raise DataError(f"{manifest.root}: no picture of the {split} split can be decoded")
-    lost = set(labels) - {label for index, label in enumerate(labels) if index not in broken}
+    lost = {file.label for file in files} - {file.label for file in valid}
     if split == "train" and lost:
         raise DataError(
             f"{manifest.root}: none of the training pictures of class "

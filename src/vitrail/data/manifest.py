@@ -45,7 +45,7 @@ SPLIT_WORDS: dict[str, Split] = {
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
 SPLIT_NAME = re.compile(
-    rf"(?:(?P<prefix>.+)[\W_]+)?(?P<split>{'|'.join(SPLIT_WORDS)})"
+    rf"(?:.+[_-])?(?P<split>{'|'.join(SPLIT_WORDS)})"
     r"[\W_]*(?:sets?|data|dataset|images?|imgs?|pictures|photos|split|folder)?[\W_]*\d*",
     re.IGNORECASE,
 )
@@ -175,10 +175,18 @@ def find_layout(data_path: Path) -> Layout:
         raise DataError(f"{data_path}: no such folder; give --data_path a folder of class folders")
     root = _without_repeat(data_path)
     folders = _subfolders(root)
-    named = _split_folders(folders)
-    kinds = {split for split, _ in named}
-    if not named or (len(kinds) == 1 and not _is_lone_split(root, named[0][1], folders)):
-        return Layout({"train": root}, one_tree=True, unused=())
+    matches = [(SPLIT_NAME.fullmatch(folder.name), folder) for folder in folders]
+    named = [(SPLIT_WORDS[match["split"].lower()], path) for match, path in matches if match]
+    unused = tuple(path for match, path in matches if not match)
+    if len({split for split, _ in named}) < 2:  # a class may be called train
+        lone = [path for _, path in named if _subfolders(path) and not _has_pictures(path)]
+        if not lone:
+            return Layout({"train": root}, one_tree=True, unused=())
+        if unused:
+            raise DataError(
+                f"{root}: {lone[0].name}/ looks like a split, but {unused[0].name}/ next to it "
+                f"does not: rename {lone[0].name}/ if it is a class, or move {unused[0].name}/ away"
+            )
     trees: dict[Split, Path] = {}
     for split, folder in named:
         if split in trees:
@@ -186,49 +194,13 @@ def find_layout(data_path: Path) -> Layout:
                             "split: keep one")  # fmt: skip
         trees[split] = folder
     for split, folder in trees.items():
-        trees[split] = tree = _without_repeat(folder)
-        if not _subfolders(tree):
+        trees[split] = _without_repeat(folder)
+        if not _subfolders(trees[split]):
             raise DataError(
                 f"{root}: {folder.name}/ looks like a {split} split, but has no class folders: "
                 "put its pictures into one folder per class, or rename it if it is a class"
             )
-    unused = tuple(folder for folder in folders if folder not in [path for _, path in named])
     return Layout(trees, one_tree=False, unused=unused)
-
-
-def _split_folders(folders: list[Path]) -> list[tuple[Split, Path]]:
-    """Return the folders that are named as splits, all with the same prefix.
-
-    Among several prefixes the one with the most splits wins: ``seg_train`` and ``seg_test`` are
-    splits even next to a class called ``freight train``.
-    """
-    groups: dict[str, list[tuple[Split, Path]]] = {}
-    for folder in folders:
-        match = SPLIT_NAME.fullmatch(folder.name)
-        if match:
-            prefix = (match["prefix"] or "").lower()
-            groups.setdefault(prefix, []).append((SPLIT_WORDS[match["split"].lower()], folder))
-    lone = {prefix: group for prefix, group in groups.items() if len({s for s, _ in group}) == 1}
-    if len(lone) == len(groups):  # without a second split, only the plain names count
-        return groups.get("", [])
-    return max(groups.values(), key=lambda group: len({split for split, _ in group}))
-
-
-def _is_lone_split(root: Path, folder: Path, folders: list[Path]) -> bool:
-    """Return whether the only folder named like a split is a split; otherwise it is a class.
-
-    Raises:
-        DataError: it is ambiguous.
-    """
-    if _has_pictures(folder) or not _subfolders(folder):
-        return False
-    if len(folders) > 1:
-        other = next(other for other in folders if other != folder)
-        raise DataError(
-            f"{root}: {folder.name}/ looks like a split, but {other.name}/ next to it does not: "
-            f"rename {folder.name}/ if it is a class, or move {other.name}/ away"
-        )
-    return True
 
 
 def _without_repeat(folder: Path) -> Path:
@@ -267,14 +239,12 @@ def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
     if "train" not in layout.trees:
         there = ", ".join(f"{folder.name}/" for folder in layout.trees.values())
         raise DataError(f"{data_path}: found {there}, but no train/ next to it: add it")
-    trees, left_out = _list_trees(layout, data_path)
-    classes = tuple(sorted(trees["train"]))
+    classes, files, left_out = _list_files(layout, data_path)
     if len(classes) < 2:
         raise DataError(
             f"{layout.trees['train']}: a classifier needs at least 2 class folders with pictures, "
             f"found {len(classes)}"
         )
-    files = _label(trees, layout, classes)
     if layout.one_tree:
         counts = tenth_of_each(_counts(files["train"], len(classes)))
         files["train"], files["test"] = _cut(files["train"], counts, "test")
@@ -293,8 +263,7 @@ def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
         DataError: there is no picture, or a class that ``classes`` lacks.
     """
     layout = find_layout(data_path)
-    trees, left_out = _list_trees(layout, data_path)
-    files = _label(trees, layout, classes)
+    _, files, left_out = _list_files(layout, data_path, classes)
     if layout.one_tree:
         files = {"test": files["train"]}
     if not any(files.values()):
@@ -302,14 +271,18 @@ def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
     return Manifest(data_path, tuple(classes), files, left_out)
 
 
-def _list_trees(
-    layout: Layout, data_path: Path
-) -> tuple[dict[Split, dict[str, list[str]]], dict[str, tuple[str, ...]]]:
-    """Return the relative names of the pictures by split and class, and of the files left out."""
-    trees: dict[Split, dict[str, list[str]]] = {}
+def _list_files(
+    layout: Layout, data_path: Path, classes: Sequence[str] = ()
+) -> tuple[tuple[str, ...], Files, dict[str, tuple[str, ...]]]:
+    """Return the classes (default: those of training), the files, and the names left out.
+
+    Raises:
+        DataError: a split has an unknown class.
+    """
+    found: dict[Split, list[tuple[str, str]]] = {}
     left_out: dict[str, list[str]] = {}
     for split, tree in layout.trees.items():
-        trees[split] = {}
+        found[split] = []
         for path in walk_files(tree):
             name, parts = path.relative_to(data_path).as_posix(), path.relative_to(tree).parts
             if not is_picture(path):
@@ -317,29 +290,29 @@ def _list_trees(
             elif len(parts) == 1:
                 left_out.setdefault("not in a class folder", []).append(name)
             else:
-                trees[split].setdefault(parts[0], []).append(name)
+                found[split].append((parts[0], name))
     for folder in layout.unused:
         names = [path.relative_to(data_path).as_posix() for path in walk_files(folder)]
         left_out.setdefault(f"in {folder.name}/, which is no split", []).extend(names)
-    return trees, {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())}
-
-
-def _label(
-    trees: dict[Split, dict[str, list[str]]], layout: Layout, classes: Sequence[str]
-) -> Files:
-    """Return the files of every split with their labels; refuse a split with an unknown class."""
-    for split, tree in trees.items():
-        unknown = sorted(set(tree) - set(classes))
+    classes = tuple(classes) or tuple(sorted({name for name, _ in found["train"]}))
+    labels = {name: label for label, name in enumerate(classes)}
+    for split, pairs in found.items():
+        unknown = sorted({name for name, _ in pairs} - set(classes))
         if unknown:
             known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise DataError(f"{layout.trees[split]}: class {unknown[0]!r} is not among the "
                             f"training classes ({known})")  # fmt: skip
-    return {
+    files = {
         split: tuple(
-            File(path, label) for label, name in enumerate(classes) for path in tree.get(name, ())
+            sorted((File(path, labels[name]) for name, path in pairs), key=lambda file: file.label)
         )
-        for split, tree in trees.items()
+        for split, pairs in found.items()
     }
+    return (
+        classes,
+        files,
+        {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())},
+    )
 
 
 def _counts(files: Iterable[File], n_classes: int) -> list[int]:
@@ -434,13 +407,13 @@ def choose_manifest(
     Raises:
         DataError: the folder of the run has changed, or does not have the model's classes.
     """
+    same = data.data_path.resolve() == (known.root if known else trained.data_path).resolve()
     if known is None:
-        if trained.dataset == "folder" and _is_same(data.data_path, trained.data_path):
+        if trained.dataset == "folder" and same:
             return scan(data.data_path, data.validation_images)
         return scan_whole(data.data_path, classes)
     here = replace(known, root=data.data_path)
-    complete = all(path.is_file() for s in SPLITS for path in here.paths(s))
-    if _is_same(data.data_path, known.root) or complete:
+    if same or all(path.is_file() for split in SPLITS for path in here.paths(split)):
         verify(here, [split], data.num_workers)
         return here
     whole = scan_whole(data.data_path, classes)
@@ -451,11 +424,6 @@ def choose_manifest(
         log.warning("%s: the model was trained on %d of these %d pictures (equal content)",
                     data.data_path, overlap, len(found))  # fmt: skip
     return whole
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    """Return whether two paths are the same folder."""
-    return path.resolve() == other.resolve()
 
 
 def count_added(manifest: Manifest) -> int:
