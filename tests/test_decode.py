@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail.data import datasets, formats, pictures
+from vitrail.data import formats, pictures
 from vitrail.data.datasets import Decoded, decode
 from vitrail.data.formats import Extent, PixelRange, choose_range, join, measure, to_bytes
 from vitrail.data.pictures import Framing, enough_side, fit_picture, read_picture, stack_pictures
@@ -83,7 +83,7 @@ def test_an_exception_stops_all_threads(
         seen.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(datasets, "read_pixels", interrupt)
+    monkeypatch.setattr(formats, "read_pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path] * 10_000, workers=workers)
     assert len(seen) < 10_000

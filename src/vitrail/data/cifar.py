@@ -169,11 +169,7 @@ def _read_tar(tar: Path, archive: Archive, files: Sequence[str]) -> dict[str, tu
 
 
 def _download(archive: Archive, cache: Path) -> Path:
-    """Download the tar.gz into the cache from the first mirror that works.
-
-    Raises:
-        DataError: every mirror failed; the message lists them with the reasons.
-    """
+    """Download the tar.gz into the cache from the first mirror that works."""
     import requests  # here, since it is slow to load
 
     problems = []
@@ -208,11 +204,7 @@ def _receive(url: str, output_file: str, _pooch: object) -> None:
 
 
 def _read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images and labels of one file.
-
-    Shapes:
-        raw_BCHW: uint8; labels_B: int64.
-    """
+    """Return the images (uint8) and labels (int64) of one file."""
     batch = _read_pickle(where, content, archive)
     data, labels = (batch.get(key) for key in ("data", archive.label_key))
     valid = (
@@ -270,11 +262,7 @@ class ArrayUnpickler(pickle.Unpickler):
     ))  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the functions that arrays are made with.
-
-        Raises:
-            DataError: it is another one.
-        """
+        """Return one of the functions that arrays are made with; refuse any other."""
         module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
         if f"{module}.{name}" not in self.allowed:
             raise DataError(f"it would run {module:.50}.{name:.50}, which no data file needs")

@@ -19,19 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vitrail.config.settings import DataConfig, Split
+from vitrail.data import formats
 from vitrail.data.cifar import load_cifar
-from vitrail.data.formats import (
-    Extent,
-    PixelRange,
-    choose_range,
-    describe,
-    gray_to_rgb,
-    join,
-    left_out_reason,
-    measure,
-    read_pixels,
-    to_bytes,
-)
+from vitrail.data.formats import Extent, PixelRange
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import File, Manifest, scan
 from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
@@ -146,7 +136,7 @@ def _load_folder(
         for index, reason in sorted(decoded.broken.items())[:NAMED]:
             log.warning("left out: %s: %s", paths[index], reason)
         for index in decoded.broken:
-            manifest = manifest.without(left_out_reason(paths[index]), [files[index].path])
+            manifest = manifest.without(formats.left_out_reason(paths[index]), [files[index].path])
         valid = [file for index, file in enumerate(files) if index not in decoded.broken]
         _check_valid(limited, split, valid)
         labels_B = torch.tensor([file.label for file in valid], dtype=torch.int64)
@@ -211,22 +201,24 @@ def decode(
     def decode_one(index: int) -> None:
         """Decode a picture into its slot; measure a wide one as long as the range is unknown."""
         try:
-            pixels = read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
+            pixels = formats.read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
         except PictureError as error:
             broken[index] = str(error)
             return
         if pixels.ndim == 2:
             if pixel_range is None:
-                wide[index] = measure(pixels)
+                wide[index] = formats.measure(pixels)
                 return
-            pixels = gray_to_rgb(to_bytes(pixels, pixel_range))
+            pixels = formats.gray_to_rgb(formats.to_bytes(pixels, pixel_range))
         raw_BCHW[index] = fit_channels(pixels, size_hw, fit, n_channels).transpose(2, 0, 1)
 
     _run_threads(decode_one, range(len(paths)), num_workers, "decoding")
     if wide:
-        extent = join(wide.values())
-        pixel_range = choose_range(extent)
-        log.warning("wide gray pictures: %d files, %s", len(wide), describe(extent, pixel_range))
+        extent = formats.join(wide.values())
+        pixel_range = formats.choose_range(extent)
+        log.warning(
+            "wide gray pictures: %d files, %s", len(wide), formats.describe(extent, pixel_range)
+        )
         _run_threads(decode_one, sorted(wide), num_workers, "decoding wide gray pictures")
     valid = [index for index in range(len(paths)) if index not in broken]
     for target, index in enumerate(valid):  # in place, to avoid a second copy

@@ -11,46 +11,25 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vitrail.config.settings import DataConfig, FitMode
-from vitrail.data.formats import (
-    BYTES,
-    WHITE,
-    Color,
-    PixelRange,
-    Source,
-    choose_range,
-    describe,
-    gray_to_rgb,
-    measure,
-    open_file,
-    read_pixels,
-    to_bytes,
-)
+from vitrail.data import formats
+from vitrail.data.formats import BYTES, WHITE, Color, PixelRange, Source, gray_to_rgb
 from vitrail.errors import PictureError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("vitrail")
 
 
-class ArrayLike(Protocol):
-    """A NumPy array, a torch tensor, or another library's array."""
-
-    @property
-    def shape(self) -> Any:
-        """The lengths of its axes."""
-
-    @property
-    def dtype(self) -> Any:
-        """The type of its numbers."""
-
-
-Picture = Source | ArrayLike
+Picture: TypeAlias = "Source | np.ndarray | Tensor"
 """A file name, the content of a file, an open file, a Pillow image, or an array."""
-Pictures = Picture | Iterable[Picture]
+Pictures: TypeAlias = "Picture | Iterable[Picture]"
 """One picture, several, or an array of several: (B, H, W, C) or (B, C, H, W)."""
 RULE = (
     "give a file name, bytes, a file open in binary mode, a Pillow image, or an array of uint8, "
@@ -93,12 +72,12 @@ def read_picture(
     if _is_source(picture):
         name = source_name(picture) or name
         try:
-            pixels = read_pixels(picture, background=background, shorter_side=shorter_side)
+            pixels = formats.read_pixels(picture, background=background, shorter_side=shorter_side)
         except PictureError as error:
             raise PictureError(f"{name}: {error}") from error
         if pixels.ndim == 3:
             return pixels
-        return gray_to_rgb(to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
+        return gray_to_rgb(formats.to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
     array = _as_array(picture, name)
     if array is None:
         raise PictureError(f"{name} is a {type(picture).__name__}: {RULE}")
@@ -123,15 +102,11 @@ def list_pictures(pictures: Pictures) -> Sequence[Picture]:
 
 
 def only_picture(picture: Picture) -> Picture:
-    """Return a picture that can be read twice: the content of a file that is open.
-
-    Raises:
-        PictureError: it is several pictures.
-    """
+    """Return a picture that can be read twice (of an open file, the content); refuse several."""
     listed = list_pictures(picture)
     if len(listed) != 1:
         raise PictureError(f"{len(listed)} pictures are given: give one")
-    return open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
+    return formats.open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
 
 
 def source_name(source: object) -> str:
@@ -157,9 +132,8 @@ def _as_array(picture: object, name: str) -> np.ndarray | None:
     try:
         if torch is not None and isinstance(picture, torch.Tensor):
             tensor = picture.detach().cpu()  # NumPy has no bfloat16
-            return cast(
-                np.ndarray, (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-            )
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            return cast(np.ndarray, tensor.numpy())
         return np.asarray(picture) if hasattr(picture, "__array__") else None
     except (TypeError, ValueError, RuntimeError) as error:  # sparse, quantized, on another device
         kind = type(picture).__name__
@@ -204,10 +178,12 @@ def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
 
 def _guess_range(values_HW: np.ndarray, name: str) -> PixelRange:
     """Return the range of a single wide gray picture; the first guess of a process is logged."""
-    extent = measure(values_HW)
-    pixel_range = choose_range(extent)
+    extent = formats.measure(values_HW)
+    pixel_range = formats.choose_range(extent)
     if not guesses:
-        guesses.append(f"{name}: a single wide gray picture: {describe(extent, pixel_range)}")
+        guesses.append(
+            f"{name}: a single wide gray picture: {formats.describe(extent, pixel_range)}"
+        )
         log.warning("%s", guesses[0])
     return pixel_range
 
@@ -228,11 +204,6 @@ class Framing:
         """Return a framing as it is, or the default framing with this ``fit``."""
         return fit if isinstance(fit, Framing) else cls(fit)
 
-    @property
-    def resampling(self) -> Image.Resampling:
-        """The filter as Pillow's constant."""
-        return Image.Resampling[self.interpolation.upper()]
-
 
 Fit = FitMode | Framing
 """A framing; a word stands for the default framing with this ``fit``."""
@@ -252,11 +223,7 @@ def stack_pictures(
     pixel_range: PixelRange | None = None,
     background: Color = WHITE,
 ) -> np.ndarray:
-    """Turn pictures of any kind and size into one array of bytes of the model's size (B, H, W, C).
-
-    Raises:
-        PictureError: a picture cannot be read, or is of an unsupported kind.
-    """
+    """Turn pictures of any kind and size into bytes of the model's size (B, H, W, C)."""
     listed, side = list_pictures(pictures), enough_side(size_hw, fit)
     raw_BHWC = np.empty((len(listed), *size_hw, n_channels), np.uint8)
     for number, picture in enumerate(listed):
@@ -272,18 +239,16 @@ def stack_pictures(
 
 
 def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
-    """Return the picture at a size: center-cropped, padded with black, or stretched.
-
-    Pillow's resizing is antialiased.
-    """
+    """Return the picture at a size: center-cropped, padded with black, or stretched."""
     framing, (height, width) = Framing.of(fit), size_hw
     if rgb_HWC.shape[:2] == size_hw and framing.crop_pct == 1:
         return rgb_HWC
     image = Image.fromarray(rgb_HWC)
+    resampling = Image.Resampling[framing.interpolation.upper()]
     if framing.fit == "pad":
-        return np.array(ImageOps.pad(image, (width, height), framing.resampling, color=(0, 0, 0)))
+        return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
     box = seen_box((image.height, image.width), size_hw, fit)
-    return np.array(image.resize((width, height), framing.resampling, box))
+    return np.array(image.resize((width, height), resampling, box))
 
 
 def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) -> np.ndarray:
@@ -321,9 +286,7 @@ def channel_scale(
     return 1 / (255 * std_C), -mean_C / std_C
 
 
-def seen_box(
-    picture_hw: tuple[int, int], size_hw: tuple[int, int], fit: Fit
-) -> tuple[float, float, float, float]:
+def seen_box(picture_hw: Size, size_hw: Size, fit: Fit) -> tuple[float, float, float, float]:
     """Return the box (left, top, right, bottom), in a picture's pixels, that ``fit_picture`` shows.
 
     For crop it lies inside the picture, for pad it extends beyond it.
