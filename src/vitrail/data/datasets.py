@@ -191,8 +191,7 @@ def decode(
         fit: how a picture of another shape is fitted.
         num_workers: number of threads; each holds one picture in memory.
         n_channels: 3 for RGB, 1 for gray.
-        pixel_range: the values of black and white in wide gray pictures. Default: inferred from
-            the lowest and highest value of all of them, and logged.
+        pixel_range: values of black and white in wide gray pictures. Default: inferred from all.
     """
     raw_BCHW = np.empty((len(paths), n_channels, *size_hw), np.uint8)
     broken: dict[int, str] = {}
