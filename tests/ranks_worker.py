@@ -72,7 +72,7 @@ def noise(count: int, size_hw: tuple[int, int], classes: int) -> ImageSet:
 
 
 def few_shapes(part: str) -> ImageSet:
-    """Stand in for load_shapes, as drawing thousands of images takes a while."""
+    """Replace load_shapes, since generating thousands of images takes a while."""
     return noise({"train": 97, "test": 31}[part], (32, 32), 4)
 
 

@@ -44,6 +44,12 @@ def test_relative_links_exist(name: str) -> None:
             assert ((ROOT / name).parent / link).exists(), link
 
 
+def test_lines_of_documents_are_at_most_120_characters() -> None:
+    for name in DOCUMENTS:
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{name}:{number}"
+
+
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
 def test_scripts_and_imports_in_documents_exist(name: str) -> None:
     text = (ROOT / name).read_text()
