@@ -11,8 +11,8 @@ from typing import Any
 
 from speed.jobs import (
     OURS,
-    REFERENCE,
     PEERS_FOR,
+    REFERENCE,
     TITLES,
     TRAINS,
     Amounts,
