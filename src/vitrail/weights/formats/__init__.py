@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.config.settings import ModelConfig
+from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError
 
 State = Mapping[str, Tensor]
+Files = dict[str, dict[str, Any]]
+"""JSON files by name."""
 Names = Mapping[str, tuple[str, ...]]
 """Each of our layers -> the other system's layers whose rows it stacks; ``*`` is a block number."""
 SHOWN = 3
@@ -72,6 +74,8 @@ class Layout:
     """Reshapes tensors named as in PyTorch (``LAYER.weight``) to this layout's names and shapes."""
     unpack: Callable[[State], State] = lambda state: state
     """The reverse of ``pack``."""
+    describe: Callable[[ModelConfig, DataConfig, tuple[str, ...]], Files] | None = None
+    """Returns the JSON files beside the weights; None if a layout is a single file."""
 
     def to_theirs(self, config: ModelConfig, weights: State) -> dict[str, Tensor]:
         """Convert our tensors to theirs."""
@@ -228,6 +232,11 @@ def rgb_values(values: Any, what: str) -> tuple[float, float, float]:
         raise CheckpointError(f"{what} has {len(numbers)} values: 1 or 3 are needed")
     red, green, blue = (*map(float, numbers),) * (3 // len(numbers))
     return red, green, blue
+
+
+def channel_values(model: ModelConfig, values: tuple[float, float, float]) -> list[float]:
+    """Return mean or std for each of the model's channels; gray models use the average."""
+    return [sum(values) / 3] if model.n_channels == 1 else list(values)
 
 
 def first_few(words: list[str]) -> str:

@@ -112,7 +112,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if path.suffix != ".npz":
         return _read_pickle(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}, []
     except Exception as error:  # NumPy raises many kinds
         raise CheckpointError(f"{path}: not a valid .npz file: {error!s:.100}") from error
@@ -274,30 +274,17 @@ def write_foreign(
     if wanted is None and (path.is_file() or path.name.endswith(FILES)):
         raise ConfigError(f"{path}: the layout {layout} is a folder: give the name of a folder")
     state = convert_back(info.config.model, weights, layout)
+    describe = LAYOUTS[layout].describe
+    if describe is not None:
+        files = describe(info.config.model, info.config.data, info.classes)
+        for name, content in files.items():
+            write_json(path / name, content)
+        replace_file(path / WEIGHTS[0], pack(state, {"format": "pt"}))
+        return
+    file = io.BytesIO()
     if layout == "google":
-        archive = io.BytesIO()
         arrays: dict[str, Any] = {key: tensor.cpu().numpy() for key, tensor in state.items()}
-        np.savez(archive, **arrays)
-        replace_file(path, archive.getvalue())
-    elif layout == "reference":
-        file = io.BytesIO()
-        torch.save({key: tensor.cpu().clone() for key, tensor in state.items()}, file)
-        replace_file(path, file.getvalue())
+        np.savez(file, **arrays)
     else:
-        _write_folder(path, layout, info, state)
-
-
-def _write_folder(path: Path, layout: str, info: CheckpointInfo, state: dict[str, Tensor]) -> None:
-    """Write weights and the JSON files from which timm or Hugging Face builds the model."""
-    model, data = info.config.model, info.config.data
-    colors = {"mean": data.mean, "std": data.std}
-    if model.n_channels == 1:  # as data.images.normalize does
-        colors = {name: (sum(values) / 3,) for name, values in colors.items()}  # type: ignore[misc]
-    about = {**colors, "classes": info.classes, "data": data}
-    describe = timm.describe if layout == "timm" else huggingface.describe
-    files = {CONFIG: describe(model, about)}
-    if layout == "huggingface":
-        files[PROCESSOR] = huggingface.write_processor(model, data, about)
-    for name, content in files.items():
-        write_json(path / name, content)
-    replace_file(path / WEIGHTS[0], pack(state, {"format": "pt"}))
+        torch.save({key: tensor.cpu().clone() for key, tensor in state.items()}, file)
+    replace_file(path, file.getvalue())

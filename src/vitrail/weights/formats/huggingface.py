@@ -16,9 +16,11 @@ from vitrail.errors import CheckpointError, ConfigError
 from vitrail.weights.formats import (
     PREPARATION_FLAGS,
     Converted,
+    Files,
     Layout,
     State,
     block_names,
+    channel_values,
     choose_heads,
     fill_biases,
     first_few,
@@ -120,10 +122,10 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
     return plain
 
 
-def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json from which ``from_pretrained`` builds the model."""
+def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -> Files:
+    """Return the files from which ``from_pretrained`` builds the model and its processor."""
     size = config.image_size
-    return {
+    about = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
         "image_size": size if isinstance(size, int) else list(size),
@@ -138,9 +140,10 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": config.layer_norm_eps,
         "qkv_bias": True,
-        "id2label": {str(index): name for index, name in enumerate(about["classes"])},
-        "label2id": {name: index for index, name in enumerate(about["classes"])},
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
     }
+    return {"config.json": about, FILE: _write_processor(config, data)}
 
 
 def _read_processor(
@@ -219,7 +222,7 @@ def _read_size(size: Any, kind: str) -> tuple[bool, tuple[int, int]]:
     return False, (int(size["height"]), int(size["width"]))
 
 
-def write_processor(model: ModelConfig, data: DataConfig, about: dict[str, Any]) -> dict[str, Any]:
+def _write_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     """Return the preprocessor_config.json that prepares pictures for the model."""
     height, width = model.image_hw
     if data.fit == "pad" or (data.fit == "crop" and height != width):
@@ -242,8 +245,8 @@ def write_processor(model: ModelConfig, data: DataConfig, about: dict[str, Any])
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(about["mean"]),
-        "image_std": list(about["std"]),
+        "image_mean": channel_values(model, data.mean),
+        "image_std": channel_values(model, data.std),
     }
 
 
@@ -258,4 +261,5 @@ HUGGINGFACE = Layout(
     class_token="vit.embeddings.cls_token",
     positions=POSITIONS,
     needs={"pool": ("cls",), "head": ("linear",)},
+    describe=_describe,
 )
