@@ -38,11 +38,7 @@ class Checked:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value converted to the declared type ``hint`` of the field ``name``.
-
-    Raises:
-        ConfigError: it has the wrong type or is not one of the choices.
-    """
+    """Return the value of the field ``name`` converted to its declared type, or refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise ConfigError(f"{name} has more than 63 bits: give a smaller number")
@@ -121,11 +117,7 @@ def from_json(sections: Any, base: "Config | None" = None) -> "Config":
 
 
 def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
-    """Return a section with some values replaced; it checks them.
-
-    Raises:
-        ConfigError: an unknown setting, or a value of the wrong type or range.
-    """
+    """Return a section with some values replaced and checked."""
     for name in values:
         if name not in vars(section):
             raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, vars(section))}")
@@ -133,11 +125,7 @@ def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file of settings.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return the content of a JSON file of settings."""
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or too long a number
@@ -145,11 +133,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_toml(path: Path, base: "Config") -> "Config":
-    """Return ``base`` with the settings of a TOML file, in sections or without.
-
-    Raises:
-        ConfigError: the file cannot be read, or has an unknown setting or a wrong value.
-    """
+    """Return ``base`` with the settings of a TOML file, in sections or without."""
     return from_json(toml_sections(path), base)
 
 
