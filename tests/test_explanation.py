@@ -19,12 +19,11 @@ from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, DataError
-from vitrail.explain.draw import BLACK, GREEN, RED
+from vitrail.explain.draw import BLACK, GREEN, RED, caption
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
-from vitrail.explain.page import describe
-from vitrail.explain.sheet import caption, page_data
+from vitrail.explain.page import describe, page_data
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.convert import FILES
@@ -170,7 +169,7 @@ def test_a_caption_keeps_the_underscores_of_file_names(
 ) -> None:
     subject = classifier.subject(picture, name="IMG_2041.JPG")
     explained = draw(subject, MapSettings(method="gradient_rollout"))
-    assert caption(explained, "cat").splitlines()[1] == "IMG_2041.JPG: gradient rollout"
+    assert caption(explained) == "IMG_2041.JPG: gradient rollout"
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])
@@ -515,7 +514,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --alpha -0.1", ["alpha is -0.1"]),
         ("cat.png --discard_ratio 1", ["discard_ratio is 1"]),
         ("cat.png --discard_ratio nan", ["discard_ratio is nan"]),
-        ("cat.png --duration -5", ["durations are"]),
+        ("cat.png --duration -5", ["duration is"]),
         ("cat.png --loop -1", ["loop is -1"]),
         ("cat.png --n_attention_heads 0", ["2 attention heads, not 0"]),
         ("''", ["''"]),
@@ -534,7 +533,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --method all --frames layers", ["leave out --frames"]),
         ("cat.png --frames laiers", ["did you mean 'layers'"]),
         ("cat.png --colormap jet", ["'jet' for argument '--colormap'"]),
-        ("cat.png --duration 1", ["durations are"]),
+        ("cat.png --duration 1", ["duration is"]),
         ("cat.png --format gif --output_path x.png", ["--format gif contradicts x.png"]),
         ("cat.png --output_path x.bmp", ["x.bmp"]),
         ("cat.png cat.png --output_path x.gif", ["2 pictures do not fit into one file"]),

@@ -136,7 +136,7 @@ def _draw(
     classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions
 ) -> None:
     """Explain one picture and report what was drawn."""
-    from vitrail.explain.sheet import save
+    from vitrail.explain.draw import save
 
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, options.drawing)

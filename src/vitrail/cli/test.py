@@ -65,7 +65,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tuple[Metrics, int]":
     """Evaluate the model, write the results; return them and the exit code."""
     from vitrail.evaluation.metrics import measure, predict_logits
-    from vitrail.evaluation.plots import plot_metrics
+    from vitrail.evaluation.report import plot_metrics
     from vitrail.runtime.files import write_json
     from vitrail.training.run_folder import load_split
 
@@ -102,7 +102,7 @@ def _default_folder(source: Path, split: str) -> Path:
 
 def show(metrics: "Metrics", folder: Path) -> None:
     """Print the tables."""
-    from vitrail.evaluation.tables import confusion_table, metrics_table
+    from vitrail.evaluation.report import confusion_table, metrics_table
 
     out.print(metrics_table(metrics))
     out.print(confusion_table(metrics))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.errors import DataError
-from vitrail.evaluation.plots import DARK, LIGHT, save_figure, write_title
+from vitrail.evaluation.report import DARK, LIGHT, save_figure, write_title
 from vitrail.explain.map_metrics import half_width
 from vitrail.model.layers import PatchStem
 from vitrail.model.vit import VisionTransformer

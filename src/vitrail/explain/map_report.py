@@ -12,8 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.errors import DataError
-from vitrail.evaluation.plots import BLUE, GREEN, ORANGE, SKY, save_figure, tidy, write_title
-from vitrail.evaluation.tables import percent
+from vitrail.evaluation.report import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    percent,
+    save_figure,
+    tidy,
+    write_title,
+)
 from vitrail.explain.map_metrics import MEASURES, Score
 
 YES, NO = "✓", "✗"
