@@ -133,7 +133,9 @@ def test_a_wrong_prediction_is_marked(
         explained = draw(classifier.subject(picture, label=label), MapSettings(method="rollout"))
         assert all(frame.prediction.endswith(end) for frame in explained.frames)
         path = explained.save(tmp_path / f"x.{ending}", style=style)
-        last = frames_of(path)[-1] if ending == "gif" else np.asarray(Image.open(path))
+        last = (
+            frames_of(path)[-1] if ending == "gif" else np.asarray(Image.open(path).convert("RGB"))
+        )
         below = last[-last.shape[0] // 8 :]  # the caption; a map may have any color
         assert [name for name, ink in inks.items() if count_pixels(below, ink) > 30] == [label]
 
