@@ -159,13 +159,12 @@ def test_uniform_attention(tiny_model: ModelConfig) -> None:
     inspected = inspect_model(model, images_BCHW)
     heads = inspected.heads
     assert heads is not None
-    assert heads.images == len(images_BCHW)
-    assert heads.entropy_LA.flatten().tolist() == pytest.approx([math.log(36)] * 6)
-    assert heads.distance_LA.flatten().tolist() == pytest.approx([inspected.distance_uniform] * 6)
-    assert heads.distance_half_LA.abs().max() < 1e-4
-    each = head_statistics(model, images_BCHW)
-    torch.testing.assert_close(each.distance_BLA.mean(0), heads.distance_LA)
-    torch.testing.assert_close(each.entropy_BLA.mean(0), heads.entropy_LA)
+    numbers = inspected.to_json()
+    assert numbers["images"] == len(heads.distance_BLA) == len(images_BCHW)
+    assert sum(numbers["attention_entropy_nats"], []) == pytest.approx([math.log(36)] * 6, abs=1e-5)
+    uniform = numbers["attention_distance_if_uniform"]
+    assert sum(numbers["attention_distance_pixels"], []) == pytest.approx([uniform] * 6, abs=1e-4)
+    assert np.abs(numbers["attention_distance_half_interval"]).max() < 1e-4
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_model: ModelConfig) -> None:

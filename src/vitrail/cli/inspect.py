@@ -21,7 +21,7 @@ from vitrail.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitrail.explain.inspection import HeadSummary
+    from vitrail.explain.inspection import HeadStatistics
     from vitrail.inference.classifier import Classifier
 
 PROG = "vitrail inspect"
@@ -92,10 +92,12 @@ def _load_images(
     return normalize(raw_BCHW, classifier.mean, classifier.std), None
 
 
-def _show(heads: "HeadSummary") -> None:
+def _show(heads: "HeadStatistics") -> None:
     """Print the distance and entropy of every head."""
     table = number_table("layer", "head", "mean distance (pixels)", "mean entropy (nats)")
-    pairs = zip(heads.distance_LA.tolist(), heads.entropy_LA.tolist(), strict=True)
+    pairs = zip(
+        heads.distance_BLA.mean(0).tolist(), heads.entropy_BLA.mean(0).tolist(), strict=True
+    )
     for layer, rows in enumerate(pairs, 1):
         for head, (distance, entropy) in enumerate(zip(*rows, strict=True), 1):
             table.add_row(str(layer), str(head), f"{distance:.2f}", f"{entropy:.3f}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from vitrail.evaluation.report import (
     GREEN,
     ORANGE,
     SKY,
+    make_table,
     percent,
     save_figure,
     tidy,
@@ -73,7 +73,7 @@ def _tables(scores: Sequence[Score]) -> list[Table]:
 
 
 def _table(title: str, names: Sequence[str], scores: Sequence[Score]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
+    table = make_table(title)
     table.add_column("method", no_wrap=True)
     for name in names:
         good = "high is good" if MEASURES[name].higher_is_better else "low is good"
