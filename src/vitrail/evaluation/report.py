@@ -192,7 +192,7 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     write_title(axes, f"Accuracy {percent(metrics.accuracy, 2)} on {metrics.images:,} images")
     shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
-    bar.ax.yaxis.set_major_formatter(_percent_axis())
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     bar.set_label("fraction of the true class")
     save_figure(figure, path)
 
@@ -215,8 +215,8 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     lower.set(xlabel="confidence (highest probability)", ylabel="fraction of images", xlim=(0, 1))
     for axes in (upper, lower):
         tidy(axes)
-        axes.xaxis.set_major_formatter(_percent_axis())
-        axes.yaxis.set_major_formatter(_percent_axis())
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
@@ -237,7 +237,7 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
     if quantity == "accuracy":
-        axes.yaxis.set_major_formatter(_percent_axis())
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -317,10 +317,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _percent_axis() -> PercentFormatter:
-    return PercentFormatter(1)
-
-
 def write_title(axes: Axes, title: str) -> None:
     """Set a left-aligned title."""
     axes.set_title(title, loc="left", size=12, weight="bold", pad=10)
@@ -351,16 +347,11 @@ def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list
         one line for each plot that failed: a failed plot must not lose the numbers.
     """
     curves = {f"graph_{name}.png": partial(plot_curve, rows, name) for name in ("loss", "accuracy")}
-    problems = draw_each(curves, folder)
-    return problems if metrics is None else problems + plot_metrics(metrics, folder)
+    return draw_each(curves, folder) + (plot_metrics(metrics, folder) if metrics else [])
 
 
 def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
-    """Plot the confusion matrix and the reliability diagram.
-
-    Returns:
-        one line for each plot that failed.
-    """
+    """Plot the confusion matrix and the reliability diagram; return a line for each that failed."""
     plots = {
         "confusion_matrix.png": partial(plot_confusion, metrics),
         "calibration.png": partial(plot_calibration, metrics),

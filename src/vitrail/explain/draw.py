@@ -57,11 +57,8 @@ BLACK, GRAY = "#1f2328", "#656d76"
 """Text, and less important text."""
 RED, GREEN = "#b42318", "#1a7f37"
 """Text of a wrong and of a correct answer."""
-INKS = {True: GREEN, False: RED, None: BLACK}
-"""The color of a prediction: red if the label is another class."""
 COLORS = 236
 """Colors of a GIF's palette besides 16 grays; Pillow marks unchanged pixels by one more entry."""
-
 WHITE = 15
 """The entry of the palette that is white."""
 TRAINING_IMAGES = 8
@@ -121,7 +118,6 @@ class Panel:
 
 def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     """Draw each frame: the picture, and beside it the picture with the map over it."""
-    _check_style(explanation, look)
     drawn, first = [], _first_title(explanation, look)
     for frame, norm in zip(explanation.frames, scales(explanation.maps_FGJ, look), strict=True):
         still = Panel(first, query=frame.query)
@@ -136,7 +132,6 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
 
 def draw_sheet(explanation: Explanation, look: Look) -> Figure:
     """Draw all frames on one sheet, the picture first."""
-    _check_style(explanation, look)
     frames, norms = explanation.frames, scales(explanation.maps_FGJ, look)
     panels = [
         Panel(_short_title(explanation, frame), frame.map_GJ, norm, frame.query)
@@ -150,14 +145,6 @@ def draw_sheet(explanation: Explanation, look: Look) -> Figure:
         rows = _in_rows([first, *panels], columns)
     ends = Normalize(0, 1) if look.normalize == "frame" else norms[0]
     return _compose(explanation, look, rows, last=frames[-1], ends=ends)
-
-
-def _check_style(explanation: Explanation, look: Look) -> None:
-    require(
-        look.style == "vitrail"
-        or (explanation.kind == "rollout" and explanation.settings.method == "rollout"),
-        "style reference draws the rollout, layer by layer: leave out method and frames",
-    )
 
 
 def _first_title(explanation: Explanation, look: Look) -> str:
@@ -312,6 +299,11 @@ def _compose(
 
     Nothing moves with the words: in an animation, only the map and the numbers change.
     """
+    maps_rollout = explanation.kind == "rollout" and explanation.settings.method == "rollout"
+    require(
+        look.style == "vitrail" or maps_rollout,
+        "style reference draws the rollout, layer by layer: leave out method and frames",
+    )
     columns = max(map(len, rows))
     height, width = drawn_size(_picture(explanation, look)[0].shape[:2], columns)
     size = round(min(28, max(13, width / 21)))  # of the letters
@@ -319,10 +311,9 @@ def _compose(
     band = round(1.7 * size) if any(panel.title for row in rows for panel in row) else 0
     left = margin + (2 * size if explanation.row_titles else 0)
     inside = max(left - margin + columns * (width + gap) - gap, 36 * size)
-    headline = drawable(last.prediction, 100)
-    notes = textwrap.wrap(drawable(caption(explanation), 1000), 2 * inside // size)
+    notes = textwrap.fill(drawable(caption(explanation), 1000), 2 * inside // size)
     below = margin + len(rows) * (band + height + gap)
-    sheet = _Sheet(inside + 2 * margin, below + (4 + len(notes)) * size + margin)
+    sheet = _Sheet(inside + 2 * margin, below + (5 + notes.count("\n")) * size + margin)
     for r, row in enumerate(rows):
         y = margin + r * (band + height + gap) + band
         if r and explanation.row_titles:
@@ -335,17 +326,26 @@ def _compose(
             axes.set_title(
                 title, loc="left", y=1, size=size, pad=gap, color=BLACK, parse_math=False
             )
-    bar = sheet.axes(margin, below + gap, 10 * size, 0.6 * size)
+    sheet.text(margin, below + 3.8 * size, notes, size=0.8 * size, color=GRAY, va="top")
+    headline = drawable(last.prediction, 100)
+    letters = min(1.2 * size, 1.5 * inside / len(headline))
+    ink = {True: GREEN, False: RED, None: BLACK}[last.correct]
+    sheet.text(margin, below + 3.2 * size, headline, size=letters, weight="bold", color=ink)
+    _draw_colorbar(sheet, look, ends, place=(margin, below + gap, 10 * size, 0.6 * size))
+    return sheet.figure
+
+
+def _draw_colorbar(
+    sheet: _Sheet, look: Look, ends: Normalize, *, place: tuple[float, float, float, float]
+) -> None:
+    """Draw a color bar; beside it the values at its ends and how the maps are scaled."""
+    x, y, width, height = place
+    bar = sheet.axes(*place)
     colors = ScalarMappable(ends, "gray" if look.style == "reference" else look.colormap)
     sheet.figure.colorbar(colors, cax=bar, orientation="horizontal", ticks=[])
     bar.spines[:].set_visible(False)
     words = f"{ends.vmin:.3g} to {ends.vmax:.3g}   {SCALES[look.normalize]}"
-    sheet.text(margin + 10.5 * size, below + gap + 0.6 * size, words, size=0.8 * size)
-    style = {"size": min(1.2 * size, 1.5 * inside / len(headline)), "weight": "bold"}
-    sheet.text(margin, below + 3.2 * size, headline, **style, color=INKS[last.correct])
-    small = {"size": 0.8 * size, "color": GRAY, "va": "top"}
-    sheet.text(margin, below + 3.8 * size, "\n".join(notes), **small)
-    return sheet.figure
+    sheet.text(x + 1.05 * width, y + height, words, size=1.3 * height)
 
 
 def _draw_panel(axes: Axes, panel: Panel, explanation: Explanation, look: Look) -> None:
