@@ -27,8 +27,8 @@ from PIL import Image
 from torch import nn
 
 from vitrail.config.settings import Config, Look, Normalization, require
-from vitrail.data.pictures import Fit, seen_box
 from vitrail.data.images import ImageSet, normalize
+from vitrail.data.pictures import Fit, seen_box
 from vitrail.evaluation.metrics import evaluating
 from vitrail.evaluation.report import drawable, save_figure
 from vitrail.explain.explanation import CORRECT, WRONG, Explanation, Frame
