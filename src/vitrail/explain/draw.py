@@ -390,7 +390,7 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> 
     require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
     options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
     if suffix == ".gif":
-        frames, options = share_palette(frames), {"optimize": False}
+        frames, options = _share_palette(frames), {"optimize": False}
     file = io.BytesIO()
     frames[0].save(
         file, suffix[1:], save_all=True, append_images=frames[1:], duration=look.duration,
@@ -399,7 +399,7 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> 
     return file.getvalue()
 
 
-def share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
+def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     """Return frames in the colors of one palette, so that what is still stays still.
 
     Between the palette's colors, ordered dither shows the steps as gradients: it depends on the
