@@ -392,17 +392,11 @@ def choose_manifest(
     data: DataConfig, trained: DataConfig, known: Manifest | None, split: Split,
     classes: Sequence[str],
 ) -> Manifest:  # fmt: skip
-    """Return the pictures to evaluate a trained model on.
+    """Return the pictures to evaluate a model on, given the settings of its training.
 
-    For the folder that it was trained on, or a copy of it, that is the run's manifest; without one
-    (a file of weights), the folder is split again. Of any other folder, all pictures are used.
-
-    Args:
-        data: the settings with the folder to evaluate on.
-        trained: the settings of the model's training.
-        known: the manifest of the model's run.
-        split: the split to evaluate on.
-        classes: the model's classes.
+    For the folder that it was trained on, or a copy of it, that is the ``known`` manifest of its
+    run; without one (a file of weights), the folder is split again. Of any other folder, all
+    pictures are used.
 
     Raises:
         DataError: the folder of the run has changed, or does not have the model's classes.
