@@ -88,20 +88,15 @@ def run(command: str, args: Sequence[str]) -> int:
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
-    if command != "train":
-        _refuse_many_processes(command)
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and command != "train":
+        if os.environ.get("RANK") != "0":
+            sys.exit(REFUSED)  # the first process reports it
+        raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
     warnings.filterwarnings("ignore", module=r"PIL\b")  # about metadata and sizes of pictures
     module = importlib.import_module(f"vitrail.cli.{command}")
     process.limit_spinning()
     return int(module.command(args))
-
-
-def _refuse_many_processes(command: str) -> None:
-    """Refuse a command that several processes of torchrun would only repeat."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        if os.environ.get("RANK") != "0":
-            sys.exit(REFUSED)
-        raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
 
 
 def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:

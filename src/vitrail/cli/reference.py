@@ -121,13 +121,8 @@ def run_test(args: Sequence[str]) -> int:
     defaults = CheckedOptions(model=classifier.config.model)
     _check_architecture(classifier, parse(CheckedOptions, args, prog=PROG, default=defaults).model)
     folder = options.output_path / (options.timestamp or time.strftime("%Y-%m-%d-%H-%M-%S"))
-    if options.mode == "cifar":
-        return _test_all(classifier, options, folder)
-    if options.mode == "cifar-single":
-        _test_single(classifier, options, folder)
-    else:
-        _test_custom(classifier, options)
-    return 0
+    run_mode = _test_all if options.mode == "cifar" else _test_one
+    return run_mode(classifier, options, folder)
 
 
 def _check_architecture(classifier: "Classifier", asked: ModelConfig) -> None:
@@ -154,8 +149,24 @@ def _test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: P
     return code
 
 
-def _test_single(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> None:
-    """Run ``--mode cifar-single``: print the label and the prediction for one test image."""
+def _test_one(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> int:
+    """Run the other modes: print the prediction for one test image or a picture of the user."""
+    if options.image_path is not None and options.mode == "custom":
+        path, start = options.image_path, "Output:"
+        (top,) = classifier.predict([path])
+    else:
+        path = folder / f"test-{options.index}.png"
+        start, top = _predict_indexed(classifier, options, path)
+    best, *others = (f"{p.name} {p.probability:.1%}" for p in top)
+    print_out(f"{start} {best}(output), then {', '.join(others)}")
+    _show_picture(path, options)
+    return 0
+
+
+def _predict_indexed(
+    classifier: "Classifier", options: ReferenceTestOptions, path: Path
+) -> "tuple[str, list[Prediction]]":
+    """Classify one test image and write it, enlarged, to a file; compare with its label."""
     from PIL import Image
 
     from vitrail.runtime.files import replace_file
@@ -163,29 +174,13 @@ def _test_single(classifier: "Classifier", options: ReferenceTestOptions, folder
 
     index, data = options.index, DataOptions(data_path=options.data_path, split="test")
     picture_HWC, label = load_image(
-        classifier, data, index, folder=folder, purpose=f"image {index} classified"
+        classifier, data, index, folder=path.parent, purpose=f"image {index} classified"
     )
     (top,) = of_model_size(classifier).predict([picture_HWC])
-    verdict = "<Correct>" if top[0].name == label else "<Wrong>"
-    _say_result(f"{verdict} {label}(label)", top)
-    path, png = folder / f"test-{index}.png", io.BytesIO()
+    png = io.BytesIO()
     Image.fromarray(picture_HWC).resize((384, 384), Image.Resampling.NEAREST).save(png, "PNG")
     replace_file(path, png.getvalue())
-    _show_picture(path, options)
-
-
-def _test_custom(classifier: "Classifier", options: ReferenceTestOptions) -> None:
-    """Run ``--mode custom``: print the prediction for a picture of the user."""
-    assert options.image_path is not None
-    (top,) = classifier.predict([options.image_path])
-    _say_result("Output:", top)
-    _show_picture(options.image_path, options)
-
-
-def _say_result(start: str, top: "list[Prediction]") -> None:
-    """Print the class with its probability, and the runners-up."""
-    best, *others = (f"{p.name} {p.probability:.1%}" for p in top)
-    print_out(f"{start} {best}(output), then {', '.join(others)}")
+    return f"{'<Correct>' if top[0].name == label else '<Wrong>'} {label}(label)", top
 
 
 def _show_picture(path: Path, options: ReferenceTestOptions) -> None:

@@ -208,8 +208,6 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
                 shutil.rmtree(folder)
         raise
     del held
-    for notice in run.notices:
-        print_err(notice)
     return follow(run)
 
 
@@ -238,8 +236,6 @@ def _resume(folder: Path, settings: Config) -> int:
         )
         return 0
     run = Run.resume(folder, settings)
-    for notice in run.notices:
-        print_err(notice)
     print_err(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
     return follow(run)
 
@@ -248,6 +244,8 @@ def follow(run: "Run") -> int:
     """Train to the end, or stop at a signal and save; print the progress."""
     from vitrail.runtime import distributed
 
+    for notice in run.notices:
+        print_err(notice)
     _describe(run)
     startup = time.perf_counter() - STARTED
     resume = f"resume with: vitrail train --resume {run.folder}"
