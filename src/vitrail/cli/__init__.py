@@ -1,12 +1,6 @@
-"""The command line: arguments in, exit codes out. Heavy imports are inside the commands.
+"""The command line: arguments in, exit codes out (USAGE lists them).
 
-Exit codes:
-    0        success
-    1        partial success, or the command could not continue: a loss that is not finite, out of
-             memory, a full disk, a library that cannot be imported
-    2        refused: a mistake in the command, its settings, data or weights
-    70       an error in Vitrail itself; the traceback is in the file that the message names
-    128 + n  stopped by signal n
+Heavy imports are inside the commands.
 """
 
 import errno
@@ -51,8 +45,9 @@ Start here:
   vitrail train --preset quick                    2 to 6 minutes on a CPU, no data needed
 
 --debug with any command prints the traceback of an error. Exit codes: 0 success; 1 partial
-success, or it could not continue (memory, disk, a loss that is not finite); 2 refused; 70 an error
-in Vitrail itself; 128 + n stopped by signal n.
+success, or it could not continue (memory, disk, a broken library, a loss that is not finite); 2
+refused: a mistake in the command, its settings, data or weights; 70 an error in Vitrail itself;
+128 + n stopped by signal n.
 """
 
 DEBUG = "--debug"

@@ -51,9 +51,12 @@ class TestOptions(ModelArgument):
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail test``."""
     options = parse(TestOptions, args, prog=prog)
+    from vitrail.training.run_folder import is_run_folder
+
     classifier = load_model(options)
     source, split = Path(classifier.source), options.data.split
-    folder = options.output_path or _default_folder(source, split)
+    default = source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
+    folder = options.output_path or default
     metrics, code = score(classifier, options, folder)
     if options.json:
         print(json.dumps(metrics.to_json()))
@@ -91,13 +94,6 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
     for problem in missing:
         print_err(f"vitrail: {problem}")
     return metrics, 1 if missing else 0
-
-
-def _default_folder(source: Path, split: str) -> Path:
-    """Return the folder of a test's files: in the run folder, else under output/."""
-    from vitrail.training.run_folder import is_run_folder
-
-    return source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
 
 
 def show(metrics: "Metrics", folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from vitrail.cli import STARTED, describe_error
-from vitrail.cli.console import count, err, number_table, out, print_err, print_out
+from vitrail.cli.console import err, number_table, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
@@ -159,18 +159,11 @@ def _list_data(settings: Config) -> "Manifest | None":
     """List the pictures of a folder and show what was found, before anything slow is loaded."""
     if settings.data.dataset != "folder":
         return None
-    from vitrail.data.manifest import scan
+    from vitrail.data.manifest import SPLITS, class_counts, scan, summary
 
     manifest = scan(settings.data.data_path, settings.data.validation_images)
-    _show_manifest(manifest.limited(settings.data))
-    return manifest
-
-
-def _show_manifest(manifest: "Manifest") -> None:
-    """Print how many pictures each class has in each split, and what was skipped."""
-    from vitrail.data.manifest import SPLITS, class_counts, summary
-
-    counts = class_counts(manifest)
+    shown = manifest.limited(settings.data)
+    counts = class_counts(shown)
     totals = [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
     print_err(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
     table = number_table("class", *SPLITS)
@@ -181,10 +174,11 @@ def _show_manifest(manifest: "Manifest") -> None:
     table.add_section()
     table.add_row("total", *(f"{number:,}" for number in totals))
     err.print(table)
-    if line := summary(manifest):
+    if line := summary(shown):
         print_err(line)
     if not totals[SPLITS.index("test")]:
         print_err("There is no test split: the run will have no test score.")
+    return manifest
 
 
 def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
@@ -303,7 +297,8 @@ def _describe(run: "Run") -> None:
 
 def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
     """Print the result, the seconds it took and what to try next."""
-    seconds, epochs, folder = result["seconds"], count(result["epochs"], "epoch"), run.folder
+    seconds, folder = result["seconds"], run.folder
+    epochs = f"{result['epochs']:,} epoch{'' if result['epochs'] == 1 else 's'}"
     goal = run.config.run.stop_at_accuracy
     if goal is not None:
         out.print(
