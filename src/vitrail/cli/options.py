@@ -24,7 +24,7 @@ MODEL_ENDINGS = (
 MODEL_FILES = ("checkpoints", "checkpoint.json", "model.safetensors", "pytorch_model.bin")
 """A folder that holds one of these is a run, a checkpoint, or the weights of another system."""
 FEWEST_IMAGES = 10
-"""Images that a confidence interval needs; the same as ``explain.statistics.FEWEST``."""
+"""Images that a confidence interval needs; the same as ``explain.map_metrics.FEWEST_IMAGES``."""
 
 
 # --- the model ------------------------------------------------------------------------------------
