@@ -19,6 +19,11 @@ from vitrail.data.images import to_gray
 
 BINS = 31
 """Magnitudes run from 0 to 30."""
+HIGHEST = {
+    "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331, "TranslateY": 150 / 331, "Rotate": 30.0,
+    "Brightness": 0.9, "Color": 0.9, "Contrast": 0.9, "Sharpness": 0.9,
+}  # fmt: skip
+"""Strength at magnitude 30 of the operations with a random sign; of translations, per side."""
 FIXED = 1 << 16
 """Pillow computes affine coordinates in 16.16 fixed point."""
 
@@ -34,7 +39,7 @@ def rand_augment(
         sign_B = torch.randint(2, (len(raw_BCHW),), generator=generator) * 2 - 1
         for number, (name, operation) in enumerate(OPERATIONS.items()):
             chosen = (op_B == number).nonzero().flatten()
-            if len(chosen) == 0 or operation is _identity:
+            if len(chosen) == 0:
                 continue
             value, signed = strength(name, magnitude, side_hw)
             strength_B = value * (sign_B[chosen] if signed else torch.ones(len(chosen))).double()
@@ -53,21 +58,10 @@ def strength(name: str, magnitude: int, side_hw: tuple[int, int]) -> tuple[float
         return 8.0 - round(magnitude / (BINS - 1) * 4), False
     if name == "Solarize":
         return torch.linspace(255, 0, BINS)[magnitude].item(), False
-    highest = {
-        "ShearX": 0.3,
-        "ShearY": 0.3,
-        "TranslateX": 150 / 331 * side_hw[1],
-        "TranslateY": 150 / 331 * side_hw[0],
-        "Rotate": 30.0,
-        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9),
-    }
-    value = torch.linspace(0, highest.get(name, 0.0), BINS)[magnitude].item()
-    return value, name in highest
-
-
-def _identity(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
-    """Leave the images as they are."""
-    return raw_BCHW
+    highest = HIGHEST.get(name, 0.0)
+    if name.startswith("Translate"):
+        highest *= side_hw[1] if name.endswith("X") else side_hw[0]
+    return torch.linspace(0, highest, BINS)[magnitude].item(), name in HIGHEST
 
 
 def _rotate(raw_BCHW: Tensor, degrees_B: Tensor) -> Tensor:
@@ -184,7 +178,7 @@ def _blend(from_BCHW: Tensor, to_BCHW: Tensor, change_B: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Identity": _identity,
+    "Identity": lambda raw_BCHW, _strength_B: raw_BCHW,
     "ShearX": lambda raw_BCHW, slope_B: _affine(raw_BCHW, xy=slope_B),
     "ShearY": lambda raw_BCHW, slope_B: _affine(raw_BCHW, yx=slope_B),
     "TranslateX": lambda raw_BCHW, pixels_B: _affine(raw_BCHW, x=-pixels_B.trunc()),

@@ -25,7 +25,7 @@ import torch
 from vitrail.config.files import convert, from_json
 from vitrail.config.settings import Config, RunConfig, require
 from vitrail.errors import ConfigError, DataError, OutputError, TrainingError, nearest
-from vitrail.evaluation.plots import save_figure
+from vitrail.evaluation.report import save_figure
 from vitrail.optional import import_optional
 from vitrail.runtime.files import replace_file
 from vitrail.runtime.rng import derive_seed
