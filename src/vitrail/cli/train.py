@@ -317,7 +317,8 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
     print_out(
         f"{epochs} ({result['petaflops']:.2g} PFLOP) in {seconds:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
-        f"evaluation), {result['images_per_second']:,.0f} images/s; best epoch: {result['best_epoch']}; "
+        f"evaluation), {result['images_per_second']:,.0f} images/s; "
+        f"best epoch: {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {folder}/\n\n"
         "Try next:\n"
         f"  vitrail test --model_path {folder}\n"
