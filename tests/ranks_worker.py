@@ -171,12 +171,12 @@ def see_file(folder: Path) -> bool:
 
 def remembered() -> list[str | None]:
     """Return what torchrun's store holds before and after the leader writes to it."""
-    before = distributed.recall("run folder")
+    before = distributed.load_value("run folder")
     distributed.gather(0)
     if distributed.is_leader():
-        distributed.remember("run folder", "output/mine")
+        distributed.store_value("run folder", "output/mine")
     distributed.gather(0)
-    return [before, distributed.recall("run folder")]
+    return [before, distributed.load_value("run folder")]
 
 
 def copied() -> Tensor:

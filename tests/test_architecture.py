@@ -14,7 +14,7 @@ SOURCE = Path(vitrail.__file__).parent
 ROOT = Path(__file__).parents[1]
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
-    "errors", "optional", "runtime", "config", "data", "model", "evaluation", "explain",
+    "errors", "runtime", "config", "data", "model", "evaluation", "explain",
     "inference", "weights", "training", "sweep", "cli", "__main__",
 ]  # fmt: skip
 """Each package may import from itself and from those before it."""

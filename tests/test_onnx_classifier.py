@@ -13,10 +13,9 @@ from PIL import Image
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.pictures import Fit, fit_picture, read_picture
-from vitrail.errors import CheckpointError, ConfigError
+from vitrail.errors import EXTRAS, CheckpointError, ConfigError, import_optional
 from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
 from vitrail.inference.predictions import rank
-from vitrail.optional import EXTRAS, import_optional
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

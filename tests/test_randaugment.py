@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vitrail.data import randaugment
-from vitrail.data.randaugment import BINS, OPERATIONS, rand_augment, strength
+from vitrail.data.augment import BINS, OPERATIONS, rand_augment, strength
 from vitrail.data.shapes import draw_shapes
 
 H, W = 29, 37

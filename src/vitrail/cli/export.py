@@ -69,7 +69,7 @@ def _check(options: ExportOptions, ending: str) -> None:
             f"output_path is {options.output_path}: give a file that ends in {ending}"
         )
     if options.format == "onnx":
-        from vitrail.optional import import_optional
+        from vitrail.errors import import_optional
 
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_optional(module)

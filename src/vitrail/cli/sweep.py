@@ -13,12 +13,11 @@ from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import read_toml
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
-from vitrail.errors import ConfigError, TrainingError, printable
-from vitrail.optional import import_optional
+from vitrail.errors import ConfigError, TrainingError, import_optional, printable
 
 if TYPE_CHECKING:
     from vitrail.cli.progress import StopRequest
-    from vitrail.sweep.study import Sweep
+    from vitrail.sweep import Sweep
 
 PROG = "vitrail sweep"
 COLUMNS = ("trial", "state", "validation", "trained", "folder", "error")
@@ -89,7 +88,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
 def _run(options: SweepOptions, settings: Config, folder: Path, stop: "StopRequest") -> "Sweep":
     """Run the trials of this process, until all are done or a signal asks to stop."""
-    from vitrail.sweep.study import Stopped, Sweep, describe
+    from vitrail.sweep import Stopped, Sweep, describe
 
     sweep = Sweep(
         settings, folder, search=options.search, trials=options.trials, pruner=options.pruner,
@@ -129,7 +128,7 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     Returns:
         the number of complete trials.
     """
-    from vitrail.sweep.study import apply, flags, plot_importances, ranked, write_csv
+    from vitrail.sweep import apply, flags, plot_importances, ranked, write_csv
 
     trials = ranked(sweep.study)
     write_csv(trials, sweep.folder / "trials.csv")

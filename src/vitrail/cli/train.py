@@ -210,11 +210,11 @@ def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     from vitrail.runtime import distributed
     from vitrail.training.run_folder import new_folder
 
-    known = distributed.recall("run folder")
+    known = distributed.load_value("run folder")
     if known is not None and Path(known).is_dir():
         return Path(known), any(Path(known, "checkpoints").glob("step-*"))
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    distributed.remember("run folder", str(folder))
+    distributed.store_value("run folder", str(folder))
     return folder, False
 
 

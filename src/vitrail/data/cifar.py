@@ -241,7 +241,7 @@ def _read_pickle(where: str, content: bytes, archive: Archive) -> dict[str, Any]
             warnings.simplefilter("ignore")
             batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         return {_as_text(key): value for key, value in batch.items()}
-    except UNPICKLING as error:
+    except UNPICKLE_ERRORS as error:
         raise DataError(f"{where}: corrupt: {error}; delete the data set to download it "
                         "again") from error  # fmt: skip
     except DataError as error:
@@ -269,6 +269,6 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-UNPICKLING = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+UNPICKLE_ERRORS = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
               OverflowError, MemoryError)  # fmt: skip
 """What the unpickler raises if a file is truncated or corrupt."""

@@ -53,7 +53,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 HEIF_REMEDY = 'install pillow-heif: pip install -e ".[heic]"'
 REFUSED = frozenset(("EPS", "IPTC", "WMF"))
 """Formats that Pillow passes to another program, or that may contain one of these."""
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
 """What Pillow's decoders raise on corrupt files, besides UnidentifiedImageError."""
@@ -89,7 +89,7 @@ def read_pixels(
         raise PictureError("not a picture that can be read") from error
     except Image.DecompressionBombError as error:
         raise PictureError(f"too large: more than {MAX_PIXELS:,} pixels") from error
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PictureError(f"cannot be read: {reason.splitlines()[0]:.100}") from error
 
@@ -305,7 +305,7 @@ def is_picture(path: Path) -> bool:
             return True
     except Image.DecompressionBombError:
         return True
-    except BROKEN:
+    except DECODE_ERRORS:
         return False
 
 

@@ -33,7 +33,7 @@ from vitrail.runtime.files import replace_file
 log = logging.getLogger("vitrail")
 
 FILE = "manifest.json"
-HASHED = 65_536
+HASHED_BYTES = 65_536
 """Number of bytes at either end of a file that its fingerprint covers."""
 SHOWN = 3
 """Number of files named in a message."""
@@ -348,10 +348,10 @@ def _fingerprint(path: Path) -> str:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            content = file.read(HASHED)
-            if size > HASHED:
-                file.seek(max(HASHED, size - HASHED))
-                content += file.read(HASHED)
+            content = file.read(HASHED_BYTES)
+            if size > HASHED_BYTES:
+                file.seek(max(HASHED_BYTES, size - HASHED))
+                content += file.read(HASHED_BYTES)
     except OSError:
         return ""
     return f"{size}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"

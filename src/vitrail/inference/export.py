@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vitrail.data.images import normalize
-from vitrail.errors import ConfigError, ExportError
+from vitrail.errors import ConfigError, ExportError, import_optional
 from vitrail.inference.classifier import Classifier
 from vitrail.inference.onnx_classifier import OUTPUT_OF_INPUT, OnnxClassifier, write_metadata
-from vitrail.optional import import_optional
 from vitrail.runtime import rng
 
 EXAMPLE_BATCH = 3

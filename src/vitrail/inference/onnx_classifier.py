@@ -20,9 +20,8 @@ import numpy as np
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
 from vitrail.data.pictures import channel_scale
-from vitrail.errors import CheckpointError, ConfigError
+from vitrail.errors import CheckpointError, ConfigError, import_optional
 from vitrail.inference.predictions import BaseClassifier, check_classes
-from vitrail.optional import import_optional
 
 OUTPUT_OF_INPUT = {"images": "logits", "raw": "probabilities"}
 """Name of the input -> name of the first output."""

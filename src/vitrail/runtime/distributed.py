@@ -105,15 +105,15 @@ def _meeting_store(job: Any, number: int) -> Any:
             time.sleep(0.1)
 
 
-def remember(key: str, value: str) -> None:
+def store_value(key: str, value: str) -> None:
     """Store a value for the lifetime of this torchrun job, which includes restarts of its ranks."""
     store = _job_store()
     if store is not None:
         store.set(key, value)
 
 
-def recall(key: str) -> str | None:
-    """Return the value that remember() stored in this job, or None."""
+def load_value(key: str) -> str | None:
+    """Return the value that store_value() stored in this job, or None."""
     store = _job_store()
     return str(store.get(key).decode()) if store is not None and store.check([key]) else None
 

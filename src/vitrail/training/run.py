@@ -31,6 +31,7 @@ from vitrail.runtime.hardware import (
     describe_environment,
 )
 from vitrail.training.loop import Update, count_flops, train
+from vitrail.training.optim import multiplier
 from vitrail.training.run_folder import (
     EpochRow,
     hold,
@@ -42,7 +43,6 @@ from vitrail.training.run_folder import (
     require_unused,
     restore_files,
 )
-from vitrail.training.schedule import multiplier
 from vitrail.training.state import TrainingState, first_not_finite, prune, quality, recover
 from vitrail.training.trackers import Trackers, check_trackers
 from vitrail.weights import pretrained
@@ -108,7 +108,7 @@ class Run:
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
             raise ConfigError("stop_at_accuracy needs validation images: give validation_images")
-        self.watched = choose_images(splits["validation"], config.run.attention_epochs)
+        self.plotted_images = choose_images(splits["validation"], config.run.attention_epochs)
         self.notices: list[str] = []
         self.problems: list[str] = []
         """What failed without ending the run, one line each."""
@@ -301,7 +301,7 @@ class Run:
         if not every or row["epoch"] % every or not distributed.is_leader():
             return None
         name, model = f"epoch-{row['epoch']:04}.png", self.state.eval_model
-        draw = {name: lambda path: draw_attention(model, self.watched, self.config, path)}
+        draw = {name: lambda path: draw_attention(model, self.plotted_images, self.config, path)}
         problems = draw_each(draw, self.folder / "attention")
         self.problems += problems
         return None if problems else self.folder / "attention" / name

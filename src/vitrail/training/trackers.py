@@ -16,8 +16,7 @@ import numpy as np
 
 from vitrail.config.settings import Config, RunConfig
 from vitrail.data.pictures import read_picture
-from vitrail.errors import CheckpointError, OutputError
-from vitrail.optional import import_optional
+from vitrail.errors import CheckpointError, OutputError, import_optional
 from vitrail.runtime import distributed
 from vitrail.runtime.files import write_json
 

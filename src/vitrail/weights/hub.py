@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.config.settings import Config, RunConfig
-from vitrail.errors import CheckpointError, OutputError, VitrailError, printable
-from vitrail.optional import import_optional
+from vitrail.errors import CheckpointError, OutputError, VitrailError, import_optional, printable
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights.checkpoint import MODEL, CheckpointInfo, save_weights_file
 from vitrail.weights.formats.convert import CONFIG, PROCESSOR

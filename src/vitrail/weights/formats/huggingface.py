@@ -59,7 +59,7 @@ NEW_NAMES = {
     ".mlp.fc1.": ".intermediate.dense.",
     ".mlp.fc2.": ".output.dense.",
 }
-UNUSED = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
+UNUSED_WEIGHTS = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
 """Tensors that the classifier does not use."""
 FILE = "preprocessor_config.json"
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -111,7 +111,7 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
         name = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
         for new, old in NEW_NAMES.items():
             name = name.replace(new, old)
-        if UNUSED.match(name):
+        if UNUSED_WEIGHTS.match(name):
             unused.append(key)
         else:
             plain[name] = tensor

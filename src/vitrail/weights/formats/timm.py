@@ -35,7 +35,7 @@ from vitrail.weights.formats.huggingface import FILTERS
 CLASS, POSITIONS = "cls_token", "pos_embed"
 MODES = {"center": "crop", "squash": "squash"}
 """timm's crop_mode -> our fit; its third mode, border, pads with the mean color, not black."""
-USUAL = {
+TIMM_DEFAULTS = {
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
     "interpolation": "bicubic", "crop_pct": 0.875,
 }  # fmt: skip
@@ -86,7 +86,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     data, refused = _preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
-    return Converted(config, plain, notes, classes, data, USUAL if about else {}, refused)
+    return Converted(config, plain, notes, classes, data, TIMM_DEFAULTS if about else {}, refused)
 
 
 def _preparation(
