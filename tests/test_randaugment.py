@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from vitrail.data import randaugment
+from vitrail.data import augment
 from vitrail.data.augment import BINS, OPERATIONS, rand_augment, strength
 from vitrail.data.shapes import draw_shapes
 

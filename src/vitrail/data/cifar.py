@@ -269,6 +269,8 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-UNPICKLE_ERRORS = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-              OverflowError, MemoryError)  # fmt: skip
+UNPICKLE_ERRORS = (
+    pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+    OverflowError, MemoryError,
+)  # fmt: skip
 """What the unpickler raises if a file is truncated or corrupt."""

@@ -350,7 +350,7 @@ def _fingerprint(path: Path) -> str:
             file.seek(0)
             content = file.read(HASHED_BYTES)
             if size > HASHED_BYTES:
-                file.seek(max(HASHED_BYTES, size - HASHED))
+                file.seek(max(HASHED_BYTES, size - HASHED_BYTES))
                 content += file.read(HASHED_BYTES)
     except OSError:
         return ""

@@ -23,7 +23,7 @@ def adapt(
         CheckpointError: the models differ otherwise, or in the classes without ``new_head``.
     """
     target, notes, own = model.config, [], model.state_dict()
-    free = {*ADAPTABLE_FIELDS, "head"} if new_head else set(ADAPTABLE)
+    free = {*ADAPTABLE_FIELDS, "head"} if new_head else set(ADAPTABLE_FIELDS)
     differing = [
         f"{name} {value}, not {getattr(target, name)}"
         for name, value in vars(source).items()
