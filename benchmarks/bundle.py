@@ -11,7 +11,7 @@ from pathlib import Path
 from vitrail.runtime.files import write_json
 from vitrail.weights import bundled
 from vitrail.weights.checkpoint import save_weights_file
-from vitrail.weights.model_card import without_paths
+from vitrail.weights.hub import without_paths
 from vitrail.weights.pretrained import read
 
 ALL_TOGETHER = 12 * 2**20

@@ -172,13 +172,11 @@ def main(model_path: Path, rounds: int = 7, threads: int = 2, batch: int = 64) -
         batch: images per batch for the throughput.
     """
     import vitrail
-    from vitrail.export.graph import ExportSettings
-    from vitrail.export.int8 import quantize
-    from vitrail.export.onnx_file import to_onnx
+    from vitrail.inference.export import quantize, to_onnx
 
     with TemporaryDirectory() as folder:
         large, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        proto, _ = to_onnx(vitrail.load(model_path, device="cpu"), ExportSettings())
+        proto, _ = to_onnx(vitrail.load(model_path, device="cpu"))
         large.write_bytes(proto.SerializeToString())
         small.write_bytes(quantize(proto).SerializeToString())
         files = {"torch": model_path, "torch, compiled": model_path, "onnx": large}

@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu_records.sh [--dry_run] [--output FOLDER] [--stages "check measure ..."]
 #
-# --dry_run   a rehearsal: all stages at tiny sizes, on the CPU, on the synthetic shapes
+# --dry_run   all stages at tiny sizes, on the CPU, on the synthetic shapes
 # --output    output folder (default: gpu-records; with --dry_run gpu-records-dry)
 # --stages    some of: setup check measure train gather (default: all, in this order)
 #
@@ -51,7 +51,7 @@ complete() { # does this interpreter have all dependencies?
         2>/dev/null
 }
 
-preset() { # the preset's name; a rehearsal replaces a missing preset
+preset() { # the preset's name; a dry run replaces a missing preset
     if "$python" -c "import sys; from vitrail.config.presets import PRESETS; sys.exit('$1' not in PRESETS)"
     then echo "$1"
     elif [ $dry = yes ]; then echo reference

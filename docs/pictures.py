@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vitrail
-from vitrail.config.settings import DataConfig
+from vitrail.config.settings import DataConfig, Look
 from vitrail.data.datasets import load_data
 from vitrail.data.shapes import load_shapes
-from vitrail.explain.draw import dim, normalize, place
+from vitrail.explain.draw import show_map
 
 COLUMNS = 7
 
@@ -42,12 +42,9 @@ def main(model: str, out: str, data_path: str | None = None) -> None:
     axes = figure.subplots(2, COLUMNS)
     for index, raw_HWC in enumerate(test_images(data_path)):
         rollout = classifier.explain(raw_HWC)
-        map_GJ = normalize(rollout.maps_FGJ, "frame")[-1]
-        axes[0, index].imshow(raw_HWC)
+        show_map(axes[0, index], raw_HWC, look=Look())
         axes[0, index].set_title(rollout.frames[-1].prediction, fontsize=13)
-        axes[1, index].imshow(dim(raw_HWC, place(map_GJ, (32, 32), (32, 32), "crop")))
-        for row in axes[:, index]:
-            row.set_axis_off()
+        show_map(axes[1, index], raw_HWC, rollout.maps_FGJ[-1], look=Look(style="reference"))
     figure.savefig(out, dpi=90)
 
 

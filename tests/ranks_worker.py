@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vitrail.data.datasets
 import vitrail.training.run
 from vitrail.cli import main
-from vitrail.cli.display import TrainingDisplay
+from vitrail.cli.progress import TrainingDisplay
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.batches import Batches
@@ -72,7 +72,7 @@ def noise(count: int, size_hw: tuple[int, int], classes: int) -> ImageSet:
 
 
 def few_shapes(part: str) -> ImageSet:
-    """Stand in for load_shapes, as drawing thousands of images takes a while."""
+    """Replace load_shapes, since generating thousands of images takes a while."""
     return noise({"train": 97, "test": 31}[part], (32, 32), 4)
 
 
@@ -171,12 +171,12 @@ def see_file(folder: Path) -> bool:
 
 def remembered() -> list[str | None]:
     """Return what torchrun's store holds before and after the leader writes to it."""
-    before = distributed.recall("run folder")
+    before = distributed.load_value("run folder")
     distributed.gather(0)
     if distributed.is_leader():
-        distributed.remember("run folder", "output/mine")
+        distributed.store_value("run folder", "output/mine")
     distributed.gather(0)
-    return [before, distributed.recall("run folder")]
+    return [before, distributed.load_value("run folder")]
 
 
 def copied() -> Tensor:

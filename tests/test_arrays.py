@@ -14,9 +14,8 @@ import vitrail
 from vitrail.cli import explain as cli_explain
 from vitrail.cli.explain import ExplainOptions
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.framing import stack_pictures
 from vitrail.data.images import ImageSet
-from vitrail.data.pictures import read_picture
+from vitrail.data.pictures import read_picture, stack_pictures
 from vitrail.errors import ConfigError, PictureError, VitrailError
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
@@ -297,7 +296,7 @@ def test_an_image_of_four_pixels_is_not_ambiguous(monkeypatch: pytest.MonkeyPatc
     """Its shape (4, 4, 3) could be RGBA, channels first; --index means what the data hold."""
     raw_BCHW = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     images = ImageSet(raw_BCHW, torch.tensor([1]), CLASSES)
-    monkeypatch.setattr("vitrail.training.run_data.load_split", lambda *_, **__: images)
+    monkeypatch.setattr("vitrail.training.run_folder.load_split", lambda *_, **__: images)
     config = ModelConfig(image_size=4, n_classes=3, embed_dim=12, n_attention_heads=3, n_layers=1)
     tiny = Classifier(VisionTransformer(config).eval(), Config(config), CLASSES)
     subject = cli_explain.indexed(tiny, ExplainOptions(index=0))

@@ -18,7 +18,17 @@ from speed import compare as compare_module
 from speed import growth, ours, peers
 from speed.compare import Bench, Comparison, compare, sizes
 from speed.growth import Point, exponent, growth_json, measure_growth, plot_growth
-from speed.jobs import PEERS, SERVED, TITLES, Amounts, Job, Recipe, jobs_of, plain, unfit
+from speed.jobs import (
+    PEERS,
+    PEERS_FOR,
+    TITLES,
+    Amounts,
+    Job,
+    Recipe,
+    jobs_of,
+    plain,
+    why_unsupported,
+)
 from speed.report import below, comparison_json, comparison_table
 from speed.worker import peak_mib
 from speed.workers import BenchError, Worker, command, interleave, python_of, started
@@ -250,9 +260,11 @@ def test_the_reference_runs_first_with_its_own_training_and_testing_loops() -> N
 
 
 def test_a_shape_that_the_reference_does_not_support_is_skipped() -> None:
-    assert "integer forward_mul" in str(unfit("reference", "step", TINY.model))
-    assert unfit("timm", "step", TINY.model) is None
-    assert "CIFAR-10 only" in str(unfit("reference", "test", replace(TINY.model, forward_mul=2)))
+    assert "integer forward_mul" in str(why_unsupported("reference", "step", TINY.model))
+    assert why_unsupported("timm", "step", TINY.model) is None
+    assert "CIFAR-10 only" in str(
+        why_unsupported("reference", "test", replace(TINY.model, forward_mul=2))
+    )
 
 
 # What is measured: our own work, in this process
@@ -379,7 +391,7 @@ def test_a_missing_peer_is_reported_by_its_own_interpreter() -> None:
 
 def test_every_peer_has_a_model_and_its_workloads() -> None:
     assert set(peers.MODELS) == set(PEERS)
-    assert set(peers.WORKLOADS) == set(SERVED) == set(TITLES)
+    assert set(peers.WORKLOADS) == set(PEERS_FOR) == set(TITLES)
 
 
 def test_a_plain_model_has_the_shape_of_the_other_systems() -> None:

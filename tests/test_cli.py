@@ -275,7 +275,7 @@ def test_missing_corrupt_or_hostile_data_is_refused(
     batch.write_bytes(valid[:-9])
     refused(words, capsys, "data_batch_2")
     batch.write_bytes(b"\x80\x02}q\x01(U" + valid)  # as Python 2 begins, with another checksum
-    refused(words, capsys, "data_batch_2: corrupt: wrong checksum")
+    refused(words, capsys, "data_batch_2: corrupt")
     batch.write_bytes(pickle.dumps({"data": RunsCode(), "labels": []}))
     refused(words, capsys, "data_batch_2", "open")
     assert not (here / "was_run").exists()
@@ -342,7 +342,7 @@ def test_a_plot_that_cannot_be_written_does_not_lose_the_result(
     def broken(*_: object) -> None:
         raise RuntimeError("no font\nsecond line")
 
-    monkeypatch.setattr("vitrail.evaluation.plots.plot_confusion", broken)
+    monkeypatch.setattr("vitrail.evaluation.report.plot_confusion", broken)
     monkeypatch.setattr("vitrail.training.run.draw_attention", broken)
     words = ["train", *TINY, "--epochs", "1", "--folder_name", "a", "--attention_epochs", "1"]
     assert main(words) == 1
@@ -516,7 +516,7 @@ def test_a_test_prints_its_numbers_if_a_plot_cannot_be_written(
     def broken(*_: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("vitrail.evaluation.plots.plot_calibration", broken)
+    monkeypatch.setattr("vitrail.evaluation.report.plot_calibration", broken)
     words = ["test", "--model_path", str(run_folder), "--json", "--split", "validation"]
     assert main([*words, "--output_path", "mine"]) == 1
     shown = capsys.readouterr()

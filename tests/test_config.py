@@ -1,5 +1,6 @@
 """Settings: names, JSON and TOML round trips, invalid values, presets."""
 
+import ast
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vitrail
 from vitrail.config.files import from_json, read_toml, to_json
 from vitrail.config.presets import PRESETS, get_preset
 from vitrail.config.settings import (
@@ -25,6 +27,25 @@ def test_no_two_sections_share_a_name() -> None:
     config = Config()
     names = [f.name for s in dataclasses.fields(config) for f in dataclasses.fields(s.type)]
     assert len(names) == len(set(names)) == len(config.flat())
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Attributes that the code reads, and its string constants (for getattr)."""
+    nodes = list(ast.walk(tree))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return names | {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """No setting is accepted and then ignored: it is read outside of config/, or by a property."""
+    package = Path(vitrail.__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent.name != "config"]
+    read = set().union(*(names_in(ast.parse(path.read_text())) for path in files))
+    settings = ast.parse((package / "config/settings.py").read_text())
+    for node in ast.walk(settings):
+        if isinstance(node, ast.FunctionDef) and node.name in read:
+            read |= names_in(node)
+    assert set(Config().flat()) - read == set()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,6 @@
 """Loading the splits of every data set."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,23 @@ def test_loads_folders(tmp_path: Path) -> None:
     assert loaded["test"].raw_BCHW[:, 0, :, 3].tolist() == [
         [0] * 4 + [level] * 4 + [0] * 4 for level in (20, 200)
     ]
+
+
+def test_one_range_of_wide_gray_values_holds_for_all_splits(tmp_path: Path) -> None:
+    levels = {"train/dark": 0, "train/light": 4000, "test/dark": 0, "test/light": 1000}
+    for name, level in levels.items():
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(3):
+            picture = Image.fromarray(np.full((8, 8), level, np.uint16))
+            picture.save(tmp_path / name / f"{number}.tif")
+    config = DataConfig(dataset="folder", data_path=tmp_path, validation_images=0)
+    inferred = load_data(config, ["train", "test"], image_hw=(8, 8))
+    given = load_data(replace(config, pixel_range=(0, 2000)), ["test"], image_hw=(8, 8))
+    assert inferred.pixel_range == (0, 4095)
+    assert given.pixel_range == (0, 2000)
+    for loaded in (inferred, given):
+        brightest = int(loaded.images["test"].raw_BCHW.max())
+        assert brightest == pytest.approx(1000 / loaded.pixel_range[1] * 255, abs=1)
 
 
 def test_refuses_training_images_of_one_class_and_too_much_validation() -> None:

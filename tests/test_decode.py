@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail.data import datasets, formats, pictures
+from vitrail.data import formats, pictures
 from vitrail.data.datasets import Decoded, decode
-from vitrail.data.framing import Framing, enough_side, fit_picture, stack_pictures
-from vitrail.data.pictures import (
-    Extent,
-    PixelRange,
-    choose_range,
-    join,
-    measure,
-    read_picture,
-    to_bytes,
-)
+from vitrail.data.formats import Extent, PixelRange, choose_range, join, measure, to_bytes
+from vitrail.data.pictures import Framing, enough_side, fit_picture, read_picture, stack_pictures
 
 RAMP = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
 
@@ -91,7 +83,7 @@ def test_an_exception_stops_all_threads(
         seen.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(datasets, "read_pixels", interrupt)
+    monkeypatch.setattr(formats, "read_pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path] * 10_000, workers=workers)
     assert len(seen) < 10_000
@@ -311,10 +303,7 @@ def test_a_jpeg_of_108_megapixels_is_reduced(
     halved = photo.reshape(150, 2, 180, 2, 3).mean(axis=(1, 3))
     assert np.abs(read - halved).mean() < 5
     assert run([path]).broken == {}
-    for refused, reason in (
-        (jpeg(photo, progressive=True), "360 x 300 pixels, more than 100,000"),
-        (jpeg(photograph(500, 510)), "510 x 500 pixels, more than 250,000"),
-    ):
+    for refused, reason in ((jpeg(photograph(500, 510)), "510 x 500 pixels, more than 250,000"),):
         path.write_bytes(refused)
         (said,) = run([path]).broken.values()
         assert said == f"{reason}: make it smaller"

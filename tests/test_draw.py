@@ -1,34 +1,34 @@
-"""Maps on pictures: normalization, placement, overlays, and sheets of panels."""
+"""Maps over pictures, sheets of panels, and animations, read back as pixels."""
 
-from typing import get_args
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any, get_args
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
 from torch.nn import functional
 
-from vitrail.config.settings import Colormap
-from vitrail.data.framing import Fit, fit_picture, seen_box
-from vitrail.errors import ConfigError
-from vitrail.explain import draw
+from vitrail.config.settings import Colormap, FitMode, Look, ModelConfig
+from vitrail.data.pictures import Fit, fit_picture, seen_box
+from vitrail.errors import ConfigError, OutputError
+from vitrail.evaluation.report import drawable
 from vitrail.explain.draw import (
-    Panel,
-    compose,
-    cut,
-    dim,
-    drawable,
-    limits,
-    line_height,
-    load_font,
-    mark_patch,
-    normalize,
-    overlay,
-    place,
-    show,
-    shown_box,
-    wrap,
+    draw_frames,
+    draw_sheet,
+    drawn_size,
+    encode_animation,
+    save,
+    scales,
+    show_map,
 )
+from vitrail.explain.explanation import Explanation, Frame, Subject
+from vitrail.explain.methods import MapSettings
+from vitrail.model.vit import VisionTransformer
 
 RANDOM = np.random.default_rng(8)
 MAPS_FGJ = np.array([[[1.0, 3.0, 2.0]], [[5.0, 9.0, 6.0]], [[4.0, 4.0, 4.0]]])
@@ -42,6 +42,60 @@ SIZES = [
 ]
 
 
+def rendered(figure: Figure) -> np.ndarray:
+    """The figure's pixels (H, W, C)."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def shown(picture_HWC: np.ndarray, map_GJ: np.ndarray | None = None, **options: Any) -> np.ndarray:
+    """A picture with a map over it, pixel by pixel."""
+    height, width = picture_HWC.shape[:2]
+    figure = Figure((width / 72, height / 72), dpi=72)
+    options = {"look": Look(), **options}
+    show_map(figure.add_axes((0, 0, 1, 1)), picture_HWC, map_GJ, **options)
+    return rendered(figure)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """A picture of many colors: soft ramps, a bright disc and a little noise."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    disc = ((x - 0.6) ** 2 + (y - 0.4) ** 2 < 0.04) * 90
+    channels = [200 * x + 20, 230 * y + 10 + disc, 240 - 200 * x * y]
+    noise = RANDOM.normal(0, 3, (height, width, 3))
+    return (np.stack(channels, axis=-1) + noise).clip(0, 255).astype(np.uint8)
+
+
+def explained(
+    maps_FGJ: np.ndarray, picture_HWC: np.ndarray, *, name: str = "x.png", **changes: Any
+) -> Explanation:
+    """An explanation of given maps: through layer 1, 2, ..."""
+    rows, columns = maps_FGJ.shape[1:]
+    config = ModelConfig(
+        image_size=(4 * rows, 4 * columns), patch_size=4, n_classes=3, embed_dim=8, n_layers=1,
+        n_attention_heads=1,
+    )  # fmt: skip
+    raw_HWC = fit_picture(picture_HWC, config.image_hw, "squash")
+    subject = Subject(
+        VisionTransformer(config).eval(), torch.zeros(1, 3, *config.image_hw), raw_HWC, picture_HWC,
+        "squash", ("a", "b", "c"), name,
+    )  # fmt: skip
+    frames = tuple(
+        Frame(map_GJ, f"through layer {layer}", "cat 93.2%")
+        for layer, map_GJ in enumerate(maps_FGJ, 1)
+    )
+    made = Explanation(subject, MapSettings(method="rollout"), "rollout", frames, 0)
+    return dataclasses.replace(made, **changes)
+
+
+def moving(n_frames: int, picture_HWC: np.ndarray) -> Explanation:
+    """A map that moves over the picture."""
+    columns_GJ = np.mgrid[:5, :7][1]
+    maps = [np.exp(-((columns_GJ - frame) ** 2) / 4) for frame in range(n_frames)]
+    return explained(np.stack(maps), picture_HWC)
+
+
 def ramps(height: int, width: int) -> np.ndarray:
     """A picture that knows its columns (red) and rows (green), counted to 255."""
     picture_HWC = np.full((height, width, 3), 200, dtype=np.uint8)
@@ -51,7 +105,7 @@ def ramps(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("picture_hw", "size_hw"), SIZES)
-@pytest.mark.parametrize("fit", get_args(Fit))
+@pytest.mark.parametrize("fit", get_args(FitMode))
 def test_the_box_is_where_fitting_takes_its_pixels(
     picture_hw: tuple[int, int], size_hw: tuple[int, int], fit: Fit
 ) -> None:
@@ -79,7 +133,7 @@ def within(start: float, end: float, length: int, cells: int) -> np.ndarray:
 
 
 def test_the_box_of_what_fits_is_the_picture() -> None:
-    for fit in get_args(Fit):
+    for fit in get_args(FitMode):
         assert seen_box((20, 28), (20, 28), fit) == (0, 0, 28, 20)
     assert seen_box((90, 70), (20, 28), "squash") == (0, 0, 70, 90)
     assert seen_box((900, 1200), (32, 32), "crop") == (150, 0, 1050, 900)
@@ -87,48 +141,46 @@ def test_the_box_of_what_fits_is_the_picture() -> None:
     assert seen_box((1, 1000), (32, 32), "pad")[1::2] == (-16, 16)  # one row of the model's
 
 
+# Maps over pictures
+
+
 def test_each_normalization() -> None:
-    assert normalize(MAPS_FGJ, "frame").tolist() == [
-        [[0, 1, 0.5]],
-        [[0, 1, 0.25]],
-        [[0, 0, 0]],
-    ]
-    assert normalize(MAPS_FGJ, "picture").tolist() == [
-        [[0, 0.25, 0.125]],
-        [[0.5, 1, 0.625]],
-        [[0.375, 0.375, 0.375]],
-    ]
-    assert normalize(MAPS_FGJ / 4 - 0.5, "none").tolist() == [
-        [[0, 0.25, 0]],
-        [[0.75, 1, 1]],
-        [[0.5, 0.5, 0.5]],
-    ]
-    low_F, high_F = limits(MAPS_FGJ, "frame")
-    assert (low_F.tolist(), high_F.tolist()) == ([1, 5, 4], [3, 9, 4])
-    assert [bound.tolist() for bound in limits(MAPS_FGJ, "picture")] == [[1] * 3, [9] * 3]
-    assert [bound.tolist() for bound in limits(MAPS_FGJ, "none")] == [[0] * 3, [1] * 3]
+    def scaled(maps_FGJ: np.ndarray, how: str) -> list[object]:
+        norms = scales(maps_FGJ, Look(normalize=how))
+        return [norm(map_GJ).tolist() for norm, map_GJ in zip(norms, maps_FGJ, strict=True)]
+
+    assert scaled(MAPS_FGJ, "frame") == [[[0, 1, 0.5]], [[0, 1, 0.25]], [[0, 0, 0]]]
+    assert scaled(MAPS_FGJ, "picture") == [
+        [[0, 0.25, 0.125]], [[0.5, 1, 0.625]], [[0.375, 0.375, 0.375]],
+    ]  # fmt: skip
+    assert scaled(MAPS_FGJ / 4 - 0.5, "none") == [[[0, 0.25, 0]], [[0.75, 1, 1]], [[0.5, 0.5, 0.5]]]
 
 
-@pytest.mark.parametrize("picture_hw", [(20, 28), (97, 131), (5, 3)])
-def test_placing_a_squashed_map_is_torchs_bilinear(picture_hw: tuple[int, int]) -> None:
+@pytest.mark.parametrize("picture_hw", [(20, 28), (97, 131), (500, 300)])
+def test_a_map_is_enlarged_as_torchs_bilinear(picture_hw: tuple[int, int]) -> None:
+    """In style reference, white x map is the map itself."""
     map_GJ = RANDOM.random((5, 7), dtype=np.float32)
     expected = functional.interpolate(
         torch.from_numpy(map_GJ)[None, None], picture_hw, mode="bilinear"
     )
-    placed_HW = place(map_GJ, picture_hw, (20, 28), "squash")
-    assert placed_HW.dtype == np.float32
-    assert np.allclose(placed_HW, expected[0, 0].numpy(), atol=1e-5)
+    white_HWC = np.full((*picture_hw, 3), 255, np.uint8)
+    look, norm = (
+        Look(style="reference", normalize="none"),
+        scales(map_GJ[None], Look(normalize="none")),
+    )
+    drawn_HWC = shown(white_HWC, map_GJ, look=look, norm=norm[0])
+    assert np.abs(drawn_HWC[:, :, 0] / 255 - expected[0, 0].numpy()).max() < 0.02
 
 
-@pytest.mark.parametrize("fit", get_args(Fit))
-@pytest.mark.parametrize("picture_hw", [(900, 1200), (1200, 700)])
-def test_a_spot_stays_on_its_patch_through_fit_and_place(
+@pytest.mark.parametrize("fit", get_args(FitMode))
+@pytest.mark.parametrize("picture_hw", [(450, 600), (600, 350)])
+def test_a_spot_stays_on_its_patch_through_fit_and_drawing(
     picture_hw: tuple[int, int], fit: Fit
 ) -> None:
-    """A white spot of the photo is white in one patch, and that patch's map covers it."""
+    """What is white in the photo is white in one patch, and that patch's map lies on it again."""
     grid_GJ, patch, query = (5, 7), 4, (2, 4)
     model_hw = (grid_GJ[0] * patch, grid_GJ[1] * patch)
-    left, top, right, bottom = shown_box(picture_hw, model_hw, fit, picture_hw)
+    left, top, right, bottom = box = seen_box(picture_hw, model_hw, fit)
     height, width = (bottom - top) / grid_GJ[0], (right - left) / grid_GJ[1]
     y, x = top + (query[0] + 0.5) * height, left + (query[1] + 0.5) * width
     photo_HWC = np.zeros((*picture_hw, 3), dtype=np.uint8)
@@ -138,201 +190,252 @@ def test_a_spot_stays_on_its_patch_through_fit_and_place(
     light_GJ = seen_HW.reshape(grid_GJ[0], patch, grid_GJ[1], patch).sum(axis=(1, 3))
     assert light_GJ[query] == light_GJ.sum() > 0
 
-    map_HW = place(light_GJ / light_GJ.max(), picture_hw, model_hw, fit)
-    rows, columns = np.nonzero(np.nan_to_num(map_HW) > 0.99)
-    assert abs(rows.mean() + 0.5 - y) < 1
-    assert abs(columns.mean() + 0.5 - x) < 1
+    white_HWC = np.full_like(photo_HWC, 255)
+    drawn_HWC = shown(white_HWC, light_GJ, look=Look(style="reference"), box=box)
+    if fit == "crop":  # beyond the box there is no map: the picture stays white
+        drawn_HWC[: round(top)] = drawn_HWC[round(bottom) :] = 0
+        drawn_HWC[:, : round(left)] = drawn_HWC[:, round(right) :] = 0
+    rows, columns = np.nonzero(drawn_HWC[:, :, 0] > 245)
+    assert abs(rows.mean() + 0.5 - y) < 2
+    assert abs(columns.mean() + 0.5 - x) < 2
 
 
-def test_regions_outside_the_models_input_have_no_value() -> None:
-    map_GJ = np.ones((4, 4))
-    cropped_HW = place(map_GJ, (90, 120), (32, 32), "crop")
-    assert np.isnan(cropped_HW[:, :15]).all()
-    assert np.isnan(cropped_HW[:, 105:]).all()
-    assert (cropped_HW[:, 15:105] == 1).all()
-    for fit in ("pad", "squash"):
-        assert (place(map_GJ, (90, 120), (32, 32), fit) == 1).all()
+def test_maps_show_the_color_where_high_and_the_picture_where_low() -> None:
+    picture_HWC = np.full((1, 2, 3), 100, dtype=np.uint8)
+    map_GJ = np.array([[0.0, 1.0]])
+    low, high = shown(picture_HWC, map_GJ, look=Look(colormap="viridis", alpha=0.5))[0]
+    assert np.abs(low - (84, 50, 92)).max() <= 1  # half of (68, 1, 84) over gray 100
+    assert np.abs(high - (215, 198, 52)).max() <= 1  # three quarters of (253, 231, 37)
+    bare = shown(picture_HWC, map_GJ, look=Look(alpha=0))
+    assert np.abs(bare - 100).max() <= 1
+    full = shown(picture_HWC, map_GJ, look=Look(colormap="viridis", alpha=1))
+    assert np.abs(full[0, 0] - (68, 1, 84)).max() <= 1
 
 
-def test_the_box_does_not_change_with_the_size_shown() -> None:
-    # The model saw 5 of its 9 columns; fitting the reduced picture would make them 6.
-    assert shown_box((404, 246), (9, 9), "pad", (101, 62)) == pytest.approx((-24.8, 0, 86.8, 101))
-    assert shown_box((404, 268), (9, 9), "crop", (101, 67)) == (0, 17, 67, 84)
-    map_GJ = RANDOM.random((3, 3))
-    read_HW = place(map_GJ, (404, 268), (9, 9), "pad")
-    shown_HW = place(map_GJ, (404, 268), (9, 9), "pad", shown_hw=(101, 67))
-    assert np.abs(read_HW.reshape(101, 4, 67, 4).mean(axis=(1, 3)) - shown_HW).max() < 0.01
+def test_what_the_model_did_not_see_is_veiled_and_gray() -> None:
+    red_HWC = np.zeros((30, 40, 3), np.uint8)
+    red_HWC[:, :, 0] = 255
+    drawn_HWC = shown(red_HWC, np.ones((4, 4)), box=(5, 0, 35, 30))
+    assert np.ptp(drawn_HWC[:, :5], axis=2).max() == 0
+    assert drawn_HWC[0, 2, 0] == drawn_HWC[0, 38, 0] > 170
+    assert np.ptp(drawn_HWC[:, 5:35], axis=2).min() > 0
 
 
-def test_overlays_show_the_color_where_the_map_is_high_and_the_picture_where_low() -> None:
-    picture_HWC = np.full((1, 4, 3), 100, dtype=np.uint8)
-    picture_HWC[0, 3] = (255, 0, 0)
-    map_HW = np.array([[0, 1, np.nan, np.nan]], dtype=np.float32)
-    low, high, gray, red = overlay(picture_HWC, map_HW, colormap="viridis", alpha=0.5)[0].tolist()
-    assert low == [84, 50, 92]  # half of (68, 1, 84) over gray 100
-    assert high == [215, 198, 52]  # three quarters of (253, 231, 37)
-    assert gray == [187] * 3  # veiled
-    assert len(set(red)) == 1  # and without color
-    assert overlay(picture_HWC, map_HW, alpha=0)[0, 1].tolist() == [100] * 3
-    assert overlay(picture_HWC, map_HW, alpha=1, colormap="viridis")[0, 0].tolist() == [68, 1, 84]
+def test_the_reference_style_multiplies() -> None:
+    picture_HWC = np.array([[[200, 100, 50]] * 3], dtype=np.uint8)
+    drawn_HWC = shown(picture_HWC, np.array([[1, 0.5, 0]]), look=Look(style="reference"))
+    assert np.abs(drawn_HWC[0] - [[200, 100, 50], [100, 50, 25], [0, 0, 0]]).max() <= 1
 
 
 @pytest.mark.parametrize("colormap", get_args(Colormap))
 def test_color_maps_rise_evenly_in_lightness(colormap: str) -> None:
-    table = draw.colormap_bytes(colormap) / 255
+    table = matplotlib.colormaps[colormap](np.arange(256))[:, :3]
     linear = np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4)
     lightness = np.cbrt(linear @ (0.2126, 0.7152, 0.0722))
     steps = np.diff(lightness[8:])
-    assert table.shape == (256, 3)
     assert steps.mean() > 0.001
     assert (steps > -0.003).all()
 
 
-def test_refuses_an_unknown_color_map_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'virids' \(did you mean 'viridis'\?\): one of"):
-        draw.colormap_bytes("virids")
-    with pytest.raises(ConfigError, match="no color map 'jet'"):
-        overlay(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1)), colormap="jet")
-
-
-def test_dimming_multiplies() -> None:
-    picture_HWC = np.array([[[200, 100, 50]] * 3], dtype=np.uint8)
-    dimmed_HWC = dim(picture_HWC, np.array([[1, 0.5, np.nan]]))
-    assert dimmed_HWC[0].tolist() == [[200, 100, 50], [100, 50, 25], [0, 0, 0]]
-
-
-def test_marks_the_query_on_its_patch() -> None:
-    shown_HWC = np.full((100, 140, 3), 90, dtype=np.uint8)
-    marked_HWC = mark_patch(shown_HWC, (1, 3), (5, 7), (0, 0, 140, 100))
-    white_HW = (marked_HWC == 255).all(axis=2)
-    rows, columns = np.nonzero(white_HW)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 39, 60, 79)
-    assert not white_HW[25:35, 65:75].any()
-    assert (marked_HWC[18, 58:82] == 0).all()
-    assert (shown_HWC == 90).all()
-    mark_patch(shown_HWC, (0, 0), (99, 99), (-5.0, -5.0, 9.0, 9.0))  # smaller than a pixel, outside
+# Sheets
 
 
 @pytest.mark.parametrize(
-    ("size", "columns", "largest", "shown"),
+    ("size", "columns", "drawn"),
     [
-        ((32, 32), 1, 1200, (384, 384)),
-        ((20, 28), 2, 1200, (280, 392)),
-        ((32, 32), 3, 1200, (288, 288)),
-        ((32, 32), 7, 1200, (224, 224)),
-        ((32, 32), 1, 100, (96, 96)),
-        ((200, 160), 7, 1200, (200, 160)),
-        ((600, 800), 2, 1200, (600, 800)),
-        ((1500, 2000), 1, 1200, (900, 1200)),
-        ((900, 1200), 4, 1200, (450, 600)),
-        ((900, 1200), 20, 1200, (168, 224)),
-        ((900, 1200), 2, 420, (315, 420)),
-        ((1, 4000), 1, 1200, (1, 1200)),
+        ((32, 32), 1, (384, 384)),
+        ((20, 28), 2, (280, 392)),
+        ((32, 32), 3, (288, 288)),
+        ((32, 32), 7, (224, 224)),
+        ((200, 160), 7, (200, 160)),
+        ((600, 800), 2, (600, 800)),
+        ((1500, 2000), 1, (900, 1200)),
+        ((900, 1200), 4, (450, 600)),
+        ((900, 1200), 20, (168, 224)),
+        ((1, 4000), 1, (1, 1200)),
     ],
 )
-def test_shows_small_pictures_large_and_large_ones_no_larger_than_the_sheet(
-    size: tuple[int, int], columns: int, largest: int, shown: tuple[int, int]
+def test_small_pictures_are_drawn_large_and_large_ones_no_larger_than_the_sheet(
+    size: tuple[int, int], columns: int, drawn: tuple[int, int]
 ) -> None:
+    assert drawn_size(size, columns) == drawn
+
+
+def find(sheet_HWC: np.ndarray, picture_HWC: np.ndarray) -> tuple[int, int]:
+    """Where a picture stands on a sheet, pixel by pixel."""
+    height, width = picture_HWC.shape[:2]
+    corners = (sheet_HWC == picture_HWC[0, 0]).all(axis=2)
+    for y, x in zip(*np.nonzero(corners), strict=True):
+        if np.array_equal(sheet_HWC[y : y + height, x : x + width], picture_HWC):
+            return int(y), int(x)
+    raise AssertionError("it is not there")
+
+
+@pytest.mark.parametrize("size", [(300, 290), (30, 29)])
+def test_the_picture_stands_unchanged_on_the_sheet(size: tuple[int, int]) -> None:
     picture_HWC = RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8)
-    shown_HWC = show(picture_HWC, columns=columns, largest=largest)
-    assert shown_HWC.shape == (*shown, 3)
-    assert np.array_equal(show(shown_HWC, columns=columns, largest=largest), shown_HWC)
-    times = shown[0] // size[0]
-    if times > 1:  # every pixel a square
-        assert np.array_equal(shown_HWC[::times, ::times], picture_HWC)
-        assert np.array_equal(shown_HWC[times - 1 :: times, times - 1 :: times], picture_HWC)
+    sheet_HWC = rendered(draw_sheet(explained(RANDOM.random((5, 2, 3)), picture_HWC), Look()))
+    times = drawn_size(size, 4)[0] // size[0]
+    find(sheet_HWC, picture_HWC.repeat(times, axis=0).repeat(times, axis=1))
 
 
-def test_the_panels_stand_unchanged_in_a_grid() -> None:
-    pictures = RANDOM.integers(0, 256, (2, 3, 300, 290, 3), dtype=np.uint8)
-    grid = [[Panel(picture_HWC) for picture_HWC in row] for row in pictures]
-    sheet_HWC = np.array(compose(grid))
-    margin, gap = 17, 7  # letters of 290 / 21 = 14 pixels
-    assert sheet_HWC.shape == (2 * 300 + gap + 2 * margin, 3 * 290 + 2 * gap + 2 * margin, 3)
-    for g in range(2):
-        for j in range(3):
-            y, x = margin + g * (300 + gap), margin + j * (290 + gap)
-            assert np.array_equal(sheet_HWC[y : y + 300, x : x + 290], pictures[g, j])
-
-
-def test_titles_caption_and_bar_add_only_around_the_panels() -> None:
-    picture_HWC = RANDOM.integers(0, 256, (400, 500, 3), dtype=np.uint8)
-    plain = compose([[Panel(picture_HWC)]])
-    bar = ("magma", 0.0, 0.03125, "attention")
-    parts = {"title": compose([[Panel(picture_HWC, "cat.png")]]),
-             "caption": compose([[Panel(picture_HWC)]], caption="cat 93.2%\nrollout"),
-             "colorbar": compose([[Panel(picture_HWC)]], colorbar=bar),
-             "row title": compose([[Panel(picture_HWC)]], row_titles=["layer 1"])}  # fmt: skip
-    for name, sheet in parts.items():
-        wider = (sheet.width > plain.width, sheet.height > plain.height)
-        assert wider == ((True, False) if name == "row title" else (False, True)), name
-    drawn_HWC = np.array(parts["colorbar"])[plain.height :]
-    for color in draw.colormap_bytes("magma")[[3, 128, 252]].astype(int):
-        assert np.abs(drawn_HWC.astype(int) - color).sum(axis=2).min() < 12
-
-
-def test_panels_do_not_move_with_the_texts() -> None:
-    """Frames of an animation differ in their titles and captions, never in where panels stand."""
+def test_nothing_moves_with_the_words() -> None:
+    """Frames of an animation differ in titles, predictions and values, not in their places."""
     picture_HWC = RANDOM.integers(0, 256, (300, 384, 3), dtype=np.uint8)
-    sheets = [
-        np.array(compose([[Panel(picture_HWC, title)]], caption=caption))
-        for title, caption in (
-            ("a", "cat 93.2%"),
-            ("Ägypten " * 30, "word " * 80),
-            ("gqÅ", "x\ny"),
-        )
-    ]
-    places = [np.nonzero((sheet == picture_HWC[0, 0]).all(axis=2)) for sheet in sheets]
-    assert len({(rows[0], columns[0]) for rows, columns in places}) == 1
-    assert len({sheet.shape[1] for sheet in sheets}) == 1
-
-
-def test_the_color_bar_does_not_move_with_its_values() -> None:
-    """Nor does the sheet's size, whatever the numbers."""
-    picture_HWC = np.zeros((384, 384, 3), np.uint8)
-    panels = [Panel(picture_HWC), Panel(picture_HWC)]
-    sheets = [
-        np.array(compose([panels], colorbar=("viridis", low, high, "each map on its own scale")))
-        for low, high in ((0.0108, 0.0413), (0.00953, 0.5), (0, 1), (-1.234e-12, 1.234e12))
-    ]
-    bright = draw.colormap_bytes("viridis")[200]
-    places = [np.nonzero((abs(s.astype(int) - bright) < 3).all(axis=2)) for s in sheets]
-    assert places[0][0].size
-    assert (
-        len({(tuple(map(tuple, place)), s.shape) for place, s in zip(places, sheets, strict=True)})
-        == 1
+    frames = (
+        Frame(RANDOM.random((2, 3)), "a", "cat 93.2%"),
+        Frame(1e-9 * RANDOM.random((2, 3)), "Ägypten " * 30, "word " * 80),
+        Frame(1e9 * RANDOM.random((2, 3)), "gqÅ", "x"),
     )
+    made = explained(np.zeros((1, 2, 3)), picture_HWC, frames=frames)
+    drawn = [np.asarray(frame).astype(int) for frame in draw_frames(made, Look())]
+    assert len({frame.shape for frame in drawn}) == 1
+    assert len({find(frame, picture_HWC) for frame in drawn}) == 1
+    bar_HWC = matplotlib.colormaps["magma"](np.arange(0, 256, 51), bytes=True)[:, :3]
+    below = [frame[find(frame, picture_HWC)[0] + 300 :] for frame in drawn]
+    for color in bar_HWC.astype(int)[1:]:
+        places = [np.nonzero((np.abs(part - color) < 2).all(axis=2)) for part in below]
+        assert len({tuple(map(tuple, place)) for place in places}) == 1
+        assert places[0][0].size
 
 
-def test_panels_of_several_sizes_share_a_sheet() -> None:
-    rows = [
-        [Panel(np.zeros((30, 20, 3), np.uint8), "one"), Panel(np.zeros((500, 400, 3), np.uint8))],
-        [Panel(np.zeros((9, 900, 3), np.uint8))],
-    ]
-    sheet = compose(rows, caption="a", colorbar=("cividis", -1e-7, 12345.678, "long " * 90))
-    assert sheet.width >= 1800
+def test_the_query_is_outlined_on_its_patch() -> None:
+    gray_HWC = np.full((100, 140, 3), 90, dtype=np.uint8)
+    frames = (Frame(np.zeros((5, 7)), "a", "cat", query=(1, 3)),)
+    (frame,) = draw_frames(explained(np.zeros((1, 5, 7)), gray_HWC, frames=frames), Look())
+    drawn_HWC = np.asarray(frame).astype(int)
+    rows, columns = np.nonzero((drawn_HWC == 90).all(axis=2))
+    top, left = rows.min(), columns.min()  # drawn three times as large
+    panel_HWC = drawn_HWC[top : top + 300, left : left + 420]
+    white = np.nonzero((panel_HWC == 255).all(axis=2))
+    assert [round((white[axis].min() + white[axis].max()) / 2) for axis in (0, 1)] == [90, 210]
+    assert abs(white[0].min() - 60) < 3
+    assert abs(white[1].max() - 240) < 3
+    assert (panel_HWC == 0).all(axis=2).any()
+    assert (panel_HWC[75:105, 195:225] == 90).all()
 
 
-# Text
+def test_a_sheet_has_a_row_title_for_each_row_of_a_grid() -> None:
+    maps_FGJ, picture_HWC = RANDOM.random((6, 2, 3)), picture(60, 90)
+    grid = {"kind": "heads", "columns": 3}
+    with_titles = draw_sheet(
+        explained(maps_FGJ, picture_HWC, **grid, row_titles=("layer 1", "layer 2")), Look()
+    )
+    words = [text.get_text() for text in with_titles.texts]
+    assert words[:2] == ["layer 1", "layer 2"]
+    assert len(with_titles.axes) == 1 + 6 + 1  # the picture, the maps, the color bar
 
 
-def test_letters_that_cannot_be_drawn_become_the_replacement_sign() -> None:
-    assert drawable("Žába 93% · … ж α") == "Žába 93% · … ж α"
-    assert drawable("a\x00b\u202ec\n\U0001f98ad 漢") == "a�b�c��d �"
-    font = load_font(17)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    assert font.getlength("�") > 0
+def test_words_that_cannot_be_drawn_and_long_ones() -> None:
+    assert drawable("Žába 93% · … ж α ✓", 99) == "Žába 93% · … ж α ✓"
+    assert drawable("a\x00b\u202ec\n\U0001f98ad 漢", 99) == "a�b�c��d �"
+    assert drawable("a" * 200, 20) == "a" * 19 + "…"
+    made = explained(RANDOM.random((1, 2, 3)), picture(60, 90), name="$x^2$ \n 漢" * 9999)
+    assert draw_sheet(made, Look()).get_size_inches()[1] * 72 < 1500
 
 
-def test_long_words_are_cut_and_lines_wrapped() -> None:
-    font = load_font(15)
-    assert cut("cat", font, 300) == "cat"
-    short = cut("a" * 200, font, 120)
-    assert short.endswith("…")
-    assert 100 < font.getlength(short) <= 120
-    assert cut("cat", font, 1) == "…"
-    lines = wrap("the quick brown fox\x07 jumps over " + "z" * 99, font, 130)
-    assert " ".join(lines[:-1]) == "the quick brown fox� jumps over"
-    assert lines[-1].endswith("…")
-    assert all(font.getlength(line) <= 130 for line in lines)
-    assert line_height(font) >= 15
+# Animations
+
+
+def read_back(content: bytes) -> tuple[np.ndarray, list[int]]:
+    """The frames' pixels (F, H, W, C), and how long each is shown."""
+    with Image.open(io.BytesIO(content)) as opened:
+        pairs = [
+            (np.array(frame.convert("RGB")).astype(int), frame.info["duration"])
+            for frame in ImageSequence.Iterator(opened)
+        ]
+    return np.stack([pixels for pixels, _ in pairs]), [duration for _, duration in pairs]
+
+
+def blurred(frame_HWC: np.ndarray) -> np.ndarray:
+    """Means of 8 x 8 pixels: what the eye makes of dither."""
+    height, width = (8 * (side // 8) for side in frame_HWC.shape[:2])
+    means: np.ndarray = (
+        frame_HWC[:height, :width].reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3))
+    )
+    return means
+
+
+def test_a_gif_keeps_still_what_is_still_and_shows_gradients() -> None:
+    frames = draw_frames(moving(7, picture(285, 399)), Look())
+    shown_FHWC, durations = read_back(encode_animation(frames, ".gif", Look()))
+    true_FHWC = np.stack([np.asarray(frame).astype(int) for frame in frames])
+    assert shown_FHWC.shape == true_FHWC.shape
+    assert durations == [500] * 7
+
+    still_HW = (true_FHWC == true_FHWC[0]).all(axis=(0, 3))
+    assert still_HW[:300, :400].all()
+    assert np.ptp(shown_FHWC[:, still_HW], axis=0).max() == 0
+    assert (shown_FHWC[true_FHWC.min(axis=3) == 255] == 255).all()  # white stays white
+    for shown_HWC, true_HWC in zip(shown_FHWC, true_FHWC, strict=True):
+        assert len(np.unique(shown_HWC @ (65_536, 256, 1))) >= 150
+        assert np.abs(shown_HWC - true_HWC).mean() < 5
+        assert np.abs(blurred(shown_HWC) - blurred(true_HWC)).mean() < 1.5
+    assert shown_FHWC[:, :, 420:].std(axis=0).max() > 20  # and what does move, moves
+
+
+def test_a_gif_states_its_loop_and_duration() -> None:
+    frames = draw_frames(moving(3, picture(30, 42)), Look())
+    for loop in (0, 5):
+        content = encode_animation(frames, ".gif", Look(loop=loop, duration=120))
+        with Image.open(io.BytesIO(content)) as opened:
+            assert opened.info.get("loop") == loop
+            assert opened.n_frames == 3
+        assert read_back(content)[1] == [120] * 3
+
+
+def test_a_webp_is_exact() -> None:
+    frames = draw_frames(moving(3, picture(30, 42)), Look())
+    content = encode_animation(frames, ".webp", Look(loop=3, duration=70))
+    shown_FHWC, durations = read_back(content)
+    assert durations == [70] * 3
+    assert np.array_equal(shown_FHWC, np.stack([np.asarray(frame) for frame in frames]))
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.info["loop"] == 3
+
+
+def test_refuses_what_cannot_be_saved(tmp_path: Path) -> None:
+    made, path = moving(2, picture(20, 28)), tmp_path / "a.gif"
+    for duration in (0, 700_000):
+        with pytest.raises(ConfigError, match=rf"duration is {duration} ms: give one of 10 to"):
+            save(made, path, Look(duration=duration))
+    for loop in (-1, 65_536):
+        with pytest.raises(ConfigError, match=rf"loop is {loop}: give 0"):
+            save(made, path, Look(loop=loop))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        save(made, tmp_path / "file" / "a.gif", Look())
+    assert not path.exists()
+
+
+# The reference implementation's frames
+
+
+def test_reference_frames_show_label_layer_and_what_the_model_sees() -> None:
+    made = explained(RANDOM.random((2, 5, 7)), picture(285, 399), kind="rollout")
+    labeled = dataclasses.replace(made, subject=dataclasses.replace(made.subject, label="cat"))
+    sheet = draw_sheet(labeled, Look(style="reference"))
+    titles = [axes.get_title(loc="left") for axes in sheet.axes[:3]]
+    assert titles == ["Original (cat)", "through layer 1", "through layer 2"]
+    raw_HWC = made.subject.raw_HWC
+    times = drawn_size(raw_HWC.shape[:2], 3)[0] // len(raw_HWC)
+    find(rendered(sheet), raw_HWC.repeat(times, axis=0).repeat(times, axis=1))
+
+
+def test_the_reference_masks_scaled_to_black_and_white_are_the_maps_so_scaled(
+    reference: Path,
+) -> None:
+    """The reference divides each layer's rollout by its maximum before it draws it."""
+    with np.load(reference / "layer3-dim32_expected.npz") as expected:
+        attention_LBATT, masks_BLGJ = expected["attention"], expected["rollout"]
+    for image in range(attention_LBATT.shape[1]):
+        flow_TT = np.eye(attention_LBATT.shape[-1])
+        for layer, attention_ATT in enumerate(attention_LBATT[:, image]):
+            mixed_TT = attention_ATT.mean(axis=0) + np.eye(len(flow_TT))
+            flow_TT = mixed_TT / mixed_TT.sum(axis=1, keepdims=True) @ flow_TT
+            flow_GJ, mask_GJ = (
+                flow_TT[0, 1:].reshape(masks_BLGJ.shape[2:]),
+                masks_BLGJ[image, layer],
+            )
+            ours, theirs = (scales(x[None], Look())[0](x) for x in (flow_GJ, mask_GJ))
+            assert np.abs(ours - theirs).max() < 1e-3

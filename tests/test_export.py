@@ -16,14 +16,17 @@ from PIL import Image
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError, ExportError
-from vitrail.export.graph import (
+from vitrail.inference import export
+from vitrail.inference.classifier import Classifier
+from vitrail.inference.export import (
     CHECKED_BATCHES,
     EXAMPLE_BATCH,
-    ExportSettings,
+    METADATA,
     Graph,
     check_outputs,
+    to_onnx,
+    to_program,
 )
-from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 
 VARIANTS = {
@@ -53,7 +56,7 @@ def test_the_example_has_another_size_than_the_checks() -> None:
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_graph_computes_what_the_model_does(raw: bool) -> None:
     classifier = make_classifier()
-    graph = Graph(classifier, ExportSettings(attention=True, raw=raw))
+    graph = Graph(classifier, attention=True, raw=raw)
     batch = graph.batch(2)
     scores_BY, *attentions = graph(batch)
     assert batch.dtype == (torch.uint8 if raw else torch.float32)
@@ -85,7 +88,7 @@ def test_the_graph_computes_what_the_model_does(raw: bool) -> None:
 def test_a_file_that_computes_something_else_is_refused(
     spoil: Callable[..., list[torch.Tensor]], message: str | None
 ) -> None:
-    graph = Graph(make_classifier(n_layers=1), ExportSettings(attention=True))
+    graph = Graph(make_classifier(n_layers=1), attention=True)
 
     def run(batch: torch.Tensor) -> list[torch.Tensor]:
         with torch.inference_mode():
@@ -115,11 +118,9 @@ def test_contradictory_flags_are_refused(
 
 
 def test_a_model_too_large_for_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitrail.export import onnx_file
-
-    monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
+    monkeypatch.setattr(export, "MAX_BYTES", 1000)
     with pytest.raises(ConfigError, match="an ONNX file is limited to 2 GiB"):
-        onnx_file.to_onnx(make_classifier(), ExportSettings())
+        to_onnx(make_classifier())
 
 
 @pytest.mark.slow
@@ -130,11 +131,10 @@ def test_onnx_gives_the_logits_and_attention_of_torch(
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from vitrail.export.onnx_file import to_onnx
     from vitrail.inference.onnx_classifier import load_onnx
 
     classifier = make_classifier(**VARIANTS[variant])
-    proto, difference = to_onnx(classifier, ExportSettings(attention=True, raw=raw))
+    proto, difference = to_onnx(classifier, attention=True, raw=raw)
     assert difference < 1e-5
     path = tmp_path / "m.onnx"
     path.write_bytes(proto.SerializeToString())
@@ -169,10 +169,8 @@ def exported_name(raw: bool) -> str:
 
 @pytest.mark.slow
 def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
-    from vitrail.export.graph import METADATA, to_program
-
     classifier = make_classifier()
-    content, difference = to_program(classifier, ExportSettings(attention=True, raw=True))
+    content, difference = to_program(classifier, attention=True, raw=True)
     assert difference < 1e-5
     path = tmp_path / "m.pt2"
     path.write_bytes(content)

@@ -136,9 +136,7 @@ def test_ranks_leave_a_frozen_backbones_statistics_alone(monkeypatch: pytest.Mon
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(distributed, "count", lambda: 3)
-    monkeypatch.setattr(
-        distributed, "add_up", lambda tensors: [tensor.mul_(3) for tensor in tensors]
-    )
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(3))
     set_training_mode(model, frozen=True)
     distributed.merge(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.data.layout import find_layout, walk_files
+from vitrail.data.formats import walk_files
+from vitrail.data.manifest import find_layout
 from vitrail.errors import DataError
 
 

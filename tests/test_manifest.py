@@ -139,8 +139,7 @@ def test_a_manifest_round_trips_through_its_file(pictures: Path, tmp_path: Path)
     "content",
     ["", "[]", "{}",
      '{"root": "x", "classes": ["a"], "files": {"train": [["x", 1, ""]]}, "left_out": {}}',
-     '{"root": "x", "classes": ["a"], "files": {"train": [["../x", 0, ""]]}, "left_out": {}}',
-     '{"root": "x", "classes": ["a"], "files": {"best": []}, "left_out": {}}'],
+     '{"root": "x", "classes": ["a"], "files": {"train": [["x", 0, "", 7]]}, "left_out": {}}'],
 )  # fmt: skip
 def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)

@@ -23,7 +23,7 @@ from vitrail.evaluation.metrics import (
     quick_scores,
     wilson_interval,
 )
-from vitrail.evaluation.tables import metrics_table
+from vitrail.evaluation.report import metrics_table
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 CPU = torch.device("cpu")

@@ -12,12 +12,10 @@ from PIL import Image
 
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.framing import Fit, fit_picture
-from vitrail.data.pictures import read_picture
-from vitrail.errors import CheckpointError, ConfigError
+from vitrail.data.pictures import Fit, fit_picture, read_picture
+from vitrail.errors import EXTRAS, CheckpointError, ConfigError, import_optional
 from vitrail.inference.onnx_classifier import load_onnx, read_metadata, write_metadata
 from vitrail.inference.predictions import rank
-from vitrail.optional import EXTRAS, import_optional
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -58,7 +56,7 @@ def write_model(path: Path, face: str, metadata: dict[str, str], columns: int = 
 
 @pytest.fixture
 def images_file(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "m.onnx", "images", write_metadata(CONFIG, CLASSES, "images"))
+    return write_model(tmp_path / "m.onnx", "images", write_metadata(CONFIG, CLASSES, raw=False))
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def test_pictures_are_normalized_as_the_metadata_say(images_file: Path) -> None:
 
 
 def test_a_file_with_uint8_input_gets_bytes(tmp_path: Path) -> None:
-    metadata = write_metadata(CONFIG, CLASSES, "raw")
+    metadata = write_metadata(CONFIG, CLASSES, raw=True)
     classifier = load_onnx(write_model(tmp_path / "raw.onnx", "raw", metadata), threads=1)
     raw_BHWC = np.random.default_rng(4).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
     found_BY = classifier.raw_probabilities(raw_BHWC, batch_size=3)
@@ -100,7 +98,7 @@ def test_the_metadata_round_trips(images_file: Path) -> None:
 
 def test_the_metadata_contains_no_local_paths() -> None:
     config = Config(data=DataConfig(data_path=Path("/home/somebody/secret")))
-    assert "secret" not in str(write_metadata(config, CLASSES, "images"))
+    assert "secret" not in str(write_metadata(config, CLASSES, raw=False))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_the_metadata_contains_no_local_paths() -> None:
     ],
 )
 def test_invalid_metadata_is_refused(change: dict[str, str | None], message: str) -> None:
-    metadata = {**write_metadata(CONFIG, CLASSES, "images"), **change}
+    metadata = {**write_metadata(CONFIG, CLASSES, raw=False), **change}
     metadata = {name: value for name, value in metadata.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         read_metadata(metadata, Path("m.onnx"))
@@ -128,7 +126,7 @@ def test_other_files_are_refused(tmp_path: Path, images_file: Path) -> None:
     damaged.write_bytes(images_file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match=r"damaged\.onnx: not a valid ONNX file"):
         load_onnx(damaged)
-    metadata = write_metadata(CONFIG, CLASSES, "images")
+    metadata = write_metadata(CONFIG, CLASSES, raw=False)
     with pytest.raises(CheckpointError, match="its first input is 'x'"):
         load_onnx(write_model(tmp_path / "x.onnx", "x", metadata))
     few = load_onnx(write_model(tmp_path / "few.onnx", "images", metadata, columns=2))

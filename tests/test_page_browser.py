@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from test_page import HOSTILE, make_data
-from vitrail.explain.page import PageData, write_page
+from vitrail.explain.page import PageData, make_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -44,7 +44,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
     contexts = []
 
     def open_it(data: PageData, **settings: Any) -> Any:
-        write_page(path, data)
+        path.write_bytes(make_page(data))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | settings)
         contexts.append(context)
         context.set_default_timeout(15_000)

@@ -14,7 +14,7 @@ import vitrail
 from layouts import make_state
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
-from vitrail.data.framing import Framing, fit_picture, seen_box
+from vitrail.data.pictures import Framing, fit_picture, seen_box
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer

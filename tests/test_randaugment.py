@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from vitrail.data import randaugment
-from vitrail.data.randaugment import BINS, OPERATIONS, rand_augment, strength
+from vitrail.data import augment
+from vitrail.data.augment import BINS, OPERATIONS, rand_augment, strength
 from vitrail.data.shapes import draw_shapes
 
 H, W = 29, 37
@@ -119,7 +119,7 @@ def test_each_image_and_slot_draws_one_operation_uniformly(
 
         return operation
 
-    monkeypatch.setattr(randaugment, "OPERATIONS", {name: counting(name) for name in seen})
+    monkeypatch.setattr(augment, "OPERATIONS", {name: counting(name) for name in seen})
     raw_BCHW = torch.zeros(n_images, 1, 2, 3, dtype=torch.uint8)
     rand_augment(raw_BCHW, torch.Generator().manual_seed(7), n_ops, 9)
     assert sum(seen.values()) == n_images * n_ops
@@ -134,7 +134,7 @@ def test_the_result_is_pillows_operations_in_sequence(
     raw_BCHW = pictures(3).repeat(4, 1, 1, 1)
     ours = rand_augment(raw_BCHW, torch.Generator().manual_seed(2), 2, 13)
     theirs = {name: lambda r, s, name=name: by_pillow(name, r, s) for name in OPERATIONS}
-    monkeypatch.setattr(randaugment, "OPERATIONS", theirs)
+    monkeypatch.setattr(augment, "OPERATIONS", theirs)
     assert torch.equal(ours, rand_augment(raw_BCHW, torch.Generator().manual_seed(2), 2, 13))
     again = rand_augment(raw_BCHW, torch.Generator().manual_seed(3), 2, 13)
     assert not torch.equal(ours, again)

@@ -20,7 +20,6 @@ COMMANDS = [
     line.partition("#")[0].strip() for line in README.splitlines() if line.startswith("    ")
 ]
 """The indented lines; shell commands among them begin with a program."""
-VITRAIL = [line for line in COMMANDS if re.match(r"(vitrail|python (train|test)\.py) ", line)]
 
 
 def test_it_is_short_and_begins_with_a_command() -> None:
@@ -43,6 +42,23 @@ def test_relative_links_exist(name: str) -> None:
     for link in links:
         if not link.startswith("http"):
             assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_lines_of_documents_are_at_most_120_characters() -> None:
+    for name in DOCUMENTS:
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{name}:{number}"
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_scripts_and_imports_in_documents_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"`(?:python |bash )?([\w.-]+/[\w./-]+\.(?:py|sh))\b", text):
+        places = (ROOT, ROOT / "src/vitrail", (ROOT / name).parent)
+        assert any((place / path).exists() for place in places), path
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for line in re.findall(r"^(?:from vitrail|import ).*", code, re.MULTILINE):
+            exec(line, {})
 
 
 def test_the_set_up_is_two_commands() -> None:
@@ -70,22 +86,44 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     }  # fmt: skip
 
 
-def show_help(words: list[str]) -> None:
-    """Print the help of the command in a line, in this process."""
-    if words[:2] == ["python", "test.py"]:
+def flags_by_command() -> dict[str, dict[str, str]]:
+    """Return the flags in the indented lines of all documents: command -> flag -> document."""
+    found: dict[str, dict[str, str]] = {}
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        for line in re.findall(r"^    (\S.*)", text, re.MULTILINE):
+            line = line.partition(" #")[0]
+            command = re.search(r"\bvitrail +(\w+) |python ((?:train|test)\.py) ", f"{line} ")
+            if command:
+                flags = re.findall(r" (--\w[\w-]*)", line[command.start() :])
+                for flag in flags:
+                    found.setdefault(command[1] or command[2], {})[flag.replace("-", "_")] = name
+                found.setdefault(command[1] or command[2], {})
+    return found
+
+
+FLAGS = flags_by_command()
+
+
+def show_help(command: str) -> None:
+    """Print the help of a command, in this process."""
+    if command == "test.py":
         run_test(["--help"])
-    main(["train" if words[0] == "python" else words[1], "--help"])
+    main(["train" if command == "train.py" else command, "--help"])
 
 
-@pytest.mark.parametrize("line", VITRAIL)
-def test_flags_in_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line)
-    with pytest.raises(SystemExit):
-        show_help(words)
-    shown = capsys.readouterr().out
-    for word in words:
-        if word.startswith("--"):
-            assert word in shown
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_in_documents_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        show_help(command)
+    assert end.value.code == 0
+    shown = capsys.readouterr().out.replace("-", "_")
+    for flag, name in FLAGS[command].items():
+        assert re.search(rf"(?<!\w){flag}(?!\w)", shown), f"{name}: {command} has no {flag}"
+
+
+def test_every_command_is_documented() -> None:
+    assert set(FLAGS) >= {"train", "test", "predict", "explain", "inspect", "sweep", "export"}
 
 
 @pytest.mark.slow

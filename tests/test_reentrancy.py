@@ -160,7 +160,7 @@ def scores(world: World) -> None:
     masks_BHW = world.images_BCHW[:, 0] > 0.5
     map_metrics.score_methods(
         world.model, world.images_BCHW, masks_BHW, ("attention",),
-        settings=map_metrics.ScoreSettings(steps=2),
+        steps=2,
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
-from vitrail.training.run_folder import new_folder, prune, quality
+from vitrail.training.run_folder import new_folder
+from vitrail.training.state import prune, quality
 from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 
 

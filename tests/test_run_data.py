@@ -17,7 +17,7 @@ from vitrail.data import datasets
 from vitrail.data.manifest import load_manifest
 from vitrail.errors import ConfigError, DataError
 from vitrail.training.run import Run
-from vitrail.training.run_data import load_split
+from vitrail.training.run_folder import load_split
 
 
 def draw(path: Path, level: int) -> Path:

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import TrainingConfig
-from vitrail.training.schedule import multiplier
+from vitrail.training.optim import multiplier
 
 
 def reference_rates(epochs: int, warmup: int) -> list[float]:

@@ -22,7 +22,7 @@ from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.pictures import read_picture
 from vitrail.errors import ConfigError, DataError
-from vitrail.sweep.study import (
+from vitrail.sweep import (
     Stopped,
     Sweep,
     apply,

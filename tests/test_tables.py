@@ -6,7 +6,7 @@ from rich.console import Console, RenderableType
 
 from vitrail.errors import printable
 from vitrail.evaluation.metrics import Metrics, measure
-from vitrail.evaluation.tables import confusion_table, metrics_table, percent
+from vitrail.evaluation.report import confusion_table, metrics_table, percent
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -330,7 +330,7 @@ def test_every_model_setting_changes_the_model() -> None:
         "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
         "class_token": True, "fc_norm": True, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-2,
     }  # fmt: skip
-    assert {*other, "stem_channels", "stem_pools"} == {
+    assert {*other, "stem_channels", "stem_pools", "init_std"} == {
         f.name for f in dataclasses.fields(ModelConfig)
     }
     conv = dataclasses.replace(BASE.model, stem="conv")

@@ -11,8 +11,8 @@ from typing import Any
 
 from speed.jobs import (
     OURS,
+    PEERS_FOR,
     REFERENCE,
-    SERVED,
     TITLES,
     TRAINS,
     Amounts,
@@ -20,7 +20,7 @@ from speed.jobs import (
     Recipe,
     Workload,
     jobs_of,
-    unfit,
+    why_unsupported,
 )
 from speed.workers import BenchError, Worker, command, interleave, started
 
@@ -160,8 +160,8 @@ def choose_peers(workload: Workload, found: Comparison) -> dict[str, str | None]
     bench, chosen = found.bench, {}
     if bench.python is None:
         return {}
-    for system in SERVED[workload]:
-        why_not = unfit(system, workload, bench.recipe.model)
+    for system in PEERS_FOR[workload]:
+        why_not = why_unsupported(system, workload, bench.recipe.model)
         if system == REFERENCE and bench.reference_path is None:
             why_not = "its code was not found: give a clone as --reference_path"
         elif workload in ("epoch", "test") and not (bench.data_path / CIFAR).is_dir():

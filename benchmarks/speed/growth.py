@@ -177,7 +177,7 @@ def plot_growth(points: list[Point], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    from vitrail.evaluation.plots import BLUE, GREEN, ORANGE, save_figure, tidy, write_title
+    from vitrail.evaluation.report import BLUE, GREEN, ORANGE, save_figure, tidy, write_title
 
     colors = {"step": BLUE, "inference": GREEN, "attention": ORANGE, "predict": GREEN}
     titles = SERIES | IMAGES_SERIES

@@ -22,14 +22,15 @@ TITLES: dict[Workload, str] = {
     "test": "testing, pixels to scores",
     "explanation": "attention rollout",
 }
-SERVED: dict[Workload, tuple[str, ...]] = {
+PEERS_FOR: dict[Workload, tuple[str, ...]] = {
     "step": PEERS,
     "epoch": (REFERENCE,),
     "inference": PEERS,
     "test": (REFERENCE,),
     "explanation": tuple(name for name in PEERS if name != "transformers sdpa"),
 }
-"""Who does what: only the reference loads data; fused attention returns no maps."""
+"""The systems that can run each workload: only the reference loads data, and fused attention
+returns no maps."""
 TRAINS = ("step", "epoch")
 CLASSES = 10
 """Number of classes where the settings leave it to the data set, as none is loaded here."""
@@ -129,7 +130,7 @@ class Job:
         }
 
 
-def unfit(system: str, workload: Workload, model: ModelConfig) -> str | None:
+def why_unsupported(system: str, workload: Workload, model: ModelConfig) -> str | None:
     """Return why a peer does not support this shape, or None."""
     if system == REFERENCE and model.forward_mul != int(model.forward_mul):
         return f"needs an integer forward_mul, not {model.forward_mul:g}"

@@ -10,28 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitrail.config.presets import get_preset
-    from vitrail.config.settings import Config, ModelConfig
-    from vitrail.errors import VitrailError
-    from vitrail.inference.classifier import Classifier
-    from vitrail.inference.predictions import Prediction
-    from vitrail.model.vit import VisionTransformer
-    from vitrail.training.run import Run
-    from vitrail.weights.pretrained import load
+    from vitrail.config.presets import get_preset as get_preset
+    from vitrail.config.settings import Config as Config
+    from vitrail.config.settings import ModelConfig as ModelConfig
+    from vitrail.errors import VitrailError as VitrailError
+    from vitrail.inference.classifier import Classifier as Classifier
+    from vitrail.inference.predictions import Prediction as Prediction
+    from vitrail.model.vit import VisionTransformer as VisionTransformer
+    from vitrail.training.run import Run as Run
+    from vitrail.weights.pretrained import load as load
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Classifier",
-    "Config",
-    "ModelConfig",
-    "Prediction",
-    "Run",
-    "VisionTransformer",
-    "VitrailError",
-    "get_preset",
-    "load",
-]
 
 _HOMES = {
     "Classifier": "vitrail.inference.classifier",
@@ -44,6 +33,8 @@ _HOMES = {
     "get_preset": "vitrail.config.presets",
     "load": "vitrail.weights.pretrained",
 }
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,12 @@
-"""Vitrail's exceptions. The library raises them; only the CLI turns them into exit codes."""
+"""Vitrail's exceptions, and the import of optional libraries, with the remedy if it fails.
+
+The library raises them; only the CLI turns them into exit codes.
+"""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class VitrailError(Exception):
@@ -74,3 +79,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
     synonym = word.removesuffix(name) + SYNONYMS.get(name, "")
     close = [synonym] if synonym in known else difflib.get_close_matches(word[:100], known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+EXTRAS = {
+    "huggingface_hub": "hub",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "optuna": "sweep",
+    "tensorboard": "track",
+}
+"""The extra that installs a library. Libraries without an extra are installed by the user."""
+
+
+def import_optional(module: str) -> ModuleType:
+    """Return a module of an optional library.
+
+    Raises:
+        ConfigError: the library is not installed (the message says how to) or broken.
+    """
+    library = module.partition(".")[0]
+    wanted = f'-e ".[{EXTRAS[library]}]"' if library in EXTRAS else library
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == library:
+            raise ConfigError(f"{library} is not installed: pip install {wanted}") from error
+        raise ConfigError(
+            f"{library} lacks {error.name}: pip install --force-reinstall {wanted}"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(f"{library} cannot be imported: {error}") from error

@@ -13,7 +13,7 @@ from faults.tally import Tally
 from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError
 from vitrail.training.run import Run
-from vitrail.training.run_folder import recover
+from vitrail.training.state import recover
 from vitrail.weights import pretrained
 from vitrail.weights.checkpoint import (
     load_info,

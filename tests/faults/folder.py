@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from faults.child import WORDS, Child
-from vitrail.training.run_folder import checkpoint_folders
+from vitrail.training.state import checkpoint_folders
 from vitrail.weights.checkpoint import load_info, load_training, load_weights, read_pointer, step_of
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch._dynamo
 
-import vitrail.cli.display
+import vitrail.cli.progress
 import vitrail.cli.train
 import vitrail.data.datasets
 import vitrail.training.run

@@ -22,12 +22,10 @@ from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.predict import PredictOptions, print_answers
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
-from vitrail.data.layout import find_pictures
+from vitrail.data.formats import find_pictures
 from vitrail.errors import DataError
 from vitrail.evaluation.metrics import CalibrationBin, Metrics
-from vitrail.evaluation.plots import plot_confusion
-from vitrail.evaluation.tables import confusion_table, metrics_table
-from vitrail.explain.draw import draw_caption, drawable
+from vitrail.evaluation.report import confusion_table, drawable, metrics_table, plot_confusion
 from vitrail.explain.page import PageData, make_page
 from vitrail.inference.predictions import Prediction
 from vitrail.runtime.files import write_json
@@ -58,8 +56,7 @@ def attack_classes(data: bytes, folder: Path) -> None:
     answers = [(names[2], [Prediction(names[0], 0.75), Prediction(names[1], 0.25)])]
     check_answers(answers)
     check_page(names)
-    require_harmless(drawable(text[:99]), "a picture")
-    draw_caption(f"{names[0]}\n{names[2]}", width=200, size=12)
+    require_harmless(drawable(text, 99), "a picture")
     if len(data) % 512 == 7:
         plot_confusion(metrics, folder / "confusion.png")
     error = DataError(f"{names[2]}: no such class {names[0]}")

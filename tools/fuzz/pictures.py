@@ -12,8 +12,7 @@ from PIL import Image
 
 from fuzz.engine import Target, require
 from vitrail.data.formats import MAX_PIXELS
-from vitrail.data.framing import Fit, fit_picture
-from vitrail.data.pictures import read_picture
+from vitrail.data.pictures import Fit, fit_picture, read_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")
@@ -129,16 +128,8 @@ def bombs() -> list[bytes]:
         png(3, 3, 8, 0, chunk(b"zTXt", b"a\0\0" + text), chunk(b"IDAT", zlib.compress(bytes(12)))),
         png(3, 3, 8, 0, profile, chunk(b"IDAT", zlib.compress(bytes(12)))),
         png(3, 3, 8, 0, chunk(b"IDAT", text)),
-        scans(),
         *(encoded(flat, kind) for kind in ("JPEG2000", "WEBP", "AVIF", "GIF")),
     ]
-
-
-def scans() -> bytes:
-    """Return a progressive JPEG with many useless scans."""
-    full = encoded(Image.new("L", (4_000, 4_000)), "JPEG", progressive=True)
-    start = full.rindex(b"\xff\xda")
-    return full[:start] + full[start:-2] * 400 + b"\xff\xd9"
 
 
 def claims() -> list[bytes]:

@@ -23,8 +23,8 @@ from fuzz.settings import set_values
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
-from vitrail.training.run_folder import newest_valid, read_rows
-from vitrail.training.state import TrainingState
+from vitrail.training.run_folder import read_rows
+from vitrail.training.state import TrainingState, newest_valid
 from vitrail.weights.checkpoint import (
     INFO,
     METADATA_KEY,
@@ -279,7 +279,7 @@ def use_run(run: Path) -> None:
     """Load the model, read the metrics, and restore the training state."""
     check(load(run, device="cpu"))
     for row in read_rows(run):
-        f"{row['step']} {row['epoch']} {row.get('train_accuracy') or 0:.2%}"
+        f"{row['step']} {row['epoch']}"
     found = newest_valid(run / "checkpoints")
     if found.info.config.model == TINY and found.info.config.training == Config().training:
         state = TrainingState.start(VisionTransformer(TINY), found.info.config.training)
@@ -299,9 +299,7 @@ def checkpoint_seeds() -> list[bytes]:
         b'{"epoch": 1, "step": 3}',
         b'{"step": 1e400, "epoch": 1}',
         b"null",
-        b"[" * 9_000,
-        b'{"step": 3, "epoch": "x"}',
-        b'{"step": 3, "epoch": 1, "train_accuracy": "x"}',
+        b'{"step": 3}',
         b"\xff",
         b'{"step": ' + b"9" * 9_000 + b"}",
         b'{"step": 3, "epoch": 1, "x": NaN}',

@@ -1,23 +1,20 @@
-"""The command line: arguments in, exit codes out. Heavy imports are inside the commands.
+"""The command line: arguments in, exit codes out (USAGE lists them).
 
-Exit codes:
-    0        success
-    1        partial success, or the command could not continue: a loss that is not finite, out of
-             memory, a full disk, a library that cannot be imported
-    2        refused: a mistake in the command, its settings, data or weights
-    70       an error in Vitrail itself; the traceback is in the file that the message names
-    128 + n  stopped by signal n
+Heavy imports are inside the commands.
 """
 
+import errno
 import importlib
 import io
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from vitrail.cli import process
-from vitrail.errors import ConfigError, TrainingError, VitrailError, nearest
+from vitrail.errors import ConfigError, TrainingError, VitrailError, nearest, printable
 
 STARTED = time.perf_counter()
 """When the program started, almost."""
@@ -48,11 +45,18 @@ Start here:
   vitrail train --preset quick                    2 to 6 minutes on a CPU, no data needed
 
 --debug with any command prints the traceback of an error. Exit codes: 0 success; 1 partial
-success, or it could not continue (memory, disk, a loss that is not finite); 2 refused; 70 an error
-in Vitrail itself; 128 + n stopped by signal n.
+success, or it could not continue (memory, disk, a broken library, a loss that is not finite); 2
+refused: a mistake in the command, its settings, data or weights; 70 an error in Vitrail itself;
+128 + n stopped by signal n.
 """
 
 DEBUG = "--debug"
+COULD_NOT, REFUSED, UNEXPECTED = 1, 2, 70
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad.alloc|unable to allocate", re.I
+)
+LONGEST = 300
+"""Characters of another library's message that are shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,28 +83,15 @@ def run(command: str, args: Sequence[str]) -> int:
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}: {known}")
-    if command != "train":
-        _refuse_many_processes(command)
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and command != "train":
+        if os.environ.get("RANK") != "0":
+            sys.exit(REFUSED)  # the first process reports it
+        raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # about metadata and sizes of pictures
     module = importlib.import_module(f"vitrail.cli.{command}")
     process.limit_spinning()
     return int(module.command(args))
-
-
-def _refuse_many_processes(command: str) -> None:
-    """Refuse a command that several processes would only repeat.
-
-    Raises:
-        ConfigError: torchrun started more than one.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        if os.environ.get("RANK") != "0":
-            sys.exit(2)
-        raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
-
-
-def exit_code(error: VitrailError) -> int:
-    """Return the exit code for an exception of ours."""
-    return 1 if isinstance(error, TrainingError) else 2
 
 
 def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:
@@ -109,7 +100,9 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
     ``--debug`` prints the traceback instead.
     """
     process.keep_freed_memory()
-    _accept_any_character()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of file names
+            stream.reconfigure(errors="backslashreplace")
     debug = DEBUG in args
     args = [arg for arg in args if arg != DEBUG]
     try:
@@ -121,31 +114,71 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
         return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrail info | head`
         sys.stdout = None
-        return 1
+        return COULD_NOT
     except Exception as error:  # noqa: BLE001 (the edge of the program)
-        return _conclude(error, args, debug=debug)
+        return _report(error, args, debug=debug)
     return code
 
 
-def _conclude(error: Exception, args: Sequence[str], *, debug: bool) -> int:
-    """Report an exception on standard error and return the exit code."""
-    from vitrail.cli import failures
-
+def _report(error: Exception, args: Sequence[str], *, debug: bool) -> int:
+    """Print one line about an exception, or its traceback; return the exit code."""
     if isinstance(error, OSError) and error.filename is None:
         sys.stdout = None  # it may be what failed; Python would flush it again at its end
+    message, code = describe_error(error)
     if debug:
         import traceback
 
         traceback.print_exception(error)
+    elif isinstance(error, VitrailError):
+        print(f"vitrail: {message}", file=sys.stderr)
+    else:
+        line = printable("; ".join([message, *getattr(error, "__notes__", ())]))
+        print(f"vitrail: {line}{_write_traceback(error, args)}", file=sys.stderr)
+    return code
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """Return what went wrong and what to do about it, and the exit code."""
     if isinstance(error, VitrailError):
-        if not debug:
-            print(f"vitrail: {error}", file=sys.stderr)
-        return exit_code(error)
-    return failures.explain(error)[1] if debug else failures.report(error, args)
+        return str(error), COULD_NOT if isinstance(error, TrainingError) else REFUSED
+    text = str(error).strip().partition("\n")[0][:LONGEST].rstrip(".") or type(error).__name__
+    memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if memory or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return (
+            "out of memory: lower --batch_size, raise --accumulate (train), or use fewer or "
+            f"smaller images ({text})",
+            COULD_NOT,
+        )
+    if isinstance(error, ImportError):
+        return f"a library cannot be imported: {text}: reinstall it", COULD_NOT
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space, or choose another disk" if full else "choose another place"
+        place = os.fsdecode(str(error.filename or "standard output or a file"))[:LONGEST]
+        return f"{place}: {error.strerror or text}: {remedy}", COULD_NOT
+    return f"unexpected {type(error).__name__}: {text}: please report it", UNEXPECTED
 
 
-def _accept_any_character() -> None:
-    """Escape characters that the encoding of the terminal or pipe lacks, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def _write_traceback(error: Exception, args: Sequence[str]) -> str:
+    """Write the traceback to a temporary file; return where it is, or "" if that failed."""
+    import platform
+    import shlex
+    import tempfile
+    import traceback
+
+    import vitrail
+
+    head = (
+        f"vitrail {vitrail.__version__}, Python {platform.python_version()}, "
+        f"{platform.platform()}\narguments: {shlex.join(args)}\n\n"
+    )
+    text = head + "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="vitrail-error-", suffix=".txt", delete=False,
+            encoding="utf-8", errors="backslashreplace",
+        ) as file:  # fmt: skip
+            file.write(text)
+    except OSError:
+        return ""
+    return f" (traceback: {file.name})"

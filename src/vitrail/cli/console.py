@@ -33,8 +33,3 @@ def number_table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def count(number: int, what: str) -> str:
-    """Return a number with its noun: 1 epoch, 2,000 epochs."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

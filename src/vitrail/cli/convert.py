@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vitrail.cli.console import print_out
-from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Preparation
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,13 +55,10 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         raise ConfigError("--n_classes needs a new head: give --new_head too")
     from vitrail.weights.pretrained import read, remodel, save
 
-    heads, given = options.n_attention_heads, options.preparation.given()
+    heads, given = options.n_attention_heads, options.preparation
     found = read(options.source, n_attention_heads=heads, preparation=given)
-    changes: dict[str, Any] = {
-        name: value
-        for name in ("image_size", "n_classes")
-        if (value := getattr(options, name)) is not None
-    }
+    sizes = {"image_size": options.image_size, "n_classes": options.n_classes}
+    changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if changes or options.new_head:
         model = dataclasses.replace(found.info.config.model, **changes)
         found = remodel(found, model, new_head=options.new_head)
@@ -70,29 +67,22 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     return 0
 
 
-def _silent(found: "Source", layout: str) -> list[str]:
-    """Return what a layout that holds only weights does not say about the pictures, as a line."""
-    from vitrail.config.settings import PREPARATION
-
-    if layout not in ("google", "reference"):
-        return []
-    data = found.info.config.data
-    settings = [f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None]
-    return [f"  the file does not say how pictures are prepared: {', '.join(settings)}"]
-
-
 def _report(found: "Source", options: ConvertOptions) -> None:
     """Print what was read, what was assumed, and what was written."""
-    model = found.info.config.model
+    from vitrail.config.settings import PREPARATION
+
+    model, data = found.info.config.model, found.info.config.data
     size = " x ".join(map(str, dict.fromkeys(model.image_hw)))
-    count = found.tensors or len(found.weights)
+    names = ("patch_size", "embed_dim", "n_layers", "n_attention_heads", "n_classes")
+    notes = list(found.notes)
+    if options.layout in ("google", "reference"):
+        settings = (f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None)
+        notes.append(f"the file does not say how pictures are prepared: {', '.join(settings)}")
     lines = [
-        f"{options.source} ({found.layout}, {count} tensors) -> {options.dest} ({options.layout})",
-        f"  image_size {size}, patch_size {model.patch_size}, embed_dim {model.embed_dim}, "
-        f"n_layers {model.n_layers}, n_attention_heads {model.n_attention_heads}, "
-        f"n_classes {model.n_classes}",
-        *(f"  {note}" for note in found.notes),
-        *_silent(found, options.layout),
-        "  all other tensors read unchanged" if found.notes else "  all tensors read unchanged",
+        f"{options.source} ({found.layout}, {found.tensors or len(found.weights)} tensors) -> "
+        f"{options.dest} ({options.layout})",
+        f"image_size {size}, " + ", ".join(f"{name} {getattr(model, name)}" for name in names),
+        *notes,
+        "all other tensors read unchanged" if found.notes else "all tensors read unchanged",
     ]
-    print_out("\n".join(lines))
+    print_out("\n  ".join(lines))

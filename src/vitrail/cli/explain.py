@@ -136,7 +136,7 @@ def _draw(
     classifier: "Classifier", subject: "Subject", path: Path, options: ExplainOptions
 ) -> None:
     """Explain one picture and report what was drawn."""
-    from vitrail.explain.sheet import save
+    from vitrail.explain.draw import save
 
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, options.drawing)
@@ -203,7 +203,8 @@ def _list_checkpoints(
     classifier: "Classifier", wanted: bool, device: str
 ) -> "list[tuple[str, VisionTransformer]]":
     """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
-    from vitrail.training.run_folder import checkpoint_folders, is_run_folder, read_rows
+    from vitrail.training.run_folder import is_run_folder, read_rows
+    from vitrail.training.state import checkpoint_folders
     from vitrail.weights.checkpoint import step_of
     from vitrail.weights.pretrained import load
 
@@ -265,7 +266,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from vitrail.explain.map_report import plot_scores, score_table
     from vitrail.explain.methods import METHODS
     from vitrail.runtime.files import write_json
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split, folder = options.data.split, options.folder
     methods = _list_methods(options.method) or METHODS
@@ -298,7 +299,7 @@ def _is_file_name(path: Path) -> bool:
 
     ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
     """
-    from vitrail.data.layout import SUFFIXES
+    from vitrail.data.formats import SUFFIXES
 
     known = path.suffix.lower() in (*SUFFIXES, *PAGES, *UNSUPPORTED)
     return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
@@ -405,7 +406,7 @@ def _describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
         value = getattr(options, name)
         if value != getattr(default, name):
             parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
-    parts += [f"{name}-{value}" for name, value in options.preparation.given().items()]
+    parts += [f"{name}-{value}" for name, value in options.preparation.items()]
     for name, value in vars(options.drawing).items():
         if value != getattr(default.drawing, name):
             parts.append(f"{name}-{value}")

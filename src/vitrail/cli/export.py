@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from vitrail.cli.console import number_table, out, print_err, print_out
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.data.images import ImageSet
-    from vitrail.export.graph import ExportSettings
-    from vitrail.export.int8 import Agreement
     from vitrail.inference.classifier import Classifier
 
 PROG = "vitrail export"
@@ -47,20 +45,19 @@ class ExportOptions(ModelArgument):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail export``."""
-    options = with_argument(parse(ExportOptions, args, prog=prog))
-    path = _check(options)
+    options = parse(ExportOptions, args, prog=prog)
+    ending = ".onnx" if options.format == "onnx" else ".pt2"
+    _check(options, ending)
     classifier = load_model(options)
-    path = path or _default_path(options, Path(classifier.source))
-    if options.format == "torch":
-        _write_program(classifier, options, path)
-    else:
-        _write_onnx(classifier, options, path)
+    source = Path(classifier.source)
+    name = source.name if source.is_dir() else source.stem
+    path = options.output_path or Path(f"{name}{'-int8' if options.int8 else ''}{ending}")
+    (_write_program if options.format == "torch" else _write_onnx)(classifier, options, path)
     return 0
 
 
-def _check(options: ExportOptions) -> Path | None:
-    """Refuse flags that exclude each other; return the file asked for, if any."""
-    ending = ".onnx" if options.format == "onnx" else ".pt2"
+def _check(options: ExportOptions, ending: str) -> None:
+    """Refuse flags that exclude each other, and a missing library, before anything slow."""
     if options.format == "torch" and options.int8:
         raise ConfigError("--int8 is for --format onnx: leave one of them out")
     if not options.int8 and options.data != DataOptions():
@@ -72,56 +69,51 @@ def _check(options: ExportOptions) -> Path | None:
             f"output_path is {options.output_path}: give a file that ends in {ending}"
         )
     if options.format == "onnx":
-        from vitrail.optional import import_optional
+        from vitrail.errors import import_optional
 
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_optional(module)
-    return options.output_path
-
-
-def _default_path(options: ExportOptions, source: Path) -> Path:
-    """Return a file named after the model, in the current folder."""
-    name = source.name if source.is_dir() else source.stem
-    name += "-int8" if options.int8 else ""
-    return Path(f"{name}.onnx" if options.format == "onnx" else f"{name}.pt2")
-
-
-def _settings_of(options: ExportOptions) -> "ExportSettings":
-    """Return the inputs and outputs that the flags ask for."""
-    from vitrail.export.graph import ExportSettings
-
-    return ExportSettings(attention=options.attention, raw=options.raw)
 
 
 def _write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export by torch.export, check and write."""
-    from vitrail.export.graph import to_program
+    from vitrail.inference.export import to_program
     from vitrail.runtime.files import replace_file
 
-    content, difference = to_program(classifier, _settings_of(options))
+    content, difference = to_program(classifier, attention=options.attention, raw=options.raw)
     replace_file(path, content)
     _report(path, len(content), difference)
 
 
 def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export to ONNX, check, quantize if asked for, and write."""
-    from vitrail.export.onnx_file import to_onnx
+    from vitrail.inference.export import classify, quantize, to_onnx
     from vitrail.runtime.files import replace_file
 
     images = measured_images(classifier, options) if options.int8 else None
     print_err("exporting and checking (up to a minute)")
-    proto, difference = to_onnx(classifier, _settings_of(options))
+    proto, difference = to_onnx(classifier, attention=options.attention, raw=options.raw)
     content = proto.SerializeToString()
     if images is None:
         replace_file(path, content)
         _report(path, len(content), difference)
         return
-    _quantize_and_measure(classifier, options, path, proto=proto, images=images)
+    files = {"float32": content, "int8": quantize(proto).SerializeToString()}
+    predicted = {n: classify(file, classifier, images.raw_BCHW) for n, file in files.items()}
+    replace_file(path, files["int8"])
+    table = number_table("", f"{options.data.split} accuracy", "size")
+    for name, guess_B in predicted.items():
+        accuracy = float((guess_B == images.labels_B).double().mean())
+        table.add_row(name, f"{accuracy:.2%}", f"{len(files[name]) / 1e6:.2f} MB")
+    out.print(table)
+    same = float((predicted["float32"] == predicted["int8"]).double().mean())
+    print_out(f"{len(images):,} images; {same:.2%} get the same class from both")
+    print_err(f"int8 model in {path}")
 
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything slow."""
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split = options.data.split
     images = load_split(classifier, **options.data.to_load())
@@ -137,41 +129,9 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
     return images
 
 
-def _quantize_and_measure(
-    classifier: "Classifier", options: ExportOptions, path: Path, *, proto: Any, images: "ImageSet"
-) -> None:
-    """Quantize, measure the accuracy before and after, write, and report."""
-    from vitrail.export.int8 import compare, quantize
-    from vitrail.runtime.files import replace_file
-
-    small = quantize(proto).SerializeToString()
-    large = proto.SerializeToString()
-    agreement = compare(
-        {"float32": large, "int8": small},
-        images,
-        mean=classifier.mean,
-        std=classifier.std,
-        raw=options.raw,
-    )
-    replace_file(path, small)
-    _show(agreement, {"float32": len(large), "int8": len(small)}, options.data.split)
-    print_err(f"int8 model in {path}")
-
-
-def _show(agreement: "Agreement", sizes: dict[str, int], split: str) -> None:
-    """Print the accuracy and size before and after."""
-    table = number_table("", f"{split} accuracy", "size")
-    for name, accuracy in agreement.accuracy.items():
-        table.add_row(name, f"{accuracy:.2%}", f"{sizes[name] / 1e6:.2f} MB")
-    out.print(table)
-    print_out(
-        f"{agreement.images:,} images; {agreement.same_class:.2%} get the same class from both"
-    )
-
-
 def _report(path: Path, size: int, difference: float) -> None:
     """Print what was written."""
-    from vitrail.export.graph import CHECKED_BATCHES
+    from vitrail.inference.export import CHECKED_BATCHES
 
     batches = ", ".join(map(str, CHECKED_BATCHES))
     print_out(

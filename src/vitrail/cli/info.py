@@ -1,6 +1,6 @@
 """``vitrail info``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,57 +57,49 @@ def _show_machine() -> None:
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     about = describe_environment(device, precision)
-    table = _plain_table("This machine", "", "")
-    for name, value in about["versions"].items():
-        table.add_row(name, value)
-    for name in ("system", "processor", "threads", "device", "precision"):
-        table.add_row(name, str(about[name]))
-    out.print(table, "")
+    names = ("system", "processor", "threads", "device", "precision")
+    _print_table(
+        "This machine", [*about["versions"].items(), *((name, about[name]) for name in names)]
+    )
 
 
 def _show_presets() -> None:
     """Print the presets with what to expect from each."""
-    table = _plain_table("Presets (vitrail train --preset NAME)", "name", "what", "expect")
-    for name, preset in PRESETS.items():
-        table.add_row(name, preset.summary, preset.expect)
-    out.print(table, "")
+    rows = [(name, preset.summary, preset.expect) for name, preset in PRESETS.items()]
+    _print_table("Presets (vitrail train --preset NAME)", rows, "name", "what", "expect")
 
 
 def _show_bundled() -> None:
     """Print the bundled models."""
     columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
-    table = _plain_table("Bundled models (vitrail predict --model_path NAME)", *columns)
-    for name in bundled.names():
-        card = bundled.read_card(name)
-        table.add_row(
-            name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
-            card.record,
-        )  # fmt: skip
-    out.print(table, "")
+    rows = [
+        (name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
+         card.record)
+        for name, card in ((name, bundled.read_card(name)) for name in bundled.names())
+    ]  # fmt: skip
+    _print_table("Bundled models (vitrail predict --model_path NAME)", rows, *columns)
 
 
 def _show_runs(output_path: Path) -> int:
     """Print the runs in a folder with their scores; return 1 if one of them is corrupt, else 0."""
     from vitrail.training.run_folder import read_rows
 
-    folders = sorted(path.parent for path in output_path.glob("*/checkpoints"))
-    table = _plain_table(
-        f"Runs in {output_path}/", "run", "epochs", "train", "validation", "test (--monitor test)"
-    )
+    table: list[tuple[str, ...]] = []
     corrupt: list[str] = []
-    for folder in folders:
+    for folder in sorted(path.parent for path in output_path.glob("*/checkpoints")):
         try:
             rows = read_rows(folder)
         except CheckpointError as error:
             corrupt.append(str(error))
-            table.add_row(Text(printable(folder.name)), "corrupt", "-", "-", "-")
+            table.append((folder.name, "corrupt", "-", "-", "-"))
             continue
         row: Mapping[str, Any] = rows[-1] if rows else {}
         scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
         cells = ["-" if score is None else f"{score:.2%}" for score in scores]
-        table.add_row(Text(printable(folder.name)), str(row.get("epoch", 0)), *cells)
-    if folders:
-        out.print(table)
+        table.append((folder.name, str(row.get("epoch", 0)), *cells))
+    if table:
+        columns = "run", "epochs", "train", "validation", "test (--monitor test)"
+        _print_table(f"Runs in {output_path}/", table, *columns)
     else:
         print_out(f"No runs in {output_path}/ yet: vitrail train --preset quick")
     for problem in corrupt:
@@ -150,25 +142,19 @@ def _show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
         "image size": f"{height} x {width} pixels",
         "parameters": f"{parameters:,}",
     }
-    table = _plain_table(classifier.source, "", "")
-    for name, value in first.items():
-        table.add_row(name, Text(printable(value)))
-    for note in classifier.notes:
-        table.add_row("note", Text(printable(note)))
-    out.print(table, "")
-    table = _plain_table("Settings", "", "")
-    for section in (config.model, config.data):
-        for name, value in vars(section).items():
-            table.add_row(name, Text(printable(str(value))))
-    out.print(table)
+    notes = (("note", note) for note in classifier.notes)
+    _print_table(classifier.source, [*first.items(), *notes])
+    _print_table("Settings", [*vars(config.model).items(), *vars(config.data).items()])
 
 
-def _plain_table(title: str, *columns: str) -> Table:
-    """Return an empty table without a frame."""
+def _print_table(title: str, rows: Iterable[tuple[object, ...]], *columns: str) -> None:
+    """Print a table without a frame; without columns, of names and values."""
     table = Table(
         title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False,
-        show_header=any(columns),
+        show_header=bool(columns),
     )  # fmt: skip
-    for column in columns:
+    for column in columns or ("", ""):
         table.add_column(column)
-    return table
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    out.print(table, "")

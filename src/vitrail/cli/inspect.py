@@ -14,7 +14,6 @@ from vitrail.cli.options import (
     check_images,
     load_model,
     log_test_use,
-    with_argument,
 )
 from vitrail.cli.parsing import parse
 from vitrail.errors import DataError
@@ -22,7 +21,7 @@ from vitrail.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitrail.explain.inspection import HeadSummary
+    from vitrail.explain.inspection import HeadStatistics
     from vitrail.inference.classifier import Classifier
 
 PROG = "vitrail inspect"
@@ -52,7 +51,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     from vitrail.explain.inspection import draw_inspection, inspect_model
     from vitrail.runtime.files import write_json
 
-    options = with_argument(parse(InspectOptions, args, prog=prog))
+    options = parse(InspectOptions, args, prog=prog)
     check_images(options.images)
     classifier = load_model(options)
     images_BCHW, missing = _load_images(classifier, options)
@@ -79,7 +78,7 @@ def _load_images(
         DataError: the data that the options name cannot be read.
     """
     from vitrail.data.images import normalize
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     try:
         images = load_split(classifier, **options.data.to_load()).sample(options.images)
@@ -93,10 +92,12 @@ def _load_images(
     return normalize(raw_BCHW, classifier.mean, classifier.std), None
 
 
-def _show(heads: "HeadSummary") -> None:
+def _show(heads: "HeadStatistics") -> None:
     """Print the distance and entropy of every head."""
     table = number_table("layer", "head", "mean distance (pixels)", "mean entropy (nats)")
-    pairs = zip(heads.distance_LA.tolist(), heads.entropy_LA.tolist(), strict=True)
+    pairs = zip(
+        heads.distance_BLA.mean(0).tolist(), heads.entropy_BLA.mean(0).tolist(), strict=True
+    )
     for layer, rows in enumerate(pairs, 1):
         for head, (distance, entropy) in enumerate(zip(*rows, strict=True), 1):
             table.add_row(str(layer), str(head), f"{distance:.2f}", f"{entropy:.3f}")

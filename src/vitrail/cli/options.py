@@ -1,15 +1,14 @@
 """Groups of flags that several commands share: the model, its data, its pictures."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from vitrail.cli.console import print_err
-from vitrail.config.settings import FitMode, Interpolation
+from vitrail.config.settings import Preparation
 from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
 
@@ -22,38 +21,13 @@ STDIN = "-"
 MODEL_ENDINGS = (
     ".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz", ".onnx", ".pt2",
 )  # fmt: skip
-MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
-"""A folder that holds one of these is a checkpoint, or the weights of another system."""
+MODEL_FILES = ("checkpoints", "checkpoint.json", "model.safetensors", "pytorch_model.bin")
+"""A folder that holds one of these is a run, a checkpoint, or the weights of another system."""
 FEWEST_IMAGES = 10
-"""Images that a confidence interval needs; the same as ``explain.statistics.FEWEST``."""
+"""Images that a confidence interval needs; the same as ``explain.map_metrics.FEWEST_IMAGES``."""
 
 
 # --- the model ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How pictures are prepared for a model, where its files do not say it or are wrong."""
-
-    mean: tuple[float, float, float] | None = None
-    """Per-channel mean to subtract, with pixels scaled to 0..1. Default: from the weights."""
-    std: tuple[float, float, float] | None = None
-    """Per-channel standard deviation to divide by. Default: from the weights."""
-    fit: FitMode | None = None
-    """Fit pictures of another shape by cropping, padding or stretching. Default: from the
-    weights."""
-    interpolation: Interpolation | None = None
-    """Filter for resizing pictures. Default: from the weights."""
-    crop_pct: float | None = None
-    """Fraction of each side to keep around the center. Default: from the weights."""
-    pixel_range: tuple[float, float] | None = None
-    """Values of black and white in 16-bit and floating-point pictures. Default: from the weights,
-    else from the pictures."""
-
-    def given(self) -> dict[str, Any]:
-        """Return what was given, by the names of DataConfig's fields."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -78,46 +52,34 @@ class ModelArgument(ModelOptions):
     """Same as --model_path."""
 
 
-Options = TypeVar("Options", bound=ModelArgument)
-
-
-def with_argument(options: Options) -> Options:
-    """Return the options with the positional model as --model_path.
-
-    Raises:
-        ConfigError: both name a model.
-    """
-    if options.model is None:
-        return options
-    if options.model_path not in (None, options.model):
-        raise ConfigError(
-            f"two models are named, {options.model} and --model_path {options.model_path}: give one"
-        )
-    return dataclasses.replace(options, model_path=options.model)
-
-
 def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
     """Load the model that was named, or the newest run, and say which.
 
     Raises:
-        ConfigError: the model is an ONNX file, which only ``vitrail predict`` runs.
+        ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs.
     """
-    if is_onnx(options.model_path):
+    path = options.model_path
+    if isinstance(options, ModelArgument) and options.model is not None:
+        if path not in (None, options.model):
+            raise ConfigError(
+                f"two models are named, {options.model} and --model_path {path}: give one"
+            )
+        path = options.model
+    if is_onnx(path):
         raise ConfigError(
-            f"{options.model_path}: an ONNX file can only predict (vitrail predict): give the run "
-            "folder or weights that it was exported from"
+            f"{path}: an ONNX file can only predict (vitrail predict): give the run folder or "
+            "weights that it was exported from"
         )
     from vitrail.weights.pretrained import default_model, load
 
-    path: Path | str | None = options.model_path
-    if path is None:
-        path = default_model(runs)
-        what = "newest run" if isinstance(path, Path) else "bundled model"
-        print_err(f"no --model_path given: using the {what}, {path}")
-    given = options.preparation.given()
-    model = load(path, n_attention_heads=options.n_attention_heads, device=options.device, **given)
+    source = path or default_model(runs)
+    if not path:
+        what = "newest run" if isinstance(source, Path) else "bundled model"
+        print_err(f"no --model_path given: using the {what}, {source}")
+    heads, device = options.n_attention_heads, options.device
+    model = load(source, n_attention_heads=heads, device=device, **options.preparation)
     for note in model.notes:
-        print_err(f"{path}: {note}")
+        print_err(f"{source}: {note}")
     return model
 
 
@@ -129,15 +91,10 @@ def is_onnx(path: str | None) -> bool:
 def is_model(arg: str) -> bool:
     """Return whether an argument can only be meant as a model."""
     path = Path(arg)
-    try:
-        if path.is_dir():
-            run = (path / "checkpoints").is_dir() and (path / "config.json").is_file()
-            return run or any((path / name).is_file() for name in MODEL_FILES)
-        if path.is_file():
-            return path.name.lower().endswith(MODEL_ENDINGS)
-    except OSError:  # for example, a name that is too long: the search reports it
-        return False
-    return arg in bundled.names() or arg.startswith("hf:")
+    if path.is_dir():
+        return any((path / name).exists() for name in MODEL_FILES)
+    is_file = path.name.lower().endswith(MODEL_ENDINGS) and path.is_file()
+    return is_file or arg in bundled.names() or arg.startswith("hf:")
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -190,7 +147,7 @@ def load_image(
     Raises:
         ConfigError: the split has no such image.
     """
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     images = load_split(classifier, **data.to_load())
     if not 0 <= index < len(images):
@@ -209,9 +166,6 @@ Pictures = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metava
 def list_pictures(args: Sequence[str]) -> list[str]:
     """Return the names of all pictures that the arguments stand for; ``-`` is standard input.
 
-    The plots in run folders are no pictures to classify: a search of a folder above them leaves
-    them out, and reports it.
-
     Raises:
         ConfigError: an argument is a model.
         PictureError: an argument stands for no picture.
@@ -225,25 +179,19 @@ def list_pictures(args: Sequence[str]) -> list[str]:
 
 
 def _search(arg: str) -> list[str]:
-    """Return the names of the pictures that one argument stands for."""
-    from vitrail.data.layout import find_pictures  # here, since --help need not load Pillow
+    """Return the pictures that one argument stands for, without the plots in run folders."""
+    from vitrail.data.formats import find_pictures  # here, since --help need not load Pillow
 
-    found, root = find_pictures([arg]), Path(arg)
-    runs = {path: _run_above(path, root) for path in found}
-    plots = [path for path in found if runs[path]]
-    if plots:
-        folders = ", ".join(sorted({str(runs[path]) for path in plots}))
-        if len(plots) == len(found):
-            raise PictureError(f"{arg}: its only pictures are the plots of runs: {folders}")
-        print_err(f"{arg}: skipped {len(plots)} plots of runs: {folders}")
-    return [str(path) for path in found if not runs[path]]
+    found = find_pictures([arg])
+    pictures = [str(path) for path in found if not _is_in_run(path, Path(arg))]
+    if not pictures:
+        raise PictureError(f"{arg}: its only pictures are the plots of runs")
+    if len(pictures) < len(found):
+        print_err(f"{arg}: skipped {len(found) - len(pictures)} plots of runs")
+    return pictures
 
 
-def _run_above(path: Path, root: Path) -> Path | None:
-    """Return the run folder, below the folder that is searched, that a picture is in."""
-    for folder in path.parents:
-        if folder == root or root not in folder.parents:
-            return None
-        if (folder / "checkpoints").is_dir():
-            return folder
-    return None
+def _is_in_run(path: Path, root: Path) -> bool:
+    """Return whether a picture is in a run folder below the folder that is searched."""
+    inside = (folder for folder in path.parents if root in folder.parents)
+    return any((folder / "checkpoints").is_dir() for folder in inside)

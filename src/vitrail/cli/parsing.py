@@ -8,11 +8,21 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
+    PrimitiveConstructorSpec,
     PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
@@ -21,6 +31,7 @@ from tyro.constructors import (
 
 from vitrail.cli.options import is_model
 from vitrail.config.files import expand_home
+from vitrail.config.settings import DataConfig, Preparation
 from vitrail.errors import ConfigError, nearest
 
 Options = TypeVar("Options")
@@ -77,25 +88,51 @@ def parse_known(
         if not stop.code:
             raise
         raise ConfigError(_first_sentence(errors.getvalue())) from None
-    return _with_home(options), unknown
+    return options, unknown
+
+
+@REGISTRY.primitive_rule
+def _read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Expand ``~`` in paths; a shell leaves it in ``--data_path=~/pictures``."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda args: expand_home(args[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 @REGISTRY.struct_rule
 def _show_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Return a dataclass as tyro reads it, with better help for each field."""
-    if not dataclasses.is_dataclass(info.type) or info.type in _entered:
+    """Return a dataclass (or Preparation) as tyro reads it, with better help for each field."""
+    known = dataclasses.is_dataclass(info.type) or info.type is Preparation
+    if not known or info.type in _entered:
         return None
     _entered.append(info.type)
     try:
         spec = ConstructorRegistry.get_struct_spec(info)
+        texts = _texts_of_data() if info.type is Preparation else {}
     finally:
         _entered.pop()
     if not isinstance(spec, StructConstructorSpec):
         return None
-    return dataclasses.replace(spec, fields=tuple(map(_show_field, spec.fields)))
+    fields = (_show_field(field, texts.get(field.name, field.helptext)) for field in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
-def _show_field(field: StructFieldSpec) -> StructFieldSpec:
+def _texts_of_data() -> dict[str, str]:
+    """Return the help of DataConfig's fields, as flags of a model that knows their values."""
+    spec = ConstructorRegistry.get_struct_spec(StructTypeInfo.make(DataConfig, None, False))
+    assert isinstance(spec, StructConstructorSpec)
+    texts = {field.name: _one_paragraph(field.helptext) or "" for field in spec.fields}
+    end = " Default: from the weights."
+    return {name: text.partition(" Default:")[0] + end for name, text in texts.items()}
+
+
+def _show_field(field: StructFieldSpec, text: Any) -> StructFieldSpec:
     """Return a field whose help shows neither the value None nor an empty default."""
     if dataclasses.is_dataclass(field.default):
         return field
@@ -110,8 +147,7 @@ def _show_field(field: StructFieldSpec) -> StructFieldSpec:
         metavar = getattr(primitive, "metavar", None)
     shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=_show_default)
     annotated: Any = Annotated[(kind, shown, *annotations)]
-    text = partial(_one_paragraph, field.helptext)
-    return dataclasses.replace(field, type=annotated, helptext=text)
+    return dataclasses.replace(field, type=annotated, helptext=partial(_one_paragraph, text))
 
 
 def _one_paragraph(text: Any) -> str | None:
@@ -123,27 +159,6 @@ def _one_paragraph(text: Any) -> str | None:
 def _show_default(default: str) -> str:
     """Return a default as the help shows it, if there is one."""
     return "" if default in ("None", "", "''") else f"(default: {default})"
-
-
-def _with_home(options: Any) -> Any:
-    """Return the dataclass with ``~`` expanded in its paths, as a shell does for most of them.
-
-    ``--data_path=~/pictures`` reaches the program as it is.
-    """
-    changed = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
-            new: Any = _with_home(value)
-        elif isinstance(value, Path):
-            new = expand_home(value)
-        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
-            new = tuple(expand_home(i) if isinstance(i, Path) else i for i in value)
-        else:
-            continue
-        if new != value:
-            changed[field.name] = new
-    return dataclasses.replace(options, **changed) if changed else options
 
 
 def _first_sentence(box: str) -> str:
@@ -159,9 +174,9 @@ def _first_sentence(box: str) -> str:
 
 
 def _field_names(kind: Any) -> Iterator[str]:
-    """Yield the names of all fields, also of nested dataclasses."""
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            yield from _field_names(field.type)
+    """Yield the names of all fields, also of nested groups of flags."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) or is_typeddict(hint):
+            yield from _field_names(hint)
         else:
-            yield field.name
+            yield name

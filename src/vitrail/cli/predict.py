@@ -16,8 +16,6 @@ from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, PictureError, printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from vitrail.inference.classifier import Classifier
     from vitrail.inference.onnx_classifier import OnnxClassifier
     from vitrail.inference.predictions import Prediction
@@ -96,7 +94,7 @@ def _load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
         raise ConfigError("--n_attention_heads is not for ONNX files: leave it out")
     assert options.model_path is not None
     exported = load_onnx(options.model_path, device=options.device)
-    return exported.prepared(**options.preparation.given())
+    return exported.prepared(**options.preparation)
 
 
 def _predict_all(
@@ -127,7 +125,11 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
     """Print predictions as a table, JSON or CSV."""
     if options.json:
         rows = [
-            {"picture": name, "predictions": [_as_json(p) for p in top]} for name, top in answers
+            {
+                "picture": name,
+                "predictions": [{"class": p.name, "probability": p.probability} for p in top],
+            }
+            for name, top in answers
         ]
         print(json.dumps(rows))
     elif options.csv:
@@ -152,53 +154,33 @@ def _cell(name: str) -> str:
     return f"'{printable(name)}" if formula else printable(name)
 
 
-def _as_json(prediction: "Prediction") -> dict[str, object]:
-    """Return one prediction as plain JSON values."""
-    return {"class": prediction.name, "probability": prediction.probability}
-
-
 def print_table(answers: list[Answer]) -> None:
     """Print a row per picture, or a row per class where the columns would be cut."""
     from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
 
     cells = [[f"{printable(p.name)} {p.probability:.1%}" for p in top] for _, top in answers]
     columns = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     names = max((cell_len(printable(name)) for name, _ in answers), default=0)
-    if min(names, NAME_WIDTH) + sum(width + 3 for width in columns) <= out.width:
-        out.print(_wide_table(answers, cells))
+    wide = min(names, NAME_WIDTH) + sum(width + 3 for width in columns) <= out.width
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("picture", overflow="fold")
+    if wide:
+        for rank in range(1, len(columns) + 1):
+            table.add_column(f"{rank}.", no_wrap=True)
     else:
-        out.print(_long_table(answers))
-
-
-def _wide_table(answers: list[Answer], cells: list[list[str]]) -> "Table":
-    """Return a table with a row per picture and a column per rank."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("picture", overflow="fold")
-    for rank in range(1, max(map(len, cells), default=1) + 1):
-        table.add_column(f"{rank}.", no_wrap=True)
-    for (name, _), row in zip(answers, cells, strict=True):
-        table.add_row(Text(printable(name)), *map(Text, row))
-    return table
-
-
-def _long_table(answers: list[Answer]) -> "Table":
-    """Return a table with a row per class, the most probable first, picture after picture."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("picture", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
-    for name, top in answers:
+        table.add_column("class", overflow="fold")
+        table.add_column("probability", justify="right", no_wrap=True)
+    for (name, top), row in zip(answers, cells, strict=True):
+        if wide:
+            table.add_row(Text(printable(name)), *map(Text, row))
+            continue
         for rank, p in enumerate(top):
             shown = Text(printable(name) if rank == 0 else "")
             table.add_row(shown, Text(printable(p.name)), f"{p.probability:.1%}")
         table.add_section()
-    return table
+    out.print(table)
 
 
 def describe_classes(classifier: "Classifier | OnnxClassifier") -> str:

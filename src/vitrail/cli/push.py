@@ -4,13 +4,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from vitrail.cli.console import print_err, print_out
-from vitrail.cli.options import Preparation
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Preparation
 from vitrail.errors import CheckpointError, ConfigError
 
 PROG = "vitrail push"
@@ -43,11 +43,11 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail push``."""
     options = parse(PushOptions, args, prog=prog)
     from vitrail.weights import hub
-    from vitrail.weights.model_card import write_hub_folder
+    from vitrail.weights.checkpoint import read_json_object
     from vitrail.weights.pretrained import OWN, read
 
     hub.hub_api()
-    heads, given = options.n_attention_heads, options.preparation.given()
+    heads, given = options.n_attention_heads, options.preparation
     found = read(options.model, n_attention_heads=heads, preparation=given)
     for note in found.notes:
         print_err(f"{options.model}: {note}")
@@ -59,20 +59,16 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         )
     if not found.info.config.model.n_classes:
         raise CheckpointError(f"{options.model}: weights without a head cannot classify")
-    result = _read_result(Path(options.model))
+    path = Path(options.model) / "result.json"
+    result = read_json_object(path) if path.is_file() else None
     if result is None:
         print_err(f"{options.model}: not a finished run: its card will have no results")
     with tempfile.TemporaryDirectory() as folder:
-        write_hub_folder(Path(folder), found, options.hub_id, license=license, result=result)
+        hub.write_hub_folder(
+            Path(folder), found.info, found.weights, options.hub_id, license=license, result=result
+        )
         address = hub.upload(Path(folder), options.hub_id, private=options.private)
     name = options.hub_id.removeprefix(hub.PREFIX)
     print_out(f"{address}  (license {license})")
     print_out(f"Try next: vitrail info {hub.PREFIX}{name}")
     return 0
-
-
-def _read_result(path: Path) -> dict[str, Any] | None:
-    """Return result.json of a finished run, or None."""
-    from vitrail.weights.checkpoint import read_json_object
-
-    return read_json_object(path / "result.json") if (path / "result.json").is_file() else None

@@ -6,10 +6,11 @@ The reference implementation is https://github.com/nick8592/ViT-Classification-C
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,26 +19,24 @@ import tyro
 from vitrail.cli import guarded, process, train
 from vitrail.cli.console import out, print_err, print_out
 from vitrail.cli.options import DataOptions, ModelOptions, load_image, load_model
-from vitrail.cli.parsing import parse
+from vitrail.cli.parsing import parse, parse_known
 from vitrail.cli.test import TestOptions, score, show
-from vitrail.config.settings import require_range
+from vitrail.config.settings import ModelConfig, require_range
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
     from vitrail.inference.predictions import Prediction
 
-ARCHITECTURE = (
-    "image_size",
-    "n_channels",
-    "patch_size",
-    "n_classes",
-    "embed_dim",
-    "n_layers",
-    "n_attention_heads",
-    "forward_mul",
-    "dropout",
-)
+PROG = "python test.py"
+
+
+@dataclass(frozen=True)
+class NameOption:
+    """The flag of the reference's train.py that Vitrail's has not."""
+
+    timestamp: str = ""
+    """Default name of the run folder."""
 
 
 def train_command() -> int:
@@ -48,40 +47,12 @@ def train_command() -> int:
 def run_train(args: Sequence[str]) -> int:
     """Translate the flags that have another name in Vitrail, and train."""
     process.limit_spinning()
-    args = [_spell_out(arg) for arg in args]
-    args, stamp = _take_value(args, "--timestamp", time.strftime("%Y-%m-%d-%H-%M"))
-    if not any(_named(arg, "--resume") for arg in args):
-        chosen = {"--preset": "reference", "--model_path": "model"}
-        for flag, value in chosen.items():
-            if not any(_named(arg, flag) for arg in args):
-                args = [*args, flag, value]
-    return train.command(args, prog="python train.py", name=stamp)
-
-
-def _spell_out(arg: str) -> str:
-    """Return ``-lr`` as ``--learning_rate``."""
-    return "--learning_rate" + arg.removeprefix("-lr") if _named(arg, "-lr") else arg
-
-
-def _named(arg: str, flag: str) -> bool:
-    """Return whether an argument is this flag, in either spelling, with or without a value."""
-    return arg.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
-
-
-def _take_value(args: Sequence[str], flag: str, default: str) -> tuple[list[str], str]:
-    """Remove a flag with its value; return the other arguments, and the value."""
-    left, value, args = [], default, list(args)
-    while args:
-        arg = args.pop(0)
-        if not _named(arg, flag):
-            left.append(arg)
-        elif "=" in arg:
-            value = arg.partition("=")[2]
-        elif args:
-            value = args.pop(0)
-        else:
-            raise ConfigError(f"{flag} requires a value")
-    return left, value
+    args = [re.sub(r"^-lr(?=$|=)", "--learning_rate", arg) for arg in args]
+    named, args = parse_known(NameOption, args, prog="python train.py", add_help=False)
+    if not any(arg.startswith("--resume") for arg in args):
+        args = ["--preset", "reference", "--model_path", "model", *args]
+    name = named.timestamp or time.strftime("%Y-%m-%d-%H-%M")
+    return train.command(args, prog="python train.py", name=name)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -89,7 +60,9 @@ def _take_value(args: Sequence[str], flag: str, default: str) -> tuple[list[str]
 class ReferenceTestOptions:
     """Test a model as the reference implementation does.
 
-    The architecture is read from the file; the flags that describe it are only checked.
+    The architecture is read from the file. The flags that describe it (--patch_size, --embed_dim,
+    --n_layers and so on, as in vitrail train) are only checked. A .pt of the reference
+    implementation does not contain --n_attention_heads; the default is 4.
     """
 
     mode: Literal["cifar", "cifar-single", "custom"] = "cifar"
@@ -115,31 +88,20 @@ class ReferenceTestOptions:
     """Use only the first N test images. Default: all of them."""
     output_path: Path = Path("output")
     """Folder of the run folders and of this test's folder."""
-    timestamp: str | None = None
+    timestamp: str = ""
     """Name of this test's folder. Default: the time."""
-    image_size: int | None = None
-    """Checked: side of the image in pixels."""
-    n_channels: int | None = None
-    """Checked: number of channels."""
-    patch_size: int | None = None
-    """Checked: side of a patch in pixels."""
-    n_classes: int | None = None
-    """Checked: number of classes."""
-    embed_dim: int | None = None
-    """Checked: width of a token."""
-    n_layers: int | None = None
-    """Checked: number of blocks."""
-    n_attention_heads: int | None = None
-    """Number of heads, which a .pt of the reference implementation does not contain. Default: 4 for
-    these; for all others, checked."""
-    forward_mul: float | None = None
-    """Checked: hidden width of the MLP, as a multiple of embed_dim."""
-    dropout: float | None = None
-    """Dropout in training; checked only if the file contains it, since testing has none."""
 
     def __post_init__(self) -> None:
         require_range(self, "batch_size num_test_images", 1)
         require_range(self, "num_workers index", 0)
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class CheckedOptions(ReferenceTestOptions):
+    """The same with the flags of the architecture, whose defaults are those of the file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def test_command() -> int:
@@ -150,37 +112,28 @@ def test_command() -> int:
 def run_test(args: Sequence[str]) -> int:
     """Load the model, check the flags against it, and run the mode."""
     process.limit_spinning()
-    options = parse(ReferenceTestOptions, args, prog="python test.py")
+    options, _ = parse_known(ReferenceTestOptions, args, prog=PROG)  # others are checked below
     if options.mode == "custom" and options.image_path is None:
         raise ConfigError("--mode custom requires --image_path FILE")
-    heads = options.n_attention_heads
+    heads = parse_known(train.FirstOptions, args, prog=PROG, add_help=False)[0].n_attention_heads
     models = ModelOptions(options.model_path, n_attention_heads=heads, device=options.device)
     classifier = load_model(models, options.output_path)
-    _check_architecture(classifier, options)
+    defaults = CheckedOptions(model=classifier.config.model)
+    _check_architecture(classifier, parse(CheckedOptions, args, prog=PROG, default=defaults).model)
     folder = options.output_path / (options.timestamp or time.strftime("%Y-%m-%d-%H-%M-%S"))
-    if options.mode == "cifar":
-        return _test_all(classifier, options, folder)
-    if options.mode == "cifar-single":
-        _test_single(classifier, options, folder)
-    else:
-        _test_custom(classifier, options)
-    return 0
+    run_mode = _test_all if options.mode == "cifar" else _test_one
+    return run_mode(classifier, options, folder)
 
 
-def _check_architecture(classifier: "Classifier", options: ReferenceTestOptions) -> None:
+def _check_architecture(classifier: "Classifier", asked: ModelConfig) -> None:
     """Refuse flags that contradict the model file."""
-    for name in ARCHITECTURE:
-        asked, actual = getattr(options, name), getattr(classifier.config.model, name)
-        known = not (name == "dropout" and _is_reference_file(classifier))
-        if asked is not None and known and asked != actual:
+    unknown = {"dropout"} if Path(classifier.source).suffix in (".pt", ".pth") else set()
+    for name, actual in vars(classifier.config.model).items():
+        if name not in unknown and getattr(asked, name) != actual:
             raise ConfigError(
-                f"--{name} is {asked}, but {classifier.source} has {actual}: leave it out"
+                f"--{name} is {getattr(asked, name)}, but {classifier.source} has {actual}: "
+                "leave it out"
             )
-
-
-def _is_reference_file(classifier: "Classifier") -> bool:
-    """Return whether the model is from a file of the reference implementation."""
-    return Path(classifier.source).suffix in (".pt", ".pth")
 
 
 def _test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> int:
@@ -188,19 +141,32 @@ def _test_all(classifier: "Classifier", options: ReferenceTestOptions, folder: P
     given = ("num_test_images", "num_workers", "batch_size")
     chosen = {name: getattr(options, name) for name in given}
     data = DataOptions(data_path=options.data_path, split="test")
-    scored = score(classifier, TestOptions(output_path=folder, data=data, **chosen))
-    metrics = scored.metrics
-    show(metrics)
+    metrics, code = score(classifier, TestOptions(data=data, **chosen), folder)
+    show(metrics, folder)
     out.print(f"Test acc: {metrics.accuracy:.2%}\tTest loss: {metrics.loss:.4f}")
-    print_err(f"plots and metrics.json in {folder}/")
-    if scored.problems:
-        return scored.report_problems()
-    _show_picture(folder / "confusion_matrix.png", options)
+    if not code:
+        _show_picture(folder / "confusion_matrix.png", options)
+    return code
+
+
+def _test_one(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> int:
+    """Run the other modes: print the prediction for one test image or a picture of the user."""
+    if options.image_path is not None and options.mode == "custom":
+        path, start = options.image_path, "Output:"
+        (top,) = classifier.predict([path])
+    else:
+        path = folder / f"test-{options.index}.png"
+        start, top = _predict_indexed(classifier, options, path)
+    best, *others = (f"{p.name} {p.probability:.1%}" for p in top)
+    print_out(f"{start} {best}(output), then {', '.join(others)}")
+    _show_picture(path, options)
     return 0
 
 
-def _test_single(classifier: "Classifier", options: ReferenceTestOptions, folder: Path) -> None:
-    """Run ``--mode cifar-single``: print the label and the prediction for one test image."""
+def _predict_indexed(
+    classifier: "Classifier", options: ReferenceTestOptions, path: Path
+) -> "tuple[str, list[Prediction]]":
+    """Classify one test image and write it, enlarged, to a file; compare with its label."""
     from PIL import Image
 
     from vitrail.runtime.files import replace_file
@@ -208,34 +174,13 @@ def _test_single(classifier: "Classifier", options: ReferenceTestOptions, folder
 
     index, data = options.index, DataOptions(data_path=options.data_path, split="test")
     picture_HWC, label = load_image(
-        classifier, data, index, folder=folder, purpose=f"image {index} classified"
+        classifier, data, index, folder=path.parent, purpose=f"image {index} classified"
     )
     (top,) = of_model_size(classifier).predict([picture_HWC])
-    verdict = "<Correct>" if top[0].name == label else "<Wrong>"
-    _say_result(f"{verdict} {label}(label)\t", top)
-    path = folder / f"test-{index}.png"
-    enlarged = Image.fromarray(picture_HWC).resize((384, 384), Image.Resampling.NEAREST)
     png = io.BytesIO()
-    enlarged.save(png, format="PNG")
+    Image.fromarray(picture_HWC).resize((384, 384), Image.Resampling.NEAREST).save(png, "PNG")
     replace_file(path, png.getvalue())
-    _show_picture(path, options)
-
-
-def _test_custom(classifier: "Classifier", options: ReferenceTestOptions) -> None:
-    """Run ``--mode custom``: print the prediction for a picture of the user."""
-    assert options.image_path is not None
-    (top,) = classifier.predict([options.image_path])
-    _say_result("Output: ", top)
-    _show_picture(options.image_path, options)
-
-
-def _say_result(start: str, top: "list[Prediction]") -> None:
-    """Print the class with its probability, and the runners-up."""
-    from vitrail.errors import printable
-
-    best, *others = (f"{printable(p.name)} {p.probability:.1%}" for p in top)
-    line = f"{printable(start.rstrip())}{start[len(start.rstrip()) :]}{best}(output)\tthen "
-    print_out(line + ", ".join(others))
+    return f"{'<Correct>' if top[0].name == label else '<Wrong>'} {label}(label)", top
 
 
 def _show_picture(path: Path, options: ReferenceTestOptions) -> None:

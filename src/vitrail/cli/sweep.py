@@ -13,11 +13,11 @@ from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import read_toml
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
-from vitrail.errors import ConfigError, TrainingError, printable
+from vitrail.errors import ConfigError, TrainingError, import_optional, printable
 
 if TYPE_CHECKING:
-    from vitrail.cli.signals import StopRequest
-    from vitrail.sweep.study import Sweep
+    from vitrail.cli.progress import StopRequest
+    from vitrail.sweep import Sweep
 
 PROG = "vitrail sweep"
 COLUMNS = ("trial", "state", "validation", "trained", "folder", "error")
@@ -68,54 +68,50 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         base = read_toml(start.config, base)
     defaults = SweepOptions(**vars(start), **vars(base))
     options = parse(SweepOptions, args, prog=prog, default=defaults)
-    settings = Config(**{name: getattr(options, name) for name in vars(base)})
     name = options.study_name or f"sweep-{options.preset}"
     if name != Path(name).name or name == "..":
         raise ConfigError(f"study_name is {name!r}: give a plain name, no path")
-    stopped, completed = _search(options, settings, settings.run.output_path / name)
-    if stopped:
+    import_optional("optuna")  # before anything slow
+    from vitrail.cli.progress import stop_requests
+
+    settings = Config(**{name: getattr(options, name) for name in vars(base)})
+    with stop_requests() as stop:
+        sweep = _run(options, settings, settings.run.output_path / name, stop)
+    completed = _conclude(sweep, options, settings)
+    if stop.signal:
         print_err("interrupted; run the same command to continue")
-        return 128 + stopped
+        return 128 + stop.signal
     if not completed:
         raise TrainingError("no trial completed: the table above gives the reasons")
     return 0
 
 
-def _search(options: SweepOptions, settings: Config, folder: Path) -> tuple[int, int]:
-    """Run the trials of this process, then show the result of the study.
+def _run(options: SweepOptions, settings: Config, folder: Path, stop: "StopRequest") -> "Sweep":
+    """Run the trials of this process, until all are done or a signal asks to stop."""
+    from vitrail.sweep import Stopped, Sweep, describe
 
-    Returns:
-        the signal that stopped it, or 0; the number of complete trials of the study.
-    """
-    from vitrail.cli.signals import stop_requests
-    from vitrail.optional import import_optional
-
-    import_optional("optuna")  # before anything slow
-    from vitrail.sweep.study import Stopped, Sweep, describe
-
+    sweep = Sweep(
+        settings, folder, search=options.search, trials=options.trials, pruner=options.pruner,
+        storage=options.storage, events=lambda run: _shown(run, stop),
+    )  # fmt: skip
     waiting = False
-    with stop_requests() as stop:
-        sweep = Sweep(
-            settings, folder, search=options.search, trials=options.trials, pruner=options.pruner,
-            storage=options.storage, events=lambda run: _shown(run, stop),
-        )  # fmt: skip
-        try:
-            for trial in sweep.run():
-                if trial is not None:
-                    print_err(summary(describe(trial)))
-                elif not waiting:
-                    print_err("waiting for the trials of other processes")
-                waiting = trial is None
-                if stop.signal:
-                    break
-        except Stopped:
-            pass
-    return stop.signal, _conclude(sweep, options, settings)
+    try:
+        for trial in sweep.run():
+            if trial is not None:
+                print_err(summary(describe(trial)))
+            elif not waiting:
+                print_err("waiting for the trials of other processes")
+            waiting = trial is None
+            if stop.signal:
+                break
+    except Stopped:
+        pass
+    return sweep
 
 
 def _shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
     """Show a trial's events as vitrail train does, until a signal asks to stop."""
-    from vitrail.cli.display import TrainingDisplay
+    from vitrail.cli.progress import TrainingDisplay
 
     print_err(f"{run.folder}")
     with TrainingDisplay(run, err) as display:
@@ -132,7 +128,7 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     Returns:
         the number of complete trials.
     """
-    from vitrail.sweep.study import apply, flags, plot_importances, ranked, write_csv
+    from vitrail.sweep import apply, flags, plot_importances, ranked, write_csv
 
     trials = ranked(sweep.study)
     write_csv(trials, sweep.folder / "trials.csv")

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import tyro
 
 from vitrail.cli.console import out, print_err
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, with_argument
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
+from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Metrics
@@ -51,38 +52,27 @@ class TestOptions(ModelArgument):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail test``."""
-    options = with_argument(parse(TestOptions, args, prog=prog))
+    options = parse(TestOptions, args, prog=prog)
+    from vitrail.training.run_folder import is_run_folder
+
     classifier = load_model(options)
-    scored = score(classifier, options)
+    source, split = Path(classifier.source), options.data.split
+    default = source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
+    folder = options.output_path or default
+    metrics, code = score(classifier, options, folder)
     if options.json:
-        print(json.dumps(scored.metrics.to_json()))
+        print(json.dumps(metrics.to_json()))
     else:
-        show(scored.metrics)
-        print_err(f"plots and metrics.json in {scored.folder}/")
-    return scored.report_problems()
+        show(metrics, folder)
+    return code
 
 
-class Scored(NamedTuple):
-    """The result of a test, its folder, and the plots that could not be drawn."""
-
-    metrics: "Metrics"
-    folder: Path
-    problems: list[str]
-
-    def report_problems(self) -> int:
-        """Print which plots are missing, if any; return the exit code."""
-        for problem in self.problems:
-            print_err(f"vitrail: {problem}")
-        return 1 if self.problems else 0
-
-
-def score(classifier: "Classifier", options: TestOptions) -> Scored:
-    """Evaluate the model and write the results."""
-    from vitrail.errors import ConfigError
+def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tuple[Metrics, int]":
+    """Evaluate the model, write the results; return them and the exit code."""
     from vitrail.evaluation.metrics import SixViews, measure, predict_logits
-    from vitrail.evaluation.plots import plot_metrics
+    from vitrail.evaluation.report import plot_metrics
     from vitrail.runtime.files import write_json
-    from vitrail.training.run_data import load_split
+    from vitrail.training.run_folder import load_split
 
     split = options.data.split
     changes = options.data.to_load() | {
@@ -95,7 +85,6 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
             f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give data with the model's classes"
         )
-    folder = options.output_path or _default_folder(Path(classifier.source), split)
     purpose = "vitrail test --tta" if options.tta else "vitrail test"
     log_test_use(classifier, split, folder, purpose, len(images))
     model = SixViews(classifier.model) if options.tta else classifier.model
@@ -105,19 +94,16 @@ def score(classifier: "Classifier", options: TestOptions) -> Scored:
     )  # fmt: skip
     metrics = measure(logits_BY, images.labels_B, classes=classifier.classes, tta=options.tta)
     write_json(folder / "metrics.json", metrics.to_json())
-    return Scored(metrics, folder, plot_metrics(metrics, folder))
+    missing = plot_metrics(metrics, folder)
+    for problem in missing:
+        print_err(f"vitrail: {problem}")
+    return metrics, 1 if missing else 0
 
 
-def _default_folder(source: Path, split: str) -> Path:
-    """Return the folder of a test's files: in the run folder, else under output/."""
-    from vitrail.training.run_folder import is_run_folder
-
-    return source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
-
-
-def show(metrics: "Metrics") -> None:
+def show(metrics: "Metrics", folder: Path) -> None:
     """Print the tables."""
-    from vitrail.evaluation.tables import confusion_table, metrics_table
+    from vitrail.evaluation.report import confusion_table, metrics_table
 
     out.print(metrics_table(metrics))
     out.print(confusion_table(metrics))
+    print_err(f"plots and metrics.json in {folder}/")

@@ -3,9 +3,10 @@
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from vitrail.cli import STARTED, exit_code
-from vitrail.cli.console import count, err, number_table, out, print_err, print_out
+from vitrail.cli import STARTED, describe_error
+from vitrail.cli.console import err, number_table, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
@@ -30,6 +31,7 @@ from vitrail.errors import (
 
 if TYPE_CHECKING:
     from vitrail.data.manifest import Manifest
+    from vitrail.training.run import Run
 
 PROG = "vitrail train"
 DEFAULT_PRESET = "quick"
@@ -52,8 +54,8 @@ class StartOptions:
 
 
 @dataclass(frozen=True)
-class InitOptions:
-    """The initial weights, which must be known before the other flags have defaults."""
+class FirstOptions(StartOptions):
+    """What must be known before the other flags have defaults: also the initial weights."""
 
     init: str = ""
     n_attention_heads: int | None = None
@@ -69,7 +71,7 @@ class TrainOptions(Config, StartOptions):
     """
 
 
-def command(args: Sequence[str], *, prog: str = PROG, name: str | None = None) -> int:
+def command(args: Sequence[str], *, prog: str = PROG, name: str = "") -> int:
     """Run ``vitrail train``; ``name`` is the default name of the run folder."""
     with _joined_processes() as on_leader:
         start, settings = on_leader(read, args, prog)
@@ -100,55 +102,43 @@ def _joined_processes() -> Iterator[Callable[..., Any]]:
         except VitrailError as error:
             if leader:
                 raise
-            sys.exit(exit_code(error))
+            sys.exit(describe_error(error)[1])
         finally:
             out.quiet, err.quiet = quiet
 
 
-def read(args: Sequence[str], prog: str) -> tuple[StartOptions, Config]:
-    """Return where the settings come from, and the settings."""
-    start, _ = parse_known(StartOptions, args, prog=prog, add_help=False)
+def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
+    """Return the options, and the settings among them."""
+    start, _ = parse_known(FirstOptions, args, prog=prog, add_help=False)
     if start.resume is None:
         start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
-        given = {} if start.config is None else toml_sections(start.config)
-        base = from_json(given, get_preset(start.preset))
-        base = _start_from_weights(base, given, args, prog)
+        base = _read_start(start)
+    elif start.config is not None or start.preset:
+        raise ConfigError(
+            "--resume continues with the run's own settings: leave out --preset and --config"
+        )
+    elif not (start.resume / "config.json").is_file():
+        raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
     else:
-        base = _read_settings(start)
-    defaults = TrainOptions(**vars(start), **vars(base))
+        base = from_json(read_json(start.resume / "config.json"))
+    defaults = TrainOptions(start.preset, start.config, start.resume, **vars(base))
     options = parse(TrainOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
         _refuse_changes(base, settings, start.resume)
-    return start, settings
+    return options, settings
 
 
-def _read_settings(start: StartOptions) -> Config:
-    """Return the settings of the run to resume."""
-    assert start.resume is not None
-    if start.config is not None or start.preset:
-        raise ConfigError(
-            "--resume continues with the run's own settings: leave out --preset and --config"
-        )
-    if not (start.resume / "config.json").is_file():
-        raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
-    return from_json(read_json(start.resume / "config.json"))
-
-
-def _start_from_weights(
-    base: Config, given: dict[str, dict[str, Any]], args: Sequence[str], prog: str
-) -> Config:
-    """Return the settings with the model of --init, if it is given.
-
-    The model of the weights overrides the preset's; the TOML file overrides both.
-    """
-    asked, _ = parse_known(InitOptions, args, prog=prog, add_help=False)
-    init = asked.init or base.training.init
+def _read_start(start: FirstOptions) -> Config:
+    """Return the settings of a preset, overridden by the model of --init, then by a TOML file."""
+    given = {} if start.config is None else toml_sections(start.config)
+    base = from_json(given, get_preset(start.preset))
+    init = start.init or base.training.init
     if not init:
         return base
     from vitrail.weights.pretrained import with_init
 
-    theirs = with_init(base, init, asked.n_attention_heads)
+    theirs = with_init(base, init, start.n_attention_heads)
     return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
 
 
@@ -169,38 +159,26 @@ def _list_data(settings: Config) -> "Manifest | None":
     """List the pictures of a folder and show what was found, before anything slow is loaded."""
     if settings.data.dataset != "folder":
         return None
-    from vitrail.data.manifest import scan
+    from vitrail.data.manifest import SPLITS, class_counts, scan, summary
 
     manifest = scan(settings.data.data_path, settings.data.validation_images)
-    _show_manifest(manifest.limited(settings.data))
-    return manifest
-
-
-def _show_manifest(manifest: "Manifest") -> None:
-    """Print how many pictures each class has in each split, and what was skipped."""
-    from vitrail.data.manifest import SPLITS, class_counts, summary
-
-    counts = class_counts(manifest)
-    totals = _add_columns(counts)
+    shown = manifest.limited(settings.data)
+    counts = class_counts(shown)
+    totals = [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
     print_err(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
     table = number_table("class", *SPLITS)
-    shown = counts if len(counts) <= SHOWN_CLASSES else counts[: SHOWN_CLASSES - 1]
-    for name, row in shown:
+    for name, row in counts[:SHOWN_CLASSES]:
         table.add_row(Text(printable(name)), *(f"{number:,}" for number in row))
-    if rest := counts[len(shown) :]:
-        table.add_row(f"{len(rest)} more", *(f"{number:,}" for number in _add_columns(rest)))
+    if len(counts) > SHOWN_CLASSES:
+        table.add_row(f"… and {len(counts) - SHOWN_CLASSES} more classes")
     table.add_section()
     table.add_row("total", *(f"{number:,}" for number in totals))
     err.print(table)
-    if line := summary(manifest):
+    if line := summary(shown):
         print_err(line)
     if not totals[SPLITS.index("test")]:
         print_err("There is no test split: the run will have no test score.")
-
-
-def _add_columns(counts: "Sequence[tuple[str, Sequence[int]]]") -> list[int]:
-    """Return the sum of each column."""
-    return [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
+    return manifest
 
 
 def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
@@ -208,7 +186,7 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     from vitrail.runtime import distributed
     from vitrail.runtime.hardware import choose_rank_device
     from vitrail.training.run import Run
-    from vitrail.training.run_folder import hold, release
+    from vitrail.training.run_folder import hold, is_unused, release
 
     choose_rank_device(settings.run.device)
     folder, begun = distributed.on_leader(_choose_folder, settings, name)
@@ -220,11 +198,10 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
     except BaseException:
         if distributed.is_leader():
             release(folder)  # Windows removes no file that is open
-            _remove_if_unused(folder)
+            if is_unused(folder):
+                shutil.rmtree(folder)
         raise
     del held
-    for notice in run.notices:
-        print_err(notice)
     return follow(run)
 
 
@@ -233,11 +210,11 @@ def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     from vitrail.runtime import distributed
     from vitrail.training.run_folder import new_folder
 
-    known = distributed.recall("run folder")
+    known = distributed.load_value("run folder")
     if known is not None and Path(known).is_dir():
         return Path(known), any(Path(known, "checkpoints").glob("step-*"))
     folder = new_folder(settings.run.output_path, settings.run.folder_name, name)
-    distributed.remember("run folder", str(folder))
+    distributed.store_value("run folder", str(folder))
     return folder, False
 
 
@@ -253,49 +230,55 @@ def _resume(folder: Path, settings: Config) -> int:
         )
         return 0
     run = Run.resume(folder, settings)
-    for notice in run.notices:
-        print_err(notice)
     print_err(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
     return follow(run)
 
 
-def follow(run: Any) -> int:
+def follow(run: "Run") -> int:
     """Train to the end, or stop at a signal and save; print the progress."""
-    from vitrail.cli.display import TrainingDisplay
-    from vitrail.cli.signals import Stopped, stop_requests
     from vitrail.runtime import distributed
 
+    for notice in run.notices:
+        print_err(notice)
     _describe(run)
     startup = time.perf_counter() - STARTED
+    resume = f"resume with: vitrail train --resume {run.folder}"
     try:
-        with stop_requests() as stop:
-            stopped = 0
-            with TrainingDisplay(run, err) as display:
-                for event in run.train(stopping=lambda: bool(stop.signal)):
-                    display.show(event)
-                    if stopped := distributed.highest(stop.signal):
-                        break
-            if stopped:
-                run.save()
-                raise Stopped(stopped)
-            with stop.at_once():  # everything is saved; only the test and the plots are missing
-                result = run.finish()
-    except Stopped as reason:
-        print_err(f"stopped and saved; resume with: vitrail train --resume {run.folder}")
-        return 128 + reason.signal
+        stopped = _train(run)
+        # Now everything is saved; only the test and the plots are missing.
+        result = {} if stopped else run.finish()
+    except KeyboardInterrupt:
+        stopped = signal.SIGINT
     except OutputError as error:
-        raise TrainingError(f"{error}; resume with: vitrail train --resume {run.folder}") from error
+        raise TrainingError(f"{error}; {resume}") from error
     except Exception as error:
         if run.saved is not None:
-            error.add_note(f"resume with: vitrail train --resume {run.folder}")
+            error.add_note(resume)
         raise
+    if stopped:
+        print_err(f"stopped and saved; {resume}")
+        return 128 + stopped
     _conclude(run, result, startup)
     if problems := distributed.on_leader(lambda: run.problems):
         raise TrainingError(f"{'; '.join(problems)}; everything else is in {run.folder}/")
     return 0
 
 
-def _describe(run: Any) -> None:
+def _train(run: "Run") -> int:
+    """Train to the end, or until a signal arrives at any of the processes: save and return it."""
+    from vitrail.cli.progress import TrainingDisplay, stop_requests
+    from vitrail.runtime import distributed
+
+    with stop_requests() as stop, TrainingDisplay(run, err) as display:
+        for event in run.train(stopping=lambda: bool(stop.signal)):
+            display.show(event)
+            if stopped := distributed.highest(stop.signal):
+                run.save()
+                return stopped
+        return stop.signal
+
+
+def _describe(run: "Run") -> None:
     """Print what is about to be trained."""
     from vitrail.runtime import distributed
 
@@ -312,17 +295,17 @@ def _describe(run: Any) -> None:
     )
 
 
-def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
+def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
     """Print the result, the seconds it took and what to try next."""
+    seconds, folder = result["seconds"], run.folder
+    epochs = f"{result['epochs']:,} epoch{'' if result['epochs'] == 1 else 's'}"
     goal = run.config.run.stop_at_accuracy
     if goal is not None:
-        reached = run.is_enough()
         out.print(
-            f"\nvalidation accuracy {goal:.2%} {'reached' if reached else 'not reached'} "
-            f"in {result['seconds']:,.1f} s of training ({count(result['epochs'], 'epoch')})"
+            f"\nvalidation accuracy {goal:.2%} {'' if run.is_enough() else 'not '}reached "
+            f"in {seconds:,.1f} s of training ({epochs})"
         )
-
-    print_out(f"\n{run.folder}", style="bold")
+    print_out(f"\n{folder}", style="bold")
     table = number_table("", "accuracy", "loss")
     for split in ("validation", "test"):
         if result[split]:
@@ -332,25 +315,14 @@ def _conclude(run: Any, result: dict[str, Any], startup: float) -> None:
     if not result["test"]:
         print_out("There is no test split, so there is no test score.")
     print_out(
-        f"{count(result['epochs'], 'epoch')} ({result['petaflops']:.2g} PFLOP) "
-        f"in {result['seconds']:,.0f} s of training "
+        f"{epochs} ({result['petaflops']:.2g} PFLOP) in {seconds:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
         f"evaluation), {result['images_per_second']:,.0f} images/s; "
         f"best epoch: {result['best_epoch']}; "
-        f"curves, confusion matrix and checkpoints in {run.folder}/"
+        f"curves, confusion matrix and checkpoints in {folder}/\n\n"
+        "Try next:\n"
+        f"  vitrail test --model_path {folder}\n"
+        f"  vitrail predict --model_path {folder} PICTURE\n"
+        f"  vitrail explain --model_path {folder} PICTURE\n"
+        f"  vitrail info {folder}"
     )
-    print_out(
-        "\nTry next:\n"
-        f"  vitrail test --model_path {run.folder}\n"
-        f"  vitrail predict --model_path {run.folder} PICTURE\n"
-        f"  vitrail explain --model_path {run.folder} PICTURE\n"
-        f"  vitrail info {run.folder}"
-    )
-
-
-def _remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that did not start."""
-    from vitrail.training.run_folder import is_unused
-
-    if is_unused(folder):
-        shutil.rmtree(folder)

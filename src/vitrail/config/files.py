@@ -1,5 +1,6 @@
 """Settings from Python, flags, JSON and TOML: one set of rules checks and converts every value."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,45 +38,38 @@ class Checked:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value converted to the declared type ``hint`` of the field ``name``.
-
-    Raises:
-        ConfigError: it has the wrong type or is not one of the choices.
-    """
+    """Return the value of the field ``name`` converted to its declared type, or refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise ConfigError(f"{name} has more than 63 bits: give a smaller number")
     if isinstance(value, str) and not _is_file_text(value):
         raise ConfigError(f"{name} is {value!r:.60}: it contains characters that no file name can")
     for option in options:
-        found, converted = _as_type(name, value, option)
-        if found:
-            return converted
+        with contextlib.suppress(TypeError):
+            return _as_type(name, value, option)
     wanted = " or ".join(_describe(option) for option in options)
     raise ConfigError(f"{name} is {value!r:.60}: give {wanted}")
 
 
-def _as_type(name: str, value: Any, option: Any) -> tuple[bool, Any]:
-    """Return whether a value has this type, and if so, the value converted to it."""
+def _as_type(name: str, value: Any, option: Any) -> Any:
+    """Return a value converted to a type, or raise TypeError if it does not have it."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if get_origin(option) is Literal:
-        return isinstance(value, str) and value in get_args(option), value
-    if get_origin(option) is tuple:
-        kinds = get_args(option)
-        if not isinstance(value, list | tuple):
-            return False, None
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(value) != len(kinds):
-            return False, None
-        return True, tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    kinds = get_args(option)
+    if get_origin(option) is Literal and isinstance(value, str) and value in kinds:
+        return value
+    if get_origin(option) is tuple and isinstance(value, list | tuple):
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(value) == len(kinds):
+            return tuple(convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
     if option is Path and isinstance(value, str | Path):
-        return True, expand_home(value)
+        return expand_home(value)
     if option is float and number:
-        return True, float(value)
+        return float(value)
     if option is int and number and isinstance(value, Integral):
-        return True, int(value)
-    return type(value) is option, value
+        return int(value)
+    if type(value) is option:
+        return value
+    raise TypeError
 
 
 def expand_home(path: str | Path) -> Path:
@@ -123,11 +117,7 @@ def from_json(sections: Any, base: "Config | None" = None) -> "Config":
 
 
 def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
-    """Return a section with some values replaced; it checks them.
-
-    Raises:
-        ConfigError: an unknown setting, or a value of the wrong type or range.
-    """
+    """Return a section with some values replaced and checked."""
     for name in values:
         if name not in vars(section):
             raise ConfigError(f"unknown setting {name!r:.60}{nearest(name, vars(section))}")
@@ -135,11 +125,7 @@ def replace_fields(section: Any, values: Mapping[str, Any]) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file of settings.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return the content of a JSON file of settings."""
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or too long a number
@@ -147,11 +133,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_toml(path: Path, base: "Config") -> "Config":
-    """Return ``base`` with the settings of a TOML file, in sections or without.
-
-    Raises:
-        ConfigError: the file cannot be read, or has an unknown setting or a wrong value.
-    """
+    """Return ``base`` with the settings of a TOML file, in sections or without."""
     return from_json(toml_sections(path), base)
 
 

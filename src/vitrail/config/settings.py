@@ -82,6 +82,8 @@ class ModelConfig(Checked):
     """With pool mean, apply the last LayerNorm to the mean instead of to every token."""
     hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
     """GELU in the MLP: exact, or its tanh approximation (for Google's weights)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights of linear layers."""
     layer_norm_eps: float = 1e-5
     """Epsilon of every LayerNorm (1e-6 for weights of timm and Google)."""
 
@@ -100,7 +102,8 @@ class ModelConfig(Checked):
             )
         few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
         require(few, f"image_size {self.image_size}: more than 4096 pixels or 16,384 patches")
-        require(self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}: above 0")
+        for name in ("layer_norm_eps", "init_std"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: give more than 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),
             "pool cls needs the class token and has no fc_norm: leave out class_token and fc_norm, "

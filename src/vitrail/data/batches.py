@@ -7,9 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.config.settings import Config
-from vitrail.data.augment import cutmix, flip, mixup, random_crop, random_erasing, random_flip
+from vitrail.data.augment import (
+    cutmix,
+    flip,
+    mixup,
+    rand_augment,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
 from vitrail.data.images import ImageSet, normalize
-from vitrail.data.randaugment import rand_augment
 from vitrail.errors import DataError
 from vitrail.runtime import rng
 

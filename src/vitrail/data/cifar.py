@@ -111,10 +111,10 @@ def load_cifar(name: Name, which: Literal["train", "test"], *, data_path: Path) 
         contents = _read_files(archive, (*files, *archive.meta), data_path)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    batches = [read_batch(*contents[file], archive) for file in files]
+    batches = [_read_batch(*contents[file], archive) for file in files]
     raw_BCHW = np.concatenate([raw_BCHW for raw_BCHW, _ in batches])
     labels_B = np.concatenate([labels_B for _, labels_B in batches])
-    classes = read_class_names(*contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
+    classes = _read_class_names(*contents["meta"], archive) if archive.meta else CIFAR10_CLASSES
     return ImageSet(torch.from_numpy(raw_BCHW), torch.from_numpy(labels_B), classes)
 
 
@@ -169,11 +169,7 @@ def _read_tar(tar: Path, archive: Archive, files: Sequence[str]) -> dict[str, tu
 
 
 def _download(archive: Archive, cache: Path) -> Path:
-    """Download the tar.gz into the cache from the first mirror that works.
-
-    Raises:
-        DataError: every mirror failed; the message lists them with the reasons.
-    """
+    """Download the tar.gz into the cache from the first mirror that works."""
     import requests  # here, since it is slow to load
 
     problems = []
@@ -207,12 +203,8 @@ def _receive(url: str, output_file: str, _pooch: object) -> None:
             file.writelines(shown)
 
 
-def read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images and labels of one file.
-
-    Shapes:
-        raw_BCHW: uint8; labels_B: int64.
-    """
+def _read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images (uint8) and labels (int64) of one file."""
     batch = _read_pickle(where, content, archive)
     data, labels = (batch.get(key) for key in ("data", archive.label_key))
     valid = (
@@ -232,7 +224,7 @@ def read_batch(where: str, content: bytes, archive: Archive) -> tuple[np.ndarray
     return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)  # type: ignore[union-attr]
 
 
-def read_class_names(where: str, content: bytes, archive: Archive) -> tuple[str, ...]:
+def _read_class_names(where: str, content: bytes, archive: Archive) -> tuple[str, ...]:
     """Return CIFAR-100's fine class names."""
     names = _read_pickle(where, content, archive).get("fine_label_names")
     if not (isinstance(names, list) and len(names) == archive.n_classes):
@@ -249,7 +241,7 @@ def _read_pickle(where: str, content: bytes, archive: Archive) -> dict[str, Any]
             warnings.simplefilter("ignore")
             batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         return {_as_text(key): value for key, value in batch.items()}
-    except UNPICKLING as error:
+    except UNPICKLE_ERRORS as error:
         raise DataError(f"{where}: corrupt: {error}; delete the data set to download it "
                         "again") from error  # fmt: skip
     except DataError as error:
@@ -270,17 +262,15 @@ class ArrayUnpickler(pickle.Unpickler):
     ))  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the functions that arrays are made with.
-
-        Raises:
-            DataError: it is another one.
-        """
+        """Return one of the functions that arrays are made with; refuse any other."""
         module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
         if f"{module}.{name}" not in self.allowed:
             raise DataError(f"it would run {module:.50}.{name:.50}, which no data file needs")
         return super().find_class(module, name)
 
 
-UNPICKLING = (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-              OverflowError, MemoryError)  # fmt: skip
+UNPICKLE_ERRORS = (
+    pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+    OverflowError, MemoryError,
+)  # fmt: skip
 """What the unpickler raises if a file is truncated or corrupt."""

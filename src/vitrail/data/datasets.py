@@ -19,22 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vitrail.config.settings import DataConfig, Split
+from vitrail.data import formats
 from vitrail.data.cifar import load_cifar
-from vitrail.data.formats import read_pixels
-from vitrail.data.framing import Fit, enough_side, fit_channels, framing
+from vitrail.data.formats import Extent, PixelRange
 from vitrail.data.images import ImageSet
-from vitrail.data.layout import left_out_reason
-from vitrail.data.manifest import Manifest, scan
-from vitrail.data.pictures import (
-    Extent,
-    PixelRange,
-    choose_range,
-    describe,
-    gray_to_rgb,
-    join,
-    measure,
-    to_bytes,
-)
+from vitrail.data.manifest import File, Manifest, scan
+from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
 from vitrail.data.shapes import load_shapes
 from vitrail.errors import DataError, PictureError
 
@@ -133,7 +123,7 @@ def _load_folder(
                 f"{manifest.root}: there is no test split: give --split validation, or --data_path "
                 "another folder"
             )
-        paths, labels = limited.paths(split), limited.labels(split)
+        paths, files = limited.paths(split), limited.files.get(split, ())
         decoded = decode(
             paths,
             size_hw=image_hw,
@@ -143,31 +133,30 @@ def _load_folder(
             pixel_range=pixel_range,
         )
         pixel_range = decoded.pixel_range
-        for number, (index, reason) in enumerate(sorted(decoded.broken.items())):
-            if number < NAMED:
-                log.warning("left out: %s: %s", paths[index], reason)
-            manifest = manifest.without(left_out_reason(paths[index]), [paths[index]])
-        _report_broken(limited, split, decoded.broken)
-        valid = [label for index, label in enumerate(labels) if index not in decoded.broken]
-        raw_BCHW = torch.from_numpy(decoded.raw_BCHW)
-        images[split] = ImageSet(raw_BCHW, torch.tensor(valid, dtype=torch.int64), manifest.classes)
+        for index, reason in sorted(decoded.broken.items())[:NAMED]:
+            log.warning("left out: %s: %s", paths[index], reason)
+        for index in decoded.broken:
+            manifest = manifest.without(formats.left_out_reason(paths[index]), [files[index].path])
+        valid = [file for index, file in enumerate(files) if index not in decoded.broken]
+        _check_valid(limited, split, valid)
+        labels_B = torch.tensor([file.label for file in valid], dtype=torch.int64)
+        images[split] = ImageSet(torch.from_numpy(decoded.raw_BCHW), labels_B, manifest.classes)
     return Loaded(images, manifest, pixel_range)
 
 
-def _report_broken(manifest: Manifest, split: Split, broken: dict[int, str]) -> None:
+def _check_valid(manifest: Manifest, split: Split, valid: Sequence[File]) -> None:
     """Log how many pictures are broken; refuse a split, or a training class, of broken ones only.
 
     Raises:
         DataError: no picture of the split, or none of a training class, can be decoded.
     """
-    labels = manifest.labels(split)
-    if not broken:
-        return
-    log.warning("%d of %d %s pictures left out: they cannot be decoded",
-                len(broken), len(labels), split)  # fmt: skip
-    if len(broken) == len(labels):
+    files = manifest.files.get(split, ())
+    if len(valid) < len(files):
+        log.warning("%d of %d %s pictures left out: they cannot be decoded",
+                    len(files) - len(valid), len(files), split)  # fmt: skip
+    if files and not valid:
         raise DataError(f"{manifest.root}: no picture of the {split} split can be decoded")
-    lost = set(labels) - {label for index, label in enumerate(labels) if index not in broken}
+    lost = {file.label for file in files} - {file.label for file in valid}
     if split == "train" and lost:
         raise DataError(
             f"{manifest.root}: none of the training pictures of class "
@@ -202,8 +191,7 @@ def decode(
         fit: how a picture of another shape is fitted.
         num_workers: number of threads; each holds one picture in memory.
         n_channels: 3 for RGB, 1 for gray.
-        pixel_range: the values of black and white in wide gray pictures. Default: inferred from
-            the lowest and highest value of all of them, and logged.
+        pixel_range: values of black and white in wide gray pictures. Default: inferred from all.
     """
     raw_BCHW = np.empty((len(paths), n_channels, *size_hw), np.uint8)
     broken: dict[int, str] = {}
@@ -212,22 +200,24 @@ def decode(
     def decode_one(index: int) -> None:
         """Decode a picture into its slot; measure a wide one as long as the range is unknown."""
         try:
-            pixels = read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
+            pixels = formats.read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
         except PictureError as error:
             broken[index] = str(error)
             return
         if pixels.ndim == 2:
             if pixel_range is None:
-                wide[index] = measure(pixels)
+                wide[index] = formats.measure(pixels)
                 return
-            pixels = gray_to_rgb(to_bytes(pixels, pixel_range))
+            pixels = formats.gray_to_rgb(formats.to_bytes(pixels, pixel_range))
         raw_BCHW[index] = fit_channels(pixels, size_hw, fit, n_channels).transpose(2, 0, 1)
 
     _run_threads(decode_one, range(len(paths)), num_workers, "decoding")
     if wide:
-        extent = join(wide.values())
-        pixel_range = choose_range(extent)
-        log.warning("wide gray pictures: %d files, %s", len(wide), describe(extent, pixel_range))
+        extent = formats.join(wide.values())
+        pixel_range = formats.choose_range(extent)
+        log.warning(
+            "wide gray pictures: %d files, %s", len(wide), formats.describe(extent, pixel_range)
+        )
         _run_threads(decode_one, sorted(wide), num_workers, "decoding wide gray pictures")
     valid = [index for index in range(len(paths)) if index not in broken]
     for target, index in enumerate(valid):  # in place, to avoid a second copy

@@ -1,74 +1,73 @@
-"""One picture file -> its pixels: Pillow's decoders, with what they lack and limits on size.
+"""Picture files: which files are pictures, and their pixels, decoded by Pillow within limits.
 
-HEIC is read by pillow-heif if it is installed, large JPEGs at reduced scale, PNGs without the text
-chunks that Pillow refuses.
+Wide gray values (16-bit, 32-bit, floating-point) have a range: the value that becomes black (0) and
+the value that becomes white (255). Nothing in such a file says which values are meant, so the range
+is inferred from the lowest and highest value of all pictures of a data set, by ``choose_range``.
 """
 
+import contextlib
 import functools
+import glob
 import importlib
 import io
 import os
 import struct
-import threading
-import warnings
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
-from vitrail.errors import PictureError
+from vitrail.errors import DataError, PictureError
 
 Color = tuple[int, int, int]
 BYTES = bytes | bytearray | memoryview
 Source = str | os.PathLike[str] | BYTES | BinaryIO | Image.Image
 """A picture that Pillow reads: a file name, the content of a file, an open file, or an image."""
+PixelRange = tuple[float, float]
+"""The values that become 0 and 255."""
 
 WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: 300 MB of RGB is enough."""
 MAX_JPEG_PIXELS = 250_000_000
-"""Limit of a JPEG that can be decoded row by row, at half its size or less."""
+"""Limit of a JPEG, which can be decoded at half its size or less."""
 JPEG = ("JPEG", "MPO")
+SUFFIXES = frozenset((
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icb", ".ico", ".j2c", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png",
+    ".pnm", ".ppm", ".psd", ".qoi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp",
+))  # fmt: skip
+"""Suffixes that count as pictures when a folder is searched, whatever the content."""
+HEIF_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
+"""Suffixes that count as pictures if pillow-heif is installed."""
+SIGNED = (
+    "AVIF", "BLP", "BMP", "DDS", "FITS", "FTEX", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000",
+    "MSP", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TIFF", "WEBP", "XBM", "XPM",
+)  # fmt: skip
+"""Formats that Pillow detects by their first bytes: such files may have any suffix, or none."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 HEIF_REMEDY = 'install pillow-heif: pip install -e ".[heic]"'
-MAX_SCANNED = 20 * MAX_PIXELS
-"""Limit of a JPEG's pixels times its scans, as every scan is decoded."""
 REFUSED = frozenset(("EPS", "IPTC", "WMF"))
 """Formats that Pillow passes to another program, or that may contain one of these."""
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
 """What Pillow's decoders raise on corrupt files, besides UnidentifiedImageError."""
+INTEGER_TOPS = (255.0, 1023.0, 4095.0, 16_383.0, 65_535.0)
+"""Highest values of 8, 10, 12, 14 and 16 bits."""
+OVERSHOOT = 0.25
+"""Floating-point values from -0.25 to 1.25 count as 0..1 and are clipped: bicubic scaling of 0..1
+overshoots by up to 0.235 at a corner (OpenCV's kernel, 1.111 squared; Pillow's less).
+"""
+LEAST_USED = 1 / 8
+"""A warning is logged if less of the range is used: pictures of 32 gray levels or fewer."""
 
-
-class Quiet:
-    """Silences Pillow's warnings about metadata and sizes, in any number of threads at once.
-
-    ``catch_warnings`` replaces a list that all threads share, so overlapping uses would restore it
-    in the wrong order: here the first to enter replaces it and the last to leave restores it.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.filters = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.filters = warnings.catch_warnings()
-                self.filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\b")
-            self.inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.filters.__exit__(None, None, None)
-
-
-quiet = Quiet()
+# Pillow refuses PNGs with a text or color profile above 1 MB, such as some programs write.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20, 256 * 2**20
 
 
 def read_pixels(
@@ -80,16 +79,17 @@ def read_pixels(
         PictureError: see ``read_picture``; the message is the reason only, without the name.
     """
     try:
-        with quiet:
-            if isinstance(source, Image.Image):
-                return _extract_pixels(source, background)
-            with open_file(source) as file:
-                return _read_file(file, background, shorter_side)
+        if isinstance(source, Image.Image):
+            return _extract_pixels(source, background)
+        with open_file(source) as file, _open_image(file) as image:
+            if image.format in JPEG:
+                _reduce_jpeg(image, shorter_side)
+            return _extract_pixels(image, background)
     except UnidentifiedImageError as error:
         raise PictureError("not a picture that can be read") from error
     except Image.DecompressionBombError as error:
         raise PictureError(f"too large: more than {MAX_PIXELS:,} pixels") from error
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PictureError(f"cannot be read: {reason.splitlines()[0]:.100}") from error
 
@@ -108,29 +108,13 @@ def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
     return io.BytesIO(content)
 
 
-def _read_file(file: BinaryIO, background: Color, shorter_side: int | None) -> np.ndarray:
-    """Decode an open file, skipping texts and color profiles that are too large."""
-    try:
-        with _open_image(file) as image:
-            if image.format in JPEG:
-                _reduce_jpeg(image, file, shorter_side)
-            return _extract_pixels(image, background)
-    except ValueError as error:
-        # A compressed text or color profile above 1 MB, which Pillow refuses; neither is needed.
-        if "text chunk" not in str(error).lower().replace("_", " "):
-            raise
-    file.seek(0)
-    with Image.open(io.BytesIO(_without_texts(file.read()))) as image:
-        return _extract_pixels(image, background)
-
-
 def _open_image(file: BinaryIO) -> Image.Image:
     """Open a picture, HEIC by pillow-heif if it is installed."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
         file.seek(0)
-        if not is_heif(file.read(16)):
+        if not _is_heif(file):
             raise
         if not register_heif():
             raise PictureError(f"a HEIC picture: {HEIF_REMEDY}") from None
@@ -144,8 +128,9 @@ def _open_image(file: BinaryIO) -> Image.Image:
     return Image.open(file)
 
 
-def is_heif(head: bytes) -> bool:
-    """Return whether a file that starts with these 16 bytes is a HEIC or HEIF picture."""
+def _is_heif(file: BinaryIO) -> bool:
+    """Return whether a file starts like a HEIC or HEIF picture."""
+    head = file.read(16)
     return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
@@ -159,19 +144,9 @@ def register_heif() -> bool:
     return True
 
 
-def _reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) -> None:
-    """Set up decoding of a JPEG at half, a quarter or an eighth of its size, if that is enough.
-
-    Raises:
-        PictureError: it has too many pixels, or decoding it would take too long or too much memory.
-    """
+def _reduce_jpeg(image: Image.Image, shorter_side: int | None) -> None:
+    """Set up decoding of a JPEG at half, a quarter or an eighth of its size, if that is enough."""
     width, height = image.size
-    file.seek(0)
-    scans = file.read().count(b"\xff\xda")
-    if width * height * scans > MAX_SCANNED:
-        raise PictureError(f"its {width} x {height} pixels come in {scans} scans")
-    if width * height > MAX_PIXELS and not _is_sequential(image, file):
-        raise _too_large(image.size, MAX_PIXELS)
     if width * height > MAX_JPEG_PIXELS:
         raise _too_large(image.size, MAX_JPEG_PIXELS)
     factor = 1
@@ -182,32 +157,6 @@ def _reduce_jpeg(image: Image.Image, file: BinaryIO, shorter_side: int | None) -
         factor *= 2
     if factor > 1:
         image.draft(None, (width // factor, height // factor))
-
-
-def _is_sequential(image: Image.Image, file: BinaryIO) -> bool:
-    """Return whether a JPEG is decoded in one pass, row by row, without buffering all of it."""
-    if "progressive" in image.info:
-        return False
-    file.seek(2)
-    while (marker := file.read(2)).startswith(b"\xff"):
-        length = int.from_bytes(file.read(2))
-        if marker == b"\xff\xda":  # the only scan has all color components
-            return file.read(1) == bytes([getattr(image, "layers", 0)])
-        file.seek(length - 2, io.SEEK_CUR)
-    return False
-
-
-def _without_texts(png: bytes) -> bytes:
-    """Return a PNG without color profile and texts, except XMP, which may hold the orientation."""
-    kept, at = [png[:8]], 8
-    while at + 12 <= len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4])
-        kind, body = png[at + 4 : at + 8], png[at + 8 : at + 40]
-        xmp = kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0\0")
-        if xmp or kind not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
-            kept.append(png[at:end])
-        at = end
-    return b"".join(kept)
 
 
 def _extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
@@ -233,3 +182,181 @@ def _extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
 def _too_large(size: tuple[int, int], limit: int) -> PictureError:
     """Return the error of a picture with too many pixels."""
     return PictureError(f"{size[0]} x {size[1]} pixels, more than {limit:,}: make it smaller")
+
+
+class Extent(NamedTuple):
+    """The lowest and highest finite value of some pictures, and whether any is floating-point."""
+
+    low: float
+    high: float
+    floats: bool
+
+
+def measure(values_HW: np.ndarray) -> Extent:
+    """Return the extent of one picture; 0..0 if none of its values is finite."""
+    finite = values_HW[np.isfinite(values_HW)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    return Extent(float(low), float(high), values_HW.dtype.kind == "f")
+
+
+def join(extents: Iterable[Extent]) -> Extent:
+    """Return the extent of several pictures together."""
+    lows, highs, floats = zip(*extents, strict=True)
+    return Extent(min(lows), max(highs), any(floats))
+
+
+def choose_range(extent: Extent) -> PixelRange:
+    """Return the most probable range of values with this extent.
+
+    Integers: the first of 8, 10, 12, 14 and 16 bits that holds them all. Floating-point values:
+    0..1 (see OVERSHOOT), or else 0..255 or 0..65535 if these hold them and at least an eighth of
+    the range is used. Everything else, such as negative values: from the lowest to the highest.
+    """
+    low, high = extent.low, extent.high
+    tops: tuple[float, ...] = INTEGER_TOPS
+    if extent.floats:
+        if low >= -OVERSHOOT * high and high <= 1 + OVERSHOOT:
+            return 0.0, 1.0
+        tops = tuple(top for top in (255.0, 65_535.0) if high >= top * LEAST_USED)
+    if low >= 0:
+        for top in tops:
+            if high <= top:
+                return 0.0, top
+    return low, high
+
+
+def describe(extent: Extent, pixel_range: PixelRange) -> str:
+    """Return a description of the conversion, with a warning if little of the range is used.
+
+    For example ``values 0..4095 read as 0..4095 -> 0..255; --pixel_range sets it``.
+    """
+    low, high = pixel_range
+    used = (min(extent.high, high) - max(extent.low, low)) / ((high - low) or 1.0)
+    little = f" (only {max(used, 0.0):.1%} of it is used: dark or pale)"
+    return (
+        f"values {extent.low:g}..{extent.high:g} read as {low:g}..{high:g} -> 0..255"
+        f"{little if used < LEAST_USED else ''}; --pixel_range sets it"
+    )
+
+
+def to_bytes(values_HW: np.ndarray, pixel_range: PixelRange) -> np.ndarray:
+    """Return gray bytes (H, W): the range is mapped to 0..255, values outside are clipped.
+
+    Values that are not finite count as 0 before that. A range of one value is mapped to black.
+    """
+    low, high = pixel_range
+    scaled_HW = np.where(np.isfinite(values_HW), values_HW, 0).astype(np.float64)
+    np.clip(scaled_HW, low, high, out=scaled_HW)
+    scaled_HW -= low
+    scaled_HW *= 255 / ((high - low) or 1.0)
+    return scaled_HW.round(out=scaled_HW).astype(np.uint8)
+
+
+def gray_to_rgb(gray_HW: np.ndarray) -> np.ndarray:
+    """Return gray bytes as RGB bytes (H, W, 3)."""
+    return np.repeat(gray_HW[:, :, None], 3, axis=2)
+
+
+def walk_files(root: Path, *, _above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield all files below a folder, sorted folder by folder.
+
+    Hidden files and folders (``.git``, ``.ipynb_checkpoints``) and ``__MACOSX`` are skipped; links
+    are followed.
+
+    Raises:
+        DataError: a folder cannot be read, or a link leads to a folder that contains it.
+    """
+    try:
+        status = root.stat()
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read: {error.strerror}") from error
+    identity = status.st_dev, status.st_ino
+    if identity in _above:
+        raise DataError(f"{root}: this link leads to a folder that contains it: remove it")
+    for entry in entries:
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from walk_files(root / entry.name, _above=_above | {identity})
+        elif entry.is_file():
+            yield root / entry.name
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is skipped in every search."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file counts as a picture when a folder is searched; hidden files do not.
+
+    A common suffix is enough, which is fast; any other file is identified by its content.
+    """
+    suffix = path.suffix.lower()
+    if is_hidden(path.name) or not path.is_file():
+        return False
+    if suffix in SUFFIXES:
+        return True
+    if suffix in HEIF_SUFFIXES:
+        return register_heif()
+    try:
+        with Image.open(path, formats=_signed_formats()):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except DECODE_ERRORS:
+        return False
+
+
+@functools.cache
+def _signed_formats() -> tuple[str, ...]:
+    """Return those of SIGNED that are installed."""
+    register_heif()
+    Image.init()
+    return tuple(name for name in SIGNED if name in Image.OPEN)
+
+
+def left_out_reason(path: Path) -> str:
+    """Return the kind of a file that is not a picture, or that cannot be decoded.
+
+    For example ``.mp4``, ``no suffix``, ``.heic (install pillow-heif)`` or ``broken``.
+    """
+    suffix = path.suffix.lower() or "no suffix"
+    heif = suffix in HEIF_SUFFIXES
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        heif = heif or _is_heif(file)
+    if heif and not register_heif():
+        return f"{suffix} (install pillow-heif)"
+    return "broken" if is_picture(path) else suffix
+
+
+def find_pictures(words: Sequence[str]) -> list[Path]:
+    """Return the picture files that words name: files, folders (recursively) and glob patterns.
+
+    Raises:
+        PictureError: a word matches nothing.
+        DataError: a folder cannot be read.
+    """
+    found: list[Path] = []
+    for word in words:
+        path = Path(word)
+        try:
+            if path.is_dir():
+                paths = list(filter(is_picture, walk_files(path)))
+            elif path.exists():
+                paths = [path]
+            else:
+                paths = sorted(filter(Path.is_file, map(Path, glob.glob(word, recursive=True))))  # noqa: PTH207
+        except OSError as error:  # name too long, permission denied
+            raise PictureError(f"{word:.200}: {error.strerror}") from error
+        if not paths and path.is_dir():
+            kinds = Counter(map(left_out_reason, walk_files(path))).most_common(5)
+            only = (
+                f", only {', '.join(f'{count} {kind}' for kind, count in kinds)}" if kinds else ""
+            )
+            raise PictureError(f"{word}: no picture in this folder{only}")
+        if not paths:
+            raise PictureError(f"{word}: no such picture")
+        found += paths
+    return found

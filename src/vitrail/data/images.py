@@ -6,13 +6,14 @@ Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalized floa
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.data.framing import Framing, Size, channel_scale, fit_picture
-from vitrail.data.splits import cut, shares, validation_shares
+from vitrail.data.pictures import Framing, Size, channel_scale, fit_picture
+from vitrail.data.splits import choose, shares, validation_shares
 from vitrail.runtime import rng
 
 SPLIT_SEED = 0
@@ -60,9 +61,7 @@ class ImageSet:
             return self
         pixels = self.raw_BCHW.contiguous().numpy()
         hashes = [hashlib.blake2b(image, digest_size=8).digest() for image in pixels]
-        by_class = self._by_class()
-        _, chosen = cut(by_class, shares(list(map(len, by_class)), count), hashes.__getitem__)
-        return self.take(_ascending(chosen))
+        return self.take(self._choose(shares(self._counts(), count), hashes))
 
     def split(self, validation_images: int | None) -> tuple["ImageSet", "ImageSet"]:
         """Return the training and the validation images: stratified, fixed, each in their order.
@@ -73,11 +72,11 @@ class ImageSet:
             ConfigError: no image would be left to train on.
         """
         order_B = torch.randperm(len(self), generator=rng.generator(SPLIT_SEED, "split"))
-        ranks = order_B.argsort().tolist()
-        by_class = self._by_class()
-        counts = validation_shares(list(map(len, by_class)), validation_images)
-        train, validation = cut(by_class, counts, ranks.__getitem__)
-        return self.take(_ascending(train)), self.take(_ascending(validation))
+        counts = validation_shares(self._counts(), validation_images)
+        chosen = self._choose(counts, order_B.argsort().tolist())
+        in_training_B = torch.ones(len(self), dtype=torch.bool)
+        in_training_B[chosen] = False
+        return self.take(in_training_B.nonzero().flatten()), self.take(chosen)
 
     def resized(self, size_hw: Size, framing: Framing) -> "ImageSet":
         """Return the images and their masks at a size; masks hold the pixels that are half in."""
@@ -101,18 +100,14 @@ class ImageSet:
             return self
         return replace(self, raw_BCHW=to_gray(self.raw_BCHW))
 
-    def _by_class(self) -> list[list[int]]:
-        """Return the indices of the images of each class."""
-        indices: list[list[int]] = [[] for _ in self.classes]
-        for index, label in enumerate(self.labels_B.tolist()):
-            indices[label].append(index)
-        return indices
+    def _counts(self) -> list[int]:
+        """Return the number of images of each class."""
+        return self.labels_B.bincount(minlength=len(self.classes)).tolist()
 
-
-def _ascending(by_class: list[list[int]]) -> Tensor:
-    """Return the indices of all classes in ascending order."""
-    indices = sorted(index for group in by_class for index in group)
-    return torch.tensor(indices, dtype=torch.int64)
+    def _choose(self, counts: Sequence[int], ranks: Sequence[Any]) -> Tensor:
+        """Return the indices of each class's ``counts`` images of lowest rank."""
+        chosen = choose(self.labels_B.tolist(), counts, ranks)
+        return torch.tensor(chosen, dtype=torch.int64)
 
 
 def to_gray(raw_BCHW: Tensor) -> Tensor:

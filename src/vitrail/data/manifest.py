@@ -1,5 +1,12 @@
 """The data of a run: the classes, every picture file with its split, and the files left out.
 
+    data/CLASS/...                          or      data/train/CLASS/...   data/val/CLASS/...
+                                                    data/test/CLASS/...
+
+Split folders are recognized in their usual spellings (Training, training_set, val, valid, seg_test,
+train2017, ...), also where an archive repeats a name (training_set/training_set/CLASS). A folder
+that looks like splits but cannot be used as such is refused: it is never read as classes.
+
 A manifest is made once, before a run starts, and stored with it as manifest.json. Resuming and
 testing use it, so that no picture changes its split when files are added, and files that were
 replaced or removed are detected.
@@ -8,29 +15,40 @@ replaced or removed are detected.
 import hashlib
 import json
 import logging
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vitrail.config.settings import DataConfig, Split
-from vitrail.data.layout import Layout, find_layout, is_picture, left_out_reason, walk_files
-from vitrail.data.splits import cut, shares, tenth_of_each, validation_shares
+from vitrail.data.formats import is_hidden, is_picture, left_out_reason, walk_files
+from vitrail.data.splits import choose, shares, tenth_of_each, validation_shares
 from vitrail.errors import CheckpointError, DataError
 from vitrail.runtime.files import replace_file
 
 log = logging.getLogger("vitrail")
 
 FILE = "manifest.json"
-HASHED = 65_536
+HASHED_BYTES = 65_536
 """Number of bytes at either end of a file that its fingerprint covers."""
 SHOWN = 3
 """Number of files named in a message."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_WORDS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+SPLIT_NAME = re.compile(
+    rf"(?:.+[_-])?(?P<split>{'|'.join(SPLIT_WORDS)})"
+    r"[\W_]*(?:sets?|data|dataset|images?|imgs?|pictures|photos|split|folder)?[\W_]*\d*",
+    re.IGNORECASE,
+)
 
 Files = dict[Split, tuple["File", ...]]
 
@@ -61,16 +79,17 @@ class Manifest:
         """Return the labels of a split."""
         return [file.label for file in self.files.get(split, ())]
 
-    def without(self, reason: str, paths: Iterable[Path]) -> "Manifest":
+    def without(self, reason: str, names: Iterable[str]) -> "Manifest":
         """Return the manifest without some files, e.g. because they cannot be decoded."""
-        names = {path.relative_to(self.root).as_posix() for path in paths}
+        dropped = set(names)
         files = {
-            split: tuple(file for file in files if file.path not in names)
+            split: tuple(file for file in files if file.path not in dropped)
             for split, files in self.files.items()
         }
-        earlier = self.left_out.get(reason, ())
-        reasons = {**self.left_out, reason: (*earlier, *sorted(names))} if names else self.left_out
-        return replace(self, files=files, left_out=reasons)
+        left_out = {**self.left_out}
+        if dropped:
+            left_out[reason] = (*left_out.get(reason, ()), *sorted(dropped))
+        return replace(self, files=files, left_out=left_out)
 
     def limited(self, config: DataConfig) -> "Manifest":
         """Return the manifest with the stratified subsets that the settings request.
@@ -82,21 +101,22 @@ class Manifest:
             "validation": config.validation_images,
             "test": config.num_test_images,
         }
-        dropped: list[Path] = []
+        dropped: list[str] = []
         for split, files in self.files.items():
-            kept = {f.path for f in _subset(files, wanted[split], len(self.classes), split)}
-            dropped += [self.root / file.path for file in files if file.path not in kept]
+            count = wanted[split]
+            if count is not None and count < len(files):
+                counts = shares(_counts(files, len(self.classes)), count)
+                rest, _ = _cut(files, counts, f"{split} subset")
+                dropped += [file.path for file in rest]
         return self.without("not in the requested subset", dropped)
 
     def with_fingerprints(self, num_workers: int) -> "Manifest":
         """Return the manifest with the fingerprint of every file."""
-        prints = {s: _fingerprints(self.paths(s), num_workers) for s in self.files}
-        files = {
-            split: tuple(
-                file._replace(fingerprint=p) for file, p in zip(files, prints[split], strict=True)
-            )
-            for split, files in self.files.items()
-        }
+        files: Files = {}
+        for split in self.files:
+            prints = _fingerprints(self.paths(split), num_workers)
+            pairs = zip(self.files[split], prints, strict=True)
+            files[split] = tuple(file._replace(fingerprint=text) for file, text in pairs)
         return replace(self, files=files)
 
     def save(self, folder: Path) -> None:
@@ -119,36 +139,88 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return _from_json(content)
+        files: Files = {split: tuple(File(*entry) for entry in content["files"][split])
+                        for split in SPLITS if split in content["files"]}  # fmt: skip
+        left_out = {reason: tuple(names) for reason, names in content["left_out"].items()}
+        manifest = Manifest(Path(content["root"]), tuple(content["classes"]), files, left_out)
+        if any(
+            manifest.labels(s) and max(manifest.labels(s)) >= len(manifest.classes) for s in files
+        ):
+            raise ValueError("a label without a class")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: corrupt: restore it, or start a new run ({error})"
         ) from error
+    return manifest
 
 
-def _from_json(content: Any) -> Manifest:
-    """Return the manifest that ``Manifest.save`` wrote, after checking it."""
-    classes = tuple(map(_text, content["classes"]))
-    files: Files = {}
-    for split, entries in content["files"].items():
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r:.40}")
-        files[split] = tuple(File(_text(p), int(y), _text(f)) for p, y, f in entries)
-        if not all(0 <= file.label < len(classes) for file in files[split]):
-            raise ValueError("a label without a class")
-        if any(Path(file.path).is_absolute() or ".." in file.path for file in files[split]):
-            raise ValueError("a file outside of the data's folder")
-    left_out = {_text(r): tuple(map(_text, names)) for r, names in content["left_out"].items()}
-    return Manifest(Path(_text(content["root"])), classes, files, left_out)
+class Layout(NamedTuple):
+    """The folder of classes of each split; of a single tree, under ``train``, splits are cut."""
+
+    trees: dict[Split, Path]
+    one_tree: bool
+    unused: tuple[Path, ...]
+    """Folders next to the split folders, which are not read."""
 
 
-def _text(value: object) -> str:
-    """Return a value that must be a string."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is not a string")
-    return value
+def find_layout(data_path: Path) -> Layout:
+    """Return how a folder of pictures is organized.
+
+    Raises:
+        DataError: there is no such folder, or it looks like splits but cannot be used as such.
+    """
+    if not data_path.is_dir():
+        raise DataError(f"{data_path}: no such folder; give --data_path a folder of class folders")
+    root = _without_repeat(data_path)
+    folders = _subfolders(root)
+    matches = [(SPLIT_NAME.fullmatch(folder.name), folder) for folder in folders]
+    named = [(SPLIT_WORDS[match["split"].lower()], path) for match, path in matches if match]
+    unused = tuple(path for match, path in matches if not match)
+    if len({split for split, _ in named}) < 2:  # a class may be called train
+        lone = [path for _, path in named if _subfolders(path) and not _has_pictures(path)]
+        if not lone:
+            return Layout({"train": root}, one_tree=True, unused=())
+        if unused:
+            raise DataError(
+                f"{root}: {lone[0].name}/ looks like a split, but {unused[0].name}/ next to it "
+                f"does not: rename {lone[0].name}/ if it is a class, or move {unused[0].name}/ away"
+            )
+    trees: dict[Split, Path] = {}
+    for split, folder in named:
+        if split in trees:
+            raise DataError(f"{root}: {trees[split].name}/ and {folder.name}/ are both a {split} "
+                            "split: keep one")  # fmt: skip
+        trees[split] = folder
+    for split, folder in trees.items():
+        trees[split] = _without_repeat(folder)
+        if not _subfolders(trees[split]):
+            raise DataError(
+                f"{root}: {folder.name}/ looks like a {split} split, but has no class folders: "
+                "put its pictures into one folder per class, or rename it if it is a class"
+            )
+    return Layout(trees, one_tree=False, unused=unused)
+
+
+def _without_repeat(folder: Path) -> Path:
+    """Return ``folder/folder`` if ``folder`` contains nothing else, as in many archives."""
+    inner = _subfolders(folder)
+    repeated = len(inner) == 1 and inner[0].name.lower() == folder.resolve().name.lower()
+    return inner[0] if repeated and not _has_pictures(folder) else folder
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the visible folders in a folder, sorted by name."""
+    try:
+        return sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.is_dir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Return whether there are pictures directly in a folder."""
+    return any(map(is_picture, folder.iterdir()))
 
 
 def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
@@ -167,27 +239,19 @@ def scan(data_path: Path, validation_images: int | None = None) -> Manifest:
     if "train" not in layout.trees:
         there = ", ".join(f"{folder.name}/" for folder in layout.trees.values())
         raise DataError(f"{data_path}: found {there}, but no train/ next to it: add it")
-    trees, left_out = _list_trees(layout, data_path)
-    names = tuple(sorted(trees["train"]))
-    if len(names) < 2:
+    classes, files, left_out = _list_files(layout, data_path)
+    if len(classes) < 2:
         raise DataError(
             f"{layout.trees['train']}: a classifier needs at least 2 class folders with pictures, "
-            f"found {len(names)}"
+            f"found {len(classes)}"
         )
-    _check_classes(trees, layout, names)
-    by_class = {split: [tree.get(name, []) for name in names] for split, tree in trees.items()}
     if layout.one_tree:
-        train = by_class["train"]
-        by_class["train"], by_class["test"] = cut(
-            train, tenth_of_each(list(map(len, train))), _name_rank("test")
-        )
-    if "validation" not in by_class:
-        train = by_class["train"]
-        counts = validation_shares(list(map(len, train)), validation_images)
-        by_class["train"], by_class["validation"] = cut(train, counts, _name_rank("validation"))
-    by_class.setdefault("test", [])
-    files: Files = {split: _labeled(by_class[split]) for split in SPLITS}
-    return Manifest(data_path, names, files, left_out)
+        counts = tenth_of_each(_counts(files["train"], len(classes)))
+        files["train"], files["test"] = _cut(files["train"], counts, "test")
+    if "validation" not in files:
+        counts = validation_shares(_counts(files["train"], len(classes)), validation_images)
+        files["train"], files["validation"] = _cut(files["train"], counts, "validation")
+    return Manifest(data_path, classes, {s: files.get(s, ()) for s in SPLITS}, left_out)
 
 
 def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
@@ -199,24 +263,26 @@ def scan_whole(data_path: Path, classes: Sequence[str]) -> Manifest:
         DataError: there is no picture, or a class that ``classes`` lacks.
     """
     layout = find_layout(data_path)
-    trees, left_out = _list_trees(layout, data_path)
-    _check_classes(trees, layout, classes)
+    _, files, left_out = _list_files(layout, data_path, classes)
     if layout.one_tree:
-        trees = {"test": trees["train"]}
-    files = {s: _labeled([tree.get(name, []) for name in classes]) for s, tree in trees.items()}
+        files = {"test": files["train"]}
     if not any(files.values()):
         raise DataError(f"{data_path}: no class folder with pictures in it")
     return Manifest(data_path, tuple(classes), files, left_out)
 
 
-def _list_trees(
-    layout: Layout, data_path: Path
-) -> tuple[dict[Split, dict[str, list[str]]], dict[str, tuple[str, ...]]]:
-    """Return the relative names of the pictures by split and class, and of the files left out."""
-    trees: dict[Split, dict[str, list[str]]] = {}
+def _list_files(
+    layout: Layout, data_path: Path, classes: Sequence[str] = ()
+) -> tuple[tuple[str, ...], Files, dict[str, tuple[str, ...]]]:
+    """Return the classes (default: those of training), the files, and the names left out.
+
+    Raises:
+        DataError: a split has an unknown class.
+    """
+    found: dict[Split, list[tuple[str, str]]] = {}
     left_out: dict[str, list[str]] = {}
     for split, tree in layout.trees.items():
-        trees[split] = {}
+        found[split] = []
         for path in walk_files(tree):
             name, parts = path.relative_to(data_path).as_posix(), path.relative_to(tree).parts
             if not is_picture(path):
@@ -224,53 +290,53 @@ def _list_trees(
             elif len(parts) == 1:
                 left_out.setdefault("not in a class folder", []).append(name)
             else:
-                trees[split].setdefault(parts[0], []).append(name)
+                found[split].append((parts[0], name))
     for folder in layout.unused:
         names = [path.relative_to(data_path).as_posix() for path in walk_files(folder)]
         left_out.setdefault(f"in {folder.name}/, which is no split", []).extend(names)
-    return trees, {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())}
-
-
-def _check_classes(
-    trees: dict[Split, dict[str, list[str]]], layout: Layout, classes: Sequence[str]
-) -> None:
-    """Refuse a split with an unknown class."""
-    for split, tree in trees.items():
-        unknown = sorted(set(tree) - set(classes))
+    classes = tuple(classes) or tuple(sorted({name for name, _ in found["train"]}))
+    labels = {name: label for label, name in enumerate(classes)}
+    for split, pairs in found.items():
+        unknown = sorted({name for name, _ in pairs} - set(classes))
         if unknown:
             known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise DataError(f"{layout.trees[split]}: class {unknown[0]!r} is not among the "
                             f"training classes ({known})")  # fmt: skip
+    files = {
+        split: tuple(
+            sorted((File(path, labels[name]) for name, path in pairs), key=lambda file: file.label)
+        )
+        for split, pairs in found.items()
+    }
+    return (
+        classes,
+        files,
+        {reason: tuple(sorted(names)) for reason, names in sorted(left_out.items())},
+    )
 
 
-def _subset(
-    files: tuple[File, ...], wanted: int | None, n_classes: int, purpose: str
-) -> tuple[File, ...]:
-    """Return a stratified subset of ``wanted`` files, or all of them."""
-    if wanted is None or wanted >= len(files):
-        return files
-    by_class: list[list[str]] = [[] for _ in range(n_classes)]
-    for file in files:
-        by_class[file.label].append(file.path)
-    counts = shares(list(map(len, by_class)), wanted)
-    _, chosen = cut(by_class, counts, _name_rank(f"{purpose} subset"))
-    kept = {name for names in chosen for name in names}
-    return tuple(file for file in files if file.path in kept)
+def _counts(files: Iterable[File], n_classes: int) -> list[int]:
+    """Return the number of files of each class."""
+    counts = Counter(file.label for file in files)
+    return [counts[label] for label in range(n_classes)]
 
 
-def _labeled(by_class: Sequence[Sequence[str]]) -> tuple[File, ...]:
-    """Return the files of all classes with their labels."""
-    return tuple(File(name, label) for label, names in enumerate(by_class) for name in names)
+def _cut(
+    files: Sequence[File], counts: Sequence[int], purpose: str
+) -> tuple[tuple[File, ...], tuple[File, ...]]:
+    """Return the remaining files, and of each class ``counts`` files, sorted by class and name.
 
+    They are chosen by a hash of their names, the same on every system (some decompose accents).
+    """
 
-def _name_rank(purpose: str) -> Callable[[str], bytes]:
-    """Return a hash of relative names, the same on every system (some decompose accents)."""
-
-    def rank(name: str) -> bytes:
-        text = f"{purpose}/{unicodedata.normalize('NFC', name)}"
+    def rank(file: File) -> bytes:
+        text = f"{purpose}/{unicodedata.normalize('NFC', file.path)}"
         return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # may not be UTF-8
 
-    return rank
+    files = sorted(files, key=lambda file: (file.label, file.path))
+    chosen = set(choose([file.label for file in files], counts, list(map(rank, files))))
+    rest = tuple(file for index, file in enumerate(files) if index not in chosen)
+    return rest, tuple(files[index] for index in sorted(chosen))
 
 
 def _fingerprint(path: Path) -> str:
@@ -282,10 +348,10 @@ def _fingerprint(path: Path) -> str:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            content = file.read(HASHED)
-            if size > HASHED:
-                file.seek(max(HASHED, size - HASHED))
-                content += file.read(HASHED)
+            content = file.read(HASHED_BYTES)
+            if size > HASHED_BYTES:
+                file.seek(max(HASHED_BYTES, size - HASHED_BYTES))
+                content += file.read(HASHED_BYTES)
     except OSError:
         return ""
     return f"{size}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
@@ -326,28 +392,22 @@ def choose_manifest(
     data: DataConfig, trained: DataConfig, known: Manifest | None, split: Split,
     classes: Sequence[str],
 ) -> Manifest:  # fmt: skip
-    """Return the pictures to evaluate a trained model on.
+    """Return the pictures to evaluate a model on, given the settings of its training.
 
-    For the folder that it was trained on, or a copy of it, that is the run's manifest; without one
-    (a file of weights), the folder is split again. Of any other folder, all pictures are used.
-
-    Args:
-        data: the settings with the folder to evaluate on.
-        trained: the settings of the model's training.
-        known: the manifest of the model's run.
-        split: the split to evaluate on.
-        classes: the model's classes.
+    For the folder that it was trained on, or a copy of it, that is the ``known`` manifest of its
+    run; without one (a file of weights), the folder is split again. Of any other folder, all
+    pictures are used.
 
     Raises:
         DataError: the folder of the run has changed, or does not have the model's classes.
     """
+    same = data.data_path.resolve() == (known.root if known else trained.data_path).resolve()
     if known is None:
-        if trained.dataset == "folder" and _is_same(data.data_path, trained.data_path):
+        if trained.dataset == "folder" and same:
             return scan(data.data_path, data.validation_images)
         return scan_whole(data.data_path, classes)
     here = replace(known, root=data.data_path)
-    complete = all(path.is_file() for s in SPLITS for path in here.paths(s))
-    if _is_same(data.data_path, known.root) or complete:
+    if same or all(path.is_file() for split in SPLITS for path in here.paths(split)):
         verify(here, [split], data.num_workers)
         return here
     whole = scan_whole(data.data_path, classes)
@@ -358,11 +418,6 @@ def choose_manifest(
         log.warning("%s: the model was trained on %d of these %d pictures (equal content)",
                     data.data_path, overlap, len(found))  # fmt: skip
     return whole
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    """Return whether two paths are the same folder."""
-    return path.resolve() == other.resolve()
 
 
 def count_added(manifest: Manifest) -> int:
@@ -382,5 +437,6 @@ def summary(manifest: Manifest) -> str:
 
 def class_counts(manifest: Manifest) -> list[tuple[str, list[int]]]:
     """Return the number of training, validation and test pictures of each class."""
-    counts = [Counter(manifest.labels(split)) for split in SPLITS]
-    return [(name, [c[label] for c in counts]) for label, name in enumerate(manifest.classes)]
+    n_classes = len(manifest.classes)
+    columns = [_counts(manifest.files.get(split, ()), n_classes) for split in SPLITS]
+    return list(zip(manifest.classes, map(list, zip(*columns, strict=True)), strict=True))

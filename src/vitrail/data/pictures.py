@@ -1,63 +1,44 @@
-"""A picture in any form that Python code holds it in -> RGB bytes. No torch is imported here.
+"""A picture in any form that Python code holds it in -> RGB bytes -> the model's size.
 
 Files, their content and Pillow images are decoded by ``formats.py``. Arrays and tensors are
 accepted if their numbers have only one meaning: uint8 (0 to 255), bool, or floating-point from 0
-to 1.
-
-Wide gray values (16-bit, 32-bit, floating-point) have a range: the value that becomes black (0) and
-the value that becomes white (255). Nothing in such a file says which values are meant, so the range
-is inferred from the lowest and highest value of all pictures of a data set, by ``choose_range``.
+to 1. No torch is imported here.
 """
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, TypeGuard, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vitrail.data.formats import BYTES, WHITE, Color, Source, open_file, read_pixels
+from vitrail.config.settings import DataConfig, FitMode
+from vitrail.data import formats
+from vitrail.data.formats import BYTES, WHITE, Color, PixelRange, Source, gray_to_rgb
 from vitrail.errors import PictureError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("vitrail")
 
 
-class ArrayLike(Protocol):
-    """A NumPy array, a torch tensor, or another library's array."""
-
-    @property
-    def shape(self) -> Any:
-        """The lengths of its axes."""
-
-    @property
-    def dtype(self) -> Any:
-        """The type of its numbers."""
-
-
-Picture = Source | ArrayLike
+Picture: TypeAlias = "Source | np.ndarray | Tensor"
 """A file name, the content of a file, an open file, a Pillow image, or an array."""
-Pictures = Picture | Iterable[Picture]
+Pictures: TypeAlias = "Picture | Iterable[Picture]"
 """One picture, several, or an array of several: (B, H, W, C) or (B, C, H, W)."""
-PixelRange = tuple[float, float]
-"""The values that become 0 and 255."""
-
 RULE = (
     "give a file name, bytes, a file open in binary mode, a Pillow image, or an array of uint8, "
     "bool or floating-point numbers from 0 to 1"
 )
 SHAPES = "give (H, W), (H, W, C) or (C, H, W), with C 1, 3 or 4; several pictures as (B, H, W, C)"
 CHANNELS = (1, 3, 4)
-INTEGER_TOPS = (255.0, 1023.0, 4095.0, 16_383.0, 65_535.0)
-"""Highest values of 8, 10, 12, 14 and 16 bits."""
-OVERSHOOT = 0.25
-"""Floating-point values from -0.25 to 1.25 count as 0..1 and are clipped: bicubic scaling of 0..1
-overshoots by up to 0.235 at a corner (OpenCV's kernel, 1.111 squared; Pillow's less).
-"""
-LEAST_USED = 1 / 8
-"""A warning is logged if less of the range is used: pictures of 32 gray levels or fewer."""
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 guesses: list[str] = []
 """The first message about a guessed range; for a folder of such pictures one line is enough."""
@@ -91,12 +72,12 @@ def read_picture(
     if _is_source(picture):
         name = source_name(picture) or name
         try:
-            pixels = read_pixels(picture, background=background, shorter_side=shorter_side)
+            pixels = formats.read_pixels(picture, background=background, shorter_side=shorter_side)
         except PictureError as error:
             raise PictureError(f"{name}: {error}") from error
         if pixels.ndim == 3:
             return pixels
-        return gray_to_rgb(to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
+        return gray_to_rgb(formats.to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
     array = _as_array(picture, name)
     if array is None:
         raise PictureError(f"{name} is a {type(picture).__name__}: {RULE}")
@@ -121,26 +102,17 @@ def list_pictures(pictures: Pictures) -> Sequence[Picture]:
 
 
 def only_picture(picture: Picture) -> Picture:
-    """Return a picture that can be read twice: the content of a file that is open.
-
-    Raises:
-        PictureError: it is several pictures.
-    """
+    """Return a picture that can be read twice (of an open file, the content); refuse several."""
     listed = list_pictures(picture)
     if len(listed) != 1:
         raise PictureError(f"{len(listed)} pictures are given: give one")
-    return open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
+    return formats.open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
 
 
 def source_name(source: object) -> str:
     """Return the name of a picture's file; empty if it has none."""
     name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
     return str(name) if isinstance(name, str | os.PathLike) else ""
-
-
-def gray_to_rgb(gray_HW: np.ndarray) -> np.ndarray:
-    """Return gray bytes as RGB bytes (H, W, 3)."""
-    return np.repeat(gray_HW[:, :, None], 3, axis=2)
 
 
 def _is_source(picture: object) -> TypeGuard[Source]:
@@ -160,9 +132,8 @@ def _as_array(picture: object, name: str) -> np.ndarray | None:
     try:
         if torch is not None and isinstance(picture, torch.Tensor):
             tensor = picture.detach().cpu()  # NumPy has no bfloat16
-            return cast(
-                np.ndarray, (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-            )
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            return cast(np.ndarray, tensor.numpy())
         return np.asarray(picture) if hasattr(picture, "__array__") else None
     except (TypeError, ValueError, RuntimeError) as error:  # sparse, quantized, on another device
         kind = type(picture).__name__
@@ -205,95 +176,138 @@ def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
     return scaled.astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class Extent:
-    """The lowest and highest finite value of some pictures, and whether any is floating-point."""
-
-    low: float
-    high: float
-    floats: bool
-
-
-def measure(values_HW: np.ndarray) -> Extent:
-    """Return the extent of one picture; 0..0 if none of its values is finite."""
-    lows, highs = [], []
-    for part in _doubles(values_HW):
-        finite = part[np.isfinite(part)]
-        if finite.size:
-            lows.append(float(finite.min()))
-            highs.append(float(finite.max()))
-    return Extent(min(lows, default=0.0), max(highs, default=0.0), values_HW.dtype.kind == "f")
-
-
-def join(extents: Iterable[Extent]) -> Extent:
-    """Return the extent of several pictures together."""
-    known = list(extents)
-    low, high = min(each.low for each in known), max(each.high for each in known)
-    return Extent(low, high, any(each.floats for each in known))
-
-
-def choose_range(extent: Extent) -> PixelRange:
-    """Return the most probable range of values with this extent.
-
-    Integers: the first of 8, 10, 12, 14 and 16 bits that holds them all. Floating-point values:
-    0..1 (see OVERSHOOT), or else 0..255 or 0..65535 if these hold them and at least an eighth of
-    the range is used. Everything else, such as negative values: from the lowest to the highest.
-    """
-    low, high = extent.low, extent.high
-    tops: tuple[float, ...] = INTEGER_TOPS
-    if extent.floats:
-        if low >= -OVERSHOOT * high and high <= 1 + OVERSHOOT:
-            return 0.0, 1.0
-        tops = tuple(top for top in (255.0, 65_535.0) if high >= top * LEAST_USED)
-    if low >= 0:
-        for top in tops:
-            if high <= top:
-                return 0.0, top
-    return low, high
-
-
-def describe(extent: Extent, pixel_range: PixelRange) -> str:
-    """Return a description of the conversion, with a warning if little of the range is used.
-
-    For example ``values 0..4095 read as 0..4095 -> 0..255; --pixel_range sets it``.
-    """
-    low, high = pixel_range
-    used = (min(extent.high, high) - max(extent.low, low)) / ((high - low) or 1.0)
-    little = f" (only {max(used, 0.0):.1%} of it is used: dark or pale)"
-    return (
-        f"values {extent.low:g}..{extent.high:g} read as {low:g}..{high:g} -> 0..255"
-        f"{little if used < LEAST_USED else ''}; --pixel_range sets it"
-    )
-
-
-def to_bytes(values_HW: np.ndarray, pixel_range: PixelRange) -> np.ndarray:
-    """Return gray bytes (H, W): the range is mapped to 0..255, values outside are clipped.
-
-    Values that are not finite count as 0 before that. A range of one value is mapped to black.
-    """
-    low, high = pixel_range
-    factor = 255 / ((high - low) or 1.0)
-    raw, done = np.empty(values_HW.size, np.uint8), 0
-    for part in _doubles(values_HW):
-        part = np.where(np.isfinite(part), part, 0.0).clip(low, high)
-        raw[done : done + part.size] = ((part - low) * factor).round()
-        done += part.size
-    return raw.reshape(values_HW.shape)
-
-
 def _guess_range(values_HW: np.ndarray, name: str) -> PixelRange:
     """Return the range of a single wide gray picture; the first guess of a process is logged."""
-    extent = measure(values_HW)
-    pixel_range = choose_range(extent)
+    extent = formats.measure(values_HW)
+    pixel_range = formats.choose_range(extent)
     if not guesses:
-        guesses.append(f"{name}: a single wide gray picture: {describe(extent, pixel_range)}")
+        guesses.append(
+            f"{name}: a single wide gray picture: {formats.describe(extent, pixel_range)}"
+        )
         log.warning("%s", guesses[0])
     return pixel_range
 
 
-def _doubles(values_HW: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the values in double precision, a million at a time to save memory."""
-    flat = values_HW.reshape(-1)
-    for start in range(0, flat.size, 1_000_000):
-        with np.errstate(invalid="ignore"):  # NumPy warns of some NaN in corrupt files
-            yield flat[start : start + 1_000_000].astype(np.float64)
+@dataclass(frozen=True)
+class Framing:
+    """Which part of a picture the model sees, and how that part is resized."""
+
+    fit: FitMode = "crop"
+    """Largest part of the model's aspect ratio (crop), all on black (pad), or stretched."""
+    interpolation: str = "bilinear"
+    """The filter, as Pillow names it. All of them are antialiased."""
+    crop_pct: float = 1.0
+    """Fraction of each side of that part that is kept, around its center; only 1 with pad."""
+
+    @classmethod
+    def of(cls, fit: "Fit") -> "Framing":
+        """Return a framing as it is, or the default framing with this ``fit``."""
+        return fit if isinstance(fit, Framing) else cls(fit)
+
+
+Fit = FitMode | Framing
+"""A framing; a word stands for the default framing with this ``fit``."""
+
+
+def framing(config: DataConfig) -> Framing:
+    """Return the framing of a run's pictures."""
+    return Framing(config.fit, config.interpolation, config.crop_pct)
+
+
+def stack_pictures(
+    pictures: Pictures,
+    size_hw: Size,
+    n_channels: int,
+    fit: Fit,
+    *,
+    pixel_range: PixelRange | None = None,
+    background: Color = WHITE,
+) -> np.ndarray:
+    """Turn pictures of any kind and size into bytes of the model's size (B, H, W, C)."""
+    listed, side = list_pictures(pictures), enough_side(size_hw, fit)
+    raw_BHWC = np.empty((len(listed), *size_hw, n_channels), np.uint8)
+    for number, picture in enumerate(listed):
+        rgb_HWC = read_picture(
+            picture,
+            name="the picture" if len(listed) == 1 else f"pictures[{number}]",
+            pixel_range=pixel_range,
+            background=background,
+            shorter_side=side,
+        )
+        raw_BHWC[number] = fit_channels(rgb_HWC, size_hw, fit, n_channels)
+    return raw_BHWC
+
+
+def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
+    """Return the picture at a size: center-cropped, padded with black, or stretched."""
+    framing, (height, width) = Framing.of(fit), size_hw
+    if rgb_HWC.shape[:2] == size_hw and framing.crop_pct == 1:
+        return rgb_HWC
+    image = Image.fromarray(rgb_HWC)
+    resampling = Image.Resampling[framing.interpolation.upper()]
+    if framing.fit == "pad":
+        return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
+    box = seen_box((image.height, image.width), size_hw, fit)
+    return np.array(image.resize((width, height), resampling, box))
+
+
+def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) -> np.ndarray:
+    """Return RGB bytes of any size at the model's size and channels: (H, W, C), C 3 or 1."""
+    raw_HWC = fit_picture(rgb_HWC, size_hw, fit)
+    if n_channels == 3:
+        return raw_HWC
+    return np.asarray(Image.fromarray(raw_HWC).convert("L"))[:, :, None]
+
+
+def enough_side(size_hw: Size, fit: Fit) -> int | None:
+    """Return the shorter side from which a JPEG decoded at reduced size is as good as the original.
+
+    That is four times the model's size: pixels differ by at most 2 of 255 levels on photographs
+    and 4 on white noise, and decoding 12 megapixels for 96 pixels is eight times as fast. None for
+    nearest-neighbor resizing, which does not average pixels.
+    """
+    framing = Framing.of(fit)
+    if framing.interpolation == "nearest":
+        return None
+    return math.ceil(4 * max(size_hw) / framing.crop_pct)
+
+
+def channel_scale(
+    mean: Sequence[float], std: Sequence[float], n_channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and shift (C,), float32, that normalize bytes: ``raw * scale + shift``.
+
+    That equals ``(raw / 255 - mean) / std``. Gray pictures use the average of the three channels'
+    mean and std.
+    """
+    mean_C, std_C = np.array(mean, np.float32), np.array(std, np.float32)
+    if n_channels == 1:
+        mean_C, std_C = mean_C.mean(keepdims=True), std_C.mean(keepdims=True)
+    return 1 / (255 * std_C), -mean_C / std_C
+
+
+def seen_box(picture_hw: Size, size_hw: Size, fit: Fit) -> tuple[float, float, float, float]:
+    """Return the box (left, top, right, bottom), in a picture's pixels, that ``fit_picture`` shows.
+
+    For crop it lies inside the picture, for pad it extends beyond it.
+    """
+    (height, width), (rows, columns), framing = picture_hw, size_hw, Framing.of(fit)
+    if framing.fit != "pad":
+        seen_width, seen_height = float(width), float(height)
+        if framing.fit == "crop":
+            scale = min(width / columns, height / rows)
+            seen_width, seen_height = scale * columns, scale * rows
+        left = max(0.0, (width - seen_width * framing.crop_pct) / 2)
+        top = max(0.0, (height - seen_height * framing.crop_pct) / 2)
+        return left, top, width - left, height - top
+    if picture_hw == size_hw:
+        return 0.0, 0.0, float(width), float(height)
+    # Pillow rounds the padded picture's size and position to whole pixels of the result.
+    inner_rows, inner_columns = rows, columns
+    if width / height > columns / rows:
+        inner_rows = max(1, round(height / width * columns))
+    else:
+        inner_columns = max(1, round(width / height * rows))
+    left, top = round((columns - inner_columns) * 0.5), round((rows - inner_rows) * 0.5)
+    x_scale, y_scale = width / inner_columns, height / inner_rows
+    return -left * x_scale, -top * y_scale, (columns - left) * x_scale, (rows - top) * y_scale

@@ -48,11 +48,7 @@ def load_shapes(which: Literal["train", "test"]) -> ImageSet:
 
 
 def draw_shapes(count: int, *, seed: int) -> ImageSet:
-    """Draw images of the classes in rotation.
-
-    Shapes:
-        raw_BCHW (count, 3, 32, 32), labels_B, masks_BHW: exactly the object's pixels.
-    """
+    """Draw images of the classes in rotation; the masks are exactly the objects' pixels."""
     key = rng.derive_seed(seed, "shapes")
     starts = range(0, count, CHUNK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL
@@ -112,10 +108,7 @@ class _Draws:
 
 
 def _hash_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words.
-
-    Source: Steele, Lea and Flood 2014, SplitMix64's finalizer.
-    """
+    """Scramble 64-bit words. Source: Steele, Lea and Flood 2014, SplitMix64's finalizer."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

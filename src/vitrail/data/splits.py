@@ -1,19 +1,16 @@
 """Stratified splits and subsets: how many items each class gives, and which. No torch is imported.
 
-Items are file names or image indices, grouped by class. Which are chosen depends on a rank of each
-item alone (a hash, or its place in a fixed random order), never on the order of the items.
+Which items are chosen depends on a rank of each item alone (a hash, or its place in a fixed random
+order), never on the order of the items.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from vitrail.errors import ConfigError
 
 HELD_OUT = 10
 """One of this many images is held out for validation, and of a single tree of classes for test."""
-
-Item = TypeVar("Item", str, int)
-ByClass = list[list[Item]]
 
 
 def shares(counts: Sequence[int], wanted: int) -> list[int]:
@@ -47,13 +44,11 @@ def tenth_of_each(counts: Sequence[int]) -> list[int]:
     return [min(n - 1, max(1, round(n / HELD_OUT))) if n else 0 for n in counts]
 
 
-def cut(
-    by_class: ByClass[Item], counts: Sequence[int], rank: Callable[[Item], object]
-) -> tuple[ByClass[Item], ByClass[Item]]:
-    """Return of each class the remaining items and the ``counts`` ones of lowest rank, sorted."""
-    rest, chosen = [], []
-    for items, count in zip(by_class, counts, strict=True):
-        ranked = sorted(items, key=rank)  # type: ignore[arg-type]
-        rest.append(sorted(ranked[count:]))
-        chosen.append(sorted(ranked[:count]))
-    return rest, chosen
+def choose(labels: Sequence[int], counts: Sequence[int], ranks: Sequence[Any]) -> list[int]:
+    """Return the indices of each class's ``counts`` items of lowest rank, in ascending order."""
+    left, chosen = list(counts), []
+    for index in sorted(range(len(labels)), key=ranks.__getitem__):
+        if left[labels[index]] > 0:
+            left[labels[index]] -= 1
+            chosen.append(index)
+    return sorted(chosen)

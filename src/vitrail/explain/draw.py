@@ -1,26 +1,44 @@
-"""Map + picture -> picture. Uses no model.
+"""An explanation -> a picture or an animation, drawn by matplotlib.
 
-A map has one value per patch, (G, J). ``place`` resizes it to the pixels of the picture it
-explains, ``overlay`` and ``dim`` paint it, ``compose`` puts the panels on one labeled sheet, in the
-one font that comes with matplotlib.
+A sheet is a matplotlib figure with 72 dots per inch, so that a point is a pixel: rows of panels,
+a color bar and a caption at fixed places. In an animation nothing moves but the map.
 """
 
+import base64
+import html
+import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
+from PIL import Image
+from torch import nn
 
-from vitrail.config.settings import Colormap, Normalization
-from vitrail.data.framing import Fit, seen_box
-from vitrail.errors import ConfigError, nearest
+from vitrail.config.settings import Config, Look, Normalization, require
+from vitrail.data.images import ImageSet, normalize
+from vitrail.data.pictures import Fit, seen_box
+from vitrail.evaluation.metrics import evaluating
+from vitrail.evaluation.report import drawable, save_figure
+from vitrail.explain.explanation import CORRECT, WRONG, Explanation, Frame
+from vitrail.explain.methods import MapSettings, compute_maps
+from vitrail.explain.page import make_page, page_data
+from vitrail.runtime.files import replace_file
 
+SUFFIXES = (".gif", ".webp", ".png", ".html")
+ANIMATED = ("rollout", "layers", "training")
+"""Kinds that a notebook shows animated; the others are grids or a single map."""
 SCALES: dict[Normalization, str] = {
     "frame": "each map on its own scale, lowest to highest",
     "picture": "all maps on one scale, lowest to highest",
@@ -35,395 +53,434 @@ SMALLEST_SIDE = 224
 """A picture's longer side is drawn with at least this many pixels."""
 UNSEEN_OPACITY = 0.7
 """Opacity of the light gray over pixels that the model did not see."""
-LUMA_C = np.array((0.299, 0.587, 0.114), dtype=np.float32)
-Font = ImageFont.FreeTypeFont
-BACKGROUND, BLACK, GRAY = "#ffffff", "#1f2328", "#656d76"
-"""Background, text, and less important text."""
+BLACK, GRAY = "#1f2328", "#656d76"
+"""Text, and less important text."""
 RED, GREEN = "#b42318", "#1a7f37"
 """Text of a wrong and of a correct answer."""
-
-MAX_CHARACTERS = 1000
-"""The rest of a text is ignored: names are untrusted input."""
-
-
-def limits(maps_FGJ: np.ndarray, how: Normalization) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values that become 0 and 1, for each of F maps."""
-    if how == "none":
-        return np.zeros(len(maps_FGJ)), np.ones(len(maps_FGJ))
-    if how == "picture":
-        return np.full(len(maps_FGJ), maps_FGJ.min()), np.full(len(maps_FGJ), maps_FGJ.max())
-    return maps_FGJ.min(axis=(1, 2)), maps_FGJ.max(axis=(1, 2))
+COLORS = 236
+"""Colors of a GIF's palette besides 16 grays; Pillow marks unchanged pixels by one more entry."""
+WHITE = 15
+"""The entry of the palette that is white."""
+TRAINING_IMAGES = 8
+"""Number of images that are drawn during training."""
 
 
-def normalize(maps_FGJ: np.ndarray, how: Normalization) -> np.ndarray:
-    """Scale maps to 0..1: each by its own range, all by their common range, or only clip them.
+def save(explanation: Explanation, path: Path, look: Look) -> Path:
+    """Write the format of the file's extension: an animation (.gif, .webp), a picture or a page.
+
+    Raises:
+        ConfigError: another extension, or a look that the explanation does not support.
+        OutputError: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    require(suffix in SUFFIXES, f"{path}: give a file that ends in {', '.join(SUFFIXES)}")
+    if suffix == ".html":
+        require(look.style == "vitrail", "style reference is a picture or an animation, not a page")
+        replace_file(path, make_page(page_data(explanation)))
+    elif suffix == ".png":
+        replace_file(path, to_png(explanation, look))
+    else:
+        replace_file(path, encode_animation(draw_frames(explanation, look), suffix, look))
+    return path
+
+
+def to_png(explanation: Explanation, look: Look | None = None) -> bytes:
+    """Return all frames on one sheet, as a PNG file."""
+    file = io.BytesIO()
+    draw_sheet(explanation, look or Look()).savefig(file, format="png")
+    return file.getvalue()
+
+
+def to_html(explanation: Explanation) -> str:
+    """Return an image tag for a notebook, animated if the frames are a sequence."""
+    if explanation.kind in ANIMATED and len(explanation.frames) > 1:
+        frames = draw_frames(explanation, Look())
+        kind, content = "gif", encode_animation(frames, ".gif", Look())
+    else:
+        kind, content = "png", to_png(explanation)
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(repr(explanation))}" src="data:image/{kind};base64,{data}">'
+
+
+# What is on a sheet.
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The explained picture on a sheet; over it a map and the outline of a patch, if given."""
+
+    title: str
+    map_GJ: np.ndarray | None = None
+    norm: Normalize | None = None
+    """Scales the map to 0..1."""
+    query: tuple[int, int] | None = None
+
+
+def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
+    """Draw each frame: the picture, and beside it the picture with the map over it."""
+    drawn, first = [], _first_title(explanation, look)
+    for frame, norm in zip(explanation.frames, scales(explanation.maps_FGJ, look), strict=True):
+        still = Panel(first, query=frame.query)
+        moving = Panel(frame.title, frame.map_GJ, norm, frame.query)
+        figure = _compose(explanation, look, [[still, moving]], last=frame, ends=norm)
+        pixels = io.BytesIO()
+        figure.savefig(pixels, format="rgba")
+        size = figure.canvas.get_width_height()
+        drawn.append(Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB"))
+    return drawn
+
+
+def draw_sheet(explanation: Explanation, look: Look) -> Figure:
+    """Draw all frames on one sheet, the picture first."""
+    frames, norms = explanation.frames, scales(explanation.maps_FGJ, look)
+    panels = [
+        Panel(_short_title(explanation, frame), frame.map_GJ, norm, frame.query)
+        for frame, norm in zip(frames, norms, strict=True)
+    ]
+    first = Panel(_first_title(explanation, look), query=frames[0].query)
+    columns = explanation.columns or (len(frames) + 1 if len(frames) < 5 else 4)
+    if explanation.columns:
+        rows = [[first], *_in_rows(panels, columns)]
+    else:
+        rows = _in_rows([first, *panels], columns)
+    ends = Normalize(0, 1) if look.normalize == "frame" else norms[0]
+    return _compose(explanation, look, rows, last=frames[-1], ends=ends)
+
+
+def _first_title(explanation: Explanation, look: Look) -> str:
+    label = explanation.subject.label
+    if look.style == "vitrail":
+        return "picture"
+    return f"Original ({label})" if label else "Original"
+
+
+def _short_title(explanation: Explanation, frame: Frame) -> str:
+    """Return a panel's title on a sheet, without what its row and position show."""
+    if explanation.kind == "heads":
+        return frame.title.partition(", ")[2]
+    if explanation.kind == "training":
+        return f"{frame.title}: {frame.prediction}"
+    return "" if explanation.kind == "queries" else frame.title
+
+
+def _in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+
+
+def caption(explanation: Explanation) -> str:
+    """Return what is shown: the picture, the method, its settings."""
+    settings, subject = explanation.settings, explanation.subject
+    method = "all methods" if explanation.kind == "methods" else settings.method
+    parts = [f"{subject.name}: {method.replace('_', ' ')}"]
+    if settings.fusion != "mean":
+        parts.append(f"heads fused by {settings.fusion}")
+    if settings.discard_ratio:
+        parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
+    if subject.label:
+        parts.append(f"label: {subject.label}")
+    return ", ".join(parts)
+
+
+# Maps over pictures.
+
+
+def scales(maps_FGJ: np.ndarray, look: Look) -> list[Normalize]:
+    """Return what scales each map to 0..1: its own range, the common range, or only clipping.
 
     A uniform map has nothing to show: it becomes 0.
     """
-    low_F, high_F = limits(maps_FGJ, how)
-    span_F = np.where(high_F > low_F, high_F - low_F, 1)
-    unit_FGJ: np.ndarray = (maps_FGJ - low_F[:, None, None]) / span_F[:, None, None]
-    return unit_FGJ.clip(0, 1).astype(np.float32)
+    ranges = [(each_GJ.min(), each_GJ.max()) for each_GJ in maps_FGJ]
+    if look.normalize == "none":
+        ranges = [(0, 1)] * len(maps_FGJ)
+    elif look.normalize == "picture":
+        ranges = [(maps_FGJ.min(), maps_FGJ.max())] * len(maps_FGJ)
+    return [Normalize(float(low), float(high), clip=True) for low, high in ranges]
 
 
-def show(picture_HWC: np.ndarray, *, columns: int = 1, largest: int = LARGEST_SIDE) -> np.ndarray:
-    """Return a picture at the size at which it is drawn, as one of ``columns`` side by side.
-
-    A small one is enlarged by an integer factor, its pixels kept as squares; a large one is
-    reduced. Maps should be placed on the result, so that they have its resolution.
-    """
-    height, width = picture_hw = picture_HWC.shape[:2]
-    longer, smallest = max(picture_hw), {1: 384, 2: 384, 3: 288}.get(columns, SMALLEST_SIDE)
-    largest = min(largest, max(smallest, LARGEST_ROW // columns))
-    if longer <= largest:
-        times = min(math.ceil(smallest / longer), largest // longer)
-        return picture_HWC.repeat(times, axis=0).repeat(times, axis=1)
-    size = [max(1, round(side * largest / longer)) for side in (width, height)]
-    return np.array(Image.fromarray(picture_HWC).resize(size, Image.Resampling.LANCZOS))
-
-
-def place(
-    map_GJ: np.ndarray,
-    picture_hw: tuple[int, int],
-    model_hw: tuple[int, int],
-    fit: Fit,
+def show_map(
+    axes: Axes,
+    picture_HWC: np.ndarray,
+    map_GJ: np.ndarray | None = None,
     *,
-    shown_hw: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Resize a map to the pixels of the picture, which the model saw fitted to ``model_hw``.
+    look: Look,
+    norm: Normalize | None = None,
+    box: tuple[float, float, float, float] | None = None,
+) -> None:
+    """Show a picture, and over it a map: bilinear between the centers of the patches.
 
-    Bilinear between the centers of the patches, constant beyond the outer ones.
+    The picture is gray under colors, since its hues would mix with the map's. What the model did
+    not see of it has no map and is covered with light gray.
 
     Args:
+        axes: where to draw.
+        picture_HWC: bytes, of one or three channels.
         map_GJ: one value per patch.
-        picture_hw: the size of the picture as it was read.
-        model_hw: the size of the model's images.
-        fit: how the picture was fitted to that size.
-        shown_hw: the size at which the picture is drawn. Default: its own.
-
-    Returns:
-        map_HW, float32, of the drawn size; NaN where the model did not see the picture.
+        look: style reference draws the picture x the map instead of colors.
+        norm: scales the map. Default: its own range.
+        box: left, top, right, bottom of what the model saw. Default: all.
     """
-    height, width = shown_hw or picture_hw
-    left, top, right, bottom = shown_box(picture_hw, model_hw, fit, shown_hw or picture_hw)
-    rows_H = (np.arange(height) + 0.5 - top) / (bottom - top)
-    columns_W = (np.arange(width) + 0.5 - left) / (right - left)
-    map_HW = _stretch(_stretch(map_GJ.astype(np.float32), rows_H).T, columns_W).T
-    map_HW[(rows_H < 0) | (rows_H > 1)] = np.nan
-    map_HW[:, (columns_W < 0) | (columns_W > 1)] = np.nan
-    return map_HW
+    height, width = picture_HWC.shape[:2]
+    left, top, right, bottom = box or (0, 0, width, height)
+    rgb_HWC = np.broadcast_to(picture_HWC, (height, width, 3))
+    if map_GJ is not None and look.style == "vitrail":
+        gray_HW = np.asarray(Image.fromarray(rgb_HWC).convert("L"), np.float32)
+        seen_HW = np.zeros((height, width), dtype=bool)
+        seen_HW[max(0, round(top)) : round(bottom), max(0, round(left)) : round(right)] = True
+        shown_HW = np.where(seen_HW, gray_HW, gray_HW + UNSEEN_OPACITY * (224 - gray_HW))
+        rgb_HWC = shown_HW.round().astype(np.uint8)[:, :, None].repeat(3, axis=2)
+    axes.imshow(rgb_HWC, extent=(0, width, height, 0))
+    if map_GJ is not None:
+        axes.imshow(
+            map_GJ, _translucent(look), norm or Normalize(), extent=(left, right, bottom, top),
+            interpolation="bilinear", interpolation_stage="data",
+        )  # fmt: skip
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    axes.set_axis_off()
 
 
-def shown_box(
-    picture_hw: tuple[int, int], model_hw: tuple[int, int], fit: Fit, shown_hw: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom of what the model saw, in pixels of the drawn picture."""
-    left, top, right, bottom = seen_box(picture_hw, model_hw, fit)
-    y_scale, x_scale = (shown_hw[axis] / picture_hw[axis] for axis in (0, 1))
-    return left * x_scale, top * y_scale, right * x_scale, bottom * y_scale
+def _translucent(look: Look) -> ListedColormap:
+    """Return the colors that are laid over the picture.
 
-
-def _stretch(values_GX: np.ndarray, at_P: np.ndarray) -> np.ndarray:
-    """Interpolate rows linearly at positions 0..1 of their axis; row g is at (g + 0.5) / G."""
-    last = len(values_GX) - 1
-    at_P = np.clip(at_P * (last + 1) - 0.5, 0, last)
-    low_P = at_P.astype(int)
-    share_P1 = (at_P - low_P).astype(np.float32)[:, None]
-    high_P = np.minimum(low_P + 1, last)
-    mixed_PX: np.ndarray = values_GX[low_P] * (1 - share_P1) + values_GX[high_P] * share_P1
-    return mixed_PX
-
-
-def colormap_bytes(colormap: str) -> np.ndarray:
-    """Return a color map's 256 colors as bytes (256, 3).
-
-    Raises:
-        ConfigError: an unknown color map.
+    The opacity rises with the map: high values show the color, low ones the picture. In style
+    reference it is black that falls with the map.
     """
-    known = get_args(Colormap)
-    if colormap not in known:
-        hint = nearest(colormap, known)
-        raise ConfigError(f"no color map {colormap!r}{hint}: one of {', '.join(known)}")
-    table: np.ndarray = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
-    return table
-
-
-def overlay(
-    picture_HWC: np.ndarray, map_HW: np.ndarray, *, colormap: str = "magma", alpha: float = 0.6
-) -> np.ndarray:
-    """Paint a map of 0..1 over the picture in gray, since its hues would mix with the map's.
-
-    Args:
-        picture_HWC: bytes.
-        map_HW: 0..1, NaN where there is no value: there the picture is covered with light gray.
-        colormap: one of ``Colormap``.
-        alpha: opacity of the colors, 0..1, where the map is 0. It rises with the map, up to
-            ``alpha * (2 - alpha)``: high values show the color, low ones the picture.
-    """
-    gray_HW1 = (picture_HWC @ LUMA_C)[:, :, None]
-    unseen_HW = np.isnan(map_HW)
-    level_HW = np.where(unseen_HW, 0, map_HW)
-    color_HWC = colormap_bytes(colormap).astype(np.float32)[
-        (level_HW * 255).round().astype(np.uint8)
-    ]
-    opacity_HW1 = (alpha * (1 + (1 - alpha) * level_HW))[:, :, None]
-    painted_HWC = gray_HW1 + opacity_HW1 * (color_HWC - gray_HW1)
-    covered_HW1 = gray_HW1 + UNSEEN_OPACITY * (224 - gray_HW1)
-    return _to_bytes(np.where(unseen_HW[:, :, None], covered_HW1, painted_HWC))
-
-
-def dim(picture_HWC: np.ndarray, map_HW: np.ndarray) -> np.ndarray:
-    """Return picture x map: bright where the map is 1, black where it is 0 or has no value."""
-    return _to_bytes(picture_HWC * np.nan_to_num(map_HW)[:, :, None])
-
-
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Round 0..255 to bytes."""
-    return values.round().clip(0, 255).astype(np.uint8)
-
-
-def mark_patch(
-    shown_HWC: np.ndarray,
-    query: tuple[int, int],
-    grid_GJ: tuple[int, int],
-    box: tuple[float, float, float, float],
-) -> np.ndarray:
-    """Outline one patch, the query, on a picture; ``box`` is from ``shown_box``."""
-    left, top, right, bottom = box
-    height, width = (bottom - top) / grid_GJ[0], (right - left) / grid_GJ[1]
-    x, y = left + query[1] * width, top + query[0] * height
-    image = Image.fromarray(shown_HWC)
-    draw = ImageDraw.Draw(image)
-    line = max(2, round(max(image.size) / 190))
-    edges = [round(x), round(y), round(max(x, x + width - 1)), round(max(y, y + height - 1))]
-    # White inside black is visible on every background.
-    for grown, color in ((line, "black"), (0, "white")):
-        frame = [edges[0] - grown, edges[1] - grown, edges[2] + grown, edges[3] + grown]
-        draw.rectangle(frame, outline=color, width=line)
-    return np.array(image)
+    level_K = np.linspace(0, 1, 256)
+    if look.style == "reference":
+        return ListedColormap(np.outer(1 - level_K, (0, 0, 0, 1)))
+    colors_K4 = matplotlib.colormaps[look.colormap](level_K)
+    colors_K4[:, 3] = look.alpha * (1 + (1 - look.alpha) * level_K)
+    return ListedColormap(colors_K4)
 
 
 # The sheet.
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One picture of a sheet, and its title."""
+def drawn_size(picture_hw: tuple[int, int], columns: int) -> tuple[int, int]:
+    """Return height and width in pixels of a picture that is one of ``columns`` side by side.
 
-    picture_HWC: np.ndarray
-    title: str = ""
-
-
-def compose(
-    panels: Sequence[Sequence[Panel]],
-    *,
-    caption: str = "",
-    ink: str = BLACK,
-    colorbar: tuple[str, float, float, str] | None = None,
-    row_titles: Sequence[str] = (),
-) -> Image.Image:
-    """Draw rows of panels on one white sheet.
-
-    Args:
-        panels: rows of panels; panels of equal size form a grid.
-        caption: text below; the first line is bold, the others are small.
-        ink: the color of the caption's first line.
-        colorbar: a color map, the values at its ends, and a label.
-        row_titles: text beside each row, rotated.
+    A small one is enlarged by an integer factor, its pixels kept as squares; a large one is
+    reduced.
     """
-    columns = max(map(len, panels))
-    pictures = [[Image.fromarray(show(p.picture_HWC, columns=columns)) for p in r] for r in panels]
-    width = max(picture.width for row in pictures for picture in row)
-    size = round(min(28, max(13, width / 21)))
-    besides: Sequence[str | None] = row_titles or [None] * len(panels)
-    rows = [
-        _draw_row(shown, [panel.title for panel in row], beside, width=width, size=size)
-        for shown, row, beside in zip(pictures, panels, besides, strict=True)
-    ]
-    blocks = [_stack(rows, gap=size // 2)]
-    if colorbar:
-        blocks.append(_draw_colorbar(colorbar, width=blocks[0].width, size=size))
-    if caption:
-        blocks.append(draw_caption(caption, width=blocks[0].width, size=size, ink=ink))
-    return ImageOps.expand(_stack(blocks, gap=round(size * 0.9)), round(size * 1.2), BACKGROUND)
+    longer, smallest = max(picture_hw), {1: 384, 2: 384, 3: 288}.get(columns, SMALLEST_SIDE)
+    largest = min(LARGEST_SIDE, max(smallest, LARGEST_ROW // columns))
+    factor = min(math.ceil(smallest / longer), largest // longer) or largest / longer
+    return max(1, round(picture_hw[0] * factor)), max(1, round(picture_hw[1] * factor))
 
 
-def _draw_row(
-    pictures: Sequence[Image.Image],
-    titles: Sequence[str],
-    beside: str | None,
+class _Sheet:
+    """A white figure on which places are in pixels from the top left."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure((width / 72, height / 72), dpi=72, facecolor="white")
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Add axes."""
+        bottom = self.height - y - height
+        return self.figure.add_axes(
+            (x / self.width, bottom / self.height, width / self.width, height / self.height)
+        )
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Write text above and to the right of a place, or as ``style`` says."""
+        at = x / self.width, 1 - y / self.height
+        self.figure.text(*at, text, parse_math=False, **{"color": BLACK, **style})
+
+
+def _compose(
+    explanation: Explanation,
+    look: Look,
+    rows: Sequence[Sequence[Panel]],
     *,
-    width: int,
-    size: int,
-) -> Image.Image:
-    """Draw pictures side by side in cells of equal width, with titles above and at the left."""
-    font, gap = load_font(size), size // 2
-    band = round(line_height(font) * 1.25) if any(titles) else 0
-    left = line_height(font) + gap if beside is not None else 0
-    height = band + max(picture.height for picture in pictures)
-    row = Image.new("RGB", (left + len(pictures) * (width + gap) - gap, height), BACKGROUND)
-    draw = ImageDraw.Draw(row)
-    for index, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        x = left + index * (width + gap)
-        row.paste(picture, (x, band))
-        draw.text((x, 0), cut(title, font, width), BLACK, font)
-    if beside is not None:
-        turned = Image.new("RGB", (height - band, line_height(font)), BACKGROUND)
-        text = cut(beside, font, turned.width)
-        ImageDraw.Draw(turned).text((turned.width / 2, 0), text, BLACK, font, anchor="ma")
-        row.paste(turned.rotate(90, expand=True), (0, band))
-    return row
+    last: Frame,
+    ends: Normalize,
+) -> Figure:
+    """Draw rows of panels on one sheet; below them a color bar and the caption of a frame.
+
+    Nothing moves with the words: in an animation, only the map and the numbers change.
+    """
+    maps_rollout = explanation.kind == "rollout" and explanation.settings.method == "rollout"
+    require(
+        look.style == "vitrail" or maps_rollout,
+        "style reference draws the rollout, layer by layer: leave out method and frames",
+    )
+    columns = max(map(len, rows))
+    height, width = drawn_size(_picture(explanation, look)[0].shape[:2], columns)
+    size = round(min(28, max(13, width / 21)))  # of the letters
+    margin, gap = round(1.2 * size), size // 2
+    band = round(1.7 * size) if any(panel.title for row in rows for panel in row) else 0
+    left = margin + (2 * size if explanation.row_titles else 0)
+    inside = max(left - margin + columns * (width + gap) - gap, 36 * size)
+    notes = textwrap.fill(drawable(caption(explanation), 1000), 2 * inside // size)
+    below = margin + len(rows) * (band + height + gap)
+    sheet = _Sheet(inside + 2 * margin, below + (5 + notes.count("\n")) * size + margin)
+    for r, row in enumerate(rows):
+        y = margin + r * (band + height + gap) + band
+        if r and explanation.row_titles:
+            at, words = (margin + size, y + height / 2), explanation.row_titles[r - 1]
+            sheet.text(*at, words, size=size, rotation=90, ha="center", va="center")
+        for c, panel in enumerate(row):
+            axes = sheet.axes(left + c * (width + gap), y, width, height)
+            _draw_panel(axes, panel, explanation, look)
+            title = drawable(panel.title, round(width / (0.6 * size)))
+            axes.set_title(
+                title, loc="left", y=1, size=size, pad=gap, color=BLACK, parse_math=False
+            )
+    sheet.text(margin, below + 3.8 * size, notes, size=0.8 * size, color=GRAY, va="top")
+    headline = drawable(last.prediction, 100)
+    letters = min(1.2 * size, 1.5 * inside / len(headline))
+    ink = {True: GREEN, False: RED, None: BLACK}[last.correct]
+    sheet.text(margin, below + 3.2 * size, headline, size=letters, weight="bold", color=ink)
+    _draw_colorbar(sheet, look, ends, place=(margin, below + gap, 10 * size, 0.6 * size))
+    return sheet.figure
 
 
 def _draw_colorbar(
-    colorbar: tuple[str, float, float, str], *, width: int, size: int
-) -> Image.Image:
-    """Draw a color map, then the values at its ends; the label beside them, or below if long.
+    sheet: _Sheet, look: Look, ends: Normalize, *, place: tuple[float, float, float, float]
+) -> None:
+    """Draw a color bar; beside it the values at its ends and how the maps are scaled."""
+    x, y, width, height = place
+    bar = sheet.axes(*place)
+    colors = ScalarMappable(ends, "gray" if look.style == "reference" else look.colormap)
+    sheet.figure.colorbar(colors, cax=bar, orientation="horizontal", ticks=[])
+    bar.spines[:].set_visible(False)
+    words = f"{ends.vmin:.3g} to {ends.vmax:.3g}   {SCALES[look.normalize]}"
+    sheet.text(x + 1.05 * width, y + height, words, size=1.3 * height)
 
-    Frames of an animation differ in the values: neither the bar nor the lines move with them.
+
+def _draw_panel(axes: Axes, panel: Panel, explanation: Explanation, look: Look) -> None:
+    """Draw the picture with the panel's map; outline the query, white between black."""
+    picture_HWC, box = _picture(explanation, look)
+    show_map(axes, picture_HWC, panel.map_GJ, look=look, norm=panel.norm, box=box)
+    if panel.query is not None:
+        (G, J), (left, top, right, bottom) = explanation.subject.model.config.grid_GJ, box
+        height, width = (bottom - top) / G, (right - left) / J
+        corner = (left + panel.query[1] * width, top + panel.query[0] * height)
+        edge = Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=2)
+        edge.set_path_effects([Stroke(linewidth=5, foreground="black"), Normal()])
+        axes.add_patch(edge)
+
+
+def _picture(
+    explanation: Explanation, look: Look
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Return the picture to draw, and left, top, right, bottom of what the model saw of it.
+
+    Style reference shows the model's own small pixels.
     """
-    colormap, low, high, label = colorbar
-    font = load_font(max(12, round(size * 0.8)))
-    line, gap = line_height(font), size // 2
-    length = min(size * 10, width // 2)
-    values, start = f"{low:.3g} to {high:.3g}", length + gap
-    beside = start + font.getlength("-1.23e-45 to -1.23e-45" + label) + 2 * gap <= width
-    lines = [label] if beside else wrap(label, font, width)
-    drawn = Image.new("RGB", (width, line * (1 if beside else 1 + len(lines))), BACKGROUND)
-    draw = ImageDraw.Draw(drawn)
-    ramp = Image.fromarray(colormap_bytes(colormap)[None]).resize((length, round(line * 0.62)))
-    drawn.paste(ramp, (0, round(line * 0.19)))
-    draw.text((start, line / 2), cut(values, font, width - start), BLACK, font, anchor="lm")
-    after = start + round(font.getlength(values)) + 2 * gap
-    for index, text in enumerate(lines):
-        place_at = (after, line / 2) if beside else (0, line * (index + 1.5))
-        draw.text(place_at, text, GRAY, font, anchor="lm")
-    return drawn
+    subject, reference = explanation.subject, look.style == "reference"
+    picture_HWC = subject.raw_HWC if reference else subject.picture_HWC
+    picture_hw = picture_HWC.shape[0], picture_HWC.shape[1]
+    fit: Fit = "squash" if reference else subject.fit
+    return picture_HWC, seen_box(picture_hw, subject.model.config.image_hw, fit)
 
 
-def draw_caption(caption: str, *, width: int, size: int, ink: str = BLACK) -> Image.Image:
-    """Draw lines of text, the first one bold, larger and in the given color."""
-    first, *others = caption.split("\n")
-    bold, plain = load_font(round(size * 1.2), bold=True), load_font(max(12, round(size * 0.8)))
-    lines = [(text, bold, ink) for text in wrap(first, bold, width)]
-    lines += [(text, plain, GRAY) for other in others for text in wrap(other, plain, width)]
-    drawn = Image.new("RGB", (width, sum(line_height(font) for _, font, _ in lines)), BACKGROUND)
-    draw, y = ImageDraw.Draw(drawn), 0
-    for text, font, color in lines:
-        draw.text((0, y), text, color, font)
-        y += line_height(font)
-    return drawn
+# Animations.
 
 
-def _stack(blocks: Sequence[Image.Image], *, gap: int) -> Image.Image:
-    """Draw pictures below each other, left-aligned."""
-    height = sum(block.height for block in blocks) + gap * (len(blocks) - 1)
-    stacked = Image.new("RGB", (max(block.width for block in blocks), height), BACKGROUND)
-    y = 0
-    for block in blocks:
-        stacked.paste(block, (0, y))
-        y += block.height + gap
-    return stacked
+def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> bytes:
+    """Return frames of one size as a GIF with one palette, or as a WebP, which is exact.
 
-
-# Text.
-
-
-def load_font(size: int, *, bold: bool = False) -> Font:
-    """Return DejaVu Sans of ``size`` pixels."""
-    return ImageFont.truetype(_font_path(bold=bold), size)
-
-
-def _font_path(*, bold: bool) -> str:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
-
-
-@cache
-def _known_characters() -> frozenset[int]:
-    """Return the code points that both weights of the font can draw."""
-    both = [FT2Font(_font_path(bold=bold)).get_charmap() for bold in (False, True)]
-    return frozenset(both[0]) & frozenset(both[1])
-
-
-def drawable(text: str) -> str:
-    """Return the text with every character that cannot be drawn as the replacement character."""
-    known = _known_characters()
-    return "".join(
-        letter if letter.isprintable() and ord(letter) in known else "\N{REPLACEMENT CHARACTER}"
-        for letter in text
+    Raises:
+        ConfigError: an impossible duration or number of repetitions.
+    """
+    require(
+        10 <= look.duration <= 655_350, f"duration is {look.duration} ms: give one of 10 to 655350"
     )
+    require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
+    options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
+    if suffix == ".gif":
+        frames, options = _share_palette(frames), {"optimize": False}
+    file = io.BytesIO()
+    frames[0].save(
+        file, suffix[1:], save_all=True, append_images=frames[1:], duration=look.duration,
+        loop=look.loop, **options,
+    )  # fmt: skip
+    return file.getvalue()
 
 
-def cut(text: str, font: Font, width: float) -> str:
-    """Return the drawable text, cut with … at the end if it is wider than ``width`` pixels."""
-    text = drawable(text[:MAX_CHARACTERS])
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """Return frames in the colors of one palette, so that what is still stays still.
 
-
-def wrap(text: str, font: Font, width: float) -> list[str]:
-    """Wrap one line at spaces into lines of at most ``width`` pixels; cut longer words."""
-    lines: list[str] = []
-    for word in text[:MAX_CHARACTERS].split(" "):
-        longer = f"{lines[-1]} {drawable(word)}" if lines else ""
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(cut(word, font, width))
-    return lines
-
-
-def line_height(font: Font) -> int:
-    """Return the height of a line of text in pixels."""
-    return round(sum(font.getmetrics()) * 1.1)
-
-
-# The reference implementation's frames.
-
-
-def reference_masks(rollout_LGJ: np.ndarray) -> np.ndarray:
-    """Return the reference implementation's masks: each layer's map divided by its maximum."""
-    highest_L11: np.ndarray = rollout_LGJ.max(axis=(1, 2), keepdims=True)
-    masks_LGJ: np.ndarray = rollout_LGJ / highest_L11.clip(np.finfo(np.float32).tiny)
-    return masks_LGJ
-
-
-def reference_frames(
-    picture_HWC: np.ndarray,
-    rollout_LGJ: np.ndarray,
-    *,
-    title: str = "",
-    prediction: str = "",
-    ink: str = BLACK,
-    layers: Sequence[int] | None = None,
-) -> list[Image.Image]:
-    """Return the reference implementation's frames: the picture, and the picture x the mask.
-
-    Each mask is resized to the picture bilinearly. The reference's own masks keep their minimum,
-    which rises from layer to layer until nothing is dark; here each is drawn from its minimum
-    (black) to its maximum (as bright as the picture), and the frame says so.
-
-    Args:
-        picture_HWC: bytes, the model's own small pixels.
-        rollout_LGJ: the rollout through each layer, class-token row.
-        title: the picture's label, in brackets after "Original".
-        prediction: the predicted class with its probability; drawn below.
-        ink: the color of the prediction.
-        layers: the layers' numbers. Default: 1 to L.
+    Between the palette's colors, ordered dither shows the steps as gradients: it depends on the
+    place only, so it does not flicker. White is not dithered.
     """
-    original = Panel(picture_HWC, f"Original ({title})" if title else "Original")
-    caption = f"{prediction}\nbrightness: {SCALES['frame']}".strip()
-    frames = []
-    numbers = layers or range(1, len(rollout_LGJ) + 1)
-    for number, mask_GJ in zip(
-        numbers, normalize(reference_masks(rollout_LGJ), "frame"), strict=True
-    ):
-        picture_hw = picture_HWC.shape[:2]
-        dimmed_HWC = dim(picture_HWC, place(mask_GJ, picture_hw, picture_hw, "squash"))
-        panels = [original, Panel(dimmed_HWC, f"Rollout through layer {number}")]
-        frames.append(compose([panels], caption=caption, ink=ink))
-    return frames
+    pixels_P3 = np.concatenate([np.asarray(frame)[::2, ::2].reshape(-1, 3) for frame in frames])
+    # One pixel of each color, to six bits: else large areas would leave too few to small ones.
+    _, first = np.unique(
+        (pixels_P3 >> 2).astype(np.int32) @ (1 << 12, 1 << 6, 1), return_index=True
+    )
+    method = Image.Quantize.MAXCOVERAGE
+    chosen = Image.fromarray(pixels_P3[first][None]).quantize(COLORS, method, kmeans=2)
+    grays = [level for level in range(0, 256, 17) for _ in range(3)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(grays + (chosen.getpalette() or [])[: 3 * COLORS])
+    shared = []
+    for frame in frames:
+        frame_HWC = np.asarray(frame)
+        dithered_HWC = (frame_HWC + _dither(frame.height, frame.width)).clip(0, 255)
+        dithered = Image.fromarray(dithered_HWC.astype(np.uint8))
+        entries = dithered.quantize(palette=palette, dither=Image.Dither.NONE)
+        white = Image.fromarray((frame_HWC == 255).all(axis=2))
+        entries.paste(WHITE, mask=white)
+        shared.append(entries)
+    return shared
+
+
+def _dither(height: int, width: int) -> np.ndarray:
+    """Return Bayer's thresholds, from -10 to 10, repeated over a picture, moved in each channel.
+
+    Source: Bayer 1973, "An optimum method for two-level rendition of continuous-tone pictures".
+    """
+    order = np.zeros((1, 1))
+    for _ in range(3):
+        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
+    moved = [np.roll(order, places, axis=(0, 1)) for places in ((0, 0), (3, 5), (6, 2))]
+    tile_HWC = 20 * ((np.stack(moved, axis=2) + 0.5) / 64 - 0.5)
+    repeated_HWC = np.tile(tile_HWC, (height // 8 + 1, width // 8 + 1, 1))
+    return repeated_HWC[:height, :width]
+
+
+# Pictures of a run: the same few images during training.
+
+
+def choose_images(validation: ImageSet, every: int) -> ImageSet:
+    """Return the images to draw: the same in every epoch, spread evenly over the split.
+
+    Raises:
+        ConfigError: pictures are wanted (``every`` is not 0), but there is no validation image.
+    """
+    require(
+        not every or len(validation) > 0,
+        "attention_epochs draws validation images: give validation_images",
+    )
+    spread_B = torch.linspace(0, max(0, len(validation) - 1), TRAINING_IMAGES).long().unique()
+    return validation.take(spread_B[: len(validation)])
+
+
+def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Path) -> None:
+    """Draw each image with its label, and below it its attention rollout with the prediction.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    device = next(model.parameters()).device
+    images_BCHW = normalize(images.raw_BCHW.to(device), config.data.mean, config.data.std)
+    with evaluating(model):
+        maps = compute_maps(model, images_BCHW, MapSettings(method="rollout"))  # type: ignore[arg-type]
+    figure = Figure(figsize=(1.6 * len(images), 3.8), layout="constrained", facecolor="white")
+    axes: Any = figure.subplots(2, len(images), squeeze=False)
+    for column, guess in enumerate(maps.logits_BY.argmax(dim=1).tolist()):
+        raw_HWC = images.raw_BCHW[column].permute(1, 2, 0).numpy()
+        map_GJ = maps.values_BLGJ[column, -1].numpy()
+        upper, lower = axes[:, column]
+        show_map(upper, raw_HWC, look=Look())
+        show_map(lower, raw_HWC, map_GJ, look=Look(style="reference"))
+        label = int(images.labels_B[column])
+        mark, ink = (CORRECT, GREEN) if guess == label else (WRONG, RED)
+        upper.set_title(drawable(images.classes[label], 14), fontsize=9, parse_math=False)
+        words = f"{mark} {drawable(images.classes[guess], 12)}"
+        lower.set_title(words, fontsize=9, parse_math=False, color=ink)
+    about = "Above: image and label. Below: attention rollout and prediction."
+    figure.suptitle(textwrap.fill(about, 24 * len(images)), fontsize=9)
+    save_figure(figure, path, dpi=80)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import Look, require
-from vitrail.data.framing import Fit
+from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.explain.methods import (
     METHODS,
@@ -118,19 +118,19 @@ class Explanation:
         return f"Explanation({self.subject.name!r}, {method}, {number}, {prediction})"
 
     def _repr_html_(self) -> str:
-        from vitrail.explain.sheet import to_html
+        from vitrail.explain.draw import to_html
 
         return to_html(self)
 
     def _repr_png_(self) -> bytes:
-        from vitrail.explain.sheet import to_png
+        from vitrail.explain.draw import to_png
 
         return to_png(self)
 
     def save(self, path: str | Path, **look: Any) -> Path:
         """Write a .gif, .webp, .png or .html file; ``look`` are the fields of ``Look``."""
         # Imported here, since matplotlib takes a second and computing maps does not need it.
-        from vitrail.explain.sheet import save
+        from vitrail.explain.draw import save
 
         return save(self, Path(path), Look(**look))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.errors import DataError
-from vitrail.evaluation.plots import DARK, LIGHT, save_figure, write_title
-from vitrail.explain.map_metrics import half_width
+from vitrail.evaluation.report import DARK, LIGHT, save_figure, write_title
+from vitrail.explain.map_metrics import half_width, require_enough
 from vitrail.model.layers import PatchStem
 from vitrail.model.vit import VisionTransformer
 
@@ -60,29 +60,14 @@ class HeadStatistics(NamedTuple):
     distance_BLA: Tensor
     entropy_BLA: Tensor
 
-
-class HeadSummary(NamedTuple):
-    """Distance and entropy of the heads, averaged over some images.
-
-    Shapes:
-        distance_LA, in pixels; entropy_LA, in nats: log(tokens) for uniform attention; and half
-        the width of the 95% interval of each over the images.
-    """
-
-    images: int
-    distance_LA: Tensor
-    entropy_LA: Tensor
-    distance_half_LA: Tensor
-    entropy_half_LA: Tensor
-
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return means over the images, and half the widths of their 95% intervals."""
         return {
-            "images": self.images,
-            "attention_distance_pixels": _rounded(self.distance_LA),
-            "attention_distance_half_interval": _rounded(self.distance_half_LA),
-            "attention_entropy_nats": _rounded(self.entropy_LA),
-            "attention_entropy_half_interval": _rounded(self.entropy_half_LA),
+            "images": len(self.distance_BLA),
+            "attention_distance_pixels": _rounded(self.distance_BLA.mean(0)),
+            "attention_distance_half_interval": _rounded(half_width(self.distance_BLA)),
+            "attention_entropy_nats": _rounded(self.entropy_BLA.mean(0)),
+            "attention_entropy_half_interval": _rounded(half_width(self.entropy_BLA)),
         }
 
 
@@ -98,7 +83,7 @@ class Inspection:
     patch_size: int
     distance_uniform: float
     """Mean attention distance of a head with uniform attention, in pixels."""
-    heads: HeadSummary | None
+    heads: HeadStatistics | None
     """None if there were no images to measure the heads on."""
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +123,8 @@ def inspect_model(
         DataError: there are fewer than ten images.
     """
     G, J = model.config.grid_GJ
+    if images_BCHW is not None:
+        require_enough(len(images_BCHW))
     return Inspection(
         filters=patch_filters(model),
         similarity_GJGJ=position_similarity(model),
@@ -145,21 +132,7 @@ def inspect_model(
         tokens=G * J + model.config.has_class_token,
         patch_size=model.config.patch_size,
         distance_uniform=float(patch_distances(model).mean()),
-        heads=None if images_BCHW is None else _summarize_heads(model, images_BCHW, chunk=chunk),
-    )
-
-
-def _summarize_heads(
-    model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
-) -> HeadSummary:
-    """Return the means of ``head_statistics`` over the images, with their intervals."""
-    each = head_statistics(model, images_BCHW, chunk=chunk)
-    return HeadSummary(
-        len(images_BCHW),
-        each.distance_BLA.mean(0),
-        each.entropy_BLA.mean(0),
-        half_width(each.distance_BLA),
-        half_width(each.entropy_BLA),
+        heads=None if images_BCHW is None else head_statistics(model, images_BCHW, chunk=chunk),
     )
 
 
@@ -277,18 +250,22 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
         distance, entropy = (figure.add_subplot(grid[1, column]) for column in range(2))
         _draw_both(distance, entropy, inspection, heads)
         figure.supxlabel(
-            f"Heads on {heads.images:,} images, sorted within each layer; bars: 95% intervals",
-            size=9, color=DARK,
-        )  # fmt: skip
+            f"Heads on {len(heads.distance_BLA):,} images, sorted within each layer; "
+            "bars: 95% intervals",
+            size=9,
+            color=DARK,
+        )
     save_figure(figure, path)
 
 
-def _draw_both(distance: Axes, entropy: Axes, inspection: Inspection, heads: HeadSummary) -> None:
-    _draw_heads(distance, heads.distance_LA, heads.distance_half_LA)
+def _draw_both(
+    distance: Axes, entropy: Axes, inspection: Inspection, heads: HeadStatistics
+) -> None:
+    _draw_heads(distance, heads.distance_BLA)
     _draw_limit(distance, inspection.distance_uniform, "uniform attention over all patches")
     distance.set_ylabel("pixels")
     write_title(distance, "Mean attention distance of each head")
-    _draw_heads(entropy, heads.entropy_LA, heads.entropy_half_LA)
+    _draw_heads(entropy, heads.entropy_BLA)
     words = f"uniform attention over all {inspection.tokens} tokens"
     _draw_limit(entropy, math.log(inspection.tokens), words)
     _count_tokens(entropy, inspection.tokens)
@@ -348,8 +325,9 @@ def _spread(count: int) -> list[int]:
     return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
 
 
-def _draw_heads(axes: Axes, values_LA: Tensor, half_LA: Tensor) -> None:
+def _draw_heads(axes: Axes, values_BLA: Tensor) -> None:
     """Draw a dot for each head over its layer, sorted by value, with the head's number."""
+    values_LA, half_LA = values_BLA.mean(0), half_width(values_BLA)
     L, A = values_LA.shape
     sorted_LA, heads_LA = values_LA.sort(dim=1)
     bars_LA = half_LA.gather(1, heads_LA)

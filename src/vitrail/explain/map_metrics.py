@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.config.settings import require_range
+from vitrail.config.settings import require
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
 from vitrail.explain.methods import METHODS, MapSettings, Method, compute_maps
@@ -34,6 +34,8 @@ STEPS = 1 + len(FILLS)
 """Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
 ERROR_RATE = 0.05
 """Probability that at least one mark of a table for beating the controls is wrong."""
+BATCH_SIZE = 500
+"""Images per forward pass."""
 FEWEST_IMAGES = 10
 """Fewer images give no useful interval."""
 
@@ -131,7 +133,7 @@ def deletion_insertion(
     *,
     fill: Fill,
     steps: int = 16,
-    batch_size: int = 500,
+    batch_size: int = BATCH_SIZE,
 ) -> Curves:
     """Record the class's probability while patches are replaced by the fill, or the reverse.
 
@@ -218,11 +220,6 @@ def blur(images_BCHW: Tensor, deviation: float) -> Tensor:
 # The control maps.
 
 
-def random_maps(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Return maps (B, G, J) of independent random numbers from 0 to 1."""
-    return torch.rand(shape, generator=generator)
-
-
 def center_maps(grid_GJ: tuple[int, int]) -> Tensor:
     """Return one map (1, G, J), a Gaussian in the center.
 
@@ -261,12 +258,13 @@ def half_width(values_BX: Tensor, confidence: float = 0.95) -> Tensor:
         DataError: there are fewer than FEWEST_IMAGES.
     """
     images = values_BX.shape[0]
-    _require_enough(images)
+    require_enough(images)
     deviation_X = values_BX.double().std(dim=0)
     return deviation_X * (t_quantile((1 + confidence) / 2, images - 1) / math.sqrt(images))
 
 
-def _require_enough(images: int) -> None:
+def require_enough(images: int) -> None:
+    """Refuse too few images."""
     if images < FEWEST_IMAGES:
         raise DataError(
             f"{images} images are too few for a confidence interval: give at least {FEWEST_IMAGES}"
@@ -295,21 +293,6 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 # Methods and controls scored on the same images.
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How maps are scored."""
-
-    steps: int = 16
-    """Points of a deletion or insertion curve after the first; at most one per patch."""
-    batch_size: int = 500
-    """Images per forward pass."""
-    seed: int = 0
-    """Seed of the random maps."""
-
-    def __post_init__(self) -> None:
-        require_range(self, "steps batch_size", 1)
 
 
 @dataclass(frozen=True)
@@ -367,7 +350,8 @@ def score_methods(
     masks_BHW: Tensor | None,
     methods: Sequence[Method] = METHODS,
     *,
-    settings: ScoreSettings | None = None,
+    steps: int = 16,
+    seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Score]:
     """Score methods, and then both controls, on the same images.
@@ -382,25 +366,26 @@ def score_methods(
         images_BCHW: normalized, on the model's device.
         masks_BHW: the objects' pixels, or None where they are not known.
         methods: the methods to score, in order.
-        settings: how to score.
+        steps: points of a curve after the first; at most one per patch.
+        seed: of the random maps.
         advance: called ``STEPS`` times per method and control, to report progress.
 
     Raises:
         DataError: there are fewer than ten images, or not one mask for each.
         ConfigError: a method does not work on the model.
     """
-    settings = settings or ScoreSettings()
-    _require_enough(len(images_BCHW))
+    require(steps >= 1, f"steps is {steps}: give at least 1")
+    require_enough(len(images_BCHW))
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
     with torch.inference_mode():
-        parts = images_BCHW.split(settings.batch_size)
+        parts = images_BCHW.split(BATCH_SIZE)
         classes_B = torch.cat([model(part).argmax(1).cpu() for part in parts])
     outcomes = {
         name: _measure(
-            model, images_BCHW, masks_BHW, maps_BGJ, classes_B, settings=settings, advance=advance
+            model, images_BCHW, masks_BHW, maps_BGJ, classes_B, steps=steps, advance=advance
         )
-        for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, settings.seed)
+        for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed)
     }
     marks = len(methods) * len(next(iter(outcomes.values())).values)
     return [summarize(name, outcomes, ERROR_RATE / max(1, marks)) for name in outcomes]
@@ -418,7 +403,7 @@ def _all_maps(
         maps = compute_maps(model, images_BCHW, MapSettings(method=method), classes_B=classes_B)
         yield method, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
-    yield "random", random_maps((images, *grid_GJ), rng.generator(seed, "explain"))
+    yield "random", torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
     yield "center", center_maps(grid_GJ).expand(images, -1, -1)
 
 
@@ -429,7 +414,7 @@ def _measure(
     maps_BGJ: Tensor,
     classes_B: Tensor,
     *,
-    settings: ScoreSettings,
+    steps: int,
     advance: Callable[[], object],
 ) -> Outcome:
     """Compute every measure of one method's maps."""
@@ -441,10 +426,7 @@ def _measure(
         values["mass"] = mass_inside(maps_BGJ, masks_BHW)
     curves: dict[str, Tensor] = {}
     for fill in FILLS:
-        drawn = deletion_insertion(
-            model, images_BCHW, maps_BGJ, classes_B, fill=fill, steps=settings.steps,
-            batch_size=settings.batch_size,
-        )  # fmt: skip
+        drawn = deletion_insertion(model, images_BCHW, maps_BGJ, classes_B, fill=fill, steps=steps)
         names = f"deletion_{fill}", f"insertion_{fill}"
         values |= zip(names, drawn.areas(), strict=True)
         curves |= zip(names, (drawn.deletion_BS, drawn.insertion_BS), strict=True)

@@ -6,14 +6,22 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from vitrail.errors import DataError
-from vitrail.evaluation.plots import BLUE, GREEN, ORANGE, SKY, save_figure, tidy, write_title
-from vitrail.evaluation.tables import percent
+from vitrail.evaluation.report import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    make_table,
+    percent,
+    save_figure,
+    tidy,
+    write_title,
+)
 from vitrail.explain.map_metrics import MEASURES, Score
 
 YES, NO = "✓", "✗"
@@ -65,7 +73,7 @@ def _tables(scores: Sequence[Score]) -> list[Table]:
 
 
 def _table(title: str, names: Sequence[str], scores: Sequence[Score]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
+    table = make_table(title)
     table.add_column("method", no_wrap=True)
     for name in names:
         good = "high is good" if MEASURES[name].higher_is_better else "low is good"

@@ -14,22 +14,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
-from vitrail.runtime.files import replace_file
+from vitrail.explain.explanation import Explanation, maps_of
+from vitrail.explain.methods import METHODS, MapSettings, early_logits
 
 SHOWN_CLASSES = 5
 """Number of classes with a bar."""
+LARGEST_SIDE = 1200
+"""A larger picture is reduced."""
 LARGEST_PNG = 400_000
-"""A PNG with more bytes is converted to JPEG."""
-LARGEST_JPEG = 1_000_000
-JPEG_QUALITIES = (90, 75, 60, 40, 20)
-"""The first quality whose file is small enough is used, or the last."""
+"""A PNG with more bytes is replaced by a JPEG."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PageData:
         ConfigError: the shapes do not match.
     """
 
-    picture_png: bytes
+    picture: Image.Image
     box: tuple[float, float, float, float]
     grid_GJ: tuple[int, int]
     class_token: bool
@@ -87,26 +88,46 @@ def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
         )
 
 
-def write_page(path: Path, data: PageData) -> int:
-    """Write the page atomically; return its size in bytes.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    content = make_page(data)
-    replace_file(path, content)
-    return len(content)
+def page_data(explanation: Explanation) -> PageData:
+    """Compute everything that the page shows, whatever the explanation's method."""
+    subject, index = explanation.subject, explanation.class_index
+    model, config = subject.model, subject.model.config
+    maps = {
+        method: maps_of(subject, model, MapSettings(method=method), index) for method in METHODS
+    }
+    logits_Y = maps["attention"].logits_BY[0]
+    with torch.inference_mode():
+        _, attentions = model.forward_with_attention(subject.image_1CHW)
+    height, width = subject.picture_HWC.shape[:2]
+    picture = Image.fromarray(subject.picture_HWC)
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    left, top, right, bottom = seen_box((height, width), config.image_hw, subject.fit)
+    x_scale, y_scale = picture.width / width, picture.height / height
+    return PageData(
+        picture=picture,
+        box=(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale),
+        grid_GJ=config.grid_GJ,
+        class_token=config.has_class_token,
+        mean_pool=config.pool == "mean",
+        classes=subject.classes,
+        logits_Y=logits_Y.numpy(),
+        early_logits_LY=early_logits(model, subject.image_1CHW)[0].numpy(),
+        attention_LATT=torch.cat(attentions).cpu().numpy(),
+        maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
+        title=subject.name,
+        label=subject.label,
+        explained=None if index == int(logits_Y.argmax()) else index,
+    )
 
 
 def make_page(data: PageData) -> bytes:
     """Return the page as UTF-8."""
     template = (resources.files("vitrail.explain") / "page.html").read_text("utf-8")
-    picture, (width, height) = _encode_picture(data.picture_png)
     filled = {
         "POLICY": _content_policy(template),
         "TITLE": html.escape(printable(data.title)),
-        "PICTURE": picture,
-        "DATA": _embeddable(describe(data) | {"size": [width, height]}),
+        "PICTURE": _encode_picture(data.picture),
+        "DATA": _embeddable(describe(data)),
     }
     # In one pass: a title that looks like a placeholder stays a title.
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda placeholder: filled[placeholder[1]], template)
@@ -133,6 +154,7 @@ def describe(data: PageData) -> dict[str, Any]:
     logits_SY = np.concatenate([data.early_logits_LY, data.logits_Y[None]])
     return {
         "grid": list(data.grid_GJ),
+        "size": list(data.picture.size),
         "box": list(data.box),
         "classToken": data.class_token,
         "meanPool": data.mean_pool or not data.class_token,
@@ -177,26 +199,14 @@ def _encode_bytes(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _encode_picture(picture_png: bytes) -> tuple[str, tuple[int, int]]:
-    """Return the picture as a data URL, and its width and height."""
-    with Image.open(io.BytesIO(picture_png)) as image:
-        if len(picture_png) <= LARGEST_PNG:
-            kind, content = "png", picture_png
-        else:
-            kind, content = "jpeg", _as_jpeg(image.convert("RGB"))
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", image.size
-
-
-def _as_jpeg(image: Image.Image) -> bytes:
-    """Return the picture as a JPEG that is small enough."""
-    content = b""
-    for quality in JPEG_QUALITIES:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
-        content = file.getvalue()
-        if len(content) <= LARGEST_JPEG:
-            break
-    return content
+def _encode_picture(picture: Image.Image) -> str:
+    """Return the picture as a data URL."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    picture.save(png, "PNG")
+    if png.tell() <= LARGEST_PNG:
+        return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    picture.save(jpeg, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
 def _embeddable(value: Any) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import Config, require
-from vitrail.data.framing import framing
+from vitrail.data.formats import gray_to_rgb
 from vitrail.data.images import normalize
 from vitrail.data.pictures import (
     Picture,
     Pictures,
-    gray_to_rgb,
+    framing,
     only_picture,
     read_picture,
     source_name,
@@ -110,7 +110,7 @@ class Classifier(BaseClassifier):
         named = name or Path(source_name(picture)).name or "picture"
         picture = only_picture(picture)
         raw_1HWC = self.read(picture)
-        raw_HWC = raw_1HWC[0]
+        (raw_HWC,) = raw_1HWC
         return Subject(
             model=self.model,
             image_1CHW=self.normalize(raw_1HWC),
@@ -123,14 +123,7 @@ class Classifier(BaseClassifier):
         )
 
     def prepare(self, pictures: Pictures) -> Tensor:
-        """Convert pictures of any kind and size to the model's input.
-
-        Shapes:
-            images_BCHW, float32, normalized, on the model's device.
-
-        Raises:
-            PictureError: a picture cannot be read.
-        """
+        """Convert pictures of any kind and size to the model's input (B, C, H, W)."""
         return self.normalize(self.read(pictures))
 
     def normalize(self, raw_BHWC: np.ndarray) -> Tensor:
@@ -139,11 +132,7 @@ class Classifier(BaseClassifier):
         return normalize(raw_BCHW, self.mean, self.std)
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
-        """Return class probabilities (B, Y) on the CPU.
-
-        Raises:
-            CheckpointError: they are not finite, so the weights are corrupt.
-        """
+        """Return class probabilities (B, Y) on the CPU; refuse weights that give no finite ones."""
         with torch.inference_mode():
             parts = [
                 self.model(part).float().softmax(1).cpu() for part in images_BCHW.split(batch_size)

@@ -1,15 +1,7 @@
 """Pictures -> predictions with an exported ONNX file. Does not import torch, so it starts fast.
 
-A file's metadata contain all that reading pictures needs:
-
-    model           the model's settings as JSON: image_size, n_channels, n_classes, ...
-    classes         their names, a JSON list in the order of the logits
-    mean, std       per channel, for pixels in [0, 1]: three numbers each, JSON lists
-    fit             how pictures of another aspect ratio are fitted: crop, pad or squash
-    interpolation   the resampling filter, by Pillow's name: bilinear, bicubic, ...
-    crop_pct        fraction of each side that is kept around the center, a JSON number
-    pixel_range     black and white values of 16-bit pictures, a JSON list, or null
-    preprocessing   a description in words
+A file's metadata contain all that reading pictures needs, as JSON: ``model`` (its settings),
+``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words).
 
 It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
 (B, Y); input ``raw`` (B, H, W, C), uint8, gives ``probabilities`` (B, Y). Further outputs
@@ -27,10 +19,9 @@ import numpy as np
 
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
-from vitrail.data.framing import channel_scale
-from vitrail.errors import CheckpointError, ConfigError
+from vitrail.data.pictures import channel_scale
+from vitrail.errors import CheckpointError, ConfigError, import_optional
 from vitrail.inference.predictions import BaseClassifier, check_classes
-from vitrail.optional import import_optional
 
 OUTPUT_OF_INPUT = {"images": "logits", "raw": "probabilities"}
 """Name of the input -> name of the first output."""
@@ -42,7 +33,7 @@ PREPROCESSING = {
 }
 
 
-def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> dict[str, str]:
+def write_metadata(config: Config, classes: Sequence[str], *, raw: bool) -> dict[str, str]:
     """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
     names = ("mean", "std", "crop_pct", "pixel_range")
@@ -53,16 +44,12 @@ def write_metadata(config: Config, classes: Sequence[str], input_name: str) -> d
         **data,
         "fit": config.data.fit,
         "interpolation": config.data.interpolation,
-        "preprocessing": PREPROCESSING[input_name],
+        "preprocessing": PREPROCESSING["raw" if raw else "images"],
     }
 
 
 def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tuple[str, ...]]:
-    """Parse and check the output of ``write_metadata``.
-
-    Raises:
-        CheckpointError: something is missing or invalid.
-    """
+    """Parse and check the output of ``write_metadata``."""
     missing = {"model", "classes", *PREPARATION} - set(metadata)
     if missing:
         raise CheckpointError(
@@ -92,11 +79,7 @@ class OnnxClassifier(BaseClassifier):
         return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
 
     def prepared(self, **changes: Any) -> "OnnxClassifier":
-        """Return the classifier with changed preparation of pictures, e.g. ``fit``.
-
-        Raises:
-            ConfigError: an invalid setting, or normalization that is part of the graph.
-        """
+        """Return the classifier with changed preparation of pictures, e.g. ``fit``."""
         fixed = [name for name in ("mean", "std") if name in changes]
         if fixed and self.session.get_inputs()[0].name == "raw":
             raise ConfigError(
@@ -106,26 +89,18 @@ class OnnxClassifier(BaseClassifier):
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
 
     def raw_probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
-        """Return class probabilities (B, Y) of pictures at the model's size.
-
-        Shapes:
-            raw_BHWC, uint8 -> probabilities_BY, float32
-        """
+        """Return class probabilities (B, Y), float32, of pictures at the model's size."""
         chunks = range(0, len(raw_BHWC), batch_size)
         parts = [self._run(raw_BHWC[start : start + batch_size]) for start in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
 
     def _run(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Return the probabilities (B, Y) of one batch.
-
-        Raises:
-            CheckpointError: the file does not compute what its metadata claim.
-        """
+        """Return the probabilities (B, Y) of one batch."""
         input_name = self.session.get_inputs()[0].name
         batch = raw_BHWC if input_name == "raw" else self._normalize(raw_BHWC)
         try:
             (scores_BY,) = self.session.run([OUTPUT_OF_INPUT[input_name]], {input_name: batch})
-        except _runtime_errors() as error:
+        except Exception as error:  # its exceptions have no common base class
             raise CheckpointError(f"{self.source}: cannot be run: {_first_line(error)}") from error
         if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
             raise CheckpointError(
@@ -168,7 +143,7 @@ def load_onnx(
     providers = _choose_providers(device, runtime.get_available_providers())
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
-    except _runtime_errors() as error:
+    except Exception as error:  # its exceptions have no common base class
         raise CheckpointError(f"{path}: not a valid ONNX file: {_first_line(error)}") from error
     config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
     input_name = session.get_inputs()[0].name
@@ -178,11 +153,7 @@ def load_onnx(
 
 
 def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
-    """Return onnxruntime's execution providers in order of preference.
-
-    Raises:
-        ConfigError: this onnxruntime does not support the device.
-    """
+    """Return onnxruntime's execution providers in order of preference."""
     names = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
     there = {name: provider for name, provider in names.items() if provider in available}
     if device == "auto":
@@ -192,13 +163,6 @@ def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
             f"device {device} is not available to onnxruntime, only {', '.join(there)}"
         )
     return [there[device]]
-
-
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Return onnxruntime's exceptions, which have no common base class."""
-    state = import_optional("onnxruntime.capi.onnxruntime_pybind11_state")
-    kinds = vars(state).values()
-    return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))
 
 
 def _first_line(error: Exception) -> str:

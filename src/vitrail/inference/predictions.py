@@ -10,8 +10,7 @@ import numpy as np
 
 from vitrail.config.settings import Config
 from vitrail.data.formats import WHITE, Color
-from vitrail.data.framing import framing, stack_pictures
-from vitrail.data.pictures import Pictures
+from vitrail.data.pictures import Pictures, framing, stack_pictures
 from vitrail.errors import CheckpointError, ConfigError, printable
 
 SHOWN = 50
@@ -60,11 +59,7 @@ def _html_row(prediction: Prediction) -> str:
 def rank(
     probabilities_BY: np.ndarray, classes: Sequence[str], top_k: int
 ) -> list[list[Prediction]]:
-    """Return the ``top_k`` most probable classes of each picture, in descending order.
-
-    Raises:
-        ConfigError: top_k is not an integer, or below 1.
-    """
+    """Return the ``top_k`` most probable classes of each picture, in descending order."""
     if not isinstance(top_k, int | np.integer):
         raise ConfigError(f"top_k is {top_k!r:.60}: give a whole number")
     if top_k < 1:
@@ -77,11 +72,7 @@ def rank(
 
 
 def check_classes(names: object, config: Config, where: Path) -> tuple[str, ...]:
-    """Return the class names stored with a model.
-
-    Raises:
-        CheckpointError: they are not names, or not as many as the model has classes.
-    """
+    """Return the class names stored with a model, which must have that many classes."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: its classes are not a list of names")
     if len(names) != config.model.n_classes:
@@ -119,11 +110,7 @@ class BaseClassifier(ABC):
         return rank(self.raw_probabilities(raw_BHWC), self.classes, top_k)
 
     def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
-        """Return pictures of any kind and size as uint8 at the model's size (B, H, W, C).
-
-        Raises:
-            PictureError: a picture cannot be read.
-        """
+        """Return pictures of any kind and size as uint8 at the model's size (B, H, W, C)."""
         model, data = self.config.model, self.config.data
         return stack_pictures(
             pictures,

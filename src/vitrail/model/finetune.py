@@ -8,7 +8,7 @@ from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
 from vitrail.model.vit import VisionTransformer
 
-ADAPTABLE = ("image_size", "n_classes", "dropout", "drop_path")
+ADAPTABLE_FIELDS = ("image_size", "n_classes", "dropout", "drop_path")
 """Settings in which a model may differ from the one that its weights come from."""
 
 
@@ -23,7 +23,7 @@ def adapt(
         CheckpointError: the models differ otherwise, or in the classes without ``new_head``.
     """
     target, notes, own = model.config, [], model.state_dict()
-    free = {*ADAPTABLE, "head"} if new_head else set(ADAPTABLE)
+    free = {*ADAPTABLE_FIELDS, "head"} if new_head else set(ADAPTABLE_FIELDS)
     differing = [
         f"{name} {value}, not {getattr(target, name)}"
         for name, value in vars(source).items()

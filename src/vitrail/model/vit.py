@@ -11,6 +11,7 @@ Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.119
 """
 
 from collections.abc import Container, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
         self.head = (MLPHead if config.head == "mlp" else nn.Linear)(D, config.n_classes)
         if not next(self.parameters()).is_meta:  # otherwise weights are loaded
-            self.apply(initialize)
+            self.apply(partial(initialize, std=config.init_std))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B, Y)."""
@@ -261,11 +262,11 @@ class VisionTransformer(nn.Module):
         return (self.cosines_TK, self.sines_TK) if self.config.position == "rope" else None  # type: ignore[return-value]
 
 
-def initialize(module: nn.Module) -> None:
-    """Initialize a module's own weights: normal with standard deviation 0.02, and zero biases.
+def initialize(module: nn.Module, std: float) -> None:
+    """Initialize a module's own weights: normal with a standard deviation, and zero biases.
 
-    The reference implementation and timm use ``trunc_normal_(std=0.02)``, which is equivalent:
-    it truncates at -2 and 2, i.e. at 100 standard deviations.
+    The reference implementation and timm use ``trunc_normal_(std=0.02)``, which is equivalent to
+    0.02: it truncates at -2 and 2, i.e. at 100 standard deviations.
 
     The convolutional stem has He initialization instead, so that its activations do not shrink;
     but a 3 x 3 kernel passes each input on to one output unchanged, as far as there are outputs.
@@ -274,7 +275,9 @@ def initialize(module: nn.Module) -> None:
     Source: He et al. 2015, arXiv:1502.01852, equation 10; Jordan 2024, arXiv:2404.00498,
     section 3.1 (partial identity).
     """
-    if isinstance(module, nn.Linear | PatchStem):
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+    elif isinstance(module, PatchStem):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -2,16 +2,8 @@
 
 torchrun starts N processes. Each runs the same program on its share of the images; the first, the
 leader, is the only one that writes the run folder and prints. For a single process, every function
-here does nothing, so the rest of the code reads as if there were only one:
-
-    share, rows       which images belong to this rank
-    merge             gradients and losses of the shares -> those of the whole batch
-    join_rows         each rank's results for its images -> all results, on every rank
-    on_leader, each   an error of one rank is raised on all, so that all stop at the same place
-    highest           a request to one rank, such as a signal, reaches all
-    copy_from_leader  broadcast of the leader's tensors
-
-CPU tensors and objects are sent with gloo, CUDA tensors with NCCL.
+here does nothing, so the rest of the code reads as if there were only one. CPU tensors and objects
+are sent with gloo, CUDA tensors with NCCL.
 """
 
 import os
@@ -35,8 +27,6 @@ ANSWER_SECONDS = 5.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Meeting, and what outlives a restart
-
 
 @contextmanager
 def joined() -> Iterator[None]:
@@ -54,38 +44,15 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())  # what "cuda" means from here on
         backend = "cpu:gloo,cuda:nccl"
-    _meet(backend)
+    with _communicating():
+        number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        job = _job_store()
+        store = None if job is None else _meeting_store(job, number)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def remember(key: str, value: str) -> None:
-    """Store a value for the lifetime of this torchrun job, which includes restarts of its ranks."""
-    store = _job_store()
-    if store is not None:
-        store.set(key, value)
-
-
-def recall(key: str) -> str | None:
-    """Return the value that remember() stored in this job, or None."""
-    store = _job_store()
-    if store is None or not store.check([key]):
-        return None
-    return str(store.get(key).decode())
-
-
-def _meet(backend: str) -> None:
-    """Join the other ranks."""
-    with _communicating():
-        job = _job_store()
-        if job is None:
-            dist.init_process_group(backend)
-        else:
-            number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = _meeting_store(job, number)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size)
 
 
 @contextmanager
@@ -103,7 +70,7 @@ def _communicating() -> Iterator[None]:
 
 
 def _job_store() -> Any:
-    """Return torchrun's own key-value store, or None without torchrun."""
+    """Return torchrun's key-value store, which outlives restarts; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -122,22 +89,33 @@ def _meeting_store(job: Any, number: int) -> Any:
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    host = os.environ["MASTER_ADDR"]
+    host, until = os.environ["MASTER_ADDR"], time.monotonic() + MEETING_SECONDS
     if number == 0:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         job.set("leader", str(store.port))
         return store
-    until = time.monotonic() + MEETING_SECONDS
     while True:
         address = host, int(job.get("leader"))
         try:
             socket.create_connection(address, ANSWER_SECONDS).close()
+            return TCPStore(*address, is_master=False)
         except OSError as error:
             if time.monotonic() > until:
                 raise RuntimeError(f"no answer from {host}:{address[1]}") from error
             time.sleep(0.1)
-        else:
-            return TCPStore(*address, is_master=False)
+
+
+def store_value(key: str, value: str) -> None:
+    """Store a value for the lifetime of this torchrun job, which includes restarts of its ranks."""
+    store = _job_store()
+    if store is not None:
+        store.set(key, value)
+
+
+def load_value(key: str) -> str | None:
+    """Return the value that store_value() stored in this job, or None."""
+    store = _job_store()
+    return str(store.get(key).decode()) if store is not None and store.check([key]) else None
 
 
 # Ranks and their shares
@@ -164,11 +142,7 @@ def is_leader() -> bool:
 
 
 def require_work(batch_size: int) -> None:
-    """Check that a batch has at least one image per rank.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
+    """Raise ConfigError if a batch has less than one image per rank."""
     if batch_size < count():
         raise ConfigError(
             f"batch_size is {batch_size}, but {count()} processes share it: raise it, or give "
@@ -198,6 +172,9 @@ def own_index(index: int) -> int:
     return index + (rank() << 40)
 
 
+# Tensors and objects
+
+
 def merge(model: nn.Module, *sums: Tensor) -> None:
     """Sum gradients and ``sums`` over the ranks, in place, and average running statistics.
 
@@ -213,23 +190,14 @@ def merge(model: nn.Module, *sums: Tensor) -> None:
         if weight.grad is None:  # this rank's share was empty
             weight.grad = torch.zeros_like(weight)
     statistics = [
-        tensor
+        tensor.div_(count())
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if _is_statistic(tensor) and model.get_submodule(name.rpartition(".")[0]).training
+        if not isinstance(tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and model.get_submodule(name.rpartition(".")[0]).training
     ]
-    for statistic in statistics:
-        statistic /= count()
-    add_up([*(w.grad for w in weights if w.grad is not None), *sums, *statistics])
-
-
-def _is_statistic(tensor: Tensor) -> bool:
-    """Return whether a tensor is a running statistic, not a weight or a counter."""
-    return not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-
-
-def add_up(tensors: list[Tensor]) -> None:
-    """Replace tensors, all on one device, by their float32 sums over the ranks, in one message."""
-    flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+    tensors = [*(w.grad for w in weights if w.grad is not None), *sums, *statistics]
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors])  # one message
     with _communicating():
         dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -238,18 +206,11 @@ def add_up(tensors: list[Tensor]) -> None:
 
 def copy_from_leader(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with the leader's."""
-    if count() == 1:
-        return
-    for tensor in tensors:
+    for tensor in tensors if count() > 1 else ():
         buffer = tensor.detach().contiguous()
         with _communicating():
             dist.broadcast(buffer, src=0)
         tensor.detach().copy_(buffer)
-
-
-def join_rows(part: Tensor | None) -> Tensor:
-    """Return the rows of all ranks, in order, on every rank. Pass None for no rows."""
-    return torch.cat([rows for rows in gather(part) if rows is not None])
 
 
 def gather(value: T) -> list[T]:
@@ -261,8 +222,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def join_rows(part: Tensor | None) -> Tensor:
+    """Return the rows of all ranks, in order, on every rank. Pass None for no rows."""
+    return torch.cat([rows for rows in gather(part) if rows is not None])
+
+
 def highest(number: int) -> int:
-    """Return the highest of the ranks' numbers."""
+    """Return the highest of the ranks' numbers: a request to one, such as a signal, reaches all."""
     if count() == 1:
         return number
     tensor = torch.tensor(number)
@@ -271,11 +237,14 @@ def highest(number: int) -> int:
     return int(tensor)
 
 
+# Calls whose errors are raised on all ranks, so that all stop at the same place
+
+
 def on_leader(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function on the leader; every rank returns what it returned, or raises its error."""
     if count() == 1:
         return function(*args, **kwargs)
-    outcome: list[T | VitrailError | SystemExit | None] = [None]
+    outcome: list[Any] = [None]
     if is_leader():
         try:
             outcome = [function(*args, **kwargs)]
@@ -285,7 +254,8 @@ def on_leader(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], VitrailError | SystemExit):
         raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+    value: T = outcome[0]
+    return value
 
 
 def each(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -297,20 +267,14 @@ def each(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         value = function(*args, **kwargs)
     except VitrailError as caught:
         error = caught
-    errors = gather(error)
-    if errors[0] is not None:
-        raise errors[0]
-    for number, error in enumerate(errors):
-        if error is not None:
-            raise type(error)(f"process {number}: {error}")
+    for number, raised in enumerate(gather(error)):
+        if raised is not None:
+            raise raised if number == 0 else type(raised)(f"process {number}: {raised}")
     return value
 
 
 def first_on_machine(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function on the first rank of every machine, then on the others.
-
-    The others find what the first has downloaded.
-    """
+    """Call a function on the first rank of every machine; then on the others, to find its files."""
     first = local_rank() == 0
     value = each(lambda: function(*args, **kwargs) if first else None)
     return each(lambda: value if first else function(*args, **kwargs))  # type: ignore[return-value]

@@ -20,11 +20,7 @@ def write_flushed(path: Path, content: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until a folder's renames are on disk, where the file system can do so.
-
-    Raises:
-        OSError: the disk failed or is full.
-    """
+    """Wait until a folder's renames are on disk, where the file system can do so."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
@@ -69,11 +65,7 @@ def write_json_lines(path: Path, rows: list[Any]) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Check that a folder could be created and written to, without creating it.
-
-    Raises:
-        OutputError: the folder, or its nearest existing parent, is not writable.
-    """
+    """Raise OutputError if a folder could not be created and written to; create nothing."""
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=nearest):

@@ -2,8 +2,6 @@
 
 import platform
 import re
-import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,11 @@ from vitrail.runtime import distributed
 
 LONG_RUN = 2000
 """Updates from which compiling a run on CUDA is worth its time: a rule of thumb, not measured."""
-PRIVATE = re.compile(r"path|name|config|resume|init\b")
-"""Matches flags whose values are paths or names."""
-HIDDEN = "[path or name]"
 PACKAGES = ("vitrail", "torch", "numpy", "pillow", "safetensors")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with this name; ``auto`` prefers cuda, then mps, then cpu.
-
-    Raises:
-        ConfigError: PyTorch has no such device on this machine.
-    """
+    """Return the device with this name, if it is there; ``auto`` prefers cuda, then mps."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     there = [device for device, yes in usable.items() if yes] + ["cpu"]
     if name != "auto" and name not in there:
@@ -68,9 +59,8 @@ def choose_own_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return bfloat16 or float32; ``auto`` takes bfloat16 where it is faster."""
-    if name == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    fast = name == "bfloat16" or (name == "auto" and multiplies_bfloat16(device))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -95,7 +85,7 @@ def choose_compile(name: str, device: torch.device, updates: int) -> bool:
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return versions, machine, device and number format; nothing that identifies a person."""
+    """Return versions, machine, device and number format."""
     gpu = f": {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return {
         "versions": package_versions(),
@@ -105,21 +95,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "threads": torch.get_num_threads(),
         "device": device.type + gpu,
         "precision": precision,
-        "command": [Path(sys.argv[0]).name, *public_words(sys.argv[1:])],
     }
-
-
-def public_words(words: Sequence[str]) -> list[str]:
-    """Return the command line without paths and names, which may identify a person."""
-    shown: list[str] = []
-    private = False
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if flag:
-            private = bool(PRIVATE.search(flag))
-        hidden = bool(value) and (private or any(mark in value for mark in "/\\~"))
-        shown.append(flag + equals + (HIDDEN if hidden else value))
-    return shown
 
 
 def package_versions() -> dict[str, str]:

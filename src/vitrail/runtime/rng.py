@@ -18,11 +18,7 @@ STREAMS = (
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
-    """Return a 63-bit seed: the same on all platforms, independent across streams and indices.
-
-    Raises:
-        ValueError: the stream is not one of STREAMS.
-    """
+    """Return a 63-bit seed: the same on all platforms, independent across streams and indices."""
     if stream not in STREAMS:
         raise ValueError(f"unknown random stream {stream!r}, not one of {STREAMS}")
     digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
@@ -36,11 +32,7 @@ def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, stream: str, index: int = 0, *, device: torch.device) -> Iterator[None]:
-    """Seed the global generators used on ``device``; restore them afterwards.
-
-    These are the CPU's and, on another device, the device's own (which dropout uses). No other
-    generator is touched.
-    """
+    """Seed the global generators of the CPU and of ``device``; restore them afterwards."""
     number = derive_seed(seed, stream, index)
     own = None if device.type == "cpu" else torch.get_device_module(device)
     cpu_state, own_state = torch.get_rng_state(), own.get_rng_state() if own else None

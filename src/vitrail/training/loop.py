@@ -16,8 +16,7 @@ from vitrail.errors import TrainingError
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.runtime.hardware import choose_compile, choose_precision
-from vitrail.training.optim import set_learning_rate
-from vitrail.training.schedule import multiplier
+from vitrail.training.optim import multiplier, set_learning_rate
 from vitrail.training.state import TrainingState
 
 

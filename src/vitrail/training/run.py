@@ -1,5 +1,6 @@
 """One training run: build, train, evaluate, save. Its files are described in run_folder.py."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +17,8 @@ from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
-from vitrail.evaluation.plots import draw_each, plot_run
-from vitrail.explain.attention_snapshots import choose_images, draw_attention
+from vitrail.evaluation.report import draw_each, plot_run
+from vitrail.explain.draw import choose_images, draw_attention
 from vitrail.inference.classifier import Classifier
 from vitrail.model.layers import ConvStem
 from vitrail.model.vit import VisionTransformer
@@ -30,20 +31,19 @@ from vitrail.runtime.hardware import (
     describe_environment,
 )
 from vitrail.training.loop import Update, count_flops, train
-from vitrail.training.run_data import list_files, load_on_all_ranks, restore_files
+from vitrail.training.optim import multiplier
 from vitrail.training.run_folder import (
     EpochRow,
     hold,
+    list_files,
+    load_on_all_ranks,
     log_test_use,
-    prune,
-    quality,
     read_rows,
-    recover,
     require_run_folder,
     require_unused,
+    restore_files,
 )
-from vitrail.training.schedule import multiplier
-from vitrail.training.state import TrainingState, first_not_finite
+from vitrail.training.state import TrainingState, first_not_finite, prune, quality, recover
 from vitrail.training.trackers import Trackers, check_trackers
 from vitrail.weights import pretrained
 from vitrail.weights.checkpoint import (
@@ -65,14 +65,10 @@ EVALUATION_CHUNK = 500
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnd:
-    """The end of an epoch. ``row`` is its line of metrics.jsonl."""
+    """The end of an epoch, with its line of metrics.jsonl."""
 
     row: EpochRow
     best: bool
-
-
-def _never() -> bool:
-    return False
 
 
 class Run:
@@ -92,12 +88,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        *,
-        fresh: bool = True,
-        manifest: Manifest | None = None,
+        self, config: Config, folder: Path, *, fresh: bool = True, manifest: Manifest | None = None
     ) -> None:
         check_trackers(config.run)  # fails now rather than after hours of training
         if config.run.model_path is not None:
@@ -117,7 +108,7 @@ class Run:
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
             raise ConfigError("stop_at_accuracy needs validation images: give validation_images")
-        self.watched = choose_images(splits["validation"], config.run.attention_epochs)
+        self.plotted_images = choose_images(splits["validation"], config.run.attention_epochs)
         self.notices: list[str] = []
         self.problems: list[str] = []
         """What failed without ending the run, one line each."""
@@ -147,20 +138,15 @@ class Run:
     def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
         """Begin a new run in an empty folder (see run_folder.new_folder).
 
-        Args:
-            config: the run's settings.
-            folder: the run folder.
-            manifest: the files of a data set that is a folder, if already listed.
+        ``manifest`` is that of a data set that is a folder, if its files are listed already.
 
         Raises:
             ConfigError: the folder is not empty.
         """
         distributed.on_leader(require_unused, folder)
         if config.data.dataset != "shapes":  # so that the run can be tested from any folder
-            place = config.data.data_path.absolute()
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, data_path=place)
-            )
+            data = dataclasses.replace(config.data, data_path=config.data.data_path.absolute())
+            config = dataclasses.replace(config, data=data)
         run = cls(config, folder, manifest=distributed.on_leader(list_files, config, manifest))
         distributed.on_leader(run._write_settings)
         return run
@@ -169,9 +155,7 @@ class Run:
     def resume(cls, folder: Path, config: Config) -> "Run":
         """Resume from the newest valid checkpoint of a run folder; without one, start over.
 
-        Args:
-            folder: the run folder.
-            config: the settings in its config.json; only the paths and the device may differ.
+        The settings are those in its config.json; only the paths and the device may differ.
 
         Raises:
             CheckpointError: no checkpoint is valid, or it was made with other settings.
@@ -219,15 +203,12 @@ class Run:
         goal = self.config.run.stop_at_accuracy
         return bool(self.rows) and goal is not None and self.rows[-1]["validation_accuracy"] >= goal
 
-    def train(self, stopping: Callable[[], bool] = _never) -> Iterator[Update | EpochEnd]:
+    def train(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and the end of every epoch.
 
-        The iteration may be left at any time; save() then keeps all progress.
-
-        Args:
-            stopping: polled during the evaluation of an epoch, which may take long. If it returns
-                True, the evaluation is postponed; leave the iteration after that update, otherwise
-                the evaluation starts over.
+        The iteration may be left at any time; save() then keeps all progress. ``stopping`` is
+        polled during the evaluation of an epoch, which may take long. If it returns True, the
+        evaluation is postponed; leave the iteration after that update, or it starts over.
 
         Raises:
             TrainingError: the loss, the gradient or a weight is not finite.
@@ -255,7 +236,7 @@ class Run:
             # Before the update is yielded, so that leaving then loses nothing of the epoch.
             end = self._end_epoch(stopping) if update.ends_epoch else None
             yield update
-            if update.ends_epoch and (end := end or self._end_epoch(_never)):
+            if update.ends_epoch and (end := end or self._end_epoch(lambda: False)):
                 yield end
                 if self.is_enough():
                     return
@@ -290,9 +271,8 @@ class Run:
 
     def _synchronize(self) -> None:
         """Copy the leader's state to all ranks: different processors round differently."""
-        distributed.copy_from_leader(
-            [*self.state.weights().values(), *self.state.tensors().values()]
-        )
+        state = {**self.state.weights(), **self.state.tensors()}
+        distributed.copy_from_leader(state.values())
 
     def _score_monitored(self, epoch: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Evaluate the monitored splits; None when stopping."""
@@ -321,12 +301,10 @@ class Run:
         if not every or row["epoch"] % every or not distributed.is_leader():
             return None
         name, model = f"epoch-{row['epoch']:04}.png", self.state.eval_model
-        folder = self.folder / "attention"
-        problems = draw_each(
-            {name: lambda path: draw_attention(model, self.watched, self.config, path)}, folder
-        )
+        draw = {name: lambda path: draw_attention(model, self.plotted_images, self.config, path)}
+        problems = draw_each(draw, self.folder / "attention")
         self.problems += problems
-        return None if problems else folder / name
+        return None if problems else self.folder / "attention" / name
 
     # --- what the leader writes ---
 
@@ -364,8 +342,10 @@ class Run:
     def _write_checkpoint(self) -> Path:
         folder = self.checkpoints / f"step-{self.state.step:07}"
         row: Mapping[str, Any] = self.rows[-1] if self.rows else {}
-        if folder == self.saved and _has_row(folder, row):
-            return folder
+        if folder == self.saved:
+            with contextlib.suppress(CheckpointError):  # it was removed
+                if load_info(folder).metrics == row:
+                    return folder
         weights, training = self.state.weights(), self.state.tensors()
         broken = first_not_finite({**weights, **training})
         if broken is not None:
@@ -381,10 +361,9 @@ class Run:
         return folder
 
     def finish(self) -> dict[str, Any]:
-        """Test the best model once, write result.json and the plots, return the result.
+        """Test the best model once, if there is a test split; write result.json and the plots.
 
-        Without a test split there is no test score. ``problems`` then lists the plots and weights
-        that could not be written.
+        ``problems`` then lists the plots and weights that could not be written.
         """
         best = distributed.on_leader(  # on the CPU, from where it can be sent to every rank
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
@@ -437,14 +416,6 @@ class Run:
 def _speed(images: int, seconds: float) -> float:
     """Return images per second, also if the clock did not advance."""
     return round(images / max(seconds, 1e-9), 1)
-
-
-def _has_row(folder: Path, row: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint exists and its metrics are those of a row."""
-    try:
-        return load_info(folder).metrics == row
-    except CheckpointError:
-        return False
 
 
 def _write_weights(best: Classifier, run_name: str) -> None:

@@ -1,4 +1,4 @@
-"""The files of a run: their layout, the lock, pruning, and recovery after a crash.
+"""The files of a run: their layout, the lock, the data, metrics, uses of the test split.
 
 output/NAME/
 ├── config.json  env.json          settings; software and hardware
@@ -11,39 +11,37 @@ output/NAME/
 ├── attention/                     with --attention_epochs: a picture every N epochs
 ├── trackers.json                  with --wandb or --mlflow: the ids of this run there
 └── tensorboard/                   with --tensorboard
-
-A run may be killed between any two writes. ``recover`` then removes what is incomplete, restores
-what was moved aside, and makes LAST and BEST name the right checkpoints.
 """
 
 import contextlib
+import dataclasses
 import json
-import re
-import shutil
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from filelock import BaseFileLock, FileLock, Timeout
-from torch import Tensor
 
-from vitrail.config.files import RESUME_OVERRIDES
-from vitrail.config.settings import Config
+from vitrail.config.settings import Config, Split
+from vitrail.data.datasets import Loaded, load_data
+from vitrail.data.images import ImageSet
+from vitrail.data.manifest import (
+    FILE,
+    Manifest,
+    choose_manifest,
+    count_added,
+    load_manifest,
+    scan,
+    verify,
+)
 from vitrail.errors import CheckpointError, ConfigError, OutputError
 from vitrail.runtime import distributed
 from vitrail.runtime.files import replace_file
-from vitrail.weights.checkpoint import (
-    CheckpointInfo,
-    load_info,
-    load_training,
-    load_weights,
-    read_pointer,
-    remove_folders,
-    step_of,
-    write_pointer,
-)
+from vitrail.weights.checkpoint import read_bytes
+
+if TYPE_CHECKING:
+    from vitrail.inference.classifier import Classifier
 
 LOCK = ".lock"
 """A file that the writing process locks; the system unlocks it when the process ends."""
@@ -78,29 +76,24 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
         ConfigError: ``folder_name`` is taken.
         OutputError: the folder cannot be created.
     """
-    numbered = (f"{default_name}-{number}" for number in range(2, 100_000))
-    for name in [folder_name] if folder_name else [default_name, *numbered]:
+    folder, number = output_path / (folder_name or default_name), 1
+    while True:
         try:
-            (output_path / name).mkdir(parents=True)
+            folder.mkdir(parents=True)
         except FileExistsError:
             if folder_name:
-                require_unused(output_path / name)
-                return output_path / name
+                require_unused(folder)
+                return folder
         except OSError as error:
-            raise OutputError(
-                f"{output_path / name}: cannot be created: {error.strerror}"
-            ) from error
+            raise OutputError(f"{folder}: cannot be created: {error.strerror}") from error
         else:
-            return output_path / name
-    raise OutputError(f"{output_path}: too many runs named {default_name}: give --folder_name")
+            return folder
+        number += 1
+        folder = output_path / f"{default_name}-{number}"
 
 
 def require_unused(folder: Path) -> None:
-    """Refuse a folder that is not empty.
-
-    Raises:
-        ConfigError: it holds a run, or other files.
-    """
+    """Raise ConfigError if a folder is not empty."""
     if folder.exists() and not is_unused(folder):
         raise ConfigError(
             f"{folder} already exists: give another --folder_name, or resume the run in it with "
@@ -121,11 +114,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def require_run_folder(folder: Path) -> None:
-    """Refuse a folder without a run. Nothing is written.
-
-    Raises:
-        CheckpointError: it has neither settings nor checkpoints.
-    """
+    """Raise CheckpointError if a folder has neither settings nor checkpoints."""
     if not ((folder / "config.json").is_file() or is_run_folder(folder)):
         raise CheckpointError(f"{folder}: not a run folder (it has no checkpoints/)")
 
@@ -142,12 +131,12 @@ def hold(folder: Path) -> AbstractContextManager[object]:
     Raises:
         OutputError: another process holds it, or the folder cannot be written.
     """
-    return distributed.each(
-        lambda: _acquire(folder) if distributed.is_leader() else contextlib.nullcontext()
-    )
+    return distributed.each(_acquire, folder)
 
 
 def _acquire(folder: Path) -> AbstractContextManager[object]:
+    if not distributed.is_leader():
+        return contextlib.nullcontext()
     try:
         return lock_of(folder).acquire()
     except Timeout:
@@ -168,6 +157,65 @@ def lock_of(folder: Path) -> BaseFileLock:
     return FileLock(folder / LOCK, timeout=0, is_singleton=True, thread_local=False)
 
 
+# --- the data -------------------------------------------------------------------------------------
+
+
+def _run_of(source: str) -> Path | None:
+    """Return the run folder that a model was loaded from, itself or one of its checkpoints."""
+    checkpoints = Path(source).resolve().parent
+    if is_run_folder(Path(source)):
+        return Path(source)
+    return checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+
+def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageSet:
+    """Load a split of the data that a model was trained on, or of other data.
+
+    If the model comes from a run, the run's manifest determines the splits. All of another folder
+    is its test split. ``changes`` are data settings that differ, such as ``data_path``.
+
+    Raises:
+        DataError: data are missing, or changed since the training.
+    """
+    config = classifier.config
+    data = dataclasses.replace(config.data, **changes)
+    manifest = None
+    if data.dataset == "folder":
+        run = _run_of(classifier.source)
+        known = load_manifest(run) if run and (run / FILE).is_file() else None
+        manifest = choose_manifest(data, config.data, known, split, classifier.classes)
+    return _load(dataclasses.replace(config, data=data), manifest, split).images[split]
+
+
+def load_on_all_ranks(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
+    """Load splits on every rank; where a download may be needed, on one rank per machine first."""
+    downloads = config.data.dataset.startswith("cifar")
+    on_ranks = distributed.first_on_machine if downloads else distributed.each
+    return on_ranks(_load, config, manifest, *splits)
+
+
+def _load(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
+    size, channels = config.model.image_hw, config.model.n_channels
+    return load_data(config.data, splits, image_hw=size, n_channels=channels, manifest=manifest)
+
+
+def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
+    """Return the files of a new run, with fingerprints; None if its data set is not a folder."""
+    if config.data.dataset != "folder":
+        return None
+    listed = manifest or scan(config.data.data_path, config.data.validation_images)
+    return listed.with_fingerprints(config.data.num_workers)
+
+
+def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
+    """Return the files that a run started with, after verifying them, and how many were added."""
+    if config.data.dataset != "folder" or not (folder / FILE).is_file():
+        return list_files(config, None), 0  # it was stopped before its settings were written
+    manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
+    verify(manifest, manifest.files, config.data.num_workers)
+    return manifest, count_added(manifest)
+
+
 # --- metrics.jsonl and test_uses.jsonl ------------------------------------------------------------
 
 
@@ -175,45 +223,16 @@ def read_rows(folder: Path) -> list[EpochRow]:
     """Return the lines of metrics.jsonl, if there are any.
 
     Raises:
-        CheckpointError: the file cannot be read, or a line is not one of a run.
+        CheckpointError: a line is not that of an epoch.
     """
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        rows = list(map(json.loads, read_bytes(path).splitlines())) if path.exists() else []
+    except ValueError as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
-    if not all(map(_is_row, rows)):
+    if not all(isinstance(row, dict) and {"epoch", "step"} <= row.keys() for row in rows):
         raise CheckpointError(f"{path}: corrupt: a line is not an epoch of a run")
     return rows
-
-
-def _is_row(row: Any) -> bool:
-    """Return whether a value is an object of numbers that has an epoch and a step."""
-    return (
-        isinstance(row, dict)
-        and all(value is None or _is_number(value) for value in row.values())
-        and all(type(row.get(name)) is int for name in ("step", "epoch"))
-    )
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether a value is a number that can be printed and plotted."""
-    return isinstance(value, int | float) and -1e15 < value < 1e15
-
-
-def quality(row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return a sort key for epochs, the best one highest: accuracy, then loss, then the first.
-
-    Without validation the newest epoch is the best. Before any epoch stands a checkpoint inside
-    one, of which only the step is known.
-    """
-    if "validation_accuracy" in row:
-        return 1, row["validation_accuracy"], -row["validation_loss"], -row["step"]
-    return (1 if "epoch" in row else 0), 0, 0, row.get("step", 0)
 
 
 def log_test_use(folder: Path, purpose: str, images: int) -> None:
@@ -224,179 +243,23 @@ def log_test_use(folder: Path, purpose: str, images: int) -> None:
         earlier = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from error
-    if earlier and not earlier.endswith(b"\n"):
-        earlier += b"\n"
-    replace_file(path, earlier + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    lines = [*earlier.splitlines(), json.dumps(row, ensure_ascii=False).encode()]
+    replace_file(path, b"\n".join(lines) + b"\n")
 
 
 def log_test_use_of(source: str, fallback: Path, purpose: str, images: int) -> str:
-    """Log a use of the test split in the run folder that a model came from.
+    """Log a use of the test split in the run folder that a model was loaded from.
 
-    Args:
-        source: where the model was loaded from (``Classifier.source``): a run folder, one of its
-            checkpoints, or anything else.
-        fallback: the folder to log in if the model is not from a run, or the run is read-only.
-        purpose: what the images were used for.
-        images: number of images.
-
-    Returns:
-        a message for the user if the run folder could not be written, else "".
-
-    Raises:
-        OutputError: the fallback folder cannot be written either.
+    If it is not from a run, or the run is read-only, log it in the folder ``fallback``. Return a
+    message for the user if the run folder could not be written, else "".
     """
-    path = Path(source)
-    checkpoints = path.resolve().parent
-    if is_run_folder(path):
-        run = path
-    elif checkpoints.name == "checkpoints":
-        run = checkpoints.parent
-    else:
-        log_test_use(fallback, purpose, images)
-        return ""
+    run = _run_of(source)
     try:
-        log_test_use(run, purpose, images)
+        log_test_use(run or fallback, purpose, images)
     except OutputError as error:
+        if run is None:
+            raise
         log_test_use(fallback, purpose, images)
         log = fallback / "test_uses.jsonl"
         return f"{error}; this use of the test split is logged in {log} instead"
     return ""
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def checkpoint_folders(checkpoints: Path, last: int | None = None) -> list[Path]:
-    """Return the checkpoint folders in the order of their steps. Default: all, else to ``last``."""
-    steps = {folder: step_of(folder) for folder in checkpoints.glob("step-*")}
-    known = {folder: step for folder, step in steps.items() if step is not None}
-    wanted = [folder for folder, step in known.items() if last is None or step <= last]
-    return sorted(wanted, key=known.__getitem__)
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove the checkpoints up to LAST, except BEST and the ``keep`` newest (0 keeps all).
-
-    Those after LAST were skipped as corrupt; training will overwrite them.
-
-    Raises:
-        OutputError: a checkpoint cannot be removed.
-    """
-    newest, best = (read_pointer(checkpoints, name) for name in ("LAST", "BEST"))
-    folders = checkpoint_folders(checkpoints, last=step_of(newest))
-    try:
-        for folder in set(folders) - {*folders[-keep:], newest, best}:
-            # Renamed first, so that a kill during removal leaves nothing that looks complete.
-            doomed = folder.with_name(f".doomed-{folder.name}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-    except OSError as error:
-        raise OutputError(f"{checkpoints}: cannot be pruned: {error.strerror}") from error
-
-
-class SavedState(NamedTuple):
-    """A checkpoint in memory, and notices about others that were skipped."""
-
-    folder: Path
-    info: CheckpointInfo
-    weights: dict[str, Tensor]
-    training: dict[str, Tensor]
-    best: Mapping[str, Any]
-    """The row of the checkpoint that BEST names; only its step before the first epoch."""
-    notices: list[str]
-
-
-def recover(folder: Path, config: Config) -> SavedState | None:
-    """Repair a run folder and load its newest valid checkpoint.
-
-    Returns:
-        None if the run was stopped before its first checkpoint.
-
-    Raises:
-        CheckpointError: it is not a run folder, it has no valid checkpoint, or the checkpoint was
-            made with other settings.
-        OutputError: the folder cannot be written.
-    """
-    require_run_folder(folder)
-    checkpoints = folder / "checkpoints"
-    remove_incomplete(checkpoints)
-    if (folder / "config.json").is_file() and not checkpoint_folders(checkpoints):
-        return None
-    saved = newest_valid(checkpoints)
-    _require_same_settings(config, saved)
-    write_pointer(checkpoints, "LAST", saved.folder)
-    return _repair_best(checkpoints, saved)
-
-
-def remove_incomplete(checkpoints: Path) -> None:
-    """Remove what a killed run left incomplete; restore what it had moved aside.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    try:
-        for old in checkpoints.glob(".old-*"):
-            folder = old.with_name(old.name.removeprefix(".old-"))
-            if not folder.exists():
-                old.rename(folder)
-        for path in checkpoints.glob(".*"):
-            if re.match(r"\.(old|partial|doomed)-", path.name):
-                path.unlink() if path.is_file() else remove_folders(path)
-    except OSError as error:
-        raise OutputError(f"{checkpoints}: cannot be written: {error.strerror}") from error
-
-
-def newest_valid(checkpoints: Path) -> SavedState:
-    """Load the newest checkpoint that is complete and unchanged.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    skipped: list[str] = []
-    for folder in reversed(checkpoint_folders(checkpoints)):
-        try:
-            state = (load_info(folder), load_weights(folder), load_training(folder))
-        except CheckpointError as error:
-            skipped.append(f"skipped a corrupt checkpoint: {error}")
-        else:
-            return SavedState(folder, *state, {}, skipped)
-    reason = skipped[0] if skipped else "the run was stopped before its first one"
-    raise CheckpointError(f"{checkpoints}: no valid checkpoint to resume from: {reason}")
-
-
-def _require_same_settings(config: Config, saved: SavedState) -> None:
-    """Refuse to resume with other settings than those of the checkpoint."""
-    asked, made = config.flat(), saved.info.config.flat()
-    other = [name for name in made if name not in RESUME_OVERRIDES and asked[name] != made[name]]
-    other = [name for name in other if (name, asked[name]) != ("n_classes", 0)]
-    if other:
-        listed = ", ".join(f"{name} {asked[name]!r} (not {made[name]!r})" for name in other)
-        raise CheckpointError(
-            f"{saved.folder}: its settings do not match config.json: {listed:.200}: restore "
-            "config.json, or start a new run"
-        )
-
-
-def _repair_best(checkpoints: Path, saved: SavedState) -> SavedState:
-    """Make BEST name the best valid checkpoint up to the one that is resumed."""
-    found: list[tuple[Mapping[str, Any], Path]] = []
-    for folder in checkpoint_folders(checkpoints, last=step_of(saved.folder)):
-        with contextlib.suppress(CheckpointError):
-            metrics, step = load_info(folder).metrics, step_of(folder)
-            found.append((metrics if metrics.get("step") == step else {"step": step}, folder))
-    notices = list(saved.notices)
-    for row, folder in sorted(found, key=lambda pair: quality(pair[0]), reverse=True):
-        try:
-            load_weights(folder)
-        except CheckpointError as error:
-            notices.append(f"skipped a corrupt checkpoint: {error}")
-            continue
-        try:
-            named = read_pointer(checkpoints, "BEST")
-        except CheckpointError as error:
-            named = None
-            notices.append(f"{error}; it now names {folder.name}")
-        if named != folder:
-            write_pointer(checkpoints, "BEST", folder)
-        return saved._replace(best=row, notices=notices)
-    raise CheckpointError(f"{checkpoints}: no valid checkpoint")  # the newest was, a moment ago

@@ -16,8 +16,7 @@ import numpy as np
 
 from vitrail.config.settings import Config, RunConfig
 from vitrail.data.pictures import read_picture
-from vitrail.errors import CheckpointError, OutputError
-from vitrail.optional import import_optional
+from vitrail.errors import CheckpointError, OutputError, import_optional
 from vitrail.runtime import distributed
 from vitrail.runtime.files import write_json
 
@@ -115,11 +114,7 @@ what to do if it cannot be started."""
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Refuse trackers that are not installed, before a run begins.
-
-    Raises:
-        ConfigError: tensorboard, wandb or mlflow is requested but not installed.
-    """
+    """Raise ConfigError if a tracker is requested but not installed."""
     for name in _KINDS:
         if getattr(config, name):
             import_optional(name)
@@ -128,12 +123,8 @@ def check_trackers(config: RunConfig) -> None:
 class Trackers:
     """All trackers of a run; a context manager that closes them.
 
-    A tracker that raises is closed and no longer used: training does not depend on it.
-
-    Args:
-        config: the run's settings.
-        folder: the run folder.
-        problems: one line for each failure is appended to this list.
+    A tracker that raises is closed and no longer used: training does not depend on it. One line
+    for each failure is appended to ``problems``.
 
     Raises:
         CheckpointError: trackers.json is corrupt.

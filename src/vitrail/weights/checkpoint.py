@@ -63,11 +63,7 @@ class CheckpointInfo:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: Path) -> "CheckpointInfo":
-        """Parse and check the output of ``to_json``.
-
-        Raises:
-            CheckpointError: the content is invalid or has another format version.
-        """
+        """Parse and check the output of ``to_json``."""
         if "format" not in content:
             raise CheckpointError(f"{where}: not a Vitrail checkpoint")
         if content["format"] != FORMAT:
@@ -99,11 +95,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint folder atomically.
-
-    Raises:
-        OutputError: it cannot be written (no space, no permission).
-    """
+    """Write a checkpoint folder atomically."""
     files = {MODEL: pack(weights), TRAINING: pack(training)}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[INFO] = json.dumps({**info.to_json(), "sha256": hashes}, indent=1).encode()
@@ -127,11 +119,7 @@ def save_checkpoint(
 
 
 def load_info(folder: Path) -> CheckpointInfo:
-    """Read the description of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, corrupt, not ours, or in a folder with another step's name.
-    """
+    """Read the description of a checkpoint, which must be that of the step in its folder's name."""
     info = CheckpointInfo.from_json(read_json_object(folder / INFO), folder / INFO)
     if step_of(folder) not in (None, info.numbers.get("step")):
         raise CheckpointError(f"{folder / INFO}: its step does not match the folder name")
@@ -149,11 +137,7 @@ def load_training(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one file of tensors and compare its hash with the one in checkpoint.json.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or modified.
-    """
+    """Read one file of tensors and compare its hash with the one in checkpoint.json."""
     hashes = read_json_object(folder / INFO).get("sha256")
     content = read_bytes(folder / name)
     if not isinstance(hashes, dict) or hashes.get(name) != hashlib.sha256(content).hexdigest():
@@ -173,11 +157,7 @@ def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path:
-    """Return the checkpoint folder that LAST or BEST points to.
-
-    Raises:
-        CheckpointError: the pointer is missing, or its target does not exist.
-    """
+    """Return the checkpoint folder that LAST or BEST points to, if it exists."""
     text = read_bytes(checkpoints / name).decode(errors="replace")
     target = text.partition(" ")[0].strip()  # older versions wrote a hash after the name
     if not STEP.fullmatch(target) or not (checkpoints / target).is_dir():
@@ -197,27 +177,19 @@ def remove_folders(*folders: Path) -> None:
 
 
 def save_weights_file(path: Path, info: CheckpointInfo, weights: Mapping[str, Tensor]) -> None:
-    """Write one self-describing ``.safetensors`` file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write one self-describing ``.safetensors`` file."""
     described = json.dumps({**info.to_json(), "sha256": hash_tensors(weights)})
     replace_file(path, pack(weights, {METADATA_KEY: described}))
 
 
 def load_weights_file(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Read a file written by ``save_weights_file``.
-
-    Raises:
-        CheckpointError: it is missing, corrupt, or does not describe its model.
-    """
+    """Read a file written by ``save_weights_file``."""
     tensors = unpack(read_bytes(path), path)
     with safe_open(path, "pt") as file:
         described = (file.metadata() or {}).get(METADATA_KEY)
     if described is None:
         raise CheckpointError(f"{path}: not written by vitrail: it does not describe its model")
-    content = parse_json_object(described, path)
+    content = _parse_json_object(described, path)
     if content.get("sha256") != hash_tensors(tensors):
         raise CheckpointError(f"{path}: checksum mismatch: the weights were modified")
     return CheckpointInfo.from_json(content, path), tensors
@@ -261,15 +233,11 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    return parse_json_object(read_bytes(path), path)
+    return _parse_json_object(read_bytes(path), path)
 
 
-def parse_json_object(text: str | bytes, where: Path) -> dict[str, Any]:
-    """Return the object in a JSON text.
-
-    Raises:
-        CheckpointError: it is no JSON, or not an object.
-    """
+def _parse_json_object(text: str | bytes, where: Path) -> dict[str, Any]:
+    """Return the object in a JSON text."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # wrong JSON or UTF-8, a number too long

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,15 +119,9 @@ def read(
     n_attention_heads: int | None = None,
     preparation: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Return the weights that ``load`` would load, and their description.
+    """Return the weights, also without a head, that ``load`` would load, and their description.
 
-    Args:
-        source: as for ``load``.
-        n_attention_heads: as for ``load``.
-        preparation: fields of PREPARATION that override the files.
-
-    Raises:
-        CheckpointError: as ``load``, but weights without a head are allowed.
+    ``preparation`` has fields of PREPARATION that override the files.
     """
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
@@ -185,33 +180,27 @@ def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, A
     data = replace_fields(DataConfig(), {"dataset": dataset, **found.data, **given})
     classes = found.classes or tuple(f"class {i}" for i in range(found.config.n_classes))
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
-    notes, known = (*found.notes, *_note_assumed(found, given)), bool(found.classes)
+    notes = (*found.notes, *_note_assumed(found, given))
+    known = bool(found.classes)
     return Source(info, dict(found.weights), found.layout, notes, found.tensors, known)
 
 
 def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
     """Return a note on how pictures are prepared if neither the files nor the user specify it."""
     names = [name for name in found.assumed if name not in given]
-    if not names:
-        return []
-    values = ", ".join(f"{name} {_format_value(found.data[name])}" for name in names)
+    values = []
+    for name in names:
+        value = found.data[name]
+        words = [v if isinstance(v, str) else f"{v:g}" for v in np.atleast_1d(value).tolist()]
+        values.append(" ".join([name, *words]))
     flags = ", ".join(f"--{name}" for name in names)
-    return [f"assumed, as not in the files: {values} (set by {flags})"]
-
-
-def _format_value(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    values = value if isinstance(value, tuple) else (value,)
-    return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+    return [f"assumed, as not in the files: {', '.join(values)} (set by {flags})"] if names else []
 
 
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
     """Return the settings of a run that starts from weights: their model and preparation.
 
     Dropout and stochastic depth are kept; the number of classes is that of the data.
-
-    Raises:
-        CheckpointError: as ``read``.
     """
     theirs = read(init, n_attention_heads=n_attention_heads).info.config
     # The range of 16-bit pictures is a property of the data, not of the weights.
@@ -252,11 +241,7 @@ def start_from(
 def remodel(
     source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
 ) -> Source:
-    """Adapt weights to another image size or, with ``new_head``, other classes.
-
-    Raises:
-        CheckpointError: the models differ in other settings.
-    """
+    """Adapt weights to another image size or, with ``new_head``, other classes."""
     with rng.seeded(seed, "init", device=torch.device("cpu")):
         built = VisionTransformer(model)
     notes = adapt(built, source.info.config.model, source.weights, new_head=new_head)
@@ -272,12 +257,7 @@ def remodel(
 
 
 def save(source: Source, path: Path, layout: str = OWN) -> None:
-    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model, or the extension is wrong.
-        OutputError: it cannot be written.
-    """
+    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout."""
     if layout != OWN:
         write_foreign(path, layout, source.info, source.weights)
     elif path.suffix != ".safetensors":

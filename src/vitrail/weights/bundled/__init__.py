@@ -11,20 +11,18 @@ DEFAULT = "cifar10"
 
 @dataclass(frozen=True)
 class Card:
-    """What a bundled model is and how accurate it is."""
+    """What a bundled model was trained on, how, and how accurate it is on which split.
+
+    ``recipe`` is the preset with the settings that differ from it; ``record`` is the folder of the
+    repository that documents the run.
+    """
 
     data: str
-    """What it was trained on."""
     recipe: str
-    """The preset, and the settings that differ from it."""
     test_accuracy: float
-    """Accuracy on the test split, without test-time augmentation."""
     validation_accuracy: float
-    """Accuracy on the validation split, on which it was selected."""
     parameters: int
-    """Number of learned parameters."""
     record: str
-    """The folder of the repository that documents the run."""
 
 
 def names() -> list[str]:

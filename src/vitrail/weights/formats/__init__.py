@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.config.settings import ModelConfig
+from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError
 
 State = Mapping[str, Tensor]
+Files = dict[str, dict[str, Any]]
+"""JSON files by name."""
 Names = Mapping[str, tuple[str, ...]]
 """Each of our layers -> the other system's layers whose rows it stacks; ``*`` is a block number."""
 SHOWN = 3
@@ -72,6 +74,8 @@ class Layout:
     """Reshapes tensors named as in PyTorch (``LAYER.weight``) to this layout's names and shapes."""
     unpack: Callable[[State], State] = lambda state: state
     """The reverse of ``pack``."""
+    describe: Callable[[ModelConfig, DataConfig, tuple[str, ...]], Files] | None = None
+    """Returns the JSON files beside the weights; None if a layout is a single file."""
 
     def to_theirs(self, config: ModelConfig, weights: State) -> dict[str, Tensor]:
         """Convert our tensors to theirs."""
@@ -92,11 +96,7 @@ class Layout:
         """Convert their tensors to ours.
 
         Only the sum of a class token and its position is ever used: it becomes the token.
-
-        Args:
-            config: the model's settings.
-            state: their tensors.
-            template: tensors of our model's names and shapes; may be on the meta device.
+        ``template`` has tensors of our model's names and shapes, also on the meta device.
 
         Raises:
             CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
@@ -149,11 +149,7 @@ def block_names(theirs: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, 
 
 
 def read_shapes(plain: State, names: Names) -> dict[str, Any]:
-    """Return the settings that the shapes of tensors show; all but the image size.
-
-    Raises:
-        CheckpointError: a tensor is missing, or a patch is not square.
-    """
+    """Return the settings that the shapes of tensors show; all but the image size."""
     stem, mlp = f"{names['stem'][0]}.weight", names["blocks.*.mlp.fc1"][0]
     embed_dim, n_channels, height, width = shape(plain, stem, 4)
     if height != width:
@@ -230,16 +226,17 @@ def fill_biases(plain: dict[str, Tensor], names: Names, notes: list[str]) -> Non
 
 
 def rgb_values(values: Any, what: str) -> tuple[float, float, float]:
-    """Return a value for each of three channels; one value (gray models) is repeated.
-
-    Raises:
-        CheckpointError: there are neither three nor one.
-    """
+    """Return a value for each of three channels; one value (gray models) is repeated."""
     numbers = values if isinstance(values, list | tuple) else [values]
     if len(numbers) not in (1, 3):
         raise CheckpointError(f"{what} has {len(numbers)} values: 1 or 3 are needed")
     red, green, blue = (*map(float, numbers),) * (3 // len(numbers))
     return red, green, blue
+
+
+def channel_values(model: ModelConfig, values: tuple[float, float, float]) -> list[float]:
+    """Return mean or std for each of the model's channels; gray models use the average."""
+    return [sum(values) / 3] if model.n_channels == 1 else list(values)
 
 
 def first_few(words: list[str]) -> str:

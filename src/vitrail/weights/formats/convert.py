@@ -107,21 +107,20 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
         CheckpointError: it is corrupt, would run code, or is not a state dict of tensors.
     """
-    content = io.BytesIO(read_bytes(path))
     if path.suffix == ".safetensors":
-        return unpack(content.getvalue(), path), []
+        return unpack(read_bytes(path), path), []
     if path.suffix != ".npz":
-        return _read_pickle(content, path)
+        return _read_pickle(path)
     try:
-        with np.load(content, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}, []
     except Exception as error:  # NumPy raises many kinds
         raise CheckpointError(f"{path}: not a valid .npz file: {error!s:.100}") from error
 
 
-def _read_pickle(content: io.BytesIO, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors that torch.save wrote, by name, and notes of what was ignored."""
-    state, notes = _unpickle(content, path), []
+    state, notes = _unpickle(path), []
     while tables := [name for name in TABLE_NAMES if _holds_table(state, name)]:
         if len(tables) > 1:
             notes.append(f"{tables[0]} is used; ignored in the same file: {first_few(tables[1:])}")
@@ -138,24 +137,25 @@ def _read_pickle(content: io.BytesIO, path: Path) -> tuple[dict[str, Tensor], li
     return dict(state), notes
 
 
-def _unpickle(content: io.BytesIO, path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     """Return the content of a file of torch.save if nothing in it would run code."""
     with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
         warnings.simplefilter("ignore")  # about unusual pickles; errors are reported below
         try:
-            return torch.load(content, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
         except Exception as error:  # torch raises many kinds
             what = "corrupt, or more than tensors and plain values"
-            if name := _unsafe_global(content):
+            if name := _unsafe_global(path):
                 what = f"it contains {name}, which could run code. {REMEDY}"
             raise CheckpointError(f"{path}: not a valid weights file: {what}") from error
 
 
-def _unsafe_global(content: io.BytesIO) -> str:
+def _unsafe_global(path: Path) -> str:
     """Return the name of the global that torch refuses to unpickle, or '' if it refuses none."""
-    content.seek(0)
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  (the file is corrupt)
         return ""
     return printable(min(found, default=""))[:80]
@@ -177,11 +177,7 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def _unwrap_names(state: State) -> tuple[State, list[str]]:
-    """Remove prefixes such as ``module.`` or ``teacher.backbone.`` from the tensors' names.
-
-    Returns:
-        the tensors by the model's own names, and notes of what was changed or ignored.
-    """
+    """Remove prefixes such as ``module.`` from the names; return notes of what was changed, too."""
     notes: list[str] = []
     if any(COMPILED in key for key in state):
         state = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
@@ -209,12 +205,8 @@ def convert(
     """Convert another system's state dict to our settings and state dict.
 
     Layers, widths, patch, image, channels and classes are read off the shapes. Head count,
-    activation and class names are not in every file; ``notes`` lists what was assumed.
-
-    Args:
-        state: the tensors, by their names in the file.
-        files: the content of the JSON files beside it, by name.
-        n_attention_heads: the head count, if the files do not specify it.
+    activation and class names are not in every file (``files``: the JSON files beside it, by name);
+    ``notes`` lists what was assumed.
 
     Raises:
         CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
@@ -258,11 +250,7 @@ def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:
-    """Return our weights as another layout's state dict.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model.
-    """
+    """Return our weights as another layout's state dict, if it can represent such a model."""
     needs = {"stem": ("patch",), "position": ("learned",), **LAYOUTS[layout].needs}
     weights = dict(weights)
     if config.position == "sincos":
@@ -279,42 +267,24 @@ def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, 
 def write_foreign(
     path: Path, layout: str, info: CheckpointInfo, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a model as another system's file, or folder with its configuration.
-
-    Raises:
-        ConfigError: the layout cannot represent such a model, or the path has a wrong extension.
-        OutputError: it cannot be written.
-    """
+    """Write a model as another system's file, or folder with its configuration."""
     wanted = SUFFIXES.get(layout)
     if wanted is not None and path.suffix != wanted:
         raise ConfigError(f"{path}: the layout {layout} needs a name that ends in {wanted}")
     if wanted is None and (path.is_file() or path.name.endswith(FILES)):
         raise ConfigError(f"{path}: the layout {layout} is a folder: give the name of a folder")
     state = convert_back(info.config.model, weights, layout)
+    describe = LAYOUTS[layout].describe
+    if describe is not None:
+        files = describe(info.config.model, info.config.data, info.classes)
+        for name, content in files.items():
+            write_json(path / name, content)
+        replace_file(path / WEIGHTS[0], pack(state, {"format": "pt"}))
+        return
+    file = io.BytesIO()
     if layout == "google":
-        archive = io.BytesIO()
         arrays: dict[str, Any] = {key: tensor.cpu().numpy() for key, tensor in state.items()}
-        np.savez(archive, **arrays)
-        replace_file(path, archive.getvalue())
-    elif layout == "reference":
-        file = io.BytesIO()
-        torch.save({key: tensor.cpu().clone() for key, tensor in state.items()}, file)
-        replace_file(path, file.getvalue())
+        np.savez(file, **arrays)
     else:
-        _write_folder(path, layout, info, state)
-
-
-def _write_folder(path: Path, layout: str, info: CheckpointInfo, state: dict[str, Tensor]) -> None:
-    """Write weights and the JSON files from which timm or Hugging Face builds the model."""
-    model, data = info.config.model, info.config.data
-    colors = {"mean": data.mean, "std": data.std}
-    if model.n_channels == 1:  # as data.images.normalize does
-        colors = {name: (sum(values) / 3,) for name, values in colors.items()}  # type: ignore[misc]
-    about = {**colors, "classes": info.classes, "data": data}
-    describe = timm.describe if layout == "timm" else huggingface.describe
-    files = {CONFIG: describe(model, about)}
-    if layout == "huggingface":
-        files[PROCESSOR] = huggingface.write_processor(model, data, about)
-    for name, content in files.items():
-        write_json(path / name, content)
-    replace_file(path / WEIGHTS[0], pack(state, {"format": "pt"}))
+        torch.save({key: tensor.cpu().clone() for key, tensor in state.items()}, file)
+    replace_file(path, file.getvalue())

@@ -16,9 +16,11 @@ from vitrail.errors import CheckpointError, ConfigError
 from vitrail.weights.formats import (
     PREPARATION_FLAGS,
     Converted,
+    Files,
     Layout,
     State,
     block_names,
+    channel_values,
     choose_heads,
     fill_biases,
     first_few,
@@ -48,17 +50,16 @@ NAMES = {
     ),
 }
 ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-NEW_NAMES = (
-    (r"^vit\.layers\.", "vit.encoder.layer."),
-    (r"\.attention\.([qkv])_proj\.", r".attention.attention.\1."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"\.attention\.attention\.q\.", ".attention.attention.query."),
-    (r"\.attention\.attention\.k\.", ".attention.attention.key."),
-    (r"\.attention\.attention\.v\.", ".attention.attention.value."),
-)
-UNUSED = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
+NEW_NAMES = {
+    "vit.layers.": "vit.encoder.layer.",
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
+UNUSED_WEIGHTS = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
 """Tensors that the classifier does not use."""
 FILE = "preprocessor_config.json"
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -98,7 +99,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     labels = about.get("id2label", {})
     classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
     processor = files.get("preprocessor_config.json")
-    data = {} if processor is None else read_processor(processor, config.image_hw, notes)
+    data = {} if processor is None else _read_processor(processor, config.image_hw, notes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
 
@@ -108,9 +109,9 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
     unused = []
     for key, tensor in state.items():
         name = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
-        for new, old in NEW_NAMES:
-            name = re.sub(new, old, name)
-        if UNUSED.match(name):
+        for new, old in NEW_NAMES.items():
+            name = name.replace(new, old)
+        if UNUSED_WEIGHTS.match(name):
             unused.append(key)
         else:
             plain[name] = tensor
@@ -121,10 +122,10 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
     return plain
 
 
-def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json from which ``from_pretrained`` builds the model."""
+def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -> Files:
+    """Return the files from which ``from_pretrained`` builds the model and its processor."""
     size = config.image_size
-    return {
+    about = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
         "image_size": size if isinstance(size, int) else list(size),
@@ -139,19 +140,16 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": config.layer_norm_eps,
         "qkv_bias": True,
-        "id2label": {str(index): name for index, name in enumerate(about["classes"])},
-        "label2id": {name: index for index, name in enumerate(about["classes"])},
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
     }
+    return {"config.json": about, FILE: _write_processor(config, data)}
 
 
-def read_processor(
+def _read_processor(
     about: dict[str, Any], image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
-    """Return the fields of DataConfig that preprocessor_config.json specifies.
-
-    Raises:
-        CheckpointError: it requires something that Vitrail does not support.
-    """
+    """Return the fields of DataConfig that preprocessor_config.json specifies, if supported."""
     kind = str(about.get("image_processor_type") or about.get("feature_extractor_type") or "ViT")
     steps = {name for name in about if name.startswith("do_")} - {*STEPS, *IGNORED_STEPS}
     if unsupported := sorted(name for name in (*steps, *UNSUPPORTED) if about.get(name)):
@@ -186,13 +184,8 @@ def _colors(about: dict[str, Any]) -> dict[str, Any]:
 def _geometry(
     about: dict[str, Any], kind: str, image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
-    """Return fit and crop_pct.
-
-    Raises:
-        CheckpointError: the file produces pictures of another size than the model reads.
-    """
+    """Return fit and crop_pct; refuse pictures of another size than the model reads."""
     crops = bool(about.get("do_center_crop"))
-    crop_hw = _sides(about.get("crop_size", image_hw)) if crops else None
     if not about.get("do_resize", True):
         if crops:
             raise CheckpointError(f"{FILE}: do_center_crop without do_resize: {PREPARATION_FLAGS}")
@@ -201,47 +194,36 @@ def _geometry(
     size = about.get("size")
     if size is None and not crops:
         return {}
-    edge = _shortest_edge(size, kind)
-    resized_hw = (edge, edge) if edge else _sides(size or image_hw)
-    if (made_hw := crop_hw or resized_hw) != image_hw:
+    shortest, resized_hw = _read_size(size or image_hw, kind)
+    _, made_hw = _read_size(about.get("crop_size", image_hw), kind) if crops else (0, resized_hw)
+    if made_hw != image_hw:
         raise CheckpointError(
             f"{FILE} produces pictures of {made_hw[0]} x {made_hw[1]} pixels, but the model reads "
             f"{image_hw[0]} x {image_hw[1]}"
         )
     shares = {image / side for image, side in zip(image_hw, resized_hw, strict=True)}
     if len(shares) > 1 or max(shares) > 1:
-        raise CheckpointError(f"{FILE}: size {size} with crop_size {crop_hw}: {PREPARATION_FLAGS}")
-    if edge and not crops:
+        raise CheckpointError(f"{FILE}: size {size} with crop_size {made_hw}: {PREPARATION_FLAGS}")
+    if shortest and not crops:
         notes.append("pictures that are not square are cropped")
-    return {"fit": "crop" if edge else "squash", "crop_pct": shares.pop()}
+    return {"fit": "crop" if shortest else "squash", "crop_pct": shares.pop()}
 
 
-def _shortest_edge(size: Any, kind: str) -> int | None:
-    """Return the shorter side after resizing, if the file specifies only that one."""
-    if isinstance(size, int) and not kind.startswith(SQUARE_SIZE):
-        return size
-    if isinstance(size, dict) and size.get("shortest_edge") and not size.get("longest_edge"):
-        return int(size["shortest_edge"])
-    return None
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    """Return height and width from one number, a pair, or a dictionary."""
+def _read_size(size: Any, kind: str) -> tuple[bool, tuple[int, int]]:
+    """Return whether a size is that of the shorter side only, and height and width."""
     if isinstance(size, int):
-        return size, size
-    if isinstance(size, dict):
-        if {"height", "width"} - set(size):
-            raise CheckpointError(f"{FILE}: size {size!s:.60}: {PREPARATION_FLAGS}")
-        return int(size["height"]), int(size["width"])
-    return int(size[0]), int(size[1])
+        return not kind.startswith(SQUARE_SIZE), (size, size)
+    if not isinstance(size, dict):
+        return False, (int(size[0]), int(size[1]))
+    if size.get("shortest_edge") and not size.get("longest_edge"):
+        return True, (int(size["shortest_edge"]),) * 2
+    if {"height", "width"} - set(size):
+        raise CheckpointError(f"{FILE}: size {size!s:.60}: {PREPARATION_FLAGS}")
+    return False, (int(size["height"]), int(size["width"]))
 
 
-def write_processor(model: ModelConfig, data: DataConfig, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the preprocessor_config.json that prepares pictures for the model.
-
-    Raises:
-        ConfigError: no image processor supports the model's ``fit``.
-    """
+def _write_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Return the preprocessor_config.json that prepares pictures for the model."""
     height, width = model.image_hw
     if data.fit == "pad" or (data.fit == "crop" and height != width):
         raise ConfigError(
@@ -263,8 +245,8 @@ def write_processor(model: ModelConfig, data: DataConfig, about: dict[str, Any])
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(about["mean"]),
-        "image_std": list(about["std"]),
+        "image_mean": channel_values(model, data.mean),
+        "image_std": channel_values(model, data.std),
     }
 
 
@@ -279,4 +261,5 @@ HUGGINGFACE = Layout(
     class_token="vit.embeddings.cls_token",
     positions=POSITIONS,
     needs={"pool": ("cls",), "head": ("linear",)},
+    describe=_describe,
 )

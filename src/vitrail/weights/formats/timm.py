@@ -16,10 +16,12 @@ from vitrail.config.settings import DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.weights.formats import (
     Converted,
+    Files,
     Layout,
     Names,
     State,
     block_names,
+    channel_values,
     choose_heads,
     fill_biases,
     first_few,
@@ -33,7 +35,7 @@ from vitrail.weights.formats.huggingface import FILTERS
 CLASS, POSITIONS = "cls_token", "pos_embed"
 MODES = {"center": "crop", "squash": "squash"}
 """timm's crop_mode -> our fit; its third mode, border, pads with the mean color, not black."""
-USUAL = {
+TIMM_DEFAULTS = {
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "fit": "crop",
     "interpolation": "bicubic", "crop_pct": 0.875,
 }  # fmt: skip
@@ -84,7 +86,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     data, refused = _preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
-    return Converted(config, plain, notes, classes, data, USUAL if about else {}, refused)
+    return Converted(config, plain, notes, classes, data, TIMM_DEFAULTS if about else {}, refused)
 
 
 def _preparation(
@@ -180,7 +182,7 @@ def _names(config: ModelConfig) -> Names:
     return NAMES | {"norm": ("fc_norm",)} if config.fc_norm else NAMES
 
 
-def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
+def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -> Files:
     """Return the config.json from which ``timm.create_model("local-dir:FOLDER")`` builds it.
 
     The only way to set timm's LayerNorm epsilon is the name of an architecture that has it.
@@ -199,23 +201,22 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
         "pre_norm": False,
         "act_layer": config.hidden_act,
     }
-    data: DataConfig = about["data"]
     if data.fit not in MODES.values():
         raise ConfigError(
             f"timm does not support fit {data.fit}: choose another, e.g. --fit squash"
         )
     eps = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
-    return {
+    about = {
         "architecture": eps[config.layer_norm_eps],
         "num_classes": config.n_classes,
         "num_features": config.embed_dim,
-        "label_names": list(about["classes"]),
+        "label_names": list(classes),
         "model_args": args,
         "pretrained_cfg": {
             "num_classes": config.n_classes,
             "input_size": [config.n_channels, *config.image_hw],
-            "mean": list(about["mean"]),
-            "std": list(about["std"]),
+            "mean": channel_values(config, data.mean),
+            "std": channel_values(config, data.std),
             "interpolation": data.interpolation,
             "crop_mode": {fit: mode for mode, fit in MODES.items()}[data.fit],
             "crop_pct": _share(config.image_hw[0], round(config.image_hw[0] / data.crop_pct)),
@@ -224,6 +225,7 @@ def describe(config: ModelConfig, about: dict[str, Any]) -> dict[str, Any]:
             "classifier": "head",
         },
     }
+    return {"config.json": about}
 
 
 TIMM = Layout(
@@ -234,4 +236,5 @@ TIMM = Layout(
     CLASS,
     POSITIONS,
     needs={"head": ("linear",), "layer_norm_eps": (1e-5, 1e-6)},
+    describe=_describe,
 )

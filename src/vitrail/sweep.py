@@ -24,9 +24,15 @@ import torch
 
 from vitrail.config.files import convert, from_json
 from vitrail.config.settings import Config, RunConfig, require
-from vitrail.errors import ConfigError, DataError, OutputError, TrainingError, nearest
-from vitrail.evaluation.plots import save_figure
-from vitrail.optional import import_optional
+from vitrail.errors import (
+    ConfigError,
+    DataError,
+    OutputError,
+    TrainingError,
+    import_optional,
+    nearest,
+)
+from vitrail.evaluation.report import save_figure
 from vitrail.runtime.files import replace_file
 from vitrail.runtime.rng import derive_seed
 from vitrail.training.loop import Update

@@ -1,8 +1,9 @@
-"""Plots of training curves and metrics.
+"""Metrics as tables for the terminal and as plots; the training curves.
 
-They use matplotlib's Figure directly, never pyplot: no window, no global state.
+The plots use matplotlib's Figure directly, never pyplot: no window, no global state.
 """
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,13 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from vitrail.errors import DataError, OutputError, VitrailError, printable
+from vitrail.errors import DataError, VitrailError, printable
 from vitrail.evaluation.metrics import Metrics
-from vitrail.evaluation.tables import percent
+from vitrail.runtime.files import replace_file
 
 Row = Mapping[str, Any]
 
+MATRIX_CLASSES = 12
+"""Columns that fit in 80 characters; with more, the most common confusions are listed."""
+LISTED_CLASSES = 20
+"""With more classes, only those with the lowest recall are listed."""
+LISTED_LINES = 10
+"""Length of the list of classes with the lowest recall, and of the most common confusions."""
 # Okabe and Ito's palette, safe for color blindness.
 BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
 DARK, LIGHT = "#333333", "#E5E5E5"
@@ -34,6 +45,115 @@ SMALLEST_SPAN = 0.1
 """A vertical axis covers at least this range, so that nearly equal values look nearly equal."""
 NAME_LENGTH = 20
 """Longer class names are truncated."""
+
+
+# Tables.
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Format a fraction as a percentage; None is a dash."""
+    return "–" if share is None else f"{share:.{digits}%}"
+
+
+def metrics_table(metrics: Metrics) -> RenderableType:
+    """Return the overall metrics, and precision, recall and number of images per class."""
+    return Group(_overall(metrics), _per_class(metrics))
+
+
+def confusion_table(metrics: Metrics) -> RenderableType:
+    """Return the confusion matrix, or with many classes the most common confusions."""
+    few = len(metrics.classes) <= MATRIX_CLASSES
+    return _matrix(metrics) if few else _common_confusions(metrics)
+
+
+def _overall(metrics: Metrics) -> Table:
+    low, high = metrics.accuracy_interval
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
+    interval = f"of {metrics.images:,} images; 95% interval {percent(low)} to {percent(high)}"
+    if metrics.tta:
+        interval += "; mean of six views (test-time augmentation)"
+    table.add_row("accuracy", percent(metrics.accuracy, 2), interval)
+    if metrics.top5_accuracy is not None:
+        note = "the true class is among the five most probable"
+        table.add_row("top-5 accuracy", percent(metrics.top5_accuracy, 2), note)
+    table.add_row("loss", f"{metrics.loss:.4f}", "cross-entropy in nats")
+    error = percent(metrics.expected_calibration_error, 2)
+    table.add_row("calibration error", error, "mean gap between confidence and accuracy")
+    table.add_row("precision", percent(metrics.macro_precision, 2), "mean over the classes")
+    table.add_row("recall", percent(metrics.macro_recall, 2), "mean over the classes")
+    return table
+
+
+def _per_class(metrics: Metrics) -> Table:
+    shown = list(range(len(metrics.classes)))
+    title = None
+    if len(shown) > LISTED_CLASSES:
+        with_images = [y for y in shown if metrics.support_Y[y]]
+        shown = sorted(with_images, key=lambda y: metrics.recall_Y[y] or 0.0)[:LISTED_LINES]
+        title = f"{len(shown)} of {len(metrics.classes)} classes, lowest recall first"
+    table = make_table(title)
+    table.add_column("class", max_width=36, no_wrap=True)
+    for name in ("precision", "recall", "images"):
+        table.add_column(name, justify="right")
+    for y in shown:
+        table.add_row(
+            Text(printable(metrics.classes[y])),
+            percent(metrics.precision_Y[y]),
+            percent(metrics.recall_Y[y]),
+            f"{metrics.support_Y[y]:,}",
+        )
+    return table
+
+
+def _matrix(metrics: Metrics) -> Table:
+    table = make_table("Rows: the true class. Columns: the predicted class.")
+    table.padding = 0  # the box already separates the columns by a space
+    table.add_column("", max_width=14, no_wrap=True)
+    digits = len(str(max(map(max, metrics.confusion_YY))))
+    width = max(digits, min(14, 64 // len(metrics.classes) - 1))
+    for name in metrics.classes:
+        # A long name wraps instead of widening its column.
+        header = Text(printable(name), overflow="fold")
+        table.add_column(header, justify="right", vertical="bottom", width=width)
+    for y, counts in enumerate(metrics.confusion_YY):
+        cells = [_cell(count, right=y == guess) for guess, count in enumerate(counts)]
+        table.add_row(Text(printable(metrics.classes[y])), *cells)
+    return table
+
+
+def _cell(count: int, *, right: bool) -> Text:
+    if right:
+        return Text(str(count), style="bold green")
+    return Text(str(count)) if count else Text("·", style="dim")
+
+
+def _common_confusions(metrics: Metrics) -> Table:
+    wrong = [
+        (count, true, guess)
+        for true, counts in enumerate(metrics.confusion_YY)
+        for guess, count in enumerate(counts)
+        if count and true != guess
+    ]
+    table = make_table("The most common confusions")
+    table.add_column("true class", max_width=30, no_wrap=True)
+    table.add_column("predicted class", max_width=30, no_wrap=True)
+    table.add_column("images", justify="right")
+    table.add_column("share", justify="right")
+    for count, true, guess in sorted(wrong, key=lambda pair: -pair[0])[:LISTED_LINES]:
+        names = [Text(printable(metrics.classes[y])) for y in (true, guess)]
+        table.add_row(*names, f"{count:,}", percent(count / metrics.support_Y[true]))
+    return table
+
+
+def make_table(title: str | None) -> Table:
+    """Return an empty table in the package's style."""
+    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
+
+
+# Plots.
 
 
 def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
@@ -74,7 +194,7 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     write_title(axes, f"Accuracy {percent(metrics.accuracy, 2)} on {metrics.images:,} images")
     shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
-    bar.ax.yaxis.set_major_formatter(_percent_axis())
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     bar.set_label("fraction of the true class")
     save_figure(figure, path)
 
@@ -97,8 +217,8 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     lower.set(xlabel="confidence (highest probability)", ylabel="fraction of images", xlim=(0, 1))
     for axes in (upper, lower):
         tidy(axes)
-        axes.xaxis.set_major_formatter(_percent_axis())
-        axes.yaxis.set_major_formatter(_percent_axis())
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
@@ -119,7 +239,7 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
     if quantity == "accuracy":
-        axes.yaxis.set_major_formatter(_percent_axis())
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -172,7 +292,11 @@ def _write_counts(axes: Axes, metrics: Metrics, shares_YY: Any, *, size: float) 
 
 def _name_classes(axes: Axes, classes: Sequence[str], *, size: float) -> None:
     shown = range(0, len(classes), math.ceil(len(classes) / COUNTED_CLASSES))
-    names = [_drawable(classes[y], y) for y in shown]
+    names = [drawable(classes[y], NAME_LENGTH) for y in shown]
+    names = [
+        f"class {y}" if "\N{REPLACEMENT CHARACTER}" in name else name
+        for y, name in zip(shown, names, strict=True)
+    ]
     # By default a dollar sign in a name would start a formula.
     axes.set_xticks(shown, names, rotation=90, size=size, parse_math=False)
     axes.set_yticks(shown, names, size=size, parse_math=False)
@@ -180,21 +304,19 @@ def _name_classes(axes: Axes, classes: Sequence[str], *, size: float) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _drawable(name: str, index: int) -> str:
+def drawable(text: str, length: int) -> str:
+    """Return the first characters of a text; those that the plots' font lacks become U+FFFD."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    name = printable(name)
-    if not all(font.get_char_index(ord(character)) for character in name):
-        return f"class {index}"
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+    text = printable(text) if len(text) <= length else printable(text[: length - 1]) + "…"
+    return "".join(
+        character if font.get_char_index(ord(character)) else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _percent_axis() -> PercentFormatter:
-    return PercentFormatter(1)
 
 
 def write_title(axes: Axes, title: str) -> None:
@@ -209,18 +331,15 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
     """Save a figure as a PNG file.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    try:
-        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path} ({error.strerror}): choose another folder"
-        ) from error
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.15)
+    replace_file(path, file.getvalue())
 
 
 def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list[str]:
@@ -230,16 +349,11 @@ def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list
         one line for each plot that failed: a failed plot must not lose the numbers.
     """
     curves = {f"graph_{name}.png": partial(plot_curve, rows, name) for name in ("loss", "accuracy")}
-    problems = draw_each(curves, folder)
-    return problems if metrics is None else problems + plot_metrics(metrics, folder)
+    return draw_each(curves, folder) + (plot_metrics(metrics, folder) if metrics else [])
 
 
 def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
-    """Plot the confusion matrix and the reliability diagram.
-
-    Returns:
-        one line for each plot that failed.
-    """
+    """Plot the confusion matrix and the reliability diagram; return a line for each that failed."""
     plots = {
         "confusion_matrix.png": partial(plot_confusion, metrics),
         "calibration.png": partial(plot_calibration, metrics),

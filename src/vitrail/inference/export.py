@@ -1,0 +1,230 @@
+"""A classifier -> an ONNX model or a torch program, checked against it before it is written."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from vitrail.data.images import normalize
+from vitrail.errors import ConfigError, ExportError, import_optional
+from vitrail.inference.classifier import Classifier
+from vitrail.inference.onnx_classifier import OUTPUT_OF_INPUT, OnnxClassifier, write_metadata
+from vitrail.runtime import rng
+
+EXAMPLE_BATCH = 3
+"""Batch size of the traced example: not in CHECKED_BATCHES, to detect a fixed batch size."""
+CHECKED_BATCHES = (1, 7, 64)
+TOLERANCE = 1e-4
+"""Maximum difference from the model in any output."""
+METADATA = "vitrail.json"
+"""Name of the extra file in a .pt2 with the metadata that an ONNX file has."""
+MAX_BYTES = 2**31
+"""Maximum size of a protobuf message, which an ONNX file is."""
+
+
+class Graph(nn.Module):
+    """The function that is exported.
+
+    Shapes:
+        images_BCHW or raw_BHWC -> logits_BY or probabilities_BY, and optionally L attention_BATT
+    """
+
+    def __init__(self, classifier: Classifier, *, attention: bool = False, raw: bool = False):
+        super().__init__()
+        self.model = copy.deepcopy(classifier.model).cpu().eval()
+        self.mean, self.std = classifier.mean, classifier.std
+        self.attention, self.raw = attention, raw
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return scores, and attention if requested."""
+        attentions: tuple[Tensor, ...] = ()
+        if self.raw:
+            batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
+        if self.attention:
+            scores_BY, attentions = self.model.forward_with_attention(batch)
+        else:
+            scores_BY = self.model(batch)
+        return (scores_BY.softmax(1) if self.raw else scores_BY, *attentions)
+
+    def batch(self, images: int) -> Tensor:
+        """Return N noise images in the input's format, always the same."""
+        config = self.model.config
+        raw_BHWC = torch.randint(
+            256, (images, *config.image_hw, config.n_channels), dtype=torch.uint8,
+            generator=rng.generator(0, "export", images),
+        )  # fmt: skip
+        if self.raw:
+            return raw_BHWC
+        return normalize(raw_BHWC.permute(0, 3, 1, 2), self.mean, self.std).contiguous()
+
+
+def check_outputs(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> float:
+    """Compare outputs at several batch sizes, none of them the example's.
+
+    Args:
+        graph: what was exported.
+        run: the exported program: a batch -> its outputs, in order.
+
+    Returns:
+        the largest difference.
+
+    Raises:
+        ExportError: an output differs by more than TOLERANCE, or has another shape.
+    """
+    worst = 0.0
+    for images in CHECKED_BATCHES:
+        batch = graph.batch(images)
+        with torch.inference_mode():
+            wanted, given = graph(batch), run(batch)
+        for number, (want, got) in enumerate(zip(wanted, given, strict=True)):
+            if want.shape != got.shape:
+                raise ExportError(
+                    f"output {number} of a batch of {images} is {tuple(got.shape)}, not "
+                    f"{tuple(want.shape)}: this version of torch exports it incorrectly"
+                )
+            worst = max(worst, float((want - got).abs().nan_to_num(nan=torch.inf).max()))
+    if worst > TOLERANCE:
+        raise ExportError(
+            f"the exported model differs from the original by {worst:.1e}, over {TOLERANCE:.0e}"
+        )
+    return worst
+
+
+def to_program(
+    classifier: Classifier, *, attention: bool = False, raw: bool = False
+) -> tuple[bytes, float]:
+    """Return the bytes of a torch.export program (.pt2) and its largest difference from the model.
+
+    It runs with torch alone: ``torch.export.load(path).module()(batch)`` gives a tuple of outputs.
+
+    Raises:
+        ExportError: the exported program computes something else.
+    """
+    graph = Graph(classifier, attention=attention, raw=raw)
+    program = torch.export.export(
+        graph, (graph.batch(EXAMPLE_BATCH),), dynamic_shapes=({0: Dim("batch")},)
+    )
+    metadata = write_metadata(classifier.config, classifier.classes, raw=raw)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+    content = file.getvalue()
+    return content, check_outputs(graph, torch.export.load(io.BytesIO(content)).module())
+
+
+def to_onnx(
+    classifier: Classifier, *, attention: bool = False, raw: bool = False
+) -> tuple[Any, float]:
+    """Return the ONNX model (a ModelProto) and its largest difference from the model.
+
+    Raises:
+        ConfigError: an optional package is not installed, or the model is too large for one file.
+        ExportError: the exported model computes something else.
+    """
+    graph = Graph(classifier, attention=attention, raw=raw)
+    size = sum(t.numel() * t.element_size() for t in graph.model.state_dict().values())
+    if size >= MAX_BYTES:
+        raise ConfigError(f"the weights have {size:,} bytes: an ONNX file is limited to 2 GiB")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(module)
+    input_name = "raw" if raw else "images"
+    layers = range(1, len(graph.model.blocks) + 1) if attention else ()
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            (graph.batch(EXAMPLE_BATCH),),
+            input_names=[input_name],
+            output_names=[OUTPUT_OF_INPUT[input_name], *(f"attention_{n}" for n in layers)],
+            dynamic_shapes=({0: Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _label(proto, write_metadata(classifier.config, classifier.classes, raw=raw))
+    session = _open_session(proto.SerializeToString())
+
+    def run(batch: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(out) for out in session.run(None, {input_name: batch.numpy()})]
+
+    return proto, check_outputs(graph, run)
+
+
+def _label(proto: Any, metadata: dict[str, str]) -> None:
+    """Write the metadata and the producer into an ONNX model."""
+    del proto.metadata_props[:]
+    import_optional("onnx.helper").set_model_props(proto, metadata)
+    proto.producer_name, proto.producer_version = "vitrail", version("vitrail")
+    for node in proto.graph.node:
+        # Stack traces of the export: source lines and local paths.
+        del node.metadata_props[:]
+
+
+def _open_session(content: bytes) -> Any:
+    """Return an ONNX Runtime session on the CPU for the content of an ONNX file.
+
+    Raises:
+        ExportError: ONNX Runtime rejects the file.
+    """
+    runtime = import_optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base class
+        raise ExportError(f"ONNX Runtime rejects the exported model: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the messages of torch's exporter about its internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize(proto: Any) -> Any:
+    """Return the ONNX model with the weights of its linear layers as int8, scaled per channel.
+
+    Tokens are quantized at run time (dynamic quantization), so no data is needed. The
+    products of attention, the stem and the norms stay in float32. The integers use 7 bits: with 8,
+    processors without VNNI instructions overflow within a product.
+    """
+    quantization = import_optional("onnxruntime.quantization")
+    with TemporaryDirectory() as folder:
+        before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        before.write_bytes(proto.SerializeToString())
+        quantization.quantize_dynamic(
+            before,
+            after,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        small = import_optional("onnx").load(str(after))
+    _label(small, {entry.key: entry.value for entry in proto.metadata_props})
+    return small
+
+
+def classify(content: bytes, classifier: Classifier, raw_BCHW: Tensor) -> Tensor:
+    """Return the classes that an ONNX file exported from a classifier predicts for images."""
+    exported = OnnxClassifier(_open_session(content), classifier.config, classifier.classes)
+    raw_BHWC = raw_BCHW.permute(0, 2, 3, 1).numpy()
+    return torch.from_numpy(exported.raw_probabilities(raw_BHWC).argmax(axis=1))

@@ -1,1 +1,0 @@
-"""Hyperparameter search: many short runs, chosen and pruned by Optuna."""
