@@ -22,7 +22,8 @@ from speed.worker import peak_mib
 from speed.workers import interleave
 from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
-from vitrail.explain.methods import Maps, MapSettings, compute_maps, read_maps
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.methods import Maps, compute_maps, read_maps
 from vitrail.model.layers import rotate
 from vitrail.model.vit import Block, VisionTransformer
 from vitrail.runtime.hardware import describe_environment

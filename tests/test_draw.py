@@ -27,7 +27,7 @@ from vitrail.explain.draw import (
     show_map,
 )
 from vitrail.explain.explanation import Explanation, Frame, Subject
-from vitrail.explain.methods import MapSettings
+from vitrail.explain.map_settings import MapSettings
 from vitrail.model.vit import VisionTransformer
 
 RANDOM = np.random.default_rng(8)

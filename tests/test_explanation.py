@@ -22,7 +22,8 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.explain.draw import BLACK, GREEN, RED, caption
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
-from vitrail.explain.methods import METHODS, MapSettings, attention_by_head, compute_maps
+from vitrail.explain.map_settings import METHODS, MapSettings
+from vitrail.explain.methods import attention_by_head, compute_maps
 from vitrail.explain.page import describe, page_data
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint

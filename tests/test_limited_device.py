@@ -17,7 +17,7 @@ from vitrail.config.presets import get_preset
 from vitrail.config.settings import AugmentConfig, Config
 from vitrail.data.augment import random_crop, random_erasing
 from vitrail.data.images import ImageSet, normalize
-from vitrail.explain.methods import METHODS
+from vitrail.explain.map_settings import METHODS
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import hardware
 from vitrail.training.run import Run

@@ -34,7 +34,7 @@ from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError
 from vitrail.evaluation import metrics
 from vitrail.explain import inspection, map_metrics
-from vitrail.explain.methods import METHODS
+from vitrail.explain.map_settings import METHODS
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng

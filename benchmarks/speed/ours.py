@@ -26,7 +26,8 @@ from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.evaluation.metrics import measure as score
 from vitrail.evaluation.metrics import predict_logits
-from vitrail.explain.methods import MapSettings, compute_maps
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.training.loop import count_flops, train

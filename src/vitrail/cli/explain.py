@@ -28,7 +28,7 @@ from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
-    from vitrail.explain.methods import MapSettings
+    from vitrail.explain.map_settings import MapSettings
     from vitrail.inference.classifier import Classifier
     from vitrail.model.vit import VisionTransformer
 
@@ -184,7 +184,7 @@ def _explain_one(
 
 def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
     """Return the settings of one method; of several, each gets those that it supports."""
-    from vitrail.explain.methods import SUPPORTED_SETTINGS, MapSettings
+    from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings
 
     asked = {
         "fusion": options.fusion,
@@ -264,7 +264,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from vitrail.data.images import normalize
     from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
     from vitrail.explain.map_report import plot_scores, score_table
-    from vitrail.explain.methods import METHODS
+    from vitrail.explain.map_settings import METHODS
     from vitrail.runtime.files import write_json
     from vitrail.training.run_folder import load_split
 
@@ -327,7 +327,7 @@ def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
 
 def _list_methods(text: str | None) -> list[str]:
     """Return the methods that --method names; none without it."""
-    from vitrail.explain.methods import METHODS
+    from vitrail.explain.map_settings import METHODS
 
     if text is None:
         return []

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.explain.removal import Score
 from vitrail.model.layers import ConvStem, Rotation
 from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
-
-Score = Callable[[Tensor, Tensor], Tensor]
-"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,)."""
 
 
 def contributions(
@@ -109,7 +107,8 @@ def _attend(
     attention_BATT.requires_grad_(torch.is_grad_enabled())
     B, T, D = normed_BTD.shape
     values_BTD = F.linear(normed_BTD, attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :])
-    values_BATK = values_BTD.view(B, T, attention.n_attention_heads, -1).transpose(1, 2)
+    A = attention.n_attention_heads
+    values_BATK = values_BTD.view(B, T, A, D // A).transpose(1, 2)
     mixed_BTD = (attention_BATT @ values_BATK).transpose(1, 2).reshape(B, T, D)
     return attention.out_projection(mixed_BTD), attention_BATT
 

@@ -32,7 +32,8 @@ from vitrail.data.pictures import Fit, seen_box
 from vitrail.evaluation.metrics import evaluating
 from vitrail.evaluation.report import drawable, save_figure
 from vitrail.explain.explanation import CORRECT, WRONG, Explanation, Frame
-from vitrail.explain.methods import MapSettings, compute_maps
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.methods import compute_maps
 from vitrail.explain.page import make_page, page_data
 from vitrail.runtime.files import replace_file
 

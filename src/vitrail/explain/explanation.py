@@ -12,16 +12,8 @@ from torch import Tensor
 from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
-from vitrail.explain.methods import (
-    METHODS,
-    Maps,
-    MapSettings,
-    Method,
-    attention_by_head,
-    attention_by_query,
-    compute_maps,
-    pick,
-)
+from vitrail.explain.map_settings import METHODS, MapSettings, Method
+from vitrail.explain.methods import Maps, attention_by_head, attention_by_query, compute_maps, pick
 from vitrail.model.vit import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]
@@ -242,6 +234,7 @@ def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Exp
     """One frame per patch as the query: of one layer's attention, or of the full rollout."""
     require(settings.query is None, "frames queries goes through all patches: leave out query")
     require(settings.heads is None, "frames queries fuses all heads: leave out heads")
+    require(settings.fusion != "norm", "frames queries fuses heads by mean, max or min")
     require(settings.discard_ratio == 0, "frames queries discards nothing: leave out discard_ratio")
     layer = None
     if settings.method == "attention":
@@ -249,7 +242,10 @@ def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Exp
     else:
         require(settings.layers is None, "a rollout runs through all layers: leave out layers")
     maps_NGJ = attention_by_query(
-        subject.model, subject.image_1CHW, layer=layer, fusion=settings.fusion
+        subject.model,
+        subject.image_1CHW,
+        layer=layer,
+        fusion=settings.fusion,  # type: ignore[arg-type]
     )[0]
     maps = maps_of(subject, subject.model, settings, index)
     source, columns = "rollout" if layer is None else f"layer {layer}", maps_NGJ.shape[2]

@@ -55,13 +55,42 @@ def rollout(fused: Sequence[Tensor]) -> Tensor:
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
     """
+    return accumulate(
+        [fused_BTT + torch.eye(fused_BTT.shape[-1]).to(fused_BTT) for fused_BTT in fused]
+    )
+
+
+def accumulate(steps: Sequence[Tensor]) -> Tensor:
+    """Return the products ``A_l @ ... @ A_1`` of steps (B, T, T) with rows scaled to sum 1."""
     flows: list[Tensor] = []
-    for fused_BTT in fused:
-        T, dtype, device = fused_BTT.shape[-1], fused_BTT.dtype, fused_BTT.device
-        step_BTT = fused_BTT + torch.eye(T, dtype=dtype, device=device)
+    for step_BTT in steps:
         step_BTT = step_BTT / step_BTT.sum(dim=-1, keepdim=True)
         flows.append(step_BTT @ flows[-1] if flows else step_BTT)
     return torch.stack(flows, dim=1)
+
+
+def contribution_norms(
+    tokens_BTD: Tensor, attention_BATT: Tensor, values_BTAK: Tensor, projection_DD: Tensor
+) -> Tensor:
+    """Return how much of each token (column) reaches each token (row) in an attention branch.
+
+    ``|x_i [i = j] + sum over heads of A^h_ij W^h v^h_j|``: unlike attention alone, this counts how
+    large the values are, and the residual branch.
+
+    Shapes:
+        the block's input, its attention, values and output projection -> norms_BTT.
+
+    Source: Kobayashi et al. 2021, arXiv:2109.07152, equations 6 and 7, without the norm.
+    """
+    A, K = values_BTAK.shape[2:]
+    parts_BTAD = torch.einsum("btak,dak->btad", values_BTAK, projection_DD.view(-1, A, K))
+    gram_BTAA = parts_BTAD @ parts_BTAD.mT
+    by_column_BTTA = attention_BATT.permute(0, 3, 2, 1)  # column, row, head
+    squares_BTT = ((by_column_BTTA @ gram_BTAA) * by_column_BTTA).sum(-1).mT
+    along_BTA = (parts_BTAD @ tokens_BTD.unsqueeze(-1)).squeeze(-1)
+    own_BTA = attention_BATT.diagonal(dim1=-2, dim2=-1).mT
+    residual_BT = tokens_BTD.square().sum(-1) + 2 * (own_BTA * along_BTA).sum(-1)
+    return (squares_BTT + torch.diag_embed(residual_BT)).clamp(min=0).sqrt()
 
 
 def gradient_rollout(

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from vitrail.config.settings import require
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
-from vitrail.explain.methods import METHODS, MapSettings, Method, compute_maps
+from vitrail.explain.map_settings import METHODS, MapSettings, Method
+from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 

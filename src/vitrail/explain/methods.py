@@ -5,107 +5,22 @@ of threads can share one.
 """
 
 import itertools
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.config.settings import require, require_range
-from vitrail.errors import CheckpointError, ConfigError, nearest
-from vitrail.explain import formulas
+from vitrail.config.settings import require
+from vitrail.errors import CheckpointError
+from vitrail.explain import balanced, formulas, removal
 from vitrail.explain.formulas import HeadFusion
-from vitrail.model.vit import VisionTransformer
+from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, Method
+from vitrail.model.vit import Block, VisionTransformer
 
-Method = Literal["attention", "rollout", "gradient_rollout", "relevance", "gradcam", "occlusion"]
-METHODS: tuple[Method, ...] = get_args(Method)
-ALL = "all"
-"""Stands for every method."""
-
-SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
-    "attention": ("fusion", "query", "layers", "heads"),
-    "rollout": ("fusion", "discard_ratio", "query", "layers", "heads"),
-    "gradient_rollout": ("discard_ratio", "query", "layers"),
-    "relevance": ("query", "layers"),
-    "gradcam": (),
-    "occlusion": (),
-}
-"""The settings that have an effect on a method."""
-WHY_UNSUPPORTED: dict[Method, str] = {
-    "attention": "it shows the unchanged attention",
-    "gradient_rollout": "it weights the heads by their gradients",
-    "relevance": "it weights the heads by their gradients",
-    "gradcam": "it uses the input of the last block, not its attention",
-    "occlusion": "it hides patches and reads nothing inside the model",
-}
-"""Why a method supports no other setting."""
 PREDICTED = -1
 """Stands for the class that the model predicts."""
-
-
-@dataclass(frozen=True)
-class MapSettings:
-    """Which map of what the model looked at.
-
-    Raises:
-        ConfigError: an invalid value, or a setting that the method does not support.
-    """
-
-    method: Method = "attention"
-    fusion: HeadFusion = "mean"
-    """How the heads are combined."""
-    discard_ratio: float = 0.0
-    """Fraction of each layer's lowest entries that a rollout drops; less than 1."""
-    query: tuple[int, int] | None = None
-    """Patch (row, column), from 0: show what it attends to. None shows what the head reads."""
-    layers: tuple[int, ...] | None = None
-    """Layers, from 1; accumulated maps are shown after each of them. None for all."""
-    heads: tuple[int, ...] | None = None
-    """Heads, from 1; None for all."""
-    chunk: int = 64
-    """Images per batch, which bounds the memory."""
-
-    def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("fusion", get_args(HeadFusion))):
-            value = getattr(self, name)
-            hint = nearest(value, known)
-            require(value in known, f"{name} is {value!r}, not one of {', '.join(known)}{hint}")
-        require(
-            0 <= self.discard_ratio < 1,
-            f"discard_ratio is {self.discard_ratio}: give a number from 0 to less than 1",
-        )
-        require_range(self, "chunk", 1)
-        for field in fields(self):
-            supported = field.name in ("method", "chunk", *SUPPORTED_SETTINGS[self.method])
-            if not supported and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"{field.name} has no effect on method {self.method}: "
-                    f"{WHY_UNSUPPORTED[self.method]}; leave {field.name} out"
-                )
-
-
-def settings_of_all(**settings: Any) -> list[MapSettings]:
-    """Return settings for every method, each with those of ``settings`` that it supports."""
-    return [
-        MapSettings(
-            method=method,
-            **{name: value for name, value in settings.items() if name in ("chunk", *supported)},
-        )
-        for method, supported in SUPPORTED_SETTINGS.items()
-    ]
-
-
-def check_names(settings: Iterable[str]) -> None:
-    """Refuse unknown names of settings.
-
-    Raises:
-        ConfigError: an unknown name; the nearest known one is suggested.
-    """
-    known = [field.name for field in fields(MapSettings)]
-    for name in settings:
-        hint = nearest(name, known)
-        require(name in known, f"no setting {name!r:.60}{hint}: one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +28,8 @@ class Maps:
     """Maps of some images, on the CPU, float32, not normalized.
 
     Shapes:
-        values_BLGJ; logits_BY; classes_B, the class that each image's maps explain.
+        values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); logits_BY;
+        classes_B, the class that each image's maps explain.
     """
 
     values_BLGJ: Tensor
@@ -147,6 +63,8 @@ def compute_maps(
     _check_call(model, chunk=settings.chunk, query=settings.query)
     layers = pick("layer", settings.layers, model.config.n_layers)
     pick("head", settings.heads, model.config.n_attention_heads)
+    if settings.against is not None:
+        _check_classes(torch.tensor([settings.against]), 1, model.config.n_classes)
     if classes_B is None:
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
@@ -186,16 +104,20 @@ def _rollout_maps(
 ) -> _Explained:
     """Return attention rollout; formula and source: ``formulas.rollout``."""
 
-    def look(attention_BATT: Tensor) -> Tensor:
+    def discard(steps_BTT: Tensor) -> Tensor:
         return formulas.discard_lowest(
-            _fuse(attention_BATT, settings),
-            settings.discard_ratio,
-            class_token=model.config.has_class_token,
+            steps_BTT, settings.discard_ratio, class_token=model.config.has_class_token
         )
 
     layers = pick("layer", settings.layers, model.config.n_layers)
-    logits_BY, fused_L = _run(model, model.embed(images_BCHW), range(1, layers[-1] + 1), look)
-    shown_BLTT = formulas.rollout(fused_L)[:, [layer - 1 for layer in layers]]
+    used, tokens_BTD = range(1, layers[-1] + 1), model.embed(images_BCHW)
+    if settings.fusion == "norm":
+        logits_BY, norms_L = _run_norms(model, tokens_BTD)
+        flow_BLTT = formulas.accumulate([discard(norms_L[layer - 1]) for layer in used])
+    else:
+        logits_BY, fused_L = _run(model, tokens_BTD, used, lambda a: discard(_fuse(a, settings)))
+        flow_BLTT = formulas.rollout(fused_L)
+    shown_BLTT = flow_BLTT[:, [layer - 1 for layer in layers]]
     values_BLGJ = read_maps(model, shown_BLTT, settings.query)
     return values_BLGJ, logits_BY, _choose(logits_BY, classes_B)
 
@@ -213,11 +135,14 @@ def _gradient_maps(
     with torch.enable_grad():
         # Tokens that require a gradient get one even if the model's weights are frozen.
         tokens_BTD = tokens_BTD.detach().requires_grad_()
-        logits_BY, attentions_L = _run(
-            model, tokens_BTD, range(1, layers[-1] + 1), lambda a_BATT: a_BATT
-        )
+        if settings.gradients == "balanced":
+            logits_BY, attentions_L = balanced.logits(model, tokens_BTD)
+            attentions_L = attentions_L[: layers[-1]]
+        else:
+            logits_BY, attentions_L = _run(model, tokens_BTD, range(1, layers[-1] + 1))
         chosen_B = _choose(logits_BY, classes_B)
-        gradients_L = torch.autograd.grad(_take(logits_BY, chosen_B).sum(), attentions_L)
+        score_B = _score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
+        gradients_L = torch.autograd.grad(score_B.sum(), attentions_L)
     attentions_L = [attention_BATT.detach() for attention_BATT in attentions_L]
     if settings.method == "relevance":
         flow_BLTT = formulas.relevance(attentions_L, gradients_L)
@@ -234,7 +159,7 @@ def _gradient_maps(
 
 
 def _gradcam_maps(
-    model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, _settings: MapSettings
+    model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, settings: MapSettings
 ) -> _Explained:
     """Return Grad-CAM of the tokens that the last block reads: ``(sum_d w_d tokens_nd)+``.
 
@@ -252,7 +177,8 @@ def _gradcam_maps(
         tokens_BTD = tokens_BTD.detach().requires_grad_()
         logits_BY = model.classify(model.blocks[-1](tokens_BTD, model.rotation)[0])
         chosen_B = _choose(logits_BY, classes_B)
-        (gradient_BTD,) = torch.autograd.grad(_take(logits_BY, chosen_B).sum(), tokens_BTD)
+        score_B = _score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
+        (gradient_BTD,) = torch.autograd.grad(score_B.sum(), tokens_BTD)
     first = int(model.config.has_class_token)
     weights_B1D = gradient_BTD[:, first:].mean(dim=1, keepdim=True)
     map_BN = (weights_B1D * tokens_BTD.detach()[:, first:]).sum(dim=2).relu()
@@ -260,32 +186,44 @@ def _gradcam_maps(
     return values_B1GJ, logits_BY.detach(), chosen_B
 
 
-def _occlusion_maps(
+def _pixel_maps(
     model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, settings: MapSettings
 ) -> _Explained:
-    """Return how much the class's probability drops when a patch is hidden.
-
-    ``p(class | image) - p(class | image with the patch painted in the image's mean color)``;
-    below 0 where hiding the patch helps.
-
-    Source: Zeiler & Fergus 2014, arXiv:1311.2901, section 4.2.
-    """
-    (G, J), P = model.config.grid_GJ, model.config.patch_size
-    B, N, device = len(images_BCHW), G * J, images_BCHW.device
+    """Return the balanced gradient or integrated gradients; see ``balanced``."""
     logits_BY = model(images_BCHW)
     chosen_B = _choose(logits_BY, classes_B)
-    colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
-    patches_NGJ = torch.eye(N, dtype=torch.bool, device=device).view(N, G, J)
-    hidden_N1HW = patches_NGJ.repeat_interleave(P, 1).repeat_interleave(P, 2).unsqueeze(1)
+    score = _score(chosen_B, settings.against)
+    if settings.method == "balanced":
+        pixels_BHW = balanced.contributions(model, images_BCHW, score, points=settings.points or 1)
+    else:
+        pixels_BHW = balanced.integrated_gradients(
+            model, images_BCHW, score, points=settings.points or 16
+        )
+    if settings.resolution == "patch":
+        P = model.config.patch_size
+        pixels_BHW = F.avg_pool2d(pixels_BHW, P) * P**2
+    return pixels_BHW[:, None], logits_BY, chosen_B
 
-    remaining = []
-    for pairs_X in torch.arange(B * N, device=device).split(settings.chunk):
-        image_X, patch_X = pairs_X // N, pairs_X % N
-        images_XCHW = torch.where(hidden_N1HW[patch_X], colors_BC11[image_X], images_BCHW[image_X])
-        remaining.append(_take(model(images_XCHW).softmax(dim=1), chosen_B[image_X]))
-    before_B1 = _take(logits_BY.softmax(dim=1), chosen_B)[:, None]
-    values_B1GJ = (before_B1 - torch.cat(remaining).view(B, N)).view(B, 1, G, J)
-    return values_B1GJ, logits_BY, chosen_B
+
+def _removal_maps(
+    model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, settings: MapSettings
+) -> _Explained:
+    """Return occlusion or Shapley values, of the class's probability; see ``removal``."""
+    logits_BY = model(images_BCHW)
+    chosen_B = _choose(logits_BY, classes_B)
+
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        return _take(logits_XY.softmax(dim=1), chosen_B[image_X])
+
+    if settings.method == "occlusion":
+        values_BGJ = removal.occlusion(
+            model, images_BCHW, score, window=settings.window, chunk=settings.chunk
+        )
+    else:
+        values_BGJ, _ = removal.shapley(
+            model, images_BCHW, score, passes=settings.passes, chunk=settings.chunk
+        )
+    return values_BGJ[:, None], logits_BY, chosen_B
 
 
 _COMPUTE: dict[Method, Callable[[VisionTransformer, Tensor, Tensor, MapSettings], _Explained]] = {
@@ -294,7 +232,10 @@ _COMPUTE: dict[Method, Callable[[VisionTransformer, Tensor, Tensor, MapSettings]
     "gradient_rollout": _gradient_maps,
     "relevance": _gradient_maps,
     "gradcam": _gradcam_maps,
-    "occlusion": _occlusion_maps,
+    "balanced": _pixel_maps,
+    "integrated_gradients": _pixel_maps,
+    "occlusion": _removal_maps,
+    "shapley": _removal_maps,
 }
 
 
@@ -392,6 +333,26 @@ def _run(
     return model.classify(tokens_BTD), seen
 
 
+def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits, and ``formulas.contribution_norms`` (B, T, T) of every block."""
+    norms = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        attention, (B, T, D) = block.attention, tokens_BTD.shape
+        normed_BTD = block.norm1(tokens_BTD)
+        _, attention_BATT = attention(normed_BTD, model.rotation, keep_attention=True)
+        assert attention_BATT is not None
+        values_BTD = attention.qkv(normed_BTD)[:, :, 2 * D :]
+        A = attention.n_attention_heads
+        values_BTAK = values_BTD.reshape(B, T, A, D // A)
+        projection_DD = attention.out_projection.weight
+        norms.append(
+            formulas.contribution_norms(tokens_BTD, attention_BATT, values_BTAK, projection_DD)
+        )
+        tokens_BTD, _ = block(tokens_BTD, model.rotation)
+    return model.classify(tokens_BTD), norms
+
+
 def _in_chunks(
     model: VisionTransformer,
     chunk: int,
@@ -415,6 +376,7 @@ def _in_chunks(
 def _fuse(attention_BATT: Tensor, settings: MapSettings) -> Tensor:
     """Return the attention (B, T, T) of the selected heads, fused."""
     heads = pick("head", settings.heads, attention_BATT.shape[1])
+    assert settings.fusion != "norm"
     return formulas.fuse_heads(attention_BATT[:, [head - 1 for head in heads]], settings.fusion)
 
 
@@ -433,6 +395,16 @@ def read_maps(model: VisionTransformer, flow_BxTT: Tensor, query: tuple[int, int
 def _choose(logits_BY: Tensor, classes_B: Tensor) -> Tensor:
     """Return each image's class (B,), the predicted one where none is given."""
     return torch.where(classes_B == PREDICTED, logits_BY.argmax(dim=1), classes_B)
+
+
+def _score(chosen_B: Tensor, against: int | None) -> removal.Score:
+    """Return the function that is explained: the class's logit, less that of another class."""
+
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        score_X = _take(logits_XY, chosen_B[image_X.to(chosen_B.device)])
+        return score_X if against is None else score_X - logits_XY[:, against]
+
+    return score
 
 
 def _take(values_BY: Tensor, classes_B: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from PIL import Image
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
 from vitrail.explain.explanation import Explanation, maps_of
-from vitrail.explain.methods import METHODS, MapSettings, early_logits
+from vitrail.explain.map_settings import METHODS, MapSettings
+from vitrail.explain.methods import early_logits
 
 SHOWN_CLASSES = 5
 """Number of classes with a bar."""

@@ -76,10 +76,9 @@ def shapley(
     )
     gains_BON = steps_BOS.diff(dim=2).gather(2, ranks_ON.expand(len(images_BCHW), -1, -1))
     gains_BPN = gains_BON.unflatten(1, (pairs, 2)).mean(2)
-    error_BN = (
-        gains_BPN.std(1) / pairs**0.5 if pairs > 1 else torch.full_like(gains_BPN[:, 0], torch.nan)
-    )
-    return gains_BPN.mean(1).view(-1, G, J), error_BN.view(-1, G, J)
+    spread_BN = (gains_BPN - gains_BPN.mean(1, keepdim=True)).square().sum(1)
+    errors_BN = (spread_BN / (pairs - 1) / pairs).sqrt() if pairs > 1 else spread_BN * torch.nan
+    return gains_BPN.mean(1).view(-1, G, J), errors_BN.view(-1, G, J)
 
 
 def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tensor:

@@ -20,13 +20,8 @@ from vitrail.data.pictures import (
     source_name,
 )
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
-from vitrail.explain.methods import (
-    ALL,
-    MapSettings,
-    check_names,
-    require_finite,
-    settings_of_all,
-)
+from vitrail.explain.map_settings import ALL, MapSettings, check_names, settings_of_all
+from vitrail.explain.methods import require_finite
 from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
 

@@ -1,0 +1,133 @@
+"""Which map of what the model looked at: the methods, and the settings that each supports."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from vitrail.config.settings import require, require_range
+from vitrail.errors import ConfigError, nearest
+
+Method = Literal[
+    "attention", "rollout", "gradient_rollout", "relevance", "gradcam", "balanced",
+    "integrated_gradients", "occlusion", "shapley",
+]  # fmt: skip
+METHODS: tuple[Method, ...] = get_args(Method)
+ALL = "all"
+"""Stands for every method."""
+SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", "occlusion", "shapley")
+"""Methods whose negative values count against the class."""
+Fusion = Literal["mean", "max", "min", "norm"]
+
+SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
+    "attention": ("fusion", "query", "layers", "heads"),
+    "rollout": ("fusion", "discard_ratio", "query", "layers", "heads"),
+    "gradient_rollout": ("discard_ratio", "query", "layers", "against"),
+    "relevance": ("query", "layers", "gradients", "against"),
+    "gradcam": ("against",),
+    "balanced": ("points", "resolution", "against"),
+    "integrated_gradients": ("points", "resolution", "against"),
+    "occlusion": ("window",),
+    "shapley": ("passes",),
+}
+"""The settings that have an effect on a method."""
+WHY_UNSUPPORTED: dict[Method, str] = {
+    "attention": "it shows the unchanged attention",
+    "rollout": "it is the same for every class",
+    "gradient_rollout": "it weights the heads by their gradients",
+    "relevance": "it weights the heads by their gradients",
+    "gradcam": "it uses the input of the last block, not its attention",
+    "balanced": "it follows the gradient to the pixels",
+    "integrated_gradients": "it follows the gradient to the pixels",
+    "occlusion": "it hides patches and reads nothing inside the model",
+    "shapley": "it hides patches and reads nothing inside the model",
+}
+"""Why a method supports no other setting."""
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """Which map of what the model looked at.
+
+    Raises:
+        ConfigError: an invalid value, or a setting that the method does not support.
+    """
+
+    method: Method = "attention"
+    fusion: Fusion = "mean"
+    """How the heads are combined; norm (of a rollout): by the size of what each token adds."""
+    discard_ratio: float = 0.0
+    """Fraction of each layer's lowest entries that a rollout drops; less than 1."""
+    query: tuple[int, int] | None = None
+    """Patch (row, column), from 0: show what it attends to. None shows what the head reads."""
+    layers: tuple[int, ...] | None = None
+    """Layers, from 1; accumulated maps are shown after each of them. None for all."""
+    heads: tuple[int, ...] | None = None
+    """Heads, from 1; None for all."""
+    gradients: Literal["plain", "balanced"] = "plain"
+    """Gradients of relevance: the model's own, or those with frozen gates, norms and attention."""
+    against: int | None = None
+    """Index of a class: explain the difference to its logit, instead of the logit alone."""
+    points: int | None = None
+    """Points between a blank image and this one, over which gradients are averaged. None for 1
+    (balanced) or 16 (integrated_gradients)."""
+    resolution: Literal["pixel", "patch"] = "pixel"
+    """One value per pixel, or the sum of each patch's."""
+    window: int = 2
+    """Side of the square of patches that occlusion hides at once."""
+    passes: int = 512
+    """Most forward passes per image for shapley."""
+    chunk: int = 64
+    """Images per batch, which bounds the memory."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": METHODS, "fusion": get_args(Fusion), "gradients": ("plain", "balanced"),
+            "resolution": ("pixel", "patch"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            value = getattr(self, name)
+            hint = nearest(value, known)
+            require(value in known, f"{name} is {value!r}, not one of {', '.join(known)}{hint}")
+        require(
+            0 <= self.discard_ratio < 1,
+            f"discard_ratio is {self.discard_ratio}: give a number from 0 to less than 1",
+        )
+        require_range(self, "chunk points window passes", 1)
+        for field in fields(self):
+            supported = field.name in ("method", "chunk", *SUPPORTED_SETTINGS[self.method])
+            if not supported and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"{field.name} has no effect on method {self.method}: "
+                    f"{WHY_UNSUPPORTED[self.method]}; leave {field.name} out"
+                )
+        require(
+            self.fusion != "norm" or (self.method == "rollout" and self.heads is None),
+            "fusion norm needs method rollout and all heads: leave out heads, or give another",
+        )
+
+
+def settings_of_all(**settings: Any) -> list[MapSettings]:
+    """Return settings for every method, each with those of ``settings`` that it supports.
+
+    All maps have one value per patch, so that they can be compared.
+    """
+    settings = {"resolution": "patch", **settings}
+    return [
+        MapSettings(
+            method=method,
+            **{name: value for name, value in settings.items() if name in ("chunk", *supported)},
+        )
+        for method, supported in SUPPORTED_SETTINGS.items()
+    ]
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Refuse unknown names of settings.
+
+    Raises:
+        ConfigError: an unknown name; the nearest known one is suggested.
+    """
+    known = [field.name for field in fields(MapSettings)]
+    for name in settings:
+        hint = nearest(name, known)
+        require(name in known, f"no setting {name!r:.60}{hint}: one of {', '.join(known)}")
