@@ -171,6 +171,7 @@ def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_run_without_a_frozen_backbone_trains_all_weights(here: Path) -> None:
     words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3", "--new_head"]
+    words += ["--muon_learning_rate", "0.01"]
     assert main([*words, "--layer_decay", "0.6", "--ema_decay", "0.5"]) == 0
     weights = convert(make_state("timm"), n_attention_heads=3).weights
     for name, tensor in pretrained.load("output/a", device="cpu").model.state_dict().items():

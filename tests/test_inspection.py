@@ -69,20 +69,27 @@ def test_filters_of_the_patch_stem_are_its_weights(tiny_model: ModelConfig) -> N
 
 
 def test_filters_of_one_3x3_convolution_are_its_weights_too() -> None:
-    config = ModelConfig(image_size=(12, 20), n_classes=2, patch_size=2, embed_dim=12, stem="conv")
+    config = ModelConfig(
+        image_size=(12, 20), n_classes=2, patch_size=2, embed_dim=12, stem="conv",
+        stem_channels=(40,),
+    )  # fmt: skip
     model = build(config)  # its norm changes nothing yet, its GELU halves around zero
     tiles_KHWC, shares_K = patch_filters(model)
     white, convolution, last = (model.stem[index].weight.detach().double() for index in (0, 2, -1))
     both_DE33 = torch.einsum("dm,meij->deij", last[:, :, 0, 0], convolution)
-    weight_DX = F.conv_transpose2d(both_DE33, white, stride=2).flatten(1)
+    pooled_DE44 = F.conv_transpose2d(
+        both_DE33.flatten(0, 1)[:, None], torch.ones(1, 1, 2, 2).double()
+    )
+    pooled_DE44 = pooled_DE44.view(12, -1, 4, 4)
+    weight_DX = F.conv_transpose2d(pooled_DE44, white).flatten(1)
     variances_X = torch.linalg.eigvalsh(torch.cov(weight_DX.T)).flip(0)
-    assert tiles_KHWC.shape[1:] == (8, 8, 3)
+    assert tiles_KHWC.shape[1:] == (6, 6, 3)
     torch.testing.assert_close(shares_K, (variances_X / variances_X.sum())[: len(shares_K)].float())
 
 
 def test_filters_of_several_convolutions_reach_over_the_patch(tiny_model: ModelConfig) -> None:
     tiles_KHWC, shares_K = patch_filters(build(replace(tiny_model, stem="conv")), components=5)
-    assert tiles_KHWC.shape == (5, 10, 10, 3)
+    assert tiles_KHWC.shape == (5, 18, 18, 3)
     assert shares_K.tolist() == sorted(shares_K.tolist(), reverse=True)
     assert tiles_KHWC.amax((1, 2, 3)).tolist() == [1] * 5
     assert tiles_KHWC.min() >= 0

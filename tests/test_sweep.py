@@ -49,7 +49,7 @@ SEARCH = ("learning_rate=1e-4..1e-2:log", "forward_mul=1,2")
         ("n-layers=4,6", ("CategoricalDistribution", {"choices": (4, 6)})),
         ("label_smoothing=0,0.1", ("CategoricalDistribution", {"choices": (0.0, 0.1)})),
         ("pool=cls,mean", ("CategoricalDistribution", {"choices": ("cls", "mean")})),
-        ("flip=true,False", ("CategoricalDistribution", {"choices": (True, False)})),
+        ("fc_norm=true,False", ("CategoricalDistribution", {"choices": (True, False)})),
         ("warmup_epochs=none,1", ("CategoricalDistribution", {"choices": (None, 1.0)})),
         ("seed=1..3", ("IntDistribution", {"low": 1, "high": 3})),
         ("embed_dim=64..192:32", ("IntDistribution", {"low": 64, "high": 192, "step": 32})),
@@ -112,10 +112,10 @@ def test_a_trial_overrides_only_its_own_settings() -> None:
 
 
 def test_flags_reproduce_the_difference_of_two_configurations() -> None:
-    changes = {"warmup_epochs": None, "flip": False, "image_size": (32, 64), "mixup": 0.2}
-    start = from_json({"training": {"warmup_epochs": 2.0}})
+    start = from_json({"training": {"warmup_epochs": 2.0, "init": "x", "new_head": True}})
+    changes = {"warmup_epochs": None, "new_head": False, "image_size": (32, 64), "mixup": 0.2}
     words = flags(start, apply(start, changes))
-    assert words == "--image_size 32 64 --no-flip --mixup 0.2 --warmup_epochs None"
+    assert words == "--image_size 32 64 --mixup 0.2 --warmup_epochs None --no-new_head"
 
 
 @pytest.mark.parametrize(
