@@ -17,15 +17,8 @@ from vitrail.config.settings import Colormap, FitMode, Look, ModelConfig
 from vitrail.data.pictures import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.report import drawable
-from vitrail.explain.draw import (
-    draw_frames,
-    draw_sheet,
-    drawn_size,
-    encode_animation,
-    save,
-    scales,
-    show_map,
-)
+from vitrail.explain.animation import encode_animation
+from vitrail.explain.draw import draw_frames, draw_sheet, drawn_size, save, scales, show_map
 from vitrail.explain.explanation import Explanation, Frame, Subject
 from vitrail.explain.map_settings import MapSettings
 from vitrail.model.vit import VisionTransformer

@@ -242,7 +242,7 @@ def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str)
     assert len(explain(run_folder, picture, "--frames", "heads")) == 6
     assert len(explain(run_folder, picture, "--frames", "queries")) == 16
     assert len(explain(run_folder, picture, "--frames", "training")) == 2
-    assert len(explain(run_folder, picture, "--method", "all")) == 6
+    assert len(explain(run_folder, picture, "--method", "all")) == 9
     explain(run_folder, picture, "--duration", "120", "--loop", "3")
     with Image.open("out.gif") as image:
         assert image.info["duration"] == 120
@@ -411,7 +411,7 @@ def test_a_png_counts_maps_and_an_animation_frames(
     assert main([*words, "--method", "all", "--format", "png"]) == 0
     assert main([*words, "--method", "gradcam"]) == 0
     shown = capsys.readouterr().out
-    assert ": 6 maps, attention to occlusion, " in shown
+    assert ": 9 maps, attention to shapley, " in shown
     assert ": 1 frame, gradcam, " in shown
 
 

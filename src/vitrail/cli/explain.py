@@ -37,6 +37,9 @@ ALL = "all"
 PAGES = (".html", ".htm")
 UNSUPPORTED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json", ".csv")
 """Extensions that people give to files, but that no explanation is written as."""
+PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
+SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
+"""Flags that choose a map, besides the method and the class."""
 CLASSLESS = {"attention", "rollout"}
 """Methods whose maps are the same for every class."""
 
@@ -58,8 +61,8 @@ class ExplainOptions(ModelOptions):
     images: int = 200
     """Number of images for --score."""
     method: str | None = None
-    """attention, rollout, gradient_rollout, relevance, gradcam, occlusion; several: a,b; or all.
-    Default: rollout; with --score, all."""
+    """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
+    occlusion, shapley; several: a,b; or all. Default: rollout; with --score, all."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
@@ -73,12 +76,25 @@ class ExplainOptions(ModelOptions):
     """Heads, counted from 1; for example, 1,3. Default: all."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """The class to explain. Default: the predicted one."""
+    against: str | None = None
+    """Explain the difference between the scores of the class and of this one."""
     query: str | None = None
     """ROW,COLUMN, from 0, of a patch: show what it attends to. Default: what the head reads."""
-    fusion: Literal["mean", "max", "min"] = "mean"
-    """How the heads are combined."""
+    fusion: Literal["mean", "max", "min", "norm"] = "mean"
+    """How the heads are combined; norm (of a rollout): by the size of what each token adds."""
     discard_ratio: float = 0.0
     """Fraction of each layer's lowest attention entries that a rollout drops."""
+    gradients: Literal["plain", "balanced"] = "plain"
+    """Gradients of relevance: plain, or with frozen gates, norms and attention."""
+    points: int | None = None
+    """Gradients of balanced and integrated_gradients are averaged over N points between a blank
+    picture and this one. Default: 1 and 16."""
+    resolution: Literal["pixel", "patch"] = "pixel"
+    """Values of balanced and integrated_gradients per pixel, or summed over patches."""
+    window: int = 2
+    """Side in patches of the squares that occlusion hides."""
+    passes: int = 512
+    """Most forward passes of shapley."""
     drawing: Look = field(default_factory=Look)
     data: DataOptions = field(default_factory=DataOptions)
 
@@ -167,11 +183,11 @@ def _explain_one(
     if len(methods) > 1:
         if options.frames is not None:
             raise ConfigError("with several methods each is one frame: leave out --frames")
-        settings = [_make_settings(options, method) for method in methods]
+        settings = [_make_settings(options, method, subject) for method in methods]
         return compare(subject, settings, class_name=options.class_name)
     asked = methods[0] if methods else None
     method, kind = choose(asked, options.frames)  # type: ignore[arg-type]
-    settings_one = _make_settings(options, method)
+    settings_one = _make_settings(options, method, subject)
     checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
     return explain(
         subject,
@@ -182,7 +198,7 @@ def _explain_one(
     )
 
 
-def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
+def _make_settings(options: ExplainOptions, method: str, subject: "Subject") -> "MapSettings":
     """Return the settings of one method; of several, each gets those that it supports."""
     from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings
 
@@ -192,9 +208,12 @@ def _make_settings(options: ExplainOptions, method: str) -> "MapSettings":
         "query": _read_query(options.query),
         "layers": _read_numbers("layers", options.layers),
         "heads": _read_numbers("heads", options.heads),
+        "against": None if options.against is None else subject.find_class(options.against),
+        **{name: getattr(options, name) for name in PLAIN_SETTINGS},
     }
     if "," in (options.method or "") or options.method == ALL:
         supported = SUPPORTED_SETTINGS[method]  # type: ignore[index]
+        asked["resolution"] = "patch"
         asked = {name: value for name, value in asked.items() if name in supported}
     return MapSettings(method=method, **asked)  # type: ignore[arg-type]
 
@@ -309,7 +328,7 @@ def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
     """Refuse flags that would have no effect on the drawing."""
     if page:
         default = ExplainOptions()
-        chosen = ("method", "frames", "layers", "heads", "query", "fusion", "discard_ratio")
+        chosen = ("method", "frames", *SETTINGS)
         idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
         drawing = vars(options.drawing)
         idle += [name for name in drawing if drawing[name] != vars(default.drawing)[name]]
@@ -321,7 +340,7 @@ def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
     elif options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
         raise ConfigError(
             "attention and rollout are the same for every class: leave out --class, or use "
-            "--method relevance, gradient_rollout, gradcam or occlusion"
+            "--method relevance, balanced or another one"
         )
 
 
@@ -402,7 +421,7 @@ def _describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
     first = [part for part in (options.method, options.frames) if part] or ["rollout"]
     parts = [] if page else first
     default = ExplainOptions()
-    for name in ("class_name", "query", "layers", "heads", "fusion", "discard_ratio"):
+    for name in ("class_name", *SETTINGS):
         value = getattr(options, name)
         if value != getattr(default, name):
             parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import CenteredNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
@@ -31,6 +31,7 @@ from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import Fit, seen_box
 from vitrail.evaluation.metrics import evaluating
 from vitrail.evaluation.report import drawable, save_figure
+from vitrail.explain.animation import encode_animation
 from vitrail.explain.explanation import CORRECT, WRONG, Explanation, Frame
 from vitrail.explain.map_settings import MapSettings
 from vitrail.explain.methods import compute_maps
@@ -46,6 +47,9 @@ SCALES: dict[Normalization, str] = {
     "none": "unscaled values, clipped to 0 and 1",
 }
 """How a normalization is described on the picture."""
+DIVERGING = "RdBu_r"
+"""Colors of maps with a sign: white at 0, red for the class, blue against it."""
+SIGNS = "white: 0, red: for the class, blue: against it"
 LARGEST_SIDE = 1200
 """A picture's longer side is drawn with at most this many pixels."""
 LARGEST_ROW = 2400
@@ -58,10 +62,6 @@ BLACK, GRAY = "#1f2328", "#656d76"
 """Text, and less important text."""
 RED, GREEN = "#b42318", "#1a7f37"
 """Text of a wrong and of a correct answer."""
-COLORS = 236
-"""Colors of a GIF's palette besides 16 grays; Pillow marks unchanged pixels by one more entry."""
-WHITE = 15
-"""The entry of the palette that is white."""
 TRAINING_IMAGES = 8
 """Number of images that are drawn during training."""
 
@@ -120,7 +120,7 @@ class Panel:
 def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     """Draw each frame: the picture, and beside it the picture with the map over it."""
     drawn, first = [], _first_title(explanation, look)
-    for frame, norm in zip(explanation.frames, scales(explanation.maps_FGJ, look), strict=True):
+    for frame, norm in zip(explanation.frames, _scales_of(explanation, look), strict=True):
         still = Panel(first, query=frame.query)
         moving = Panel(frame.title, frame.map_GJ, norm, frame.query)
         figure = _compose(explanation, look, [[still, moving]], last=frame, ends=norm)
@@ -133,7 +133,7 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
 
 def draw_sheet(explanation: Explanation, look: Look) -> Figure:
     """Draw all frames on one sheet, the picture first."""
-    frames, norms = explanation.frames, scales(explanation.maps_FGJ, look)
+    frames, norms = explanation.frames, _scales_of(explanation, look)
     panels = [
         Panel(_short_title(explanation, frame), frame.map_GJ, norm, frame.query)
         for frame, norm in zip(frames, norms, strict=True)
@@ -144,7 +144,8 @@ def draw_sheet(explanation: Explanation, look: Look) -> Figure:
         rows = [[first], *_in_rows(panels, columns)]
     else:
         rows = _in_rows([first, *panels], columns)
-    ends = Normalize(0, 1) if look.normalize == "frame" else norms[0]
+    own = look.normalize == "frame" and len(norms) > 1
+    ends = Normalize(0, 1) if own and not all(f.signed for f in frames) else norms[0]
     return _compose(explanation, look, rows, last=frames[-1], ends=ends)
 
 
@@ -177,6 +178,10 @@ def caption(explanation: Explanation) -> str:
         parts.append(f"heads fused by {settings.fusion}")
     if settings.discard_ratio:
         parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
+    if settings.against is not None:
+        parts.append(f"against {subject.classes[settings.against]}")
+    if settings.method == "occlusion" and explanation.kind != "methods":
+        parts.append(f"squares of {settings.window} x {settings.window} patches")
     if subject.label:
         parts.append(f"label: {subject.label}")
     return ", ".join(parts)
@@ -185,17 +190,29 @@ def caption(explanation: Explanation) -> str:
 # Maps over pictures.
 
 
-def scales(maps_FGJ: np.ndarray, look: Look) -> list[Normalize]:
+def _scales_of(explanation: Explanation, look: Look) -> list[Normalize]:
+    signed = [frame.signed for frame in explanation.frames]
+    return scales(explanation.maps_FGJ, look, signed)
+
+
+def scales(maps_FGJ: np.ndarray, look: Look, signed: Sequence[bool] = ()) -> list[Normalize]:
     """Return what scales each map to 0..1: its own range, the common range, or only clipping.
 
-    A uniform map has nothing to show: it becomes 0.
+    A uniform map has nothing to show: it becomes 0. In a signed map 0 is in the middle.
     """
-    ranges = [(each_GJ.min(), each_GJ.max()) for each_GJ in maps_FGJ]
-    if look.normalize == "none":
-        ranges = [(0, 1)] * len(maps_FGJ)
-    elif look.normalize == "picture":
-        ranges = [(maps_FGJ.min(), maps_FGJ.max())] * len(maps_FGJ)
-    return [Normalize(float(low), float(high), clip=True) for low, high in ranges]
+    lows_F, highs_F = maps_FGJ.min((1, 2)), maps_FGJ.max((1, 2))
+    if look.normalize == "picture":
+        lows_F, highs_F = np.full_like(lows_F, lows_F.min()), np.full_like(highs_F, highs_F.max())
+    elif look.normalize == "none":
+        lows_F, highs_F = np.zeros_like(lows_F), np.ones_like(highs_F)
+    return [
+        CenteredNorm(0, float(max(-low, high)) or 1.0, clip=True)
+        if centered
+        else Normalize(float(low), float(high), clip=True)
+        for low, high, centered in zip(
+            lows_F, highs_F, signed or [False] * len(lows_F), strict=True
+        )
+    ]
 
 
 def show_map(
@@ -217,7 +234,8 @@ def show_map(
         picture_HWC: bytes, of one or three channels.
         map_GJ: one value per patch.
         look: style reference draws the picture x the map instead of colors.
-        norm: scales the map. Default: its own range.
+        norm: scales the map; a centered one is drawn in colors for both signs. Default: its own
+            range.
         box: left, top, right, bottom of what the model saw. Default: all.
     """
     height, width = picture_HWC.shape[:2]
@@ -231,24 +249,29 @@ def show_map(
         rgb_HWC = shown_HW.round().astype(np.uint8)[:, :, None].repeat(3, axis=2)
     axes.imshow(rgb_HWC, extent=(0, width, height, 0))
     if map_GJ is not None:
+        colors = _translucent(look, norm)
         axes.imshow(
-            map_GJ, _translucent(look), norm or Normalize(), extent=(left, right, bottom, top),
+            map_GJ, colors, norm or Normalize(), extent=(left, right, bottom, top),
             interpolation="bilinear", interpolation_stage="data",
         )  # fmt: skip
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axes.set_axis_off()
 
 
-def _translucent(look: Look) -> ListedColormap:
+def _translucent(look: Look, norm: Normalize | None) -> ListedColormap:
     """Return the colors that are laid over the picture.
 
-    The opacity rises with the map: high values show the color, low ones the picture. In style
-    reference it is black that falls with the map.
+    The opacity rises with the map: high values show the color, low ones the picture; with a sign,
+    large values of both signs do. In style reference it is black that falls with the map.
     """
     level_K = np.linspace(0, 1, 256)
     if look.style == "reference":
         return ListedColormap(np.outer(1 - level_K, (0, 0, 0, 1)))
-    colors_K4 = matplotlib.colormaps[look.colormap](level_K)
+    if isinstance(norm, CenteredNorm):
+        colors_K4 = matplotlib.colormaps[DIVERGING](level_K)
+        level_K = abs(2 * level_K - 1) ** 0.5
+    else:
+        colors_K4 = matplotlib.colormaps[look.colormap](level_K)
     colors_K4[:, 3] = look.alpha * (1 + (1 - look.alpha) * level_K)
     return ListedColormap(colors_K4)
 
@@ -342,10 +365,11 @@ def _draw_colorbar(
     """Draw a color bar; beside it the values at its ends and how the maps are scaled."""
     x, y, width, height = place
     bar = sheet.axes(*place)
-    colors = ScalarMappable(ends, "gray" if look.style == "reference" else look.colormap)
-    sheet.figure.colorbar(colors, cax=bar, orientation="horizontal", ticks=[])
+    signed = isinstance(ends, CenteredNorm)
+    colors = "gray" if look.style == "reference" else DIVERGING if signed else look.colormap
+    sheet.figure.colorbar(ScalarMappable(ends, colors), cax=bar, orientation="horizontal", ticks=[])
     bar.spines[:].set_visible(False)
-    words = f"{ends.vmin:.3g} to {ends.vmax:.3g}   {SCALES[look.normalize]}"
+    words = f"{ends.vmin:.3g} to {ends.vmax:.3g}   {SIGNS if signed else SCALES[look.normalize]}"
     sheet.text(x + 1.05 * width, y + height, words, size=1.3 * height)
 
 
@@ -374,72 +398,6 @@ def _picture(
     picture_hw = picture_HWC.shape[0], picture_HWC.shape[1]
     fit: Fit = "squash" if reference else subject.fit
     return picture_HWC, seen_box(picture_hw, subject.model.config.image_hw, fit)
-
-
-# Animations.
-
-
-def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> bytes:
-    """Return frames of one size as a GIF with one palette, or as a WebP, which is exact.
-
-    Raises:
-        ConfigError: an impossible duration or number of repetitions.
-    """
-    require(
-        10 <= look.duration <= 655_350, f"duration is {look.duration} ms: give one of 10 to 655350"
-    )
-    require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
-    options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
-    if suffix == ".gif":
-        frames, options = _share_palette(frames), {"optimize": False}
-    file = io.BytesIO()
-    frames[0].save(
-        file, suffix[1:], save_all=True, append_images=frames[1:], duration=look.duration,
-        loop=look.loop, **options,
-    )  # fmt: skip
-    return file.getvalue()
-
-
-def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """Return frames in the colors of one palette, so that what is still stays still.
-
-    Between the palette's colors, ordered dither shows the steps as gradients: it depends on the
-    place only, so it does not flicker. White is not dithered.
-    """
-    pixels_P3 = np.concatenate([np.asarray(frame)[::2, ::2].reshape(-1, 3) for frame in frames])
-    # One pixel of each color, to six bits: else large areas would leave too few to small ones.
-    _, first = np.unique(
-        (pixels_P3 >> 2).astype(np.int32) @ (1 << 12, 1 << 6, 1), return_index=True
-    )
-    method = Image.Quantize.MAXCOVERAGE
-    chosen = Image.fromarray(pixels_P3[first][None]).quantize(COLORS, method, kmeans=2)
-    grays = [level for level in range(0, 256, 17) for _ in range(3)]
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(grays + (chosen.getpalette() or [])[: 3 * COLORS])
-    shared = []
-    for frame in frames:
-        frame_HWC = np.asarray(frame)
-        dithered_HWC = (frame_HWC + _dither(frame.height, frame.width)).clip(0, 255)
-        dithered = Image.fromarray(dithered_HWC.astype(np.uint8))
-        entries = dithered.quantize(palette=palette, dither=Image.Dither.NONE)
-        white = Image.fromarray((frame_HWC == 255).all(axis=2))
-        entries.paste(WHITE, mask=white)
-        shared.append(entries)
-    return shared
-
-
-def _dither(height: int, width: int) -> np.ndarray:
-    """Return Bayer's thresholds, from -10 to 10, repeated over a picture, moved in each channel.
-
-    Source: Bayer 1973, "An optimum method for two-level rendition of continuous-tone pictures".
-    """
-    order = np.zeros((1, 1))
-    for _ in range(3):
-        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
-    moved = [np.roll(order, places, axis=(0, 1)) for places in ((0, 0), (3, 5), (6, 2))]
-    tile_HWC = 20 * ((np.stack(moved, axis=2) + 0.5) / 64 - 0.5)
-    repeated_HWC = np.tile(tile_HWC, (height // 8 + 1, width // 8 + 1, 1))
-    return repeated_HWC[:height, :width]
 
 
 # Pictures of a run: the same few images during training.

@@ -74,6 +74,8 @@ class Frame:
     query: tuple[int, int] | None = None
     correct: bool | None = None
     """Whether the predicted class is the label; None if the label is not known."""
+    signed: bool = False
+    """Whether negative values of the map count against the class."""
 
     def __repr__(self) -> str:
         return f"Frame({self.title!r}, {self.prediction!r})"
@@ -95,7 +97,7 @@ class Explanation:
 
     @property
     def maps_FGJ(self) -> np.ndarray:
-        """The maps, one per frame, one value per patch, not normalized."""
+        """The maps, one per frame, one value per patch or pixel, not normalized."""
         return np.stack([frame.map_GJ for frame in self.frames])
 
     @property
@@ -290,4 +292,4 @@ def _frame(
     if explained != top:
         name = subject.classes[explained]
         prediction += f"   (explained: {name} {probabilities_Y[explained]:.1%})"
-    return Frame(map_GJ.numpy(), title, prediction, query, correct)
+    return Frame(map_GJ.numpy(), title, prediction, query, correct, maps.signed)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vitrail.config.settings import require
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
-from vitrail.explain.map_settings import METHODS, MapSettings, Method
+from vitrail.explain.map_settings import METHODS, Method, settings_of_all
 from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
@@ -400,8 +400,9 @@ def _all_maps(
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each method's name and its maps (B, G, J), then the controls'."""
+    by_name = {settings.method: settings for settings in settings_of_all()}
     for method in methods:
-        maps = compute_maps(model, images_BCHW, MapSettings(method=method), classes_B=classes_B)
+        maps = compute_maps(model, images_BCHW, by_name[method], classes_B=classes_B)
         yield method, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
     yield "random", torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))

@@ -16,7 +16,7 @@ from vitrail.config.settings import require
 from vitrail.errors import CheckpointError
 from vitrail.explain import balanced, formulas, removal
 from vitrail.explain.formulas import HeadFusion
-from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, Method
+from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, MapSettings, Method
 from vitrail.model.vit import Block, VisionTransformer
 
 PREDICTED = -1
@@ -37,6 +37,8 @@ class Maps:
     """The layer of each L, ascending, from 1; (0,) for a method that has no layers."""
     logits_BY: Tensor
     classes_B: Tensor
+    signed: bool = False
+    """Whether negative values count against the class."""
 
 
 _Explained = tuple[Tensor, Tensor, Tensor]
@@ -77,7 +79,13 @@ def compute_maps(
     values_BLGJ, logits_BY, chosen_B = joined
     require_finite(values_BLGJ, logits_BY)
     has_layers = "layers" in SUPPORTED_SETTINGS[settings.method]
-    return Maps(values_BLGJ.float(), layers if has_layers else (0,), logits_BY.float(), chosen_B)
+    return Maps(
+        values_BLGJ.float(),
+        layers if has_layers else (0,),
+        logits_BY.float(),
+        chosen_B,
+        signed=settings.method in SIGNED,
+    )
 
 
 # The methods, each for one chunk of images.

@@ -23,7 +23,7 @@ from PIL import Image
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
 from vitrail.explain.explanation import Explanation, maps_of
-from vitrail.explain.map_settings import METHODS, MapSettings
+from vitrail.explain.map_settings import settings_of_all
 from vitrail.explain.methods import early_logits
 
 SHOWN_CLASSES = 5
@@ -93,9 +93,7 @@ def page_data(explanation: Explanation) -> PageData:
     """Compute everything that the page shows, whatever the explanation's method."""
     subject, index = explanation.subject, explanation.class_index
     model, config = subject.model, subject.model.config
-    maps = {
-        method: maps_of(subject, model, MapSettings(method=method), index) for method in METHODS
-    }
+    maps = {each.method: maps_of(subject, model, each, index) for each in settings_of_all()}
     logits_Y = maps["attention"].logits_BY[0]
     with torch.inference_mode():
         _, attentions = model.forward_with_attention(subject.image_1CHW)

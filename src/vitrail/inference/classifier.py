@@ -84,8 +84,9 @@ class Classifier(BaseClassifier):
             frames: what changes from frame to frame: rollout, layers, heads or queries.
             class_name: the class to explain. Default: the predicted one.
             name: the picture's name. Default: its file name.
-            settings: fields of ``explain.methods.MapSettings``: method, fusion, discard_ratio,
-                query, layers, heads. method "all" shows every method, one frame each.
+            settings: fields of ``explain.map_settings.MapSettings``: method, fusion, query, layers
+                and more; ``against`` may be the name of a class. method "all" shows every method,
+                one frame each.
 
         Raises:
             PictureError: the picture cannot be read.
@@ -93,6 +94,8 @@ class Classifier(BaseClassifier):
         """
         check_names(settings)
         subject, method = self.subject(picture, name=name), settings.pop("method", None)
+        if isinstance(settings.get("against"), str):
+            settings["against"] = subject.find_class(settings["against"])
         if method == ALL:
             require(frames is None, f"method {ALL} has a frame for each method: leave out frames")
             return compare(subject, settings_of_all(**settings), class_name=class_name)
