@@ -1,6 +1,7 @@
 """From a picture to frames: what each kind of frame holds, on the command line and in Python."""
 
 import contextlib
+import csv
 import io
 import json
 import shlex
@@ -18,8 +19,9 @@ from vitrail.cli import main
 from vitrail.cli.explain import ExplainOptions, name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
+from vitrail.config.settings import Look
 from vitrail.errors import ConfigError, DataError
-from vitrail.explain.draw import BLACK, GREEN, RED, caption
+from vitrail.explain.draw import BLACK, GREEN, RED, caption, scales
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.map_settings import METHODS, MapSettings
@@ -175,16 +177,59 @@ def test_a_caption_keeps_the_underscores_of_file_names(
     assert caption(explained) == "IMG_2041.JPG: gradient rollout"
 
 
-@pytest.mark.parametrize("ending", ["gif", "webp", "png", "html"])
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "svg", "pdf", "html"])
 def test_saving_writes_the_format_of_the_extension(
     ending: str, classifier: Classifier, picture: str, tmp_path: Path
 ) -> None:
     path = classifier.explain(picture).save(tmp_path / "new" / f"x.{ending}")
     head = path.read_bytes()[:200]
-    magic = {"gif": b"GIF89a", "webp": b"RIFF", "png": b"\x89PNG", "html": b"<!doctype html>"}
+    magic = {
+        "gif": b"GIF89a", "webp": b"RIFF", "png": b"\x89PNG", "html": b"<!doctype html>",
+        "svg": b"<?xml", "pdf": b"%PDF",
+    }  # fmt: skip
     assert head.lower().startswith(magic[ending].lower())
     if ending in ("gif", "webp"):
         assert len(frames_of(path)) == 3
+
+
+def test_numbers_are_saved_as_they_are(
+    classifier: Classifier, picture: str, tmp_path: Path
+) -> None:
+    explained = classifier.explain(picture, method="balanced")
+    explained.save(tmp_path / "x.npz")
+    stored = np.load(tmp_path / "x.npz")
+    assert stored["titles_F"].tolist() == ["balanced"]
+    assert stored["maps_FGJ"].shape[1:] == classifier.config.model.image_hw
+    assert np.array_equal(stored["maps_FGJ"], explained.maps_FGJ)
+    rolled = classifier.explain(picture)
+    rolled.save(tmp_path / "x.csv")
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert len(rows) == rolled.maps_FGJ.size
+    for row in rows:
+        place = tuple(int(row[name]) for name in ("frame", "row", "column"))
+        assert float(row["value"]) == pytest.approx(rolled.maps_FGJ[place], rel=1e-6)
+        assert row["title"] == rolled.titles[place[0]]
+
+
+def test_signed_maps_have_zero_in_the_middle(classifier: Classifier, picture: str) -> None:
+    signed = classifier.explain(picture, method="balanced")
+    assert signed.frames[0].signed
+    assert signed.maps_FGJ.min() < 0
+    for how in ("frame", "picture", "none"):
+        for norm in scales(signed.maps_FGJ, Look(normalize=how), [True]):  # type: ignore[arg-type]
+            assert norm(0) == 0.5
+            assert norm.vmin == -norm.vmax
+    assert not classifier.explain(picture).frames[0].signed
+
+
+def test_contrast_takes_the_name_of_a_class(classifier: Classifier, picture: str) -> None:
+    names = classifier.classes
+    one = classifier.explain(picture, method="balanced", class_name=names[0], against=names[1])
+    other = classifier.explain(picture, method="balanced", class_name=names[1], against=names[0])
+    np.testing.assert_allclose(one.maps_FGJ, -other.maps_FGJ, rtol=1e-3, atol=1e-6)
+    assert caption(one).endswith(f"against {names[1]}")
+    with pytest.raises(ConfigError, match="no class 'nothing'"):
+        classifier.explain(picture, method="balanced", against="nothing")
 
 
 def test_unknown_extensions_and_styles_are_refused(

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 PROG = "vitrail explain"
 ALL = "all"
 PAGES = (".html", ".htm")
-UNSUPPORTED = (".jpg", ".jpeg", ".svg", ".pdf", ".mp4", ".mov", ".webm", ".json", ".csv")
+UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
+OTHER = (".npz", ".csv", ".svg", ".pdf")
 """Extensions that people give to files, but that no explanation is written as."""
 PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
 SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
@@ -66,8 +67,9 @@ class ExplainOptions(ModelOptions):
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
-    format: Literal["gif", "webp", "png", "html"] | None = None
-    """Output format. Default: from the extension of --output_path, else gif."""
+    format: Literal["gif", "webp", "png", "svg", "pdf", "html", "npz", "csv"] | None = None
+    """Output format; npz and csv hold the numbers. Default: from the extension of --output_path,
+    else gif."""
     output_path: Path | None = None
     """File, or folder for several pictures. Default: output/explain."""
     layers: str | None = None
@@ -167,7 +169,8 @@ def _describe(explanation: "Explanation", path: Path) -> str:
     """Return what a file holds."""
     if path.suffix.lower() == ".html":
         return "a page with every method, layer and head"
-    titles, what = explanation.titles, "map" if path.suffix.lower() == ".png" else "frame"
+    animated = path.suffix.lower() in (".gif", ".webp")
+    titles, what = explanation.titles, "frame" if animated else "map"
     if len(titles) == 1:
         return f"1 {what}, {titles[0]}"
     return f"{len(titles)} {what}s, {titles[0]} to {titles[-1]}"
@@ -320,7 +323,7 @@ def _is_file_name(path: Path) -> bool:
     """
     from vitrail.data.formats import SUFFIXES
 
-    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *UNSUPPORTED)
+    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *OTHER, *UNSUPPORTED)
     return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
 
 

@@ -5,6 +5,7 @@ a color bar and a caption at fixed places. In an animation nothing moves but the
 """
 
 import base64
+import csv
 import html
 import io
 import math
@@ -38,7 +39,7 @@ from vitrail.explain.methods import compute_maps
 from vitrail.explain.page import make_page, page_data
 from vitrail.runtime.files import replace_file
 
-SUFFIXES = (".gif", ".webp", ".png", ".html")
+SUFFIXES = (".gif", ".webp", ".png", ".svg", ".pdf", ".html", ".npz", ".csv")
 ANIMATED = ("rollout", "layers", "training")
 """Kinds that a notebook shows animated; the others are grids or a single map."""
 SCALES: dict[Normalization, str] = {
@@ -67,7 +68,10 @@ TRAINING_IMAGES = 8
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
-    """Write the format of the file's extension: an animation (.gif, .webp), a picture or a page.
+    """Write the format of the file's extension.
+
+    An animation (.gif, .webp), a picture (.png, .svg, .pdf), a page (.html), or the numbers (.npz,
+    .csv).
 
     Raises:
         ConfigError: another extension, or a look that the explanation does not support.
@@ -78,18 +82,39 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
     if suffix == ".html":
         require(look.style == "vitrail", "style reference is a picture or an animation, not a page")
         replace_file(path, make_page(page_data(explanation)))
-    elif suffix == ".png":
-        replace_file(path, to_png(explanation, look))
+    elif suffix in (".npz", ".csv"):
+        replace_file(path, to_numbers(explanation, suffix))
+    elif suffix in (".png", ".svg", ".pdf"):
+        replace_file(path, to_picture(explanation, look, suffix[1:]))
     else:
         replace_file(path, encode_animation(draw_frames(explanation, look), suffix, look))
     return path
 
 
-def to_png(explanation: Explanation, look: Look | None = None) -> bytes:
-    """Return all frames on one sheet, as a PNG file."""
+def to_picture(explanation: Explanation, look: Look, kind: str = "png") -> bytes:
+    """Return all frames on one sheet, as a file of this kind: png, svg or pdf."""
     file = io.BytesIO()
-    draw_sheet(explanation, look or Look()).savefig(file, format="png")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    draw_sheet(explanation, look).savefig(file, format=kind, metadata=undated)
     return file.getvalue()
+
+
+def to_numbers(explanation: Explanation, suffix: str) -> bytes:
+    """Return the maps as numbers, not scaled: an archive of arrays, or a table.
+
+    ``.npz`` has ``maps_FGJ`` and ``titles_F``; ``.csv`` one line per frame, row and column.
+    """
+    maps_FGJ, titles = explanation.maps_FGJ, explanation.titles
+    if suffix == ".npz":
+        file = io.BytesIO()
+        np.savez_compressed(file, maps_FGJ=maps_FGJ, titles_F=np.array(titles))
+        return file.getvalue()
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["frame", "title", "row", "column", "value"])
+    for (f, row, column), value in np.ndenumerate(maps_FGJ):
+        table.writerow([f, titles[f], row, column, value])
+    return text.getvalue().encode()
 
 
 def to_html(explanation: Explanation) -> str:
@@ -98,7 +123,7 @@ def to_html(explanation: Explanation) -> str:
         frames = draw_frames(explanation, Look())
         kind, content = "gif", encode_animation(frames, ".gif", Look())
     else:
-        kind, content = "png", to_png(explanation)
+        kind, content = "png", to_picture(explanation, Look())
     data = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(repr(explanation))}" src="data:image/{kind};base64,{data}">'
 

@@ -117,12 +117,12 @@ class Explanation:
         return to_html(self)
 
     def _repr_png_(self) -> bytes:
-        from vitrail.explain.draw import to_png
+        from vitrail.explain.draw import to_picture
 
-        return to_png(self)
+        return to_picture(self, Look())
 
     def save(self, path: str | Path, **look: Any) -> Path:
-        """Write a .gif, .webp, .png or .html file; ``look`` are the fields of ``Look``."""
+        """Write what the extension says, see ``draw.save``; ``look`` are the fields of ``Look``."""
         # Imported here, since matplotlib takes a second and computing maps does not need it.
         from vitrail.explain.draw import save
 
