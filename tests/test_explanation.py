@@ -203,7 +203,7 @@ def test_numbers_are_saved_as_they_are(
     assert np.array_equal(stored["maps_FGJ"], explained.maps_FGJ)
     rolled = classifier.explain(picture)
     rolled.save(tmp_path / "x.csv")
-    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
     assert len(rows) == rolled.maps_FGJ.size
     for row in rows:
         place = tuple(int(row[name]) for name in ("frame", "row", "column"))

@@ -1,10 +1,10 @@
-"""Which map to trust: maps scored image by image, beside two control maps.
+"""Which map to trust: maps scored image by image, beside control maps.
 
 With the object's mask: is the map's highest point on the object (the pointing game), and how much
 of the map is on it. Without: does the class's probability fall when the patches that the map ranks
-highest are deleted, and rise when they are inserted. The control maps, a random one and one that
-always points to the center, use neither the model nor the image: a method that is no better than
-both is of no use on this model.
+highest are deleted, and rise when they are inserted. The control maps, a random one, the same
+blurred, and one that always points to the center, use neither the model nor the image: a method
+that is no better than all of them is of no use on this model.
 """
 
 import math
@@ -30,7 +30,7 @@ FILLS: tuple[Fill, ...] = get_args(Fill)
 """What replaces a removed patch: the image's mean color, or the blurred image."""
 BLUR_SHARE = 1 / 8
 """Standard deviation of the blur as a fraction of the image's shorter side."""
-CONTROLS = ("random", "center")
+CONTROLS = ("random", "blurred random", "center")
 STEPS = 1 + len(FILLS)
 """Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
 ERROR_RATE = 0.05
@@ -51,12 +51,20 @@ class Measure(NamedTuple):
 MEASURES = {
     "pointing": Measure("pointing game", True),
     "mass": Measure("share inside", True),
+    "srg": Measure("SRG", True),
     "deletion_mean": Measure("deletion, mean", False),
     "deletion_blur": Measure("deletion, blur", False),
     "insertion_mean": Measure("insertion, mean", True),
     "insertion_blur": Measure("insertion, blur", True),
 }
-"""The first two need the objects' masks; deletion and insertion name their fill."""
+"""The first two need the objects' masks; deletion and insertion name their fill.
+
+SRG, the symmetric relevance gain, is insertion minus deletion, averaged over the fills: removing
+the lowest patches first shows the same images as inserting the highest, so it is the area between
+the two orders of removal. A random map has 0. Rankings by SRG depend least on the fill.
+
+Source: Bluecher et al. 2024, arXiv:2401.06654.
+"""
 
 
 # Maps against masks.
@@ -306,7 +314,7 @@ class Score:
     estimates: Mapping[str, Estimate]
     """By the names in MEASURES; without masks the first two are missing."""
     beats: Mapping[str, bool]
-    """By measure, whether it is significantly better than both controls; empty for a control."""
+    """By measure, whether it is significantly better than all controls; empty for a control."""
     shares: tuple[float, ...]
     """Horizontal axis of the curves: fraction of the patches deleted or inserted."""
     curves: Mapping[str, tuple[float, ...]]
@@ -319,7 +327,7 @@ class Score:
 
     @property
     def beats_controls(self) -> bool:
-        """Whether it is significantly better than both controls by every measure."""
+        """Whether it is significantly better than all controls by every measure."""
         return bool(self.beats) and all(self.beats.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -355,7 +363,7 @@ def score_methods(
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Score]:
-    """Score methods, and then both controls, on the same images.
+    """Score methods, and then the controls, on the same images.
 
     Every map explains the predicted class; of several layers, the last one counts. A method beats
     the controls by a measure when it is better than each of them, image by image, in a paired t
@@ -405,7 +413,10 @@ def _all_maps(
         maps = compute_maps(model, images_BCHW, by_name[method], classes_B=classes_B)
         yield method, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
-    yield "random", torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
+    random_BGJ = torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
+    yield "random", random_BGJ
+    # Insertion favors smooth maps, whatever they show.
+    yield "blurred random", F.avg_pool2d(random_BGJ, 3, 1, padding=1, count_include_pad=False)
     yield "center", center_maps(grid_GJ).expand(images, -1, -1)
 
 
@@ -433,6 +444,8 @@ def _measure(
         values |= zip(names, drawn.areas(), strict=True)
         curves |= zip(names, (drawn.deletion_BS, drawn.insertion_BS), strict=True)
         advance()
+    gains = [values[f"insertion_{fill}"] - values[f"deletion_{fill}"] for fill in FILLS]
+    values["srg"] = torch.stack(gains).mean(0)
     ordered = {name: values[name] for name in MEASURES if name in values}
     return Outcome(ordered, drawn.shares_S, {n: curve.mean(0) for n, curve in curves.items()})
 

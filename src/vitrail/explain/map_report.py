@@ -25,9 +25,9 @@ from vitrail.evaluation.report import (
 from vitrail.explain.map_metrics import MEASURES, Score
 
 YES, NO = "✓", "✗"
-COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000")
-"""Okabe and Ito's palette, in the order of the methods; the controls are gray."""
-CONTROL_STYLES = {"random": ":", "center": "--"}
+COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#44AA99")
+"""Okabe and Ito's palette and two of Tol's, in the order of the methods; the controls are gray."""
+CONTROL_STYLES = {"random": ":", "blurred random": "-.", "center": "--"}
 OBJECT_TITLES = {
     "pointing": "Pointing game: highest point on the object",
     "mass": "Share of the map on the object",
@@ -38,7 +38,8 @@ FILL_NAMES = {"mean": "the mean color", "blur": "a blurred picture"}
 
 
 def score_table(scores: Sequence[Score]) -> RenderableType:
-    """Return every measure with its interval, and which methods beat the controls."""
+    """Return every measure with its interval, best SRG first, and what beats the controls."""
+    scores = sorted(scores, key=lambda score: (score.is_control, -score.estimates["srg"].mean))
     return Group(*_tables(scores), Text(_how_to_read(scores), style="dim"), "", _verdicts(scores))
 
 
@@ -110,7 +111,7 @@ def _how_to_read(scores: Sequence[Score]) -> str:
         intervals = "Wilson's for the pointing game, Student's for the rest"
     return (
         f"{scores[0].n:,} images, each explained for its predicted class. Second lines: 95% "
-        f"intervals ({intervals}). {YES} significantly better than both controls, {NO} "
+        f"intervals ({intervals}). {YES} significantly better than all controls, {NO} "
         "not: paired t tests over the images, 5% error over all marks together (Bonferroni)."
     )
 
@@ -123,7 +124,7 @@ def _verdicts(scores: Sequence[Score]) -> Text:
             continue
         missed = [MEASURES[name].label for name, beats in score.beats.items() if not beats]
         if not missed:
-            text.append(f"{score.method} beats both controls by every measure\n")
+            text.append(f"{score.method} beats all controls by every measure\n")
         elif len(missed) == len(score.beats):
             text.append(f"{score.method} does not beat the controls by any measure\n", style="red")
         else:
@@ -171,7 +172,7 @@ def _draw_estimates(axes: Axes, name: str, scores: Sequence[Score]) -> None:
     best_control = max(score.estimates[name].mean for score in scores if score.is_control)
     axes.axvline(best_control, color="#888888", linewidth=1, linestyle="-", zorder=0)
     axes.set_yticks(range(len(scores)), [score.method for score in scores])
-    words = f"{scores[0].n:,} images; bars: 95% intervals; line: the better control"
+    words = f"{scores[0].n:,} images; bars: 95% intervals; line: the best control"
     axes.set(xlabel=words, xlim=(0, 1.02))
     axes.set_ylim(len(scores) - 0.5, -0.5)
     write_title(axes, OBJECT_TITLES[name])
