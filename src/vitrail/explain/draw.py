@@ -83,7 +83,7 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
         require(look.style == "vitrail", "style reference is a picture or an animation, not a page")
         replace_file(path, make_page(page_data(explanation)))
     elif suffix in (".npz", ".csv"):
-        replace_file(path, to_numbers(explanation, suffix))
+        replace_file(path, _to_numbers(explanation, suffix))
     elif suffix in (".png", ".svg", ".pdf"):
         replace_file(path, to_picture(explanation, look, suffix[1:]))
     else:
@@ -99,7 +99,7 @@ def to_picture(explanation: Explanation, look: Look, kind: str = "png") -> bytes
     return file.getvalue()
 
 
-def to_numbers(explanation: Explanation, suffix: str) -> bytes:
+def _to_numbers(explanation: Explanation, suffix: str) -> bytes:
     """Return the maps as numbers, not scaled: an archive of arrays, or a table.
 
     ``.npz`` has ``maps_FGJ`` and ``titles_F``; ``.csv`` one line per frame, row and column.
