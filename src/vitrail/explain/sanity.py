@@ -1,0 +1,132 @@
+"""Checks that a map must pass to be believed: it depends on the weights, and on the class."""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.errors import DataError
+from vitrail.explain.map_metrics import Estimate, estimate_mean
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.methods import compute_maps
+from vitrail.model.vit import VisionTransformer, initialize
+from vitrail.runtime import rng
+
+TILES = 4
+"""Images in a mosaic."""
+
+
+# Does it depend on the weights?
+
+
+def randomization(
+    model: VisionTransformer, images_BCHW: Tensor, settings: MapSettings, *, seed: int = 0
+) -> Mapping[str, Estimate]:
+    """Return how similar the maps stay while the weights are randomized, from head to stem.
+
+    The weights are initialized anew, part by part and cumulatively. Similarity is Spearman's rank
+    correlation of a map with the trained model's, averaged over images; a map that stays similar
+    when all weights are random shows the picture, not the model. All maps explain the class that
+    the trained model predicts.
+
+    Source: Adebayo et al. 2018, arXiv:1810.03292, section 3.1 (cascading randomization).
+    """
+    original = compute_maps(model, images_BCHW, settings)
+    before_BN = original.values_BLGJ[:, -1].flatten(1)
+    model = copy.deepcopy(model)
+    blocks = [(f"block {n}", block) for n, block in enumerate(model.blocks, start=1)]
+    parts = [("head", nn.ModuleList([model.norm, model.head])), *blocks[::-1], ("stem", model.stem)]
+    found = {"trained": Estimate(1.0, 1.0, 1.0)}
+    with rng.seeded(seed, "explain", device=images_BCHW.device):
+        for name, part in parts:
+            part.apply(partial(_reset, std=model.config.init_std))
+            maps = compute_maps(model, images_BCHW, settings, classes_B=original.classes_B)
+            found[name] = estimate_mean(
+                rank_correlation(before_BN, maps.values_BLGJ[:, -1].flatten(1))
+            )
+    return found
+
+
+def _reset(module: nn.Module, std: float) -> None:
+    """Initialize a module's own weights anew, as before training."""
+    if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+        module.reset_parameters()
+    else:
+        initialize(module, std=std)
+
+
+def rank_correlation(one_BN: Tensor, other_BN: Tensor) -> Tensor:
+    """Return Spearman's correlation of each row (B,); 0 for a uniform one.
+
+    Equal values have the mean of their ranks.
+    """
+    one_BN, other_BN = (_ranks(values_BN) for values_BN in (one_BN, other_BN))
+    covariance_B = (one_BN * other_BN).mean(1)
+    scale_B = (one_BN.square().mean(1) * other_BN.square().mean(1)).sqrt()
+    return covariance_B / scale_B.clamp(min=1e-12)
+
+
+def _ranks(values_BN: Tensor) -> Tensor:
+    """Return the rank of each value in its row, less the mean rank."""
+    smaller_BN = (values_BN[:, :, None] > values_BN[:, None]).double().sum(2)
+    larger_BN = (values_BN[:, :, None] < values_BN[:, None]).double().sum(2)
+    return (smaller_BN - larger_BN) / 2
+
+
+# Does it depend on the class?
+
+
+def make_mosaics(
+    images_BCHW: Tensor, labels_B: Tensor, count: int, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return mosaics of four images of different classes at half their size, and the classes.
+
+    Shapes:
+        images_BCHW, labels_B -> mosaics_MCHW, classes_M4: top left, top right, bottom left, right.
+
+    Raises:
+        DataError: there are fewer than four classes, or the sides are odd.
+    """
+    present = labels_B.unique()
+    if len(present) < TILES or any(side % 2 for side in images_BCHW.shape[2:]):
+        raise DataError(
+            f"{len(present)} classes, images of {tuple(images_BCHW.shape[2:])} pixels: "
+            "mosaics need four classes and even sides"
+        )
+    generator = rng.generator(seed, "explain")
+    halves_BCHW = F.avg_pool2d(images_BCHW, 2)
+    chosen = []
+    for _ in range(count):
+        for label in present[torch.randperm(len(present), generator=generator)[:TILES]]:
+            own = (labels_B == label).nonzero().flatten()
+            chosen.append(int(own[torch.randint(len(own), (), generator=generator)]))
+    index_M4 = torch.tensor(chosen).view(count, TILES)
+    tiles_M4CHW = halves_BCHW[index_M4.to(images_BCHW.device)]
+    rows = [torch.cat([tiles_M4CHW[:, i], tiles_M4CHW[:, i + 1]], dim=3) for i in (0, 2)]
+    return torch.cat(rows, dim=2), labels_B[index_M4]
+
+
+def shares_in_tiles(
+    model: VisionTransformer, mosaics_MCHW: Tensor, classes_M4: Tensor, settings: MapSettings
+) -> Tensor:
+    """Return how much of the map of each tile's class lies in that tile: shares_M4.
+
+    Values below 0 count as 0. A method that ignores the class has a quarter on average, and so has
+    a map without positive values.
+    """
+    H, W = mosaics_MCHW.shape[2:]
+    shares = []
+    for tile in range(TILES):
+        classes_M = classes_M4[:, tile]
+        maps = compute_maps(model, mosaics_MCHW, settings, classes_B=classes_M)
+        positive_M1HW = F.interpolate(maps.values_BLGJ[:, -1:].clamp(min=0), (H, W))
+        mass_M = positive_M1HW.sum((1, 2, 3))
+        row, column = divmod(tile, 2)
+        own = positive_M1HW[
+            :, 0, row * H // 2 : (row + 1) * H // 2, column * W // 2 : (column + 1) * W // 2
+        ].sum((1, 2))
+        shares.append(torch.where(mass_M > 0, own / mass_M.clamp(min=1e-30), 1 / TILES))
+    return torch.stack(shares, dim=1)

@@ -1,0 +1,98 @@
+"""Randomized weights and mosaics: what the checks report for maps whose answer is known."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrail.config.settings import ModelConfig
+from vitrail.errors import DataError
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.sanity import make_mosaics, randomization, rank_correlation, shares_in_tiles
+from vitrail.model.vit import VisionTransformer
+
+
+@pytest.fixture
+def model() -> VisionTransformer:
+    config = ModelConfig(
+        image_size=16, patch_size=4, embed_dim=24, n_layers=2, n_attention_heads=3, n_classes=5,
+        pool="mean", head="linear",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = VisionTransformer(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(5)
+    return model
+
+
+def test_rank_correlation_agrees_with_the_formula_and_shares_ranks() -> None:
+    one = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1.0, 2.0, 0.0, 5.0], [3.0] * 5])
+    other = torch.tensor([[5.0, 6.0, 7.0, 8.0, 7.0], [2.0, 3.0, 4.0, 1.0, 9.0], [1.0, 2, 3, 4, 5]])
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) without ties; with them Pearson's correlation of mean ranks.
+    assert rank_correlation(one, other)[:2].tolist() == pytest.approx([0.8208, 0.9747], abs=1e-4)
+    assert rank_correlation(one, other)[2] == 0
+    assert rank_correlation(one, -one)[0] == -1
+
+
+def test_maps_lose_their_order_from_head_to_stem(model: VisionTransformer) -> None:
+    images_BCHW = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = MapSettings(method="balanced", resolution="patch")
+    found = randomization(model, images_BCHW, settings)
+    assert list(found) == ["trained", "head", "block 2", "block 1", "stem"]
+    assert found["trained"].mean == 1
+    assert abs(found["stem"].mean) < 0.4
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the model itself is not changed"
+    assert randomization(model, images_BCHW, settings) == found
+    # Attention does not read the head.
+    attention = randomization(model, images_BCHW, MapSettings())
+    assert attention["head"].mean == pytest.approx(1)
+    assert attention["block 2"].mean < 0.9
+
+
+def quadrants(mosaic_CHW: Tensor) -> list[float]:
+    return [
+        mosaic_CHW[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean().item()
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+
+
+def test_mosaics_hold_four_classes_in_order() -> None:
+    labels_B = torch.arange(20) % 5
+    images_BCHW = labels_B.float().view(-1, 1, 1, 1).expand(20, 3, 16, 16)
+    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, labels_B, 7)
+    assert mosaics_MCHW.shape == (7, 3, 16, 16)
+    for mosaic_CHW, classes_4 in zip(mosaics_MCHW, classes_M4.tolist(), strict=True):
+        assert len(set(classes_4)) == 4
+        assert quadrants(mosaic_CHW) == classes_4
+    assert len(classes_M4.unique(dim=0)) > 3
+    with pytest.raises(DataError, match="3 classes"):
+        make_mosaics(images_BCHW, torch.arange(20) % 3, 1)
+
+
+def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
+    model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images_BCHW = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, torch.arange(20) % 5, 10)
+    shares_M4 = shares_in_tiles(model, mosaics_MCHW, classes_M4, MapSettings(method="rollout"))
+    torch.testing.assert_close(shares_M4.sum(1), torch.ones(10))
+    # A model that reads one class in each quarter of the picture.
+
+    class Quarters(VisionTransformer):
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            means = images_BCHW.mean(1).unflatten(1, (2, 8)).unflatten(3, (2, 8)).mean((2, 4))
+            return torch.cat([means.flatten(1), means[:, :1, 0]], dim=1)
+
+    reader = Quarters(dataclasses.replace(model.config)).eval()
+    classes_M4 = torch.arange(4).expand(10, 4)
+    # Of a probability, the patches of the other classes have a share, too.
+    for method, least in (("occlusion", 0.4), ("shapley", 0.4), ("integrated_gradients", 0.99)):
+        settings = MapSettings(method=method)  # type: ignore[arg-type]
+        if method == "occlusion":
+            settings = dataclasses.replace(settings, window=1)
+        shares_M4 = shares_in_tiles(reader, mosaics_MCHW, classes_M4, settings)
+        assert shares_M4.mean() > least, method
