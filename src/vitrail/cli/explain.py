@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -28,7 +28,9 @@ from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
+    from vitrail.explain.map_metrics import Score
     from vitrail.explain.map_settings import MapSettings
+    from vitrail.explain.sanity import Sanity
     from vitrail.inference.classifier import Classifier
     from vitrail.model.vit import VisionTransformer
 
@@ -284,10 +286,9 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from rich.progress import Progress
 
     from vitrail.data.images import normalize
-    from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
-    from vitrail.explain.map_report import plot_scores, score_table
+    from vitrail.explain.map_metrics import CONTROLS, FEWEST_IMAGES, STEPS, score_methods
     from vitrail.explain.map_settings import METHODS
-    from vitrail.runtime.files import write_json
+    from vitrail.explain.sanity import check_methods
     from vitrail.training.run_folder import load_split
 
     split, folder = options.data.split, options.folder
@@ -296,21 +297,53 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     log_test_use(classifier, split, folder, "vitrail explain --score", len(images))
     print_err(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
+    images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
+    few = max(FEWEST_IMAGES, len(images) // 4)  # the checks take many passes
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("scoring", total=STEPS * (len(methods) + len(CONTROLS)))
+        steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods)
+        task = progress.add_task("scoring", total=steps)
         scores = score_methods(
             classifier.model,
-            normalize(raw_BCHW, classifier.mean, classifier.std),
+            images_BCHW,
             images.masks_BHW,
             methods,  # type: ignore[arg-type]
             advance=lambda: progress.advance(task),
         )
+        checks = check_methods(
+            classifier.model,
+            images_BCHW[:few],
+            images.labels_B[:few],
+            methods,  # type: ignore[arg-type]
+            advance=lambda: progress.advance(task),
+        )
     about = {"model": classifier.source, "split": split, "images": len(images)}
-    write_json(folder / "scores.json", {**about, "scores": [each.to_json() for each in scores]})
-    out.print(score_table(scores))
-    plot_scores(folder / "scores.png", scores)
-    print_err(f"scores.png and scores.json in {folder}/")
+    _report_scores(folder, about, scores, checks)
     return 0
+
+
+def _report_scores(
+    folder: Path, about: dict[str, Any], scores: "list[Score]", checks: "list[Sanity]"
+) -> None:
+    """Write the numbers and plots; print the tables."""
+    from rich.console import Group
+
+    from vitrail.explain.map_report import (
+        plot_randomization,
+        plot_scores,
+        sanity_table,
+        score_table,
+    )
+    from vitrail.runtime.files import write_json
+
+    numbers = {
+        "scores": [each.to_json() for each in scores],
+        "checks": [each.to_json() for each in checks],
+    }
+    write_json(folder / "scores.json", about | numbers)
+    out.print(Group(score_table(scores), "", sanity_table(checks)))
+    plot_scores(folder / "scores.png", scores)
+    plot_randomization(folder / "randomization.png", checks)
+    print_err(f"scores.png, randomization.png and scores.json in {folder}/")
 
 
 # --- reading flags, naming files ------------------------------------------------------------------

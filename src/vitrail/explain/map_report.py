@@ -23,6 +23,7 @@ from vitrail.evaluation.report import (
     write_title,
 )
 from vitrail.explain.map_metrics import MEASURES, Score
+from vitrail.explain.sanity import TOO_SIMILAR, Sanity
 
 YES, NO = "✓", "✗"
 COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#44AA99")
@@ -62,6 +63,53 @@ def plot_scores(path: Path, scores: Sequence[Score]) -> None:
             _draw_estimates(figure.add_subplot(grid[2, index]), name, scores)
     handles = figure.axes[0].get_lines()
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def sanity_table(checks: Sequence[Sanity]) -> RenderableType:
+    """Return which methods depend on the model's weights, and on the class."""
+    table = make_table("Does the map depend on the model, and on the class?")
+    table.add_column("method", no_wrap=True)
+    for title in ("similarity with\nrandom weights", "share in the\ntile of the class"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for check in checks:
+        cells = []
+        last = list(check.similarity.values())[-1]
+        cells.append(_with_mark(f"{last.mean:.2f}", check.depends_on_model))
+        if check.in_tile is None:
+            cells.append(Text("–"))
+        else:
+            cells.append(_with_mark(percent(check.in_tile.mean), bool(check.depends_on_class)))
+        table.add_row(check.method, *cells)
+    words = (
+        "Similarity: rank correlation of the maps before and after all weights were randomized; "
+        f"{NO} if it may be above {TOO_SIMILAR}. Share: of a class's map in that class's quarter "
+        f"of a mosaic of four images; {NO} if it may be an even 25%. 95% intervals."
+    )
+    return Group(table, Text(words, style="dim"))
+
+
+def _with_mark(value: str, good: bool) -> Text:
+    return Text(value, style="bold").append(f" {YES if good else NO}", "green" if good else "red")
+
+
+def plot_randomization(path: Path, checks: Sequence[Sanity]) -> None:
+    """Draw how similar each method's maps stay while the weights are randomized.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, check in enumerate(checks):
+        means = [estimate.mean for estimate in check.similarity.values()]
+        color = COLORS[index % len(COLORS)]
+        axes.plot(list(check.similarity), means, "o-", color=color, label=check.method)
+    axes.axhline(0, color="#888888", linewidth=1)
+    axes.set(xlabel="randomized, from left to right", ylabel="rank correlation", ylim=(-0.3, 1.02))
+    write_title(axes, "Similarity of the maps with those of the trained model: lower is better")
+    tidy(axes)
+    figure.legend(loc="outside right center", frameon=False)
     save_figure(figure, path)
 
 

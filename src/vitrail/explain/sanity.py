@@ -1,8 +1,9 @@
 """Checks that a map must pass to be believed: it depends on the weights, and on the class."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,76 @@ from torch import Tensor, nn
 
 from vitrail.errors import DataError
 from vitrail.explain.map_metrics import Estimate, estimate_mean
-from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.map_settings import MapSettings, Method, settings_of_all
 from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
 
 TILES = 4
 """Images in a mosaic."""
+TOO_SIMILAR = 0.5
+"""A map that is this similar after all weights were randomized does not depend on the model."""
+
+
+class Sanity(NamedTuple):
+    """The checks of one method: whether it depends on the weights, and on the class."""
+
+    method: str
+    similarity: Mapping[str, Estimate]
+    """Rank correlation with the trained model's map, after each part was randomized."""
+    in_tile: Estimate | None
+    """Share of the map of a class in its tile of a mosaic; None with fewer than four classes."""
+
+    @property
+    def depends_on_model(self) -> bool:
+        """Whether the map changes when all weights are random."""
+        return list(self.similarity.values())[-1].high < TOO_SIMILAR
+
+    @property
+    def depends_on_class(self) -> bool | None:
+        """Whether more of the map is in the tile than an even share."""
+        return self.in_tile and self.in_tile.low > 1 / TILES
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "method": self.method,
+            "depends_on_model": self.depends_on_model,
+            "depends_on_class": self.depends_on_class,
+            "similarity": {name: e._asdict() for name, e in self.similarity.items()},
+            "in_tile": self.in_tile and self.in_tile._asdict(),
+        }
+
+
+def check_methods(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    methods: Sequence[Method],
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Sanity]:
+    """Check methods on the same images, and on as many mosaics of them.
+
+    ``advance`` is called once per method, to report progress.
+
+    Raises:
+        DataError: there are fewer than ten images.
+    """
+    by_name = {settings.method: settings for settings in settings_of_all(passes=128)}
+    mosaics = None
+    if len(labels_B.unique()) >= TILES and not any(side % 2 for side in images_BCHW.shape[2:]):
+        mosaics = make_mosaics(images_BCHW, labels_B, len(images_BCHW))
+    found = []
+    for method in methods:
+        settings, in_tile = by_name[method], None
+        similarity = randomization(model, images_BCHW, settings)
+        if mosaics is not None:
+            shares_M4 = shares_in_tiles(model, *mosaics, settings)
+            in_tile = estimate_mean(shares_M4.mean(1))
+        found.append(Sanity(method, similarity, in_tile))
+        advance()
+    return found
 
 
 # Does it depend on the weights?
