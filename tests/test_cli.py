@@ -266,6 +266,18 @@ class RunsCode:
         return open, ("was_run", "w")
 
 
+def test_an_empty_model_path_is_not_the_newest_run(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["test", "--model_path", ""]) == 2
+    assert "no --model_path given" not in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--model_path", "cifar10", "x" * 3000]) == 2
+    assert "another place" not in capsys.readouterr().err
+
+
 def test_missing_corrupt_or_hostile_data_is_refused(
     cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -403,3 +403,9 @@ def test_speed_is_finite_if_the_clock_stands_still(
         pass
     assert run.state.seconds == 0
     assert run.rows[-1]["images_per_second"] > 0
+
+
+def test_an_output_path_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "output").symlink_to(tmp_path / "unmounted" / "disk")
+    with pytest.raises(OutputError, match="cannot be created"):
+        new_folder(tmp_path / "output", "", "quick")

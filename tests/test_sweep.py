@@ -49,6 +49,7 @@ SEARCH = ("learning_rate=1e-4..1e-2:log", "forward_mul=1,2")
         ("n-layers=4,6", ("CategoricalDistribution", {"choices": (4, 6)})),
         ("label_smoothing=0,0.1", ("CategoricalDistribution", {"choices": (0.0, 0.1)})),
         ("pool=cls,mean", ("CategoricalDistribution", {"choices": ("cls", "mean")})),
+        ("flip=random,none", ("CategoricalDistribution", {"choices": ("random", "none")})),
         ("fc_norm=true,False", ("CategoricalDistribution", {"choices": (True, False)})),
         ("warmup_epochs=none,1", ("CategoricalDistribution", {"choices": (None, 1.0)})),
         ("seed=1..3", ("IntDistribution", {"low": 1, "high": 3})),
@@ -173,7 +174,7 @@ def test_trials_are_listed_completed_first_and_best_first(tmp_path: Path) -> Non
         fake_trial(4, "FAIL", []),
     ]
     trials = ranked(SimpleNamespace(get_trials=lambda **_: all_trials))
-    assert [(t["trial"], t["validation"], t["trained"]) for t in trials] == [
+    assert [(t["trial"], t["validation"], t["epochs_trained"]) for t in trials] == [
         (3, 0.7, 2), (1, 0.5, 3), (0, 0.9, 1), (4, None, 0),
     ]  # fmt: skip
     assert summary(trials[0]) == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -94,9 +95,17 @@ def parse_space(words: Iterable[str]) -> dict[str, Any]:
 
 def _parse_list(name: str, text: str, hint: Any) -> Any:
     """Parse A,B,C."""
-    values = tuple(convert(name, _read_value(part), hint) for part in text.split(","))
+    values = tuple(_read_choice(name, part, hint) for part in text.split(","))
     require(len(set(values)) > 1, "give at least two different values")
     return import_optional("optuna").distributions.CategoricalDistribution(values)
+
+
+def _read_choice(name: str, text: str, hint: Any) -> Any:
+    """Parse one value; ``none`` is a choice of some settings, and no value for others."""
+    try:
+        return convert(name, text, hint)
+    except ConfigError:
+        return convert(name, _read_value(text), hint)
 
 
 def _parse_range(name: str, text: str, hint: Any) -> Any:
@@ -226,7 +235,7 @@ class Sweep:
         """
         state = self.optuna.trial.TrialState
         while True:
-            self.optuna.storages.fail_stale_trials(self.study)  # those of killed processes
+            self._fail_killed_trials()
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             done = states.count(state.COMPLETE) + states.count(state.PRUNED)
             if done >= self.wanted:
@@ -241,6 +250,15 @@ class Sweep:
                 self.study.enqueue_trial(self.study.trials[self.current].params)
                 raise
             yield self.study.trials[self.current]
+
+    def _fail_killed_trials(self) -> None:
+        """Fail the trials of killed processes, also of those killed before the first heartbeat."""
+        self.optuna.storages.fail_stale_trials(self.study)
+        state = self.optuna.trial.TrialState
+        for trial in self.study.get_trials(deepcopy=False, states=(state.RUNNING,)):
+            age = (datetime.now() - trial.datetime_start).total_seconds()
+            if not trial.params and age > GRACE_SECONDS:
+                self.study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
 
     def _objective(self, trial: Any) -> float:
         """Run one trial; return its best validation accuracy."""
@@ -348,7 +366,7 @@ def describe(trial: Any) -> dict[str, Any]:
         "trial": trial.number,
         "state": trial.state.name.lower(),
         "validation": max(accuracies.values(), default=None),
-        "trained": max(accuracies, default=0),
+        "epochs_trained": max(accuracies, default=0),
         **trial.params,
         "folder": trial.user_attrs.get("folder", ""),
         "error": trial.user_attrs.get("error", ""),

@@ -72,8 +72,8 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
         )
     from vitrail.weights.pretrained import default_model, load
 
-    source = path or default_model(runs)
-    if not path:
+    source = default_model(runs) if path is None else path
+    if path is None:
         what = "newest run" if isinstance(source, Path) else "bundled model"
         print_err(f"no --model_path given: using the {what}, {source}")
     heads, device = options.n_attention_heads, options.device
@@ -91,9 +91,12 @@ def is_onnx(path: str | None) -> bool:
 def is_model(arg: str) -> bool:
     """Return whether an argument can only be meant as a model."""
     path = Path(arg)
-    if path.is_dir():
-        return any((path / name).exists() for name in MODEL_FILES)
-    is_file = path.name.lower().endswith(MODEL_ENDINGS) and path.is_file()
+    try:
+        if path.is_dir():
+            return any((path / name).exists() for name in MODEL_FILES)
+        is_file = path.name.lower().endswith(MODEL_ENDINGS) and path.is_file()
+    except OSError:  # too long for a name
+        return False
     return is_file or arg in bundled.names() or arg.startswith("hf:")
 
 

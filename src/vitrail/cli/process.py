@@ -35,10 +35,14 @@ class Load(NamedTuple):
 
 def read_load(stat: Path = Path("/proc/stat")) -> Load | None:
     """Return the load so far, or None where the system does not provide it."""
-    if not stat.exists():
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        text = stat.read_text(encoding="ascii")
+    except OSError:
         return None
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    lines = map(str.split, stat.read_text(encoding="ascii").splitlines())
+    lines = map(str.split, text.splitlines())
     counts = [list(map(int, values[:8])) for name, *values in lines if name in cores]
     idle_and_waiting = slice(3, 5)
     ticks = sum(sum(count) - sum(count[idle_and_waiting]) for count in counts)

@@ -275,7 +275,7 @@ def _train(run: "Run") -> int:
             if stopped := distributed.highest(stop.signal):
                 run.save()
                 return stopped
-        return stop.signal
+        return distributed.highest(stop.signal)
 
 
 def _describe(run: "Run") -> None:

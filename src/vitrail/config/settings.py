@@ -140,7 +140,12 @@ class ModelConfig(Checked):
             require(
                 halvings > 0 and self.patch_size == 2**halvings,
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
-                "must be 2, 4, 8 or 16, or give stem patch",
+                "must be a power of two from 2, or give stem patch",
+            )
+            require(
+                min(self.image_hw) >= 3,
+                f"image_size {self.image_size}: stem conv needs 3 pixels or more: enlarge it, or "
+                "give stem patch",
             )
             require(
                 len(widths) >= halvings and min(widths) >= 1,
@@ -151,8 +156,8 @@ class ModelConfig(Checked):
                 len(set(self.pools) & set(range(1, len(widths) + 1)))
                 == len(self.pools)
                 == halvings,
-                f"stem_pools {self.pools}: give {halvings} different numbers from 1 to "
-                f"{len(widths)}, to halve the image down to patches of {self.patch_size}",
+                f"stem_pools {self.pools}: give {halvings} of the numbers 1 to {len(widths)}, each "
+                f"once, to halve the image down to patches of {self.patch_size}",
             )
         else:
             for name in ("stem_channels", "stem_pools"):
@@ -309,7 +314,8 @@ class TrainingConfig(Checked):
     epochs: int = 200
     """Passes over the training set."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. Beside Muon, that of biases and norm weights is five times as
+    high."""
     warmup_epochs: float | None = None
     """Epochs of linear learning-rate warm-up; 0 for none. Default: 5% of the epochs."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -346,8 +352,8 @@ class TrainingConfig(Checked):
     layer_decay: float = 1.0
     """Learning rate of each block as a fraction of the next block's; 1 for equal rates."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of matrix products, including Muon's. auto: bfloat16 where the hardware
-    supports it."""
+    """Number format of matrix products, including Muon's. auto: bfloat16 where it is faster
+    than float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: a minute at the start, then faster steps. auto: for long runs on CUDA."""
 

@@ -8,7 +8,7 @@ from vitrail.config.settings import ModelConfig
 from vitrail.errors import CheckpointError
 from vitrail.model.vit import VisionTransformer
 
-ADAPTABLE_FIELDS = ("image_size", "n_classes", "dropout", "drop_path")
+ADAPTABLE_FIELDS = ("image_size", "n_classes", "dropout", "drop_path", "init_std")
 """Settings in which a model may differ from the one that its weights come from."""
 
 

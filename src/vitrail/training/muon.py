@@ -74,8 +74,8 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int]:
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 3) -> Tensor:
     """Bring the singular values of each matrix together by Newton–Schulz iteration.
 
-    Three steps bring those above a tenth of the largest to 0.7 to 1.2; five, those above a
-    hundredth.
+    Three steps bring those above 1/50 of the Frobenius norm to 0.65 to 1.2; five, those above
+    1/600.
 
     Shapes:
         matrices (n, rows, columns) -> the same shape and dtype; computed in ``dtype``.

@@ -18,6 +18,7 @@ VECTOR_RATE = 5
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
     """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
+    Beside Muon, AdamW's second beta is 0.95, and vectors learn faster (VECTOR_RATE).
     Every group stores its highest learning rate as ``peak``; set_learning_rate scales it.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 2024 (Muon).

@@ -155,7 +155,7 @@ class Run:
     def resume(cls, folder: Path, config: Config) -> "Run":
         """Resume from the newest valid checkpoint of a run folder; without one, start over.
 
-        The settings are those in its config.json; only the paths and the device may differ.
+        The settings are those in its config.json; only RESUME_OVERRIDES may differ.
 
         Raises:
             CheckpointError: no checkpoint is valid, or it was made with other settings.
@@ -395,14 +395,14 @@ class Run:
         step, epochs = step_of(Path(best.source)), self.rows[-1]["epoch"]
         row: dict[str, Any] = next((dict(row) for row in self.rows if row["step"] == step), {})
         names = {"accuracy": "validation_accuracy", "loss": "validation_loss"}
-        images = self.train_images * epochs
+        images, trains_all = self.train_images * epochs, not self.config.training.freeze_backbone
         return {
             "epochs": epochs,
             "best_epoch": row.get("epoch"),
             "validation": {n: row[key] for n, key in names.items() if key in row} or None,
             "parameters": sum(parameter.numel() for parameter in best.model.parameters()),
             "train_images": self.train_images,
-            "petaflops": float(f"{count_flops(self.config.model)[1] * images / 1e15:.4g}"),
+            "petaflops": float(f"{count_flops(self.config.model)[trains_all] * images / 1e15:.4g}"),
             "seconds": round(self.state.seconds, 1),
             "evaluation_seconds": round(sum(r.get("evaluation_seconds", 0) for r in self.rows), 1),
             "images_per_second": _speed(images, self.state.seconds),

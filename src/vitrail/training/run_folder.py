@@ -77,9 +77,13 @@ def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
         OutputError: the folder cannot be created.
     """
     folder, number = output_path / (folder_name or default_name), 1
+    try:
+        output_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output_path}: cannot be created: {error.strerror}") from error
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             if folder_name:
                 require_unused(folder)
@@ -228,9 +232,14 @@ def read_rows(folder: Path) -> list[EpochRow]:
     path = folder / "metrics.jsonl"
     try:
         rows = list(map(json.loads, read_bytes(path).splitlines())) if path.exists() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
-    if not all(isinstance(row, dict) and {"epoch", "step"} <= row.keys() for row in rows):
+    if not all(
+        isinstance(row, dict)
+        and {"epoch", "step"} <= row.keys()
+        and all(value is None or isinstance(value, int | float) for value in row.values())
+        for row in rows
+    ):
         raise CheckpointError(f"{path}: corrupt: a line is not an epoch of a run")
     return rows
 
