@@ -88,7 +88,6 @@ def run(command: str, args: Sequence[str]) -> int:
         if os.environ.get("RANK") != "0":
             sys.exit(REFUSED)  # the first process reports it
         raise ConfigError(f"vitrail {command} runs in one process: start it without torchrun")
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # about metadata and sizes of pictures
     module = importlib.import_module(f"vitrail.cli.{command}")
     process.limit_spinning()
     return int(module.command(args))
@@ -99,6 +98,7 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
 
     ``--debug`` prints the traceback instead.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # about metadata and sizes of pictures
     process.keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of file names

@@ -171,7 +171,7 @@ class Decoded(NamedTuple):
     broken: dict[int, str]
     """Of the files that cannot be decoded: their index and the reason."""
     pixel_range: PixelRange | None
-    """The values of black and white in wide gray pictures; None if there are no such pictures."""
+    """The values of black and white in wide gray pictures: given, or inferred; None if neither."""
 
 
 def decode(

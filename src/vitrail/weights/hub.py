@@ -99,7 +99,8 @@ def _reported_as(hub_id: str, kind: type[VitrailError]) -> Iterator[None]:
         yield
     except Exception as error:
         hint = next((hints[c.__name__] for c in type(error).__mro__ if c.__name__ in hints), "")
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if not hint and status in (401, 403):
             hint = "permission denied: hf auth login, with a write token to push"
         words = str(error).strip().partition("\n")[0] or type(error).__name__
         raise kind(f"{hub_id}: {hint or words}") from error
@@ -148,7 +149,7 @@ def _front_matter(
     hub = import_optional("huggingface_hub")
     dataset = info.config.data.dataset
     known: dict[str, Any] = {"datasets": [ON_THE_HUB[dataset]]} if dataset in ON_THE_HUB else {}
-    if result:
+    if result and result["test"]:
         figure = hub.EvalResult(
             task_type="image-classification",
             dataset_type=ON_THE_HUB.get(dataset, dataset),
@@ -205,6 +206,8 @@ def _results(result: dict[str, Any] | None) -> str:
     if result is None:
         return "Not measured: these weights did not come from a finished training run."
     test = result["test"]
+    if not test:
+        return "Not measured: the data have no test split."
     low, high = test["accuracy_interval"]
     rows = [
         f"| accuracy | {test['accuracy']:.2%} | {low:.2%} to {high:.2%} |",

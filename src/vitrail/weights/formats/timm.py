@@ -132,8 +132,8 @@ def _standard_form(
     if gammas:
         notes.append(f"{first_few(gammas)}: multiplied into the layers before")
     fill_biases(state, NAMES, notes)
-    if CLASS in state:
-        table_1TD = state.get(POSITIONS, torch.empty(0))
+    if CLASS in state and POSITIONS in state:
+        table_1TD = state[POSITIONS]
         rows = table_1TD.shape[1] if table_1TD.ndim == 3 else 0
         if rows == (n_patches or math.isqrt(rows) ** 2):  # the class token has no position
             state[POSITIONS] = torch.cat([torch.zeros_like(table_1TD[:, :1]), table_1TD], dim=1)
