@@ -259,7 +259,8 @@ def test_wrong_arguments_have_clear_messages(
 def test_explain_shows_all_methods(classifier: Classifier) -> None:
     explanation = classifier.explain(RGB, method="all", class_name="dog", layers=(2,))
     assert explanation.titles == (
-        "attention", "rollout", "gradient_rollout", "relevance", "gradcam", "occlusion",
+        "attention", "rollout", "gradient_rollout", "relevance", "gradcam", "balanced",
+        "integrated_gradients", "occlusion", "shapley",
     )  # fmt: skip
     with pytest.raises(ConfigError, match="fusion is 'x'"):
         classifier.explain(RGB, method="all", fusion="x")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from speed.jobs import SERVED, TITLES
+from speed.jobs import PEERS_FOR, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--device cpu --embed_dim 16 --n_layers 2 --batch_size 8 --rounds 1 --quick".split()  # noqa: SIM905
@@ -42,7 +42,7 @@ def test_all_workloads_with_the_peers(bench: Runner) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     for workload in ("step", "inference", "explanation"):
         systems = {row["system"] for row in result["rows"] if row["workload"] == workload}
-        assert systems == {"vitrail", *SERVED[workload]}, result["remarks"]
+        assert systems == {"vitrail", *PEERS_FOR[workload]}, result["remarks"]
     for row in result["rows"]:
         if "largest_difference" in row["about"]:
             assert row["about"]["largest_difference"] < 1e-3

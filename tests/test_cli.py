@@ -390,9 +390,7 @@ def test_an_unwritable_weights_folder_is_refused_before_training(
     (here / "file").touch()
     refused(["train", *TINY, "--model_path", "file/models"], capsys, "file/models: cannot be wri")
     assert not list((here / "output").iterdir())
-    refused(
-        ["train", *TINY, "--output_path", "file/out"], capsys, "file/out/quick: cannot be created"
-    )
+    refused(["train", *TINY, "--output_path", "file/out"], capsys, "file/out: cannot be created")
 
 
 def test_weights_that_cannot_be_written_at_the_end_do_not_lose_the_result(

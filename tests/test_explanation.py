@@ -470,7 +470,7 @@ def test_scores_are_printed_drawn_and_saved(
         assert name in shown
     scores = json.loads(Path("s/scores.json").read_text())
     assert [each["method"] for each in scores["scores"]] == [
-        "rollout", "relevance", "random", "center",
+        "rollout", "relevance", "random", "blurred random", "center",
     ]  # fmt: skip
     assert scores["images"] == 12
     assert Path("s/scores.png").stat().st_size > 1000

@@ -174,7 +174,7 @@ def test_trials_are_listed_completed_first_and_best_first(tmp_path: Path) -> Non
         fake_trial(4, "FAIL", []),
     ]
     trials = ranked(SimpleNamespace(get_trials=lambda **_: all_trials))
-    assert [(t["trial"], t["validation"], t["epochs_trained"]) for t in trials] == [
+    assert [(t["trial"], t["validation"], t["epochs"]) for t in trials] == [
         (3, 0.7, 2), (1, 0.5, 3), (0, 0.9, 1), (4, None, 0),
     ]  # fmt: skip
     assert summary(trials[0]) == "trial 3 complete after 2 epochs, validation 70.00%: n_layers 4"

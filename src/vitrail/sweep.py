@@ -366,7 +366,7 @@ def describe(trial: Any) -> dict[str, Any]:
         "trial": trial.number,
         "state": trial.state.name.lower(),
         "validation": max(accuracies.values(), default=None),
-        "epochs_trained": max(accuracies, default=0),
+        "epochs": max(accuracies, default=0),
         **trial.params,
         "folder": trial.user_attrs.get("folder", ""),
         "error": trial.user_attrs.get("error", ""),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitrail.sweep import Sweep
 
 PROG = "vitrail sweep"
-COLUMNS = ("trial", "state", "validation", "epochs_trained", "folder", "error")
+COLUMNS = ("trial", "state", "validation", "epochs", "folder", "error")
 """What describes a trial besides its settings."""
 LISTED_TRIALS = 20
 """Number of trials in the table; the CSV file has all."""
@@ -156,7 +156,7 @@ def summary(trial: Mapping[str, Any]) -> str:
     cells = _cells(trial)
     settings = ", ".join(f"{name} {cells[name]}" for name in cells if name not in COLUMNS)
     return (
-        f"trial {cells['trial']} {cells['state']} after {cells['epochs_trained']} epochs, "
+        f"trial {cells['trial']} {cells['state']} after {cells['epochs']} epochs, "
         f"validation {cells['validation']}: {settings}"
         + (f": {cells['error']}" if cells["error"] else "")
     )

@@ -135,6 +135,9 @@ class ModelConfig(Checked):
                 f"position sincos needs embed_dim divisible by 4, not {width}: "
                 f"give {width // 4 * 4 or 4}",
             )
+        self._check_stem()
+
+    def _check_stem(self) -> None:
         if self.stem == "conv":
             halvings, widths = self.patch_size.bit_length() - 1, self.stem_widths
             require(

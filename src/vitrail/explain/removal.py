@@ -59,11 +59,11 @@ def shapley(
     (G, J), device = model.config.grid_GJ, images_BCHW.device
     N = G * J
     pairs = max(1, (passes - 2) // (2 * max(1, N - 1)))
-    generator = rng.generator(0, "explain")
+    generator = rng.generator(0, "orders")
     ranks = [torch.randperm(N, generator=generator) for _ in range(pairs)]
     ranks_ON = torch.stack([rank for r in ranks for rank in (r, N - 1 - r)]).to(device)
     shown_OSN = ranks_ON[:, None, :] < torch.arange(1, N, device=device)[:, None]
-    ends_2N = torch.tensor([[False], [True]], device=device).expand(2, N)
+    ends_2N = torch.tensor([[False], [True]]).to(device).expand(2, N)
     blank_B, whole_B = _scores(model, images_BCHW, ends_2N, score, chunk).unbind(1)
     between_BR = _scores(model, images_BCHW, shown_OSN.flatten(0, 1), score, chunk)
     steps_BOS = torch.cat(

@@ -1,6 +1,5 @@
 """Checks that a map must pass to be believed: it depends on the weights, and on the class."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,11 +99,13 @@ def randomization(
     """
     original = compute_maps(model, images_BCHW, settings)
     before_BN = original.values_BLGJ[:, -1].flatten(1)
-    model = copy.deepcopy(model)
+    weights, device = model.state_dict(), next(model.parameters()).device
+    model = VisionTransformer(model.config).to(device).eval()
+    model.load_state_dict(weights)
     blocks = [(f"block {n}", block) for n, block in enumerate(model.blocks, start=1)]
     parts = [("head", nn.ModuleList([model.norm, model.head])), *blocks[::-1], ("stem", model.stem)]
     found = {"trained": Estimate(1.0, 1.0, 1.0)}
-    with rng.seeded(seed, "explain", device=images_BCHW.device):
+    with rng.seeded(seed, "sanity", device=images_BCHW.device):
         for name, part in parts:
             part.apply(partial(_reset, std=model.config.init_std))
             maps = compute_maps(model, images_BCHW, settings, classes_B=original.classes_B)
@@ -160,7 +161,7 @@ def make_mosaics(
             f"{len(present)} classes, images of {tuple(images_BCHW.shape[2:])} pixels: "
             "mosaics need four classes and even sides"
         )
-    generator = rng.generator(seed, "explain")
+    generator = rng.generator(seed, "sanity")
     halves_BCHW = F.avg_pool2d(images_BCHW, 2)
     chosen = []
     for _ in range(count):
