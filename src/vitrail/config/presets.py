@@ -98,6 +98,19 @@ def _small() -> Config:
     return replace(recipe, augment=augment)
 
 
+def _vit() -> Config:
+    """Return a plain ViT: the reference's patches, depth and widths, and no other convolution."""
+    recipe = _recipe(
+        "cifar10", epochs=30, batch_size=256, rate=0.015,
+        stem="patch", init_std=0.1,
+    )  # fmt: skip
+    augment = AugmentConfig(
+        crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
+        random_erasing=0.25, strong_until=0.8,
+    )  # fmt: skip
+    return replace(recipe, augment=augment)
+
+
 def _base() -> Config:
     """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
     recipe = _recipe(
@@ -128,6 +141,11 @@ PRESETS = {
         _small(),
         "CIFAR-10, the best accuracy within 90 minutes on two CPU cores",
         "70 to 80 minutes on two AVX-512 cores: 92.0% (records/small)",
+    ),
+    "vit": Preset(
+        _vit(),
+        "CIFAR-10, the reference's architecture with a better recipe",
+        "not measured",
     ),
     "base": Preset(
         _base(),
