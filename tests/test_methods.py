@@ -362,6 +362,10 @@ def test_norms_of_contributions(make_model: MakeModel, images_BCHW: Tensor, pool
     result = compute_maps(model, images_BCHW, settings)
     flow_BTT = steps[1] @ steps[0]
     torch.testing.assert_close(result.values_BLGJ[:, 1], head_row(flow_BTT.detach(), pool))
+    # Discarding nearly everything leaves each token itself, and no empty row.
+    alone = dataclasses.replace(settings, discard_ratio=0.999)
+    kept_BLGJ = compute_maps(model, images_BCHW, alone, classes_B=CLASSES).values_BLGJ
+    assert kept_BLGJ.isfinite().all()
     with pytest.raises(ConfigError, match="fusion norm needs method rollout"):
         MapSettings(method="attention", fusion="norm")
 

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
-from vitrail.errors import DataError
+from vitrail.explain.map_metrics import Estimate
 from vitrail.explain.map_settings import MapSettings
-from vitrail.explain.sanity import make_mosaics, randomization, rank_correlation, shares_in_tiles
+from vitrail.explain.sanity import (
+    Sanity,
+    check_methods,
+    make_mosaics,
+    randomization,
+    rank_correlation,
+    shares_in_tiles,
+)
 from vitrail.model.vit import VisionTransformer
 
 
@@ -63,23 +70,58 @@ def quadrants(mosaic_CHW: Tensor) -> list[float]:
 def test_mosaics_hold_four_classes_in_order() -> None:
     labels_B = torch.arange(20) % 5
     images_BCHW = labels_B.float().view(-1, 1, 1, 1).expand(20, 3, 16, 16)
-    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, labels_B, 7)
-    assert mosaics_MCHW.shape == (7, 3, 16, 16)
+    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, labels_B)
+    assert mosaics_MCHW.shape == (5, 3, 16, 16)
     for mosaic_CHW, classes_4 in zip(mosaics_MCHW, classes_M4.tolist(), strict=True):
         assert len(set(classes_4)) == 4
         assert quadrants(mosaic_CHW) == classes_4
     assert len(classes_M4.unique(dim=0)) > 3
-    with pytest.raises(DataError, match="3 classes"):
-        make_mosaics(images_BCHW, torch.arange(20) % 3, 1)
+    assert len(make_mosaics(images_BCHW, torch.arange(20) % 3)[0]) == 0
+    assert len(make_mosaics(images_BCHW[..., :15], labels_B)[0]) == 0
+    # Of 17, 1, 1 and 1 images, the small classes permit one mosaic.
+    assert len(make_mosaics(images_BCHW, (torch.arange(20) - 16).clamp(min=0))[0]) == 1
+
+
+def test_no_image_is_in_two_mosaics() -> None:
+    images_BCHW = torch.arange(40.0).view(-1, 1, 1, 1).expand(40, 1, 4, 4)
+    mosaics_MCHW, _ = make_mosaics(images_BCHW, torch.arange(40) % 4)
+    assert mosaics_MCHW[:, :, ::2, ::2].flatten().sort().values.tolist() == list(range(40))
+
+
+def test_randomization_reaches_positions_and_spares_the_global_generator(
+    model: VisionTransformer,
+) -> None:
+    # Without the other parts: a model whose maps depend on its positions only.
+    with torch.no_grad():
+        model.stem.weight.zero_()
+        model.position_ND.mul_(10)
+    images_BCHW = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    state = torch.get_rng_state()
+    found = randomization(model, images_BCHW, MapSettings(method="rollout"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found["stem"] != found["block 1"]
+    assert abs(found["stem"].mean) < 0.5
+
+
+def test_rounding_is_no_dependence_on_the_class(model: VisionTransformer) -> None:
+    images_BCHW = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    checks = check_methods(model, images_BCHW, torch.arange(40) % 5, ("attention", "rollout"))
+    for check in checks:
+        assert check.in_tile is not None
+        assert check.depends_on_class is False
+    above = Estimate(0.25 + 2e-8, 0.25 + 1e-8, 0.25 + 3e-8)
+    assert Sanity("rollout", {}, above).depends_on_class is False
+    few = check_methods(model, images_BCHW[:12], torch.arange(12) % 5, ("attention",))
+    assert few[0].in_tile is None
 
 
 def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
     model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images_BCHW = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, torch.arange(20) % 5, 10)
+    images_BCHW = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, torch.arange(40) % 5)
     shares_M4 = shares_in_tiles(model, mosaics_MCHW, classes_M4, MapSettings(method="rollout"))
-    torch.testing.assert_close(shares_M4.sum(1), torch.ones(10))
+    torch.testing.assert_close(shares_M4.sum(1), torch.ones(10).double())
     # A model that reads one class in each quarter of the picture.
 
     class Quarters(VisionTransformer):

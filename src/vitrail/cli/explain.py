@@ -286,7 +286,7 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     from rich.progress import Progress
 
     from vitrail.data.images import normalize
-    from vitrail.explain.map_metrics import CONTROLS, FEWEST_IMAGES, STEPS, score_methods
+    from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
     from vitrail.explain.map_settings import METHODS
     from vitrail.explain.sanity import check_methods
     from vitrail.training.run_folder import load_split
@@ -298,7 +298,6 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
     print_err(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
-    few = max(FEWEST_IMAGES, len(images) // 4)  # the checks take many passes
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
         steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods)
         task = progress.add_task("scoring", total=steps)
@@ -311,8 +310,8 @@ def _score(classifier: "Classifier", options: ExplainOptions) -> int:
         )
         checks = check_methods(
             classifier.model,
-            images_BCHW[:few],
-            images.labels_B[:few],
+            images_BCHW,
+            images.labels_B,
             methods,  # type: ignore[arg-type]
             advance=lambda: progress.advance(task),
         )

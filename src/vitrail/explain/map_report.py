@@ -84,7 +84,8 @@ def sanity_table(checks: Sequence[Sanity]) -> RenderableType:
     words = (
         "Similarity: rank correlation of the maps before and after all weights were randomized; "
         f"{NO} if it may be above {TOO_SIMILAR}. Share: of a class's map in that class's quarter "
-        f"of a mosaic of four images; {NO} if it may be an even 25%. 95% intervals."
+        f"of a mosaic of four images; {NO} if it may be an even 25%, – without ten mosaics. "
+        "95% intervals."
     )
     return Group(table, Text(words, style="dim"))
 

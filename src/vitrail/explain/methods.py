@@ -121,7 +121,11 @@ def _rollout_maps(
     used, tokens_BTD = range(1, layers[-1] + 1), model.embed(images_BCHW)
     if settings.fusion == "norm":
         logits_BY, norms_L = _run_norms(model, tokens_BTD)
-        flow_BLTT = formulas.accumulate([discard(norms_L[layer - 1]) for layer in used])
+        # Each token's own norm is kept, as the identity is, so that no row is empty.
+        own_L = [torch.diag_embed(norms_BTT.diagonal(dim1=1, dim2=2)) for norms_BTT in norms_L]
+        flow_BLTT = formulas.accumulate(
+            [torch.maximum(discard(norms_L[layer - 1]), own_L[layer - 1]) for layer in used]
+        )
     else:
         logits_BY, fused_L = _run(model, tokens_BTD, used, lambda a: discard(_fuse(a, settings)))
         flow_BLTT = formulas.rollout(fused_L)

@@ -1,5 +1,6 @@
 """Checks that a map must pass to be believed: it depends on the weights, and on the class."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.errors import DataError
-from vitrail.explain.map_metrics import Estimate, estimate_mean
+from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean
 from vitrail.explain.map_settings import MapSettings, Method, settings_of_all
 from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer, initialize
@@ -28,7 +28,7 @@ class Sanity(NamedTuple):
     similarity: Mapping[str, Estimate]
     """Rank correlation with the trained model's map, after each part was randomized."""
     in_tile: Estimate | None
-    """Share of the map of a class in its tile of a mosaic; None with fewer than four classes."""
+    """Share of the map of a class in its tile of a mosaic; None without ten mosaics."""
 
     @property
     def depends_on_model(self) -> bool:
@@ -37,8 +37,8 @@ class Sanity(NamedTuple):
 
     @property
     def depends_on_class(self) -> bool | None:
-        """Whether more of the map is in the tile than an even share."""
-        return self.in_tile and self.in_tile.low > 1 / TILES
+        """Whether more of the map is in the tile than an even share (and a rounding error)."""
+        return self.in_tile and self.in_tile.low > 1 / TILES + 1e-6
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -59,7 +59,7 @@ def check_methods(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Sanity]:
-    """Check methods on the same images, and on as many mosaics of them.
+    """Check methods on a quarter of the images, at least ten, and on mosaics of all of them.
 
     ``advance`` is called once per method, to report progress.
 
@@ -67,14 +67,13 @@ def check_methods(
         DataError: there are fewer than ten images.
     """
     by_name = {settings.method: settings for settings in settings_of_all(passes=128)}
-    mosaics = None
-    if len(labels_B.unique()) >= TILES and not any(side % 2 for side in images_BCHW.shape[2:]):
-        mosaics = make_mosaics(images_BCHW, labels_B, len(images_BCHW))
+    few_BCHW = images_BCHW[: max(FEWEST_IMAGES, len(images_BCHW) // 4)]  # many passes for each
+    mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
     for method in methods:
         settings, in_tile = by_name[method], None
-        similarity = randomization(model, images_BCHW, settings)
-        if mosaics is not None:
+        similarity = randomization(model, few_BCHW, settings)
+        if len(mosaics[0]) >= FEWEST_IMAGES:
             shares_M4 = shares_in_tiles(model, *mosaics, settings)
             in_tile = estimate_mean(shares_M4.mean(1))
         found.append(Sanity(method, similarity, in_tile))
@@ -99,11 +98,10 @@ def randomization(
     """
     original = compute_maps(model, images_BCHW, settings)
     before_BN = original.values_BLGJ[:, -1].flatten(1)
-    weights, device = model.state_dict(), next(model.parameters()).device
-    model = VisionTransformer(model.config).to(device).eval()
-    model.load_state_dict(weights)
+    model = copy.deepcopy(model)
     blocks = [(f"block {n}", block) for n, block in enumerate(model.blocks, start=1)]
-    parts = [("head", nn.ModuleList([model.norm, model.head])), *blocks[::-1], ("stem", model.stem)]
+    # With the stem everything: positions and class token are parameters of the model itself.
+    parts = [("head", nn.ModuleList([model.norm, model.head])), *blocks[::-1], ("stem", model)]
     found = {"trained": Estimate(1.0, 1.0, 1.0)}
     with rng.seeded(seed, "sanity", device=images_BCHW.device):
         for name, part in parts:
@@ -136,40 +134,39 @@ def rank_correlation(one_BN: Tensor, other_BN: Tensor) -> Tensor:
 
 def _ranks(values_BN: Tensor) -> Tensor:
     """Return the rank of each value in its row, less the mean rank."""
-    smaller_BN = (values_BN[:, :, None] > values_BN[:, None]).double().sum(2)
-    larger_BN = (values_BN[:, :, None] < values_BN[:, None]).double().sum(2)
-    return (smaller_BN - larger_BN) / 2
+    values_BN = values_BN.contiguous()
+    sorted_BN = values_BN.sort().values
+    smaller_BN = torch.searchsorted(sorted_BN, values_BN)
+    not_larger_BN = torch.searchsorted(sorted_BN, values_BN, right=True)
+    return (smaller_BN + not_larger_BN - values_BN.shape[1]).double() / 2
 
 
 # Does it depend on the class?
 
 
-def make_mosaics(
-    images_BCHW: Tensor, labels_B: Tensor, count: int, *, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return mosaics of four images of different classes at half their size, and the classes.
+
+    No image is in two mosaics, so that the mosaics are independent samples. There are as many as
+    the classes permit; none if the images have odd sides.
 
     Shapes:
         images_BCHW, labels_B -> mosaics_MCHW, classes_M4: top left, top right, bottom left, right.
-
-    Raises:
-        DataError: there are fewer than four classes, or the sides are odd.
     """
-    present = labels_B.unique()
-    if len(present) < TILES or any(side % 2 for side in images_BCHW.shape[2:]):
-        raise DataError(
-            f"{len(present)} classes, images of {tuple(images_BCHW.shape[2:])} pixels: "
-            "mosaics need four classes and even sides"
-        )
     generator = rng.generator(seed, "sanity")
-    halves_BCHW = F.avg_pool2d(images_BCHW, 2)
-    chosen = []
-    for _ in range(count):
-        for label in present[torch.randperm(len(present), generator=generator)[:TILES]]:
-            own = (labels_B == label).nonzero().flatten()
-            chosen.append(int(own[torch.randint(len(own), (), generator=generator)]))
-    index_M4 = torch.tensor(chosen).view(count, TILES)
-    tiles_M4CHW = halves_BCHW[index_M4.to(images_BCHW.device)]
+    shuffled_B = torch.randperm(len(labels_B), generator=generator)
+    left = [shuffled_B[labels_B[shuffled_B] == label].tolist() for label in labels_B.unique()]
+    even, chosen = not any(side % 2 for side in images_BCHW.shape[2:]), []
+    while even:
+        # From the largest classes, so that as many mosaics as possible have four.
+        order = torch.randperm(len(left), generator=generator).tolist()
+        largest = sorted(order, key=lambda label: -len(left[label]))[:TILES]
+        if len(largest) < TILES or not left[largest[-1]]:
+            break
+        tiles = torch.randperm(TILES, generator=generator).tolist()
+        chosen += [left[largest[tile]].pop() for tile in tiles]
+    index_M4 = torch.tensor(chosen, dtype=torch.long).view(-1, TILES)
+    tiles_M4CHW = F.avg_pool2d(images_BCHW, 2)[index_M4.to(images_BCHW.device)]
     rows = [torch.cat([tiles_M4CHW[:, i], tiles_M4CHW[:, i + 1]], dim=3) for i in (0, 2)]
     return torch.cat(rows, dim=2), labels_B[index_M4]
 
@@ -187,7 +184,7 @@ def shares_in_tiles(
     for tile in range(TILES):
         classes_M = classes_M4[:, tile]
         maps = compute_maps(model, mosaics_MCHW, settings, classes_B=classes_M)
-        positive_M1HW = F.interpolate(maps.values_BLGJ[:, -1:].clamp(min=0), (H, W))
+        positive_M1HW = F.interpolate(maps.values_BLGJ[:, -1:].double().clamp(min=0), (H, W))
         mass_M = positive_M1HW.sum((1, 2, 3))
         row, column = divmod(tile, 2)
         own = positive_M1HW[
