@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import AugmentConfig, Config, DataConfig, RunConfig, TrainingConfig
-from vitrail.data.augment import cutmix, mixup, random_crop, random_erasing, random_flip
+from vitrail.data.augment import (
+    cutmix,
+    mixup,
+    patch_drop,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
 from vitrail.data.batches import Batches
+from vitrail.data.fills import FILLS, fill_images
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import DataError
 from vitrail.runtime import rng
@@ -79,7 +87,9 @@ def test_cutmix_mixes_targets_by_the_area_pasted() -> None:
 
 
 def batches(config: AugmentConfig, count: int = 23, batch_size: int = 5) -> Batches:
-    raw_BCHW = numbered(count) // 2 + torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    raw_BCHW = numbered(count, 8, 12) // 2 + torch.arange(count, dtype=torch.uint8).view(
+        -1, 1, 1, 1
+    )
     images = ImageSet(raw_BCHW, torch.arange(count) % 3, ("a", "b", "c"))
     settings = Config(
         data=DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
@@ -105,7 +115,9 @@ def test_an_epoch_visits_every_image_once() -> None:
 
 
 def test_a_batch_depends_on_the_step_alone() -> None:
-    config = AugmentConfig(randaugment_ops=1, random_erasing=0.5, mixup=0.3, cutmix=0.3)
+    config = AugmentConfig(
+        randaugment_ops=1, random_erasing=0.5, mixup=0.3, cutmix=0.3, patch_drop=0.5
+    )
     walked, alone = batches(config), batches(config)
     seen = [walked(step) for step in range(12)]
     for step in (11, 3, 7):
@@ -124,6 +136,7 @@ def test_a_batch_depends_on_the_step_alone() -> None:
         {"random_erasing": 1.0},
         {"mixup": 1.0},
         {"cutmix": 1.0},
+        {"patch_drop": 1.0},
     ],
     ids=str,
 )
@@ -174,6 +187,38 @@ def test_a_share_of_the_batches_is_mixed() -> None:
     mixed = sum(not torch.equal(made(s).images_BCHW, plain(s).images_BCHW) for s in range(100))
     # Half of the pairs are their own partners, and do not change.
     assert 5 < mixed < 35
+
+
+def test_dropped_patches_hold_one_of_the_fills_and_the_others_stay() -> None:
+    images_BCHW = torch.rand(97, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    seen = set()
+    for seed in range(8):
+        made_BCHW = patch_drop(images_BCHW, rng.generator(seed, "patch_drop"), 4)
+        patches_BNX, kept_BNX = (
+            x.unfold(2, 4, 4).unfold(3, 4, 4).movedim(1, 3).reshape(97, 6, 48)
+            for x in (made_BCHW, images_BCHW)
+        )
+        dropped_BN = (patches_BNX != kept_BNX).any(2)
+        for fill in FILLS:
+            filled_BCHW = fill_images(images_BCHW, fill)
+            filled_BNX = filled_BCHW.unfold(2, 4, 4).unfold(3, 4, 4).movedim(1, 3).flatten(3)
+            if torch.equal(patches_BNX[dropped_BN], filled_BNX.reshape(97, 6, 48)[dropped_BN]):
+                seen.add(fill)
+        assert 0.4 < dropped_BN.float().mean() < 0.6
+        assert dropped_BN.sum(1).unique().tolist() == list(range(7))  # every share occurs
+    assert seen == set(FILLS)
+
+
+def test_patches_are_dropped_in_a_share_of_the_batches_and_draw_from_their_own_stream() -> None:
+    made = batches(dataclasses.replace(PLAIN, patch_drop=0.3), batch_size=2, count=50)
+    plain = batches(PLAIN, batch_size=2, count=50)
+    dropped = sum(not torch.equal(made(s).images_BCHW, plain(s).images_BCHW) for s in range(100))
+    assert 15 < dropped < 45
+    # The other augmentations are those of a run without it.
+    both = AugmentConfig(crop_padding=0, flip="none", mixup=0.5, random_erasing=0.5)
+    one = batches(both, batch_size=5)
+    other = batches(dataclasses.replace(both, patch_drop=1e-9), batch_size=5)
+    assert all(torch.equal(one(s).images_BCHW, other(s).images_BCHW) for s in range(9))
 
 
 def test_images_are_normalized_and_targets_one_hot() -> None:

@@ -99,8 +99,9 @@ def test_every_other_part_of_training_runs_and_resumes(
     device: torch.device, tmp_path: Path
 ) -> None:
     augment = AugmentConfig(
-        randaugment_ops=2, random_erasing=0.5, mixup=0.5, cutmix=0.5, crop_padding=3
-    )
+        randaugment_ops=2, random_erasing=0.5, mixup=0.5, cutmix=0.5, crop_padding=3,
+        patch_drop=0.7,
+    )  # fmt: skip
     sections = {
         **FEW,
         "model": {"drop_path": 0.2, "n_layers": 2, "embed_dim": 24, "position": "sincos"},

@@ -13,11 +13,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from vitrail.config.settings import ModelConfig
+from vitrail.data import fills
+from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
 from vitrail.explain import map_metrics
 from vitrail.explain.map_metrics import (
     CONTROLS,
-    FILLS,
     MEASURES,
     Outcome,
     Score,
@@ -197,16 +198,16 @@ def test_equal_patches_follow_in_a_shuffled_order() -> None:
 
 def test_fills_are_the_mean_color_and_a_blur() -> None:
     images_BCHW = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    mean_BCHW = map_metrics.fill_images(images_BCHW, "mean")
+    mean_BCHW = fills.fill_images(images_BCHW, "mean")
     assert mean_BCHW[1, 2].unique().tolist() == [pytest.approx(images_BCHW[1, 2].mean().item())]
     point_1CHW = torch.zeros(1, 1, 31, 33)
     point_1CHW[0, 0, 15, 16] = 1
-    blurred_HW = map_metrics.blur(point_1CHW, 2.0)[0, 0]
+    blurred_HW = fills.blur(point_1CHW, 2.0)[0, 0]
     expected = NormalDist(0, 2).pdf(3) * NormalDist(0, 2).pdf(1)
     assert blurred_HW[18, 17].item() == pytest.approx(expected, rel=0.01)
     assert blurred_HW.sum().item() == pytest.approx(1, rel=1e-4)
     flat_1CHW = torch.full((1, 3, 5, 4), 0.7)
-    torch.testing.assert_close(map_metrics.blur(flat_1CHW, 3.0), flat_1CHW)
+    torch.testing.assert_close(fills.blur(flat_1CHW, 3.0), flat_1CHW)
 
 
 def test_maps_that_are_not_finite_are_refused() -> None:

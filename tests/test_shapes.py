@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vitrail.config.settings import DataConfig
 from vitrail.data import datasets
 from vitrail.data.images import ImageSet
 from vitrail.data.shapes import draw_shapes
+from vitrail.data.shortcut import COLORS, add_marks, add_shortcut, mark_mask
+from vitrail.errors import ConfigError
 
 DIGEST = "08e181cd518ca89cbcf83ebb6e85fcc51c7654a021f8a242b0c408b6761962d0"
 """SHA-256 of the bytes and masks of 70 images of seed 3, on every platform."""
@@ -109,3 +112,28 @@ def test_the_masks_reveal_more_than_chance(shapes: ImageSet, unseen: ImageSet) -
     areas = [s.masks_BHW.flatten(1).float().mean(1) for s in sets if s.masks_BHW is not None]
     features = [torch.stack([a, a**2, a**3], 1) * 10 for a in areas]
     assert accuracy_of_ridge(*features, sets) > 0.15
+
+
+def test_a_mark_is_a_quarter_of_the_sides_and_has_the_color_of_its_class() -> None:
+    plain = draw_shapes(10, seed=3)
+    misleading = add_marks(plain, plain.labels_B.roll(1))
+    mask_HW = mark_mask((32, 32))
+    assert mask_HW.sum() == 64
+    assert mask_HW[:8, :8].all()
+    assert torch.equal(misleading.raw_BCHW[:, :, ~mask_HW], plain.raw_BCHW[:, :, ~mask_HW])
+    assert torch.equal(misleading.raw_BCHW[:, :, 7, 7], COLORS.roll(1, 0))
+    assert (
+        len(add_marks(plain.with_channels(1), plain.labels_B).raw_BCHW[:, 0, 0, 0].unique()) == 10
+    )
+
+
+def test_a_shortcut_marks_a_fraction_of_the_images_with_their_own_class() -> None:
+    plain = draw_shapes(500, seed=3)
+    marked = add_shortcut(plain, 0.3)
+    changed_B = (marked.raw_BCHW != plain.raw_BCHW).flatten(1).any(1)
+    assert 110 < changed_B.sum() < 190
+    assert torch.equal(marked.raw_BCHW[changed_B, :, 0, 0], COLORS[plain.labels_B[changed_B]])
+    loaded = datasets.load_data(DataConfig(shortcut=1), ["validation"]).images["validation"]
+    assert torch.equal(loaded.raw_BCHW[:, :, 0, 0], COLORS[loaded.labels_B])
+    with pytest.raises(ConfigError, match=r"shortcut 0\.5 applies to dataset shapes only"):
+        DataConfig(dataset="cifar10", shortcut=0.5)

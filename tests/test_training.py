@@ -61,6 +61,7 @@ AUGMENT: dict[str, Any] = {
     "random_erasing": 0.9,
     "mixup": 0.5,
     "cutmix": 0.5,
+    "patch_drop": 1.0,
 }
 
 

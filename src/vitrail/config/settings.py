@@ -211,6 +211,9 @@ class DataConfig(Checked):
     """shapes is generated on the fly; folder: one subfolder of images per class in data_path."""
     data_path: Path = Path("data")
     """Folder of the dataset; CIFAR is downloaded to it."""
+    shortcut: float = 0.0
+    """Fraction of the images of shapes with a mark in the corner whose color gives the class away,
+    to test whether explanations find what a model uses."""
     validation_images: int | None = None
     """Training images held out for validation (stratified, always the same). 0 for none.
     Default: 10%."""
@@ -239,6 +242,12 @@ class DataConfig(Checked):
         require_range(self, "num_train_images num_test_images", 1)
         require_range(self, "validation_images num_workers", 0)
         self._check_pixels()
+        require_range(self, "shortcut", 0, 1)
+        require(
+            self.shortcut == 0 or self.dataset == "shapes",
+            f"shortcut {self.shortcut:g} applies to dataset shapes only, not {self.dataset}: leave "
+            "it out",
+        )
         require_range(self, "crop_pct", 0.01, 1)
         require(
             self.fit != "pad" or self.crop_pct == 1,
@@ -300,12 +309,17 @@ class AugmentConfig(Checked):
     """Fraction of the run after which mixup and CutMix stop."""
     strong_until: float = 1.0
     """Fraction of the run after which RandAugment and random erasing stop."""
+    patch_drop: float = 0.0
+    """Fraction of the batches in which a random share of each image's patches is painted in its
+    mean color, or in others blurred, as when explanations are scored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "crop_padding randaugment_ops mixup cutmix", 0)
         require_range(self, "randaugment_magnitude", 0, 30)
-        require_range(self, "random_erasing mix_probability mix_until strong_until", 0, 1)
+        require_range(
+            self, "random_erasing mix_probability mix_until strong_until patch_drop", 0, 1
+        )
 
 
 @dataclass(frozen=True)

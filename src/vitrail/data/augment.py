@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.data.fills import FILLS, fill_images, spread
 from vitrail.data.images import to_gray
 
 BINS = 31
@@ -77,6 +78,23 @@ def random_erasing(raw_BCHW: Tensor, generator: torch.Generator, probability: fl
     erased_BCHW = raw_BCHW.clone()
     erased_BCHW[there] = torch.where(box_B1HW, noise_BCHW, raw_BCHW[there])
     return erased_BCHW
+
+
+def patch_drop(images_BCHW: Tensor, generator: torch.Generator, patch_size: int) -> Tensor:
+    """Paint some patches of each image in its mean color, or for the whole batch blurred.
+
+    The share of the patches is uniform in 0 to 1. As in scores of maps, so that an image with
+    removed patches is of a kind that the model was trained on.
+
+    Source: Covert et al. 2022, arXiv:2206.05282, section 4.1.
+    """
+    B, _, H, W = images_BCHW.shape
+    grid_GJ = H // patch_size, W // patch_size
+    fill = FILLS[int(torch.randint(len(FILLS), (), generator=generator))]
+    shares_B1 = torch.rand(B, 1, generator=generator)
+    dropped_BN = torch.rand(B, grid_GJ[0] * grid_GJ[1], generator=generator) < shares_B1
+    dropped_B1HW = spread(dropped_BN.to(images_BCHW.device), grid_GJ, patch_size)
+    return torch.where(dropped_B1HW, fill_images(images_BCHW, fill), images_BCHW)
 
 
 def mixup(

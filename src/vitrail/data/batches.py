@@ -11,6 +11,7 @@ from vitrail.data.augment import (
     cutmix,
     flip,
     mixup,
+    patch_drop,
     rand_augment,
     random_crop,
     random_erasing,
@@ -53,6 +54,7 @@ class Batches:
         self.n_classes = len(images.classes)
         self.config, self.seed, self.device = config.augment, config.run.seed, device
         self.mean, self.std = config.data.mean, config.data.std
+        self.patch_size = config.model.patch_size
         self.batch_size = config.training.batch_size
         self.steps_per_epoch = -(-len(images) // self.batch_size)
         self.steps = config.training.epochs * self.steps_per_epoch
@@ -69,7 +71,8 @@ class Batches:
         labels_B = self.labels_B[indices_B]
         images_BCHW = normalize(raw_BCHW, self.mean, self.std)
         targets_BY = F.one_hot(labels_B, self.n_classes).float()
-        return Batch(*self._mix(images_BCHW, targets_BY, step, generator), labels_B)
+        images_BCHW, targets_BY = self._mix(images_BCHW, targets_BY, step, generator)
+        return Batch(self._drop(images_BCHW, step), targets_BY, labels_B)
 
     def _mirrored(self, epoch: int) -> Tensor:
         """Return which images of the data set are mirrored in an epoch: the others in the next.
@@ -116,3 +119,12 @@ class Batches:
             return images_BCHW, targets_BY
         mix, alpha = enabled[pick]
         return mix(images_BCHW, targets_BY, generator, alpha)
+
+    def _drop(self, images_BCHW: Tensor, step: int) -> Tensor:
+        """Paint patches of the images of some batches."""
+        if not self.config.patch_drop:
+            return images_BCHW
+        generator = rng.generator(self.seed, "patch_drop", step)
+        if float(torch.rand((), generator=generator)) >= self.config.patch_drop:
+            return images_BCHW
+        return patch_drop(images_BCHW, generator, self.patch_size)

@@ -26,6 +26,7 @@ from vitrail.data.images import ImageSet
 from vitrail.data.manifest import File, Manifest, scan
 from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
 from vitrail.data.shapes import load_shapes
+from vitrail.data.shortcut import add_shortcut
 from vitrail.errors import DataError, PictureError
 
 log = logging.getLogger("vitrail")
@@ -91,7 +92,8 @@ def _load_packaged(
         else:
             assert config.dataset != "folder"
             images = load_cifar(config.dataset, part, data_path=config.data_path)
-        return images.resized(image_hw, framing(config))
+        images = images.resized(image_hw, framing(config))
+        return add_shortcut(images, config.shortcut) if config.shortcut else images
 
     loaded: dict[Split, ImageSet] = {}
     if "train" in splits or "validation" in splits:

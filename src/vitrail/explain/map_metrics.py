@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.config.settings import require
+from vitrail.data.fills import FILLS, Fill, fill_images, spread
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
 from vitrail.explain.map_settings import METHODS, Method, settings_of_all
@@ -25,11 +26,6 @@ from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
-Fill = Literal["mean", "blur"]
-FILLS: tuple[Fill, ...] = get_args(Fill)
-"""What replaces a removed patch: the image's mean color, or the blurred image."""
-BLUR_SHARE = 1 / 8
-"""Standard deviation of the blur as a fraction of the image's shorter side."""
 CONTROLS = ("random", "blurred random", "center")
 STEPS = 1 + len(FILLS)
 """Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
@@ -182,9 +178,7 @@ def _probabilities(
 ) -> Tensor:
     """Return the class's probability (B, S) on images combined from two, patch by patch."""
     B, S, _ = in_BSN.shape
-    side = model.config.patch_size
-    in_BSGJ = in_BSN.view(B, S, *model.config.grid_GJ)
-    in_BS1HW = in_BSGJ.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, None]
+    in_BS1HW = spread(in_BSN, model.config.grid_GJ, model.config.patch_size)
     mixed_BSCHW = torch.where(in_BS1HW, ins_BCHW[:, None], outs_BCHW[:, None])
     with torch.inference_mode():
         logits_BSY = model(mixed_BSCHW.flatten(0, 1)).view(B, S, -1).cpu()
@@ -205,25 +199,6 @@ def rank_patches(maps_BGJ: Tensor) -> Tensor:
     order_BN = values_BN[:, shuffled_N].argsort(dim=1, descending=True, stable=True)
     best_first_BN: Tensor = shuffled_N[order_BN]
     return best_first_BN.argsort(dim=1)
-
-
-def fill_images(images_BCHW: Tensor, fill: Fill) -> Tensor:
-    """Return what replaces removed patches: each image's mean color, or the blurred image."""
-    if fill == "mean":
-        return images_BCHW.mean((2, 3), keepdim=True).expand_as(images_BCHW)
-    return blur(images_BCHW, BLUR_SHARE * min(images_BCHW.shape[2:]))
-
-
-def blur(images_BCHW: Tensor, deviation: float) -> Tensor:
-    """Return images blurred by a Gaussian truncated at 3 deviations; the border is replicated."""
-    radius = max(1, round(3 * deviation))
-    offsets_X = torch.arange(-radius, radius + 1, device=images_BCHW.device)
-    weights_X = (-0.5 * (offsets_X / deviation) ** 2).exp()
-    C = images_BCHW.shape[1]
-    kernel_C11X = (weights_X / weights_X.sum()).expand(C, 1, 1, -1)
-    padded = F.pad(images_BCHW, (radius,) * 4, mode="replicate")
-    along = F.conv2d(padded, kernel_C11X, groups=C)
-    return F.conv2d(along, kernel_C11X.transpose(2, 3), groups=C)
 
 
 # The control maps.

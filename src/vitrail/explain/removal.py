@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vitrail.data.fills import spread
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
@@ -92,14 +93,13 @@ def _scores(
     model: VisionTransformer, images_BCHW: Tensor, shown_RN: Tensor, score: Score, chunk: int
 ) -> Tensor:
     """Return the scores (B, R) of every image with only some of its patches shown."""
-    (G, J), P = model.config.grid_GJ, model.config.patch_size
+    grid_GJ, P = model.config.grid_GJ, model.config.patch_size
     B, R, device = len(images_BCHW), len(shown_RN), images_BCHW.device
     colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
     found = []
     for pairs_X in torch.arange(B * R, device=device).split(chunk):
         image_X, row_X = pairs_X // R, pairs_X % R
-        shown_XGJ = shown_RN[row_X].view(-1, G, J)
-        shown_X1HW = shown_XGJ.repeat_interleave(P, 1).repeat_interleave(P, 2).unsqueeze(1)
+        shown_X1HW = spread(shown_RN[row_X], grid_GJ, P)
         images_XCHW = torch.where(shown_X1HW, images_BCHW[image_X], colors_BC11[image_X])
         found.append(score(model(images_XCHW), image_X))
     return torch.cat(found).view(B, R)
