@@ -135,5 +135,5 @@ def test_a_shortcut_marks_a_fraction_of_the_images_with_their_own_class() -> Non
     assert torch.equal(marked.raw_BCHW[changed_B, :, 0, 0], COLORS[plain.labels_B[changed_B]])
     loaded = datasets.load_data(DataConfig(shortcut=1), ["validation"]).images["validation"]
     assert torch.equal(loaded.raw_BCHW[:, :, 0, 0], COLORS[loaded.labels_B])
-    with pytest.raises(ConfigError, match=r"shortcut 0\.5 applies to dataset shapes only"):
+    with pytest.raises(ConfigError, match="shortcut applies to dataset shapes only"):
         DataConfig(dataset="cifar10", shortcut=0.5)

@@ -5,7 +5,7 @@ otherwise. Combinations that cannot work raise ConfigError, with the remedy, whe
 """
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -245,8 +245,7 @@ class DataConfig(Checked):
         require_range(self, "shortcut", 0, 1)
         require(
             self.shortcut == 0 or self.dataset == "shapes",
-            f"shortcut {self.shortcut:g} applies to dataset shapes only, not {self.dataset}: leave "
-            "it out",
+            f"shortcut applies to dataset shapes only, not to {self.dataset}: leave it out",
         )
         require_range(self, "crop_pct", 0.01, 1)
         require(
@@ -493,20 +492,3 @@ class Config:
         """Return all settings in one dictionary; no two sections share a name."""
         sections = dataclasses.asdict(self)
         return {name: value for section in sections.values() for name, value in section.items()}
-
-
-def complete_config(
-    config: Config, classes: tuple[str, ...], pixel_range: tuple[float, float] | None
-) -> Config:
-    """Return the settings with the number of classes and the pixel range of the loaded dataset.
-
-    Raises:
-        ConfigError: the settings ask for another number of classes.
-    """
-    asked, there = config.model.n_classes, len(classes)
-    if asked not in (0, there):
-        raise ConfigError(
-            f"n_classes is {asked}, but the dataset has {there} classes: leave it out"
-        )
-    data = config.data if pixel_range is None else replace(config.data, pixel_range=pixel_range)
-    return replace(config, model=replace(config.model, n_classes=there), data=data)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.config.files import to_json
-from vitrail.config.settings import Config, Split, complete_config
+from vitrail.config.settings import Config, Split
 from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
@@ -103,7 +103,7 @@ class Run:
         loaded = load_on_all_ranks(config, manifest, *wanted)
         self.manifest, splits = loaded.manifest, dict(loaded.images)
         train_set = splits.pop("train")
-        self.config = config = complete_config(config, train_set.classes, loaded.pixel_range)
+        self.config = config = _complete(config, train_set.classes, loaded.pixel_range)
         self.classes, self.train_images = train_set.classes, len(train_set)
         self.monitored = {name: images for name, images in splits.items() if len(images)}
         if config.run.stop_at_accuracy is not None and "validation" not in self.monitored:
@@ -427,3 +427,23 @@ def _write_weights(best: Classifier, run_name: str) -> None:
     file = f"{name}-{info.metrics['epoch'] - 1:03}.safetensors"
     path = Path(run.model_path or "model") / run_name / file
     save_weights_file(path, info, best.model.state_dict())
+
+
+def _complete(
+    config: Config, classes: tuple[str, ...], pixel_range: tuple[float, float] | None
+) -> Config:
+    """Return the settings with the number of classes and the pixel range of the loaded dataset.
+
+    Raises:
+        ConfigError: the settings ask for another number of classes.
+    """
+    asked, there = config.model.n_classes, len(classes)
+    if asked not in (0, there):
+        raise ConfigError(
+            f"n_classes is {asked}, but the dataset has {there} classes: leave it out"
+        )
+    data = config.data
+    if pixel_range is not None:
+        data = dataclasses.replace(data, pixel_range=pixel_range)
+    model = dataclasses.replace(config.model, n_classes=there)
+    return dataclasses.replace(config, model=model, data=data)
