@@ -1,51 +1,93 @@
-"""Plot accuracy over minutes of training: a line per metrics file, a color per run.
+"""Plot accuracy on CIFAR-10 over the floating-point operations of training, with published results.
 
-    python benchmarks/curves.py docs/pictures/curves.png "fast=records/fast/metrics-fast.jsonl" ...
+    python benchmarks/curves.py docs/pictures/curves.png fast=records/fast small=records/small ...
 
-A name may be given several times, for seeds. Minutes exclude start-up and evaluation; accuracy is
-on validation data, or on test data if the run monitored it.
+Each folder holds config.json and pairs metrics*.jsonl, result*.json, one for each seed. Lines are
+the validation (or monitored) accuracy of the epochs; a dot is the final test accuracy. Operations
+are those of the forward and backward passes, as torch counts them.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PUBLISHED = {"reference, 6 layers, 200 epochs": 78.31, "reference, 12 layers, 200 epochs": 82.04}
+from vitrail.config.files import from_json, read_json
+from vitrail.config.presets import get_preset
+from vitrail.training.loop import count_flops
+
+REFERENCE = {6: 78.31, 12: 82.04}
+"""Accuracy that the reference implementation publishes, by number of layers: 200 epochs."""
+PUBLISHED = {
+    "airbench94 (CNN, TTA)": (0.28, 94.01),
+    "hiverge (CNN)": (0.27, 93.16),
+    "airbench95 (CNN, TTA)": (1.36, 95.01),
+    "ConvMixer-256/8": (1.1, 92.6),
+    "CCT-2/3x2": (2.0, 89.17),
+    "CCT-4/3x2": (2.8, 91.45),
+    "CCT-7/3x2": (16.5, 93.83),
+    "ViT-Lite-7/4": (14, 91.38),
+    "ViT 9x192": (17, 93.58),
+}
+"""PFLOP of training and test accuracy in percent. Sources: KellerJordan/cifar10-airbench,
+hiverge/cifar10-speedrun, locuslab/convmixer-cifar10, arXiv:2104.05704 (CCT, ViT-Lite) and
+arXiv:2112.13492 (ViT 9x192); operations computed from the networks' shapes and epochs."""
+
+LABELED_LEFT = {"airbench94 (CNN, TTA)": 4, "hiverge (CNN)": -4, "CCT-7/3x2": 0}
+"""Published results whose label is to the left, and how many points above."""
 
 
-def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Return minutes and accuracy in percent after each epoch."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    watched = next(k for k in ("validation_accuracy", "test_accuracy") if k in rows[0])
-    return [row["seconds"] / 60 for row in rows], [100 * row[watched] for row in rows]
+def draw_run(axes: Axes, name: str, folder: Path, color: str) -> None:
+    """Draw the curves and final accuracies of a recipe's seeds."""
+    model = from_json({"model": read_json(folder / "config.json")["model"]}).model
+    operations = count_flops(model)[1]
+    for metrics in sorted(folder.glob("metrics*.jsonl")):
+        result = json.loads(
+            metrics.with_name(metrics.name.replace("metrics", "result", 1))
+            .with_suffix(".json")
+            .read_text()
+        )
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        watched = next(k for k in ("validation_accuracy", "test_accuracy") if k in rows[0])
+        petaflops = [row["epoch"] * result["train_images"] * operations / 1e15 for row in rows]
+        axes.plot(petaflops, [100 * row[watched] for row in rows], color=color, alpha=0.4)
+        final = 100 * result["test"]["accuracy"]
+        axes.plot(petaflops[-1], final, "o", color=color, label=name)
+        name = f"_{name}"  # a label with an underscore stays out of the legend
 
 
-def main(out: str, *curves: str) -> None:
+def main(out: str, *runs: str) -> None:
     """Draw the plot."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 4.8), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for label, accuracy in PUBLISHED.items():
-        axes.axhline(accuracy, color="0.6", linestyle="--", linewidth=1)
-        at = axes.get_yaxis_transform()
-        words = f"{label}: {accuracy}%"
-        axes.text(0.99, accuracy - 0.6, words, transform=at, ha="right", va="top", fontsize=8)
-    colors: dict[str, str] = {}
-    for curve in curves:
-        name, path = curve.split("=", 1)
-        color = colors.get(name) or f"C{len(colors)}"
-        minutes, accuracies = read_curve(Path(path))
-        label = None if name in colors else name
-        axes.plot(minutes, accuracies, ".-", color=color, label=label)
-        colors[name] = color
+    for index, run in enumerate(runs):
+        name, folder = run.split("=", 1)
+        draw_run(axes, name, Path(folder), f"C{index}")
+    published = dict(PUBLISHED)
+    for layers, accuracy in REFERENCE.items():
+        name = "reference" if layers == 6 else f"reference{layers}"
+        operations = count_flops(replace(get_preset(name).model, n_classes=10))[1]
+        published[f"reference, {layers} layers"] = (200 * 50_000 * operations / 1e15, accuracy)
+    for name, (petaflops, accuracy) in published.items():
+        axes.plot(petaflops, accuracy, "D", color="0.55", markersize=4)
+        left = name in LABELED_LEFT
+        axes.annotate(
+            name, (petaflops, accuracy), (-6 if left else 6, LABELED_LEFT.get(name, 0)),
+            textcoords="offset points",
+            ha="right" if left else "left", va="center", fontsize=7, color="0.3",
+        )  # fmt: skip
     axes.set_xscale("log")
-    ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
+    axes.set_xlim(3e-3, 90)
+    axes.set_ylim(45, 97)
+    ticks = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("accuracy, %")
+    axes.set_xlabel("training operations, PFLOP")
+    axes.set_ylabel("CIFAR-10 accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower right", title="this project")
     figure.savefig(out, dpi=110)
 
 
