@@ -22,7 +22,7 @@ from rich.cells import cell_len
 
 from vitrail.cli import COMMANDS, main
 from vitrail.cli.console import out
-from vitrail.cli.options import ModelOptions
+from vitrail.cli.options import ModelOptions, list_pictures, name_of
 from vitrail.cli.parsing import parse
 from vitrail.cli.predict import describe_classes, print_table
 from vitrail.cli.train import read
@@ -624,6 +624,36 @@ def test_a_model_given_as_a_picture_is_recognized(run_folder: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         parse(ModelOptions, [str(run_folder)], prog="vitrail x")
     assert str(refused.value) == f"{run_folder} is a model: give --model_path {run_folder}"
+
+
+def test_a_picture_folder_with_an_entry_called_checkpoints_is_no_model(
+    pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "all/photos"
+    shutil.copytree(pictures, folder)
+    names = list_pictures([str(folder)])
+    (folder / "checkpoints").mkdir()
+    shutil.copy(pictures / "a.png", folder / "checkpoints/b.png")
+    assert sorted(list_pictures([str(folder)])) == sorted([*names, f"{folder}/checkpoints/b.png"])
+    assert sorted(list_pictures([str(tmp_path / "all")])) == sorted(list_pictures([str(folder)]))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (".", "v1.5"), ("../v1.5", "v1.5"), ("vit.b.safetensors", "vit.b"), ("a.pth.tar", "a"),
+        ("hf:owner/vit-0.5", "vit-0.5"), ("hf:owner/vit@v1.0", "vit"), ("cifar10", "cifar10"),
+    ],
+)  # fmt: skip
+def test_files_are_named_after_the_model(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    for file in ("vit.b.safetensors", "a.pth.tar"):
+        (folder / file).touch()
+    monkeypatch.chdir(folder)
+    assert name_of(source) == name
 
 
 def test_many_classes_are_not_all_listed() -> None:

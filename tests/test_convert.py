@@ -314,7 +314,7 @@ def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> Non
     assert "image_size 34" in capsys.readouterr().err
 
 
-def test_weights_without_a_head_need_a_new_one(tmp_path: Path) -> None:
+def test_weights_without_a_head_need_a_new_one(tmp_path: Path, capsys: Any) -> None:
     state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
@@ -323,6 +323,32 @@ def test_weights_without_a_head_need_a_new_one(tmp_path: Path) -> None:
     found = convert(state, n_attention_heads=3)
     assert found.config.n_classes == 0
     assert found.weights["position_ND"].shape == (N, D)
+    words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"),
+             "--n_attention_heads", "3", "--image_size", "35"]  # fmt: skip
+    for more in ([], ["--new_head"]):
+        assert main([*words, *more]) == 2
+        assert "has no head: give --new_head and --n_classes N" in capsys.readouterr().err
+    assert main([*words, "--new_head", "--n_classes", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("embedding/kernel", None, "embedding/kernel is missing"),
+        ("embedding/kernel", (4, 4, D), r"embedding/kernel has shape \(4, 4, \d+\)"),
+        ("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", None, "Dense_0/kernel is missing"),
+        ("Transformer/encoderblock_1/MlpBlock_3/Dense_1/kernel", (D,), "Dense_1/kernel has shape"),
+    ],
+)
+def test_errors_about_googles_weights_have_its_names(
+    key: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    state = make_state("google")
+    state = {n: t for n, t in state.items() if n != key}
+    if shape:
+        state[key] = torch.ones(shape)
+    with pytest.raises(CheckpointError, match=message):
+        convert(state)
 
 
 def test_half_precision_is_read(tmp_path: Path) -> None:

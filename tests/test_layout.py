@@ -68,6 +68,9 @@ def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
 def test_other_folders_next_to_splits_are_reported(tmp_path: Path) -> None:
     make(tmp_path, "train/cat/1.png", "test/cat/1.png", "extra/cat/1.png")
     assert [path.name for path in find_layout(tmp_path).unused] == ["extra"]
+    make(tmp_path, "old_train/cat/1.png", "test_2/dog/1.png")
+    assert trees(tmp_path) == {"train": "train", "test": "test"}
+    assert [path.name for path in find_layout(tmp_path).unused] == ["extra", "old_train", "test_2"]
 
 
 @pytest.mark.parametrize(

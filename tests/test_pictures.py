@@ -3,7 +3,7 @@
 import io
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitrail.data import formats
 from vitrail.data.formats import SUFFIXES, find_pictures, is_picture, left_out_reason
-from vitrail.data.pictures import Fit, fit_picture, read_picture
+from vitrail.data.pictures import Fit, fit_picture, only_picture, read_picture
 from vitrail.errors import PictureError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about corrupt and large files
@@ -43,6 +43,20 @@ def test_reads_files_by_name_by_content_and_opened(tmp_path: Path) -> None:
         rgb_HWC = read_picture(source)
         assert rgb_HWC.dtype == np.uint8
         assert np.array_equal(rgb_HWC, RGB)
+
+
+@pytest.mark.parametrize("read", [read_picture, only_picture])
+def test_files_not_open_for_reading_bytes_are_refused(
+    tmp_path: Path, read: Callable[[object], object]
+) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(encoded(Image.fromarray(RGB)))
+    with path.open() as file, pytest.raises(PictureError, match=r"cat\.png: not open in binary"):
+        read(file)
+    with pytest.raises(PictureError, match=r"cat\.png: cannot be read: .* closed file"):
+        read(file)
+    with path.open("ab") as file, pytest.raises(PictureError, match=r"cat\.png: cannot be read"):
+        read(file)
 
 
 def test_reads_gray_one_bit_and_palette() -> None:

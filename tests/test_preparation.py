@@ -1,6 +1,7 @@
 """Image preparation of other systems' weights: read, reported, overridden, written."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,16 @@ def test_timms_steps_are_done(tmp_path: Path, mode: str, share: float) -> None:
 
 def test_timm_steps_that_vitrail_lacks_are_refused_until_overridden(tmp_path: Path) -> None:
     folder = timm(tmp_path / "timm", {"crop_mode": "border", "interpolation": "random"})
-    with pytest.raises(CheckpointError, match=r"crop_mode 'border'.*with --fit$"):
+    with pytest.raises(CheckpointError, match=r"crop_mode 'border'.* with vitrail ") as refused:
         vitrail.load(folder, device="cpu")
-    with pytest.raises(CheckpointError, match=r"interpolation 'random'.*with --interpolation$"):
+    with pytest.raises(CheckpointError, match=r"interpolation 'random'.* with vitrail convert "):
         vitrail.load(folder, fit="pad", crop_pct=1.0, device="cpu")
+    remedy = shlex.split(str(refused.value).rpartition(" with vitrail ")[2])
+    assert remedy[-4:] == ["--fit", "VALUE", "--interpolation", "VALUE"]
+    file = str(tmp_path / "b.safetensors")
+    assert main([remedy[0], remedy[1], file, "--fit", "squash", "--interpolation", "box"]) == 0
+    converted = vitrail.load(file, device="cpu").config.data
+    assert (converted.fit, converted.interpolation) == ("squash", "box")
     chosen = vitrail.load(folder, fit="squash", interpolation="box", device="cpu").config.data
     assert (chosen.fit, chosen.interpolation) == ("squash", "box")
 

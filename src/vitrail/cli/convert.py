@@ -60,6 +60,11 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     sizes = {"image_size": options.image_size, "n_classes": options.n_classes}
     changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if changes or options.new_head:
+        if not (found.info.config.model.n_classes or options.n_classes):
+            raise ConfigError(
+                f"{options.source} has no head: give --new_head and --n_classes N too, or none of "
+                "the flags that change the model"
+            )
         model = dataclasses.replace(found.info.config.model, **changes)
         found = remodel(found, model, new_head=options.new_head)
     save(found, options.dest, options.layout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from vitrail.cli.console import number_table, out, print_err, print_out
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError
 
@@ -49,8 +49,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     ending = ".onnx" if options.format == "onnx" else ".pt2"
     _check(options, ending)
     classifier = load_model(options)
-    source = Path(classifier.source)
-    name = source.name if source.is_dir() else source.stem
+    name = name_of(classifier.source)
     path = options.output_path or Path(f"{name}{'-int8' if options.int8 else ''}{ending}")
     (_write_program if options.format == "torch" else _write_onnx)(classifier, options, path)
     return 0

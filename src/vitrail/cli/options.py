@@ -21,8 +21,8 @@ STDIN = "-"
 MODEL_ENDINGS = (
     ".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz", ".onnx", ".pt2",
 )  # fmt: skip
-MODEL_FILES = ("checkpoints", "checkpoint.json", "model.safetensors", "pytorch_model.bin")
-"""A folder that holds one of these is a run, a checkpoint, or the weights of another system."""
+MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
+"""A folder that holds one of these is a checkpoint, or the weights of another system."""
 FEWEST_IMAGES = 10
 """Images that a confidence interval needs; the same as ``explain.map_metrics.FEWEST_IMAGES``."""
 
@@ -93,11 +93,25 @@ def is_model(arg: str) -> bool:
     path = Path(arg)
     try:
         if path.is_dir():
-            return any((path / name).exists() for name in MODEL_FILES)
+            return _is_run(path) or any((path / name).exists() for name in MODEL_FILES)
         is_file = path.name.lower().endswith(MODEL_ENDINGS) and path.is_file()
     except OSError:  # too long for a name
         return False
     return is_file or arg in bundled.names() or arg.startswith("hf:")
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is a run folder, not just one with an entry called checkpoints."""
+    return (folder / "checkpoints").is_dir() and (folder / "config.json").is_file()
+
+
+def name_of(source: str) -> str:
+    """Return a model's name for files: that of its folder, bundled model or hub id, or a stem."""
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:").partition("@")[0].rpartition("/")[2]
+    path = Path(source)
+    endings = (end for end in MODEL_ENDINGS if path.name.lower().endswith(end))
+    return path.name[: -len(next(endings))] if path.is_file() else path.resolve().name
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -197,4 +211,4 @@ def _search(arg: str) -> list[str]:
 def _is_in_run(path: Path, root: Path) -> bool:
     """Return whether a picture is in a run folder below the folder that is searched."""
     inside = (folder for folder in path.parents if root in folder.parents)
-    return any((folder / "checkpoints").is_dir() for folder in inside)
+    return any(map(_is_run, inside))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from vitrail.cli.console import out, print_err
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use
+from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
 from vitrail.errors import ConfigError
@@ -57,7 +57,11 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
     classifier = load_model(options)
     source, split = Path(classifier.source), options.data.split
-    default = source / split if is_run_folder(source) else Path("output") / f"{source.stem}-{split}"
+    default = (
+        source / split
+        if is_run_folder(source)
+        else Path("output") / f"{name_of(classifier.source)}-{split}"
+    )
     folder = options.output_path or default
     metrics, code = score(classifier, options, folder)
     if options.json:

@@ -210,7 +210,8 @@ class DataConfig(Checked):
     dataset: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
     """shapes is generated on the fly; folder: one subfolder of images per class in data_path."""
     data_path: Path = Path("data")
-    """Folder of the dataset; CIFAR is downloaded to it."""
+    """Folder of the dataset. CIFAR is searched here, then in the user's cache, to which it is
+    downloaded."""
     shortcut: float = 0.0
     """Fraction of the images of shapes with a mark in the corner whose color gives the class away,
     to test whether explanations find what a model uses."""
@@ -218,9 +219,9 @@ class DataConfig(Checked):
     """Training images held out for validation (stratified, always the same). 0 for none.
     Default: 10%."""
     num_train_images: int | None = None
-    """Use only the first N training images."""
+    """Use only N training images (stratified, always the same)."""
     num_test_images: int | None = None
-    """Use only the first N test images."""
+    """Use only N test images (stratified, always the same)."""
     num_workers: int = 2
     """Number of threads that decode image files; 0 is the same as 1."""
     fit: FitMode = "crop"
@@ -250,7 +251,8 @@ class DataConfig(Checked):
         require_range(self, "crop_pct", 0.01, 1)
         require(
             self.fit != "pad" or self.crop_pct == 1,
-            f"crop_pct {self.crop_pct:g} crops what fit pad would add: leave one out",
+            f"crop_pct {self.crop_pct:g} crops what fit pad would add: give crop_pct 1, or "
+            "another fit",
         )
 
     def _check_pixels(self) -> None:

@@ -95,14 +95,25 @@ def read_pixels(
 
 
 def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
-    """Return a file to read from its beginning, which the caller may close."""
+    """Return a file to read from its beginning, which the caller may close.
+
+    Raises:
+        PictureError: an open file is closed, or not open for reading in binary mode.
+        OSError: a file cannot be opened.
+    """
     if isinstance(source, str | os.PathLike):
         return Path(source).open("rb")
     if isinstance(source, BYTES):
         return io.BytesIO(source)
-    if source.seekable():
-        source.seek(0)
-    content = source.read()
+    content: object = None
+    try:
+        if source.seekable():
+            source.seek(0)
+        content = source.read()
+    except UnicodeDecodeError:  # text mode
+        pass
+    except (OSError, ValueError) as error:  # closed, or for writing only
+        raise PictureError(f"cannot be read: {error}") from error
     if not isinstance(content, bytes):
         raise PictureError("not open in binary mode: open(path, 'rb')")
     return io.BytesIO(content)

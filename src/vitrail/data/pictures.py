@@ -106,7 +106,12 @@ def only_picture(picture: Picture) -> Picture:
     listed = list_pictures(picture)
     if len(listed) != 1:
         raise PictureError(f"{len(listed)} pictures are given: give one")
-    return formats.open_file(listed[0]).read() if _is_open_file(listed[0]) else listed[0]
+    if not _is_open_file(listed[0]):
+        return listed[0]
+    try:
+        return formats.open_file(listed[0]).read()
+    except PictureError as error:
+        raise PictureError(f"{source_name(listed[0]) or 'the picture'}: {error}") from error
 
 
 def source_name(source: object) -> str:

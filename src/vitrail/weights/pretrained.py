@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def read(
         raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
     own = _read_own(path)
     if own is None:
-        return _read_other(path, n_attention_heads, given)
+        return _read_other(path, str(source), n_attention_heads, given)
     heads = own.info.config.model.n_attention_heads
     if n_attention_heads not in (None, heads):
         raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
@@ -167,14 +168,18 @@ def _read_own(path: Path) -> Source | None:
     return Source(*load_weights_file(path)) if describes_itself(path) else None
 
 
-def _read_other(path: Path, n_attention_heads: int | None, given: Mapping[str, Any]) -> Source:
-    """Read another system's weights and convert them."""
+def _read_other(
+    path: Path, source: str, n_attention_heads: int | None, given: Mapping[str, Any]
+) -> Source:
+    """Read another system's weights, which the user calls ``source``, and convert them."""
     found = read_foreign(path, n_attention_heads)
     for name, what in found.refused.items():
         if name not in given:
+            flags = " ".join(f"--{each} VALUE" for each in found.refused)
             raise CheckpointError(
-                f"{path}: its pictures are prepared by {what}, which Vitrail does not support: "
-                f"choose the nearest option with --{name}"
+                f"{source}: its pictures are prepared by {what}, which Vitrail does not support: "
+                "choose the nearest option with "
+                f"vitrail convert {shlex.quote(source)} FILE.safetensors {flags}"
             )
     dataset = "cifar10" if found.layout == "reference" else "folder"
     data = replace_fields(DataConfig(), {"dataset": dataset, **found.data, **given})

@@ -153,7 +153,7 @@ def read_shapes(plain: State, names: Names) -> dict[str, Any]:
     stem, mlp = f"{names['stem'][0]}.weight", names["blocks.*.mlp.fc1"][0]
     embed_dim, n_channels, height, width = shape(plain, stem, 4)
     if height != width:
-        raise CheckpointError(f"{stem} has patches of {height} x {width} pixels: not square")
+        raise CheckpointError(f"its patches are {height} x {width} pixels: not square")
     block = re.compile(re.escape(mlp.partition("*")[0]) + r"(\d+)\b")
     numbers = {int(found[1]) for key in plain if (found := block.match(key))}
     if not numbers:

@@ -111,6 +111,9 @@ def _find_google(state: State, _: dict[str, Any], n_attention_heads: int | None)
     heads = shape(weights, f"{query}/kernel", 3)[1]
     if n_attention_heads not in (None, heads):
         raise CheckpointError(f"it has {heads} attention heads, not {n_attention_heads}")
+    mlp = GOOGLE_NAMES["blocks.*.mlp.fc1"][0].replace("*", "0")
+    for layer, dimensions in (("embedding", 4), (mlp, 2)):  # so that errors have Google's names
+        shape(weights, f"{layer}/kernel", dimensions)
     shapes = read_shapes(_unpack_google(weights), GOOGLE_NAMES)
     n_patches = shape(weights, GOOGLE.positions, 3)[1] - 1
     config = ModelConfig(
@@ -131,7 +134,7 @@ def _unpack_google(state: State) -> dict[str, Tensor]:
         layer, _, part = key.rpartition("/")
         if part == "kernel" and tensor.ndim == 4:
             plain[f"{layer}.weight"] = tensor.permute(3, 2, 0, 1)
-        elif part == "kernel":
+        elif part == "kernel" and tensor.ndim > 1:
             joined = tensor.flatten(0, 1) if layer.endswith("/out") else tensor.flatten(1)
             plain[f"{layer}.weight"] = joined.T
         elif part in ("scale", "bias"):
