@@ -281,12 +281,25 @@ def test_explaining_does_not_change_the_model(
         assert parameter.requires_grad, name
 
 
+def test_balanced_runs_the_images_once_per_point(
+    make_model: MakeModel, images_BCHW: Tensor
+) -> None:
+    model, runs = make_model("mean"), []
+    model.stem.register_forward_pre_hook(lambda *_: runs.append(1))
+    for points in (1, 3):
+        runs.clear()
+        maps = compute_maps(model, images_BCHW, MapSettings(method="balanced", points=points))
+        assert len(runs) == points
+        with torch.no_grad():
+            torch.testing.assert_close(maps.logits_BY, model(images_BCHW))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_more_images_than_the_chunk_are_in_the_model_at_once(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
     model, sizes = make_model(), []
-    model.blocks[0].register_forward_pre_hook(lambda _, tokens: sizes.append(len(tokens[0])))
+    model.stem.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
     compute_maps(model, images_BCHW, MapSettings(method=method, chunk=3))
     assert max(sizes) == 3
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.explain.removal import Score
-from vitrail.model.layers import ConvStem, Rotation
+from vitrail.model.layers import ConvStem, Rotation, rotate
 from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
 
 
@@ -25,13 +25,13 @@ def contributions(
 
     ``sum over channels of (pixel - color) * gradient`` with the image's mean color, which hidden
     patches have, too. With more points, the gradient is averaged along the line from a blank image
-    to this one.
+    to this one. The first logits that ``score`` gets are those of the image itself.
     """
 
     def forward(images_BCHW: Tensor) -> Tensor:
         return logits(model, embed(model, images_BCHW))[0]
 
-    steps = [(point + 1) / points for point in range(points)]
+    steps = [point / points for point in range(points, 0, -1)]
     return _along(forward, images_BCHW, score, steps)
 
 
@@ -51,25 +51,26 @@ def _along(
     forward: Callable[[Tensor], Tensor], images_BCHW: Tensor, score: Score, steps: Sequence[float]
 ) -> Tensor:
     """Return the contributions with the gradient averaged over points between blank and image."""
-    colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
-    differences_BCHW = images_BCHW - colors_BC11
+    blank_BCHW = images_BCHW.mean(dim=(2, 3), keepdim=True).expand_as(images_BCHW)
     index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
     total_BCHW = torch.zeros_like(images_BCHW)
     for step in steps:
+        point_BCHW = torch.lerp(blank_BCHW, images_BCHW, step).detach()
         with torch.enable_grad():
-            point_BCHW = (colors_BC11 + step * differences_BCHW).detach().requires_grad_()
+            point_BCHW.requires_grad_()
             (gradient_BCHW,) = torch.autograd.grad(
                 score(forward(point_BCHW), index_B).sum(), point_BCHW
             )
         total_BCHW += gradient_BCHW
-    return (differences_BCHW * total_BCHW / len(steps)).sum(dim=1)
+    return ((images_BCHW - blank_BCHW) * total_BCHW / len(steps)).sum(dim=1)
 
 
 def embed(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     """Return ``model.embed(images_BCHW)``, tokens (B, T, D), with the stem's gates frozen."""
     if not isinstance(model.stem, ConvStem):
         return model.embed(images_BCHW)
-    features_BCGJ = images_BCHW
+    model.check_images(images_BCHW)
+    features_BCGJ = images_BCHW.contiguous(memory_format=torch.channels_last)
     for layer in model.stem:
         gelu = isinstance(layer, nn.GELU)
         features_BCGJ = _frozen_gelu(features_BCGJ) if gelu else layer(features_BCGJ)
@@ -101,13 +102,16 @@ def _attend(
     attention: Attention, normed_BTD: Tensor, rotation: Rotation | None
 ) -> tuple[Tensor, Tensor]:
     """Mix the values by an attention that does not depend on the tokens."""
+    (B, T, D), A = normed_BTD.shape, attention.n_attention_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
     with torch.no_grad():
-        _, attention_BATT = attention(normed_BTD, rotation, keep_attention=True)
-    assert attention_BATT is not None
+        qk_BT2D = F.linear(normed_BTD, weight[: 2 * D], bias[: 2 * D])
+        q_BATK, k_BATK = qk_BT2D.view(B, T, 2, A, D // A).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
+        attention_BATT = (q_BATK * (D // A) ** -0.5 @ k_BATK.mT).softmax(dim=-1)
     attention_BATT.requires_grad_(torch.is_grad_enabled())
-    B, T, D = normed_BTD.shape
-    values_BTD = F.linear(normed_BTD, attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :])
-    A = attention.n_attention_heads
+    values_BTD = F.linear(normed_BTD, weight[2 * D :], bias[2 * D :])
     values_BATK = values_BTD.view(B, T, A, D // A).transpose(1, 2)
     mixed_BTD = (attention_BATT @ values_BATK).transpose(1, 2).reshape(B, T, D)
     return attention.out_projection(mixed_BTD), attention_BATT

@@ -202,9 +202,12 @@ def _pixel_maps(
     model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, settings: MapSettings
 ) -> _Explained:
     """Return the balanced gradient or integrated gradients; see ``balanced``."""
-    logits_BY = model(images_BCHW)
-    chosen_B = _choose(logits_BY, classes_B)
-    score = _score(chosen_B, settings.against)
+    own = [] if settings.method == "balanced" else [model(images_BCHW)]
+
+    def score(logits_BY: Tensor, image_B: Tensor) -> Tensor:
+        own.append(logits_BY.detach())  # the first are those of the images themselves
+        return _score(_choose(own[0], classes_B), settings.against)(logits_BY, image_B)
+
     if settings.method == "balanced":
         pixels_BHW = balanced.contributions(model, images_BCHW, score, points=settings.points or 1)
     else:
@@ -214,7 +217,7 @@ def _pixel_maps(
     if settings.resolution == "patch":
         P = model.config.patch_size
         pixels_BHW = F.avg_pool2d(pixels_BHW, P) * P**2
-    return pixels_BHW[:, None], logits_BY, chosen_B
+    return pixels_BHW[:, None], own[0], _choose(own[0], classes_B)
 
 
 def _removal_maps(

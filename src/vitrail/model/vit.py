@@ -197,11 +197,19 @@ class VisionTransformer(nn.Module):
         Raises:
             ConfigError: the images do not have the model's shape.
         """
+        self.check_images(images_BCHW)
+        return self.add_positions(self.stem(images_BCHW))
+
+    def check_images(self, images_BCHW: Tensor) -> None:
+        """Refuse images that do not have the model's shape.
+
+        Raises:
+            ConfigError: they do not.
+        """
         C, (H, W) = self.config.n_channels, self.config.image_hw
         if images_BCHW.ndim != 4 or images_BCHW.shape[1:] != (C, H, W):
             shape = tuple(images_BCHW.shape)
             raise ConfigError(f"images have shape {shape}: give (number of images, {C}, {H}, {W})")
-        return self.add_positions(self.stem(images_BCHW))
 
     def add_positions(self, grid_BDGJ: Tensor) -> Tensor:
         """Return the tokens (B, T, D) of a grid of patches, with positions and class token."""
