@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors", "runtime", "config", "data", "model", "evaluation", "explain",
-    "inference", "weights", "training", "sweep", "cli", "__main__",
+    "inference", "weights", "training", "sweep", "serve", "cli", "__main__",
 ]  # fmt: skip
 """Each package may import from itself and from those before it."""
 

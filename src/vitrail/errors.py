@@ -87,7 +87,9 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "optuna": "sweep",
+    "starlette": "serve",
     "tensorboard": "track",
+    "uvicorn": "serve",
 }
 """The extra that installs a library. Libraries without an extra are installed by the user."""
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "test": "evaluate a model on a data set",
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
+    "serve": "open a page to play with models, and answer requests",
     "inspect": "show a model's filters, positions and heads",
     "convert": "convert weights from and to other libraries",
     "push": "upload a model to the Hugging Face hub",

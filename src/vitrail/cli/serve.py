@@ -1,0 +1,86 @@
+"""``vitrail serve``."""
+
+import socket
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vitrail.cli.console import print_out
+from vitrail.cli.parsing import parse
+from vitrail.errors import ConfigError, import_optional
+
+PROG = "vitrail serve"
+CONNECTIONS = 256
+"""More at once are answered with 503."""
+
+
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")]
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class ServeOptions:
+    """Serve predictions and maps over HTTP, with a page to play with them.
+
+    For example: vitrail serve output/quick
+    """
+
+    models: Models = ()
+    """Run folders, weights, bundled names or hf:OWNER/NAME. Default: the runs in output/ and the
+    bundled models."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than 127.0.0.1 are reached from the network: there is no
+    password."""
+    port: int = 8000
+    """Port to listen on; 0 for any free one."""
+    no_browser: bool = False
+    """Do not open the page in the browser."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto tries cuda, then mps, then cpu."""
+
+
+def command(args: Sequence[str], *, prog: str = PROG) -> int:
+    """Run ``vitrail serve`` until it is stopped."""
+    options = parse(ServeOptions, args, prog=prog)
+    import_optional("starlette")
+    uvicorn = import_optional("uvicorn")
+    from vitrail.serve.app import build_app
+    from vitrail.serve.models import Shelf
+
+    shelf = Shelf(options.models, Path("output"), options.device)
+    for name in shelf.names() if options.models else shelf.names()[:1]:
+        shelf.get(name)
+    listening = _listen(options.host, options.port)
+    config = uvicorn.Config(
+        build_app(shelf, options.host), log_level="warning", access_log=False, ws="none",
+        server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=30,
+    )  # fmt: skip
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{listening.getsockname()[1]}/"
+    print_out(f"serving {', '.join(shelf.names())} at {address} (Ctrl-C stops it)")
+    if not options.no_browser:
+        webbrowser.open(address)
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens: a browser that is opened now waits for the server.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    if not 0 <= port <= 65_535:
+        raise ConfigError(f"--port is {port}: give a number from 0 to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {reason}: give another --port or --host"
+        ) from error

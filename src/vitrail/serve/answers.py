@@ -1,0 +1,231 @@
+"""A model and a picture -> what the server answers, as plain JSON values."""
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrail.config.settings import require
+from vitrail.data.formats import DECODE_ERRORS, JPEG, gray_to_rgb
+from vitrail.data.pictures import enough_side, fit_channels, framing, read_picture, seen_box
+from vitrail.errors import PictureError, printable
+from vitrail.explain import removal
+from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
+from vitrail.explain.map_metrics import center_maps, deletion_insertion, rank_patches
+from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings
+from vitrail.explain.page import make_page, page_data
+from vitrail.inference.classifier import Classifier
+from vitrail.runtime import rng
+from vitrail.serve.questions import Question
+from vitrail.weights.pretrained import of_model_size
+
+MOST_PIXELS, MOST_JPEG_PIXELS = 25_000_000, 64_000_000
+"""Larger pictures are refused before they are decoded. JPEGs are decoded at reduced size."""
+RANDOM_ORDERS = 4
+"""Random orders that a curve is compared with."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture as a model sees it: raw_HWC, bytes, at the model's size and channels."""
+
+    classifier: Classifier
+    raw_HWC: np.ndarray
+    subject: Subject
+
+
+def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
+    """Decode a picture and fit it to a model, with the question's patches painted over.
+
+    Raises:
+        PictureError: it is not a picture, or too large.
+        ConfigError: a hidden patch is not in the picture.
+    """
+    if question.prepared:
+        classifier = of_model_size(classifier)
+    config, data = classifier.config.model, classifier.config.data
+    _check_size(body)
+    side, fit = enough_side(config.image_hw, framing(data)), framing(data)
+    rgb_HWC = read_picture(body, pixel_range=data.pixel_range, shorter_side=side)
+    raw_HWC = fit_channels(rgb_HWC, config.image_hw, fit, config.n_channels)
+    if question.hide:
+        raw_HWC = _hide(raw_HWC, question.hide, config.grid_GJ, config.patch_size)
+    subject = Subject(
+        model=classifier.model,
+        image_1CHW=classifier.normalize(raw_HWC[None]),
+        raw_HWC=raw_HWC if config.n_channels == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
+        picture_HWC=rgb_HWC,
+        fit=fit,
+        classes=classifier.classes,
+    )
+    return Seen(classifier, raw_HWC, subject)
+
+
+def _check_size(body: bytes) -> None:
+    """Refuse a picture with too many pixels, which its first bytes tell."""
+    try:
+        with Image.open(io.BytesIO(body)) as image:
+            (width, height), jpeg = image.size, image.format in JPEG
+    except Image.DecompressionBombError as error:
+        raise PictureError("the picture has too many pixels: make it smaller") from error
+    except DECODE_ERRORS:
+        return  # read_picture says what is wrong
+    most = MOST_JPEG_PIXELS if jpeg else MOST_PIXELS
+    if width * height > most:
+        raise PictureError(
+            f"the picture has {width} x {height} pixels, more than {most:,}: make it smaller"
+        )
+
+
+def _hide(
+    raw_HWC: np.ndarray, patches: tuple[int, ...], grid_GJ: tuple[int, int], side: int
+) -> np.ndarray:
+    """Return the picture with patches, numbered row by row, in its mean color."""
+    (rows, columns), hidden_HWC = grid_GJ, raw_HWC.copy()
+    mean_C = raw_HWC.mean(axis=(0, 1)).round().astype(np.uint8)
+    for patch in patches:
+        last = rows * columns - 1
+        require(patch <= last, f"hide: there is no patch {patch}: give numbers from 0 to {last}")
+        top, left = (side * place for place in divmod(patch, columns))
+        hidden_HWC[top : top + side, left : left + side] = mean_C
+    return hidden_HWC
+
+
+def predictions(seen: Seen, probabilities_Y: np.ndarray, question: Question) -> dict[str, Any]:
+    """Return the most probable classes, and what the model sees if that was asked for."""
+    best = np.argsort(-probabilities_Y, kind="stable")[: question.top].tolist()
+    names = seen.classifier.classes
+    answer: dict[str, Any] = {
+        "predictions": [
+            {"class": printable(names[y]), "index": y, "probability": float(probabilities_Y[y])}
+            for y in best
+        ]
+    }
+    if question.seen:
+        height, width = seen.subject.picture_HWC.shape[:2]
+        box = seen_box((height, width), seen.classifier.config.model.image_hw, seen.subject.fit)
+        answer["seen"] = {
+            "picture": f"data:image/png;base64,{base64.b64encode(to_png(seen.raw_HWC)).decode()}",
+            # As fractions of the picture: left, top, right, bottom.
+            "box": [box[0] / width, box[1] / height, box[2] / width, box[3] / height],
+        }
+    return answer
+
+
+def to_png(raw_HWC: np.ndarray) -> bytes:
+    """Return bytes (H, W, C), C 3 or 1, as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(raw_HWC if raw_HWC.shape[2] == 3 else raw_HWC[:, :, 0]).save(file, "PNG")
+    return file.getvalue()
+
+
+def explanation(seen: Seen, question: Question) -> dict[str, Any]:
+    """Return the maps of one method."""
+    subject = seen.subject
+    settings = question.map_settings(subject)
+    index = None if question.class_name is None else subject.find_class(question.class_name)
+    answer: dict[str, Any] = {}
+    layers: tuple[int, ...] = (0,)
+    signed = True
+    if settings.method == "shapley":
+        values_LGJ, errors_GJ, index = _shapley(subject, settings, index)
+        finite = bool(errors_GJ.isfinite().all())  # one pair of orders has no spread
+        answer["errors"] = _numbers(errors_GJ) if finite else None
+    else:
+        maps = maps_of(subject, subject.model, settings, index)
+        values_LGJ, index = maps.values_BLGJ[0], int(maps.classes_B[0])
+        layers, signed = maps.layers, maps.signed
+    return answer | {
+        "method": settings.method,
+        "class": printable(subject.classes[index]),
+        "against": question.against and printable(question.against),
+        "signed": signed,
+        "layers": list(layers),
+        "rows": values_LGJ.shape[1],
+        "columns": values_LGJ.shape[2],
+        "maps": _numbers(values_LGJ),
+    }
+
+
+def _shapley(
+    subject: Subject, settings: MapSettings, index: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return Shapley values (1, G, J), their standard errors (G, J), and the explained class."""
+    with torch.inference_mode():
+        chosen = int(subject.model(subject.image_1CHW).argmax()) if index is None else index
+        values_1GJ, errors_1GJ = removal.shapley(
+            subject.model,
+            subject.image_1CHW,
+            lambda logits_XY, _: logits_XY.softmax(dim=1)[:, chosen],
+            passes=settings.passes,
+            chunk=settings.chunk,
+        )
+    return values_1GJ.cpu(), errors_1GJ[0].cpu(), chosen
+
+
+def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
+    """Return how the class's probability falls while patches are hidden, the highest first.
+
+    ``order`` has all patches; ``curves`` the probability after each of ``counts`` patches, by the
+    map, by one that points to the center, and in random orders (their mean).
+    """
+    subject, image_1CHW = seen.subject, seen.subject.image_1CHW
+    settings = question.map_settings(subject)
+    if "resolution" in SUPPORTED_SETTINGS[settings.method]:
+        settings = MapSettings(**{**vars(settings), "resolution": "patch"})
+    index = None if question.class_name is None else subject.find_class(question.class_name)
+    maps = maps_of(subject, subject.model, settings, index)
+    grid_GJ, (G, J) = subject.model.config.grid_GJ, subject.model.config.grid_GJ
+    random_RGJ = torch.rand(RANDOM_ORDERS, G, J, generator=rng.generator(0, "orders", 1))
+    maps_BGJ = torch.cat([maps.values_BLGJ[:, -1], center_maps(grid_GJ), random_RGJ])
+    B = len(maps_BGJ)
+    curves = deletion_insertion(
+        subject.model, image_1CHW.expand(B, -1, -1, -1), maps_BGJ,
+        maps.classes_B.expand(B), fill="mean",
+    )  # fmt: skip
+    found_BS = curves.deletion_BS
+    return {
+        "class": printable(subject.classes[int(maps.classes_B[0])]),
+        "order": rank_patches(maps_BGJ[:1])[0].argsort().tolist(),
+        "counts": (curves.shares_S * G * J).round().long().tolist(),
+        "curves": {
+            "map": _numbers(found_BS[0]),
+            "center": _numbers(found_BS[1]),
+            "random": _numbers(found_BS[2:].mean(0)),
+        },
+    }
+
+
+def page(seen: Seen, question: Question) -> bytes:
+    """Return the page of one picture that needs no server."""
+    shown: Explanation = explain(
+        seen.subject, MapSettings(method="attention"), class_name=question.class_name
+    )
+    return make_page(page_data(shown))
+
+
+def describe(name: str, classifier: Classifier) -> dict[str, Any]:
+    """Return what a client needs to know about a model."""
+    config = classifier.config.model
+    return {
+        "name": name,
+        "classes": [printable(each) for each in classifier.classes],
+        "size": list(config.image_hw),
+        "rows": config.grid_GJ[0],
+        "columns": config.grid_GJ[1],
+        "layers": config.n_layers,
+        "heads": config.n_attention_heads,
+        "parameters": sum(each.numel() for each in classifier.model.parameters()),
+        "data": classifier.config.data.dataset,
+    }
+
+
+def _numbers(values: Tensor) -> Any:
+    """Return nested lists of numbers with five significant digits."""
+    shorten = np.vectorize(lambda value: float(f"{value:.5g}"), otypes=[float])
+    return shorten(values.double().numpy()).tolist()

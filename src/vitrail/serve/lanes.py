@@ -1,0 +1,105 @@
+"""Threads with bounded queues for the server's work, and predictions that share a batch."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from vitrail.errors import VitrailError
+from vitrail.inference.classifier import Classifier
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BusyError(VitrailError):
+    """The queue is full: the request may be repeated a moment later."""
+
+
+class Lane:
+    """Some threads that work through a queue, which refuses more than ``limit`` tasks."""
+
+    def __init__(self, limit: int, threads: int = 1) -> None:
+        self._limit, self._waiting = limit, 0
+        self._pool = ThreadPoolExecutor(threads)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return ``work(*args, **kwargs)``, called in one of the threads.
+
+        Raises:
+            BusyError: the queue is full.
+        """
+        if self._waiting >= self._limit:
+            raise BusyError("too many requests at once: try again in a second")
+        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Wait for what is running; nothing can be added."""
+        self._pool.shutdown()
+
+
+@dataclass(eq=False)
+class _Request:
+    classifier: Classifier
+    raw_HWC: np.ndarray
+    answer: "asyncio.Future[np.ndarray]"
+
+
+class Batcher:
+    """Predictions of pictures from several requests in one forward pass.
+
+    A batch is whatever arrived while the last one was computed. If more pictures are being read,
+    it waits for them, but at most ``patience`` seconds; a single client never waits.
+    """
+
+    def __init__(self, limit: int = 256, largest: int = 32, patience: float = 0.003) -> None:
+        self._limit, self._largest, self._patience = limit, largest, patience
+        self._lane, self._waiting = Lane(limit=1), list[_Request]()
+        self._work: asyncio.Task[None] | None = None
+        self.reading = 0
+        """Pictures that will be asked for in a moment; the caller counts them."""
+
+    async def probabilities(self, classifier: Classifier, raw_HWC: np.ndarray) -> np.ndarray:
+        """Return the class probabilities (Y,) of one picture (H, W, C), bytes at the model's size.
+
+        Raises:
+            BusyError: too many pictures are waiting.
+        """
+        if len(self._waiting) >= self._limit:
+            raise BusyError("too many requests at once: try again in a second")
+        request = _Request(classifier, raw_HWC, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._run())
+        return await request.answer
+
+    async def _run(self) -> None:
+        """Compute batches until nothing waits."""
+        while self._waiting:
+            if self.reading and len(self._waiting) < self._largest:
+                await asyncio.sleep(self._patience)
+            classifier = self._waiting[0].classifier
+            batch = [each for each in self._waiting if each.classifier.model is classifier.model]
+            batch = batch[: self._largest]  # none was cancelled: handlers run to their end
+            self._waiting = [each for each in self._waiting if each not in batch]
+            try:
+                raw_BHWC = np.stack([each.raw_HWC for each in batch])
+                found_BY = await self._lane.run(classifier.raw_probabilities, raw_BHWC)
+            except Exception as error:  # noqa: BLE001 (each request reports it)
+                for each in batch:
+                    each.answer.set_exception(error)
+            else:
+                for each, found_Y in zip(batch, found_BY, strict=True):
+                    each.answer.set_result(found_Y)
+
+    def close(self) -> None:
+        """Wait for the batch that is being computed."""
+        self._lane.close()
