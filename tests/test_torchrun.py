@@ -87,7 +87,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error(
     os.kill(rank_of(job, 1), signal.SIGKILL)
     assert job.wait() == 1
     assert "vitrail: process 0 lost contact with another process" in output_of(tmp_path)
-    assert "go on with --resume" in output_of(tmp_path)
+    assert "checkpoint with --resume RUN_FOLDER" in output_of(tmp_path)
     assert "Signal 9 (SIGKILL)" in output_of(tmp_path)  # torchrun names the killed process
     assert not (tmp_path / "output/quick/result.json").exists()
 
