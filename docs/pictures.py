@@ -17,7 +17,7 @@ import vitrail
 from vitrail.config.settings import DataConfig, Look
 from vitrail.data.datasets import load_data
 from vitrail.data.shapes import load_shapes
-from vitrail.explain.draw import show_map
+from vitrail.explain.sheet import show_map
 
 COLUMNS = 7
 

@@ -18,9 +18,10 @@ from vitrail.data.pictures import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.report import drawable
 from vitrail.explain.animation import encode_animation
-from vitrail.explain.draw import draw_frames, draw_sheet, drawn_size, save, scales, show_map
+from vitrail.explain.draw import draw_frames, draw_sheet, save
 from vitrail.explain.explanation import Explanation, Frame, Subject
 from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.sheet import drawn_size, scales, show_map
 from vitrail.model.vit import VisionTransformer
 
 RANDOM = np.random.default_rng(8)

@@ -1,7 +1,5 @@
 """``vitrail explain``."""
 
-import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vitrail.cli.console import err, out, print_err, print_out
+from vitrail.cli.explain_files import (
+    PLAIN_SETTINGS,
+    SETTINGS,
+    is_file_name,
+    name_files,
+    name_table,
+)
 from vitrail.cli.options import (
     STDIN,
     DataOptions,
@@ -36,14 +41,7 @@ if TYPE_CHECKING:
 
 PROG = "vitrail explain"
 ALL = "all"
-PAGES = (".html", ".htm")
-UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
-OTHER = (".npz", ".csv", ".svg", ".pdf")
-"""Extensions that people give to files, but that no explanation is written as."""
-PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
-SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
-"""Flags that choose a map, besides the method and the class."""
-CLASSLESS = {"attention", "rollout"}
+CLASSLESS = {"attention", "rollout", "features", "similarity", "norms"}
 """Methods whose maps are the same for every class."""
 
 
@@ -65,7 +63,8 @@ class ExplainOptions(ModelOptions):
     """Number of images for --score."""
     method: str | None = None
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
-    occlusion, shapley; several: a,b; or all. Default: rollout; with --score, all."""
+    occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
+    norms. Default: rollout; with --score, all."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
@@ -73,7 +72,8 @@ class ExplainOptions(ModelOptions):
     """Output format; npz and csv hold the numbers. Default: from the extension of --output_path,
     else gif."""
     output_path: Path | None = None
-    """File, or folder for several pictures. Default: output/explain."""
+    """File, or folder for several pictures (several pictures and methods are one sheet, if it is
+    a png, svg or pdf). Default: output/explain."""
     layers: str | None = None
     """Layers, counted from 1; for example, 2,4-6. Default: all."""
     heads: str | None = None
@@ -83,7 +83,8 @@ class ExplainOptions(ModelOptions):
     against: str | None = None
     """Explain the difference between the scores of the class and of this one."""
     query: str | None = None
-    """ROW,COLUMN, from 0, of a patch: show what it attends to. Default: what the head reads."""
+    """ROW,COLUMN, from 0, of a patch: show what it attends to, or what is similar to it.
+    Default: what the head reads; for similarity, the central patch."""
     fusion: Literal["mean", "max", "min", "norm"] = "mean"
     """How the heads are combined; norm (of a rollout): by the size of what each token adds."""
     discard_ratio: float = 0.0
@@ -108,7 +109,7 @@ class ExplainOptions(ModelOptions):
         asked = self.output_path
         if asked is None:
             return Path("output") / "explain"
-        return asked.parent if _is_file_name(asked) else asked
+        return asked.parent if is_file_name(asked) else asked
 
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
@@ -129,9 +130,13 @@ def _check(options: ExplainOptions) -> None:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
     if given > 1:
         raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
+    methods = _list_methods(options.method)  # also without --score: refused before a model loads
     if options.score:
+        from vitrail.explain.map_settings import require_importance
+
+        require_importance(methods)
         check_images(options.images)
-        if options.output_path is not None and _is_file_name(options.output_path):
+        if options.output_path is not None and is_file_name(options.output_path):
             raise ConfigError(
                 f"--score writes scores.json and scores.png: {options.output_path} is a file, "
                 "give a folder"
@@ -145,11 +150,44 @@ def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOp
         raise PictureError(broken[0])
     for message in broken:
         print_err(f"vitrail: {message}")
-    paths = name_files(options, [subject.name for subject in subjects])
+    if len(subjects) > 1 and "features" in _list_methods(options.method):
+        from vitrail.explain.explanation import share_colors
+
+        subjects = share_colors(subjects)
+    several = len(subjects) > 1 and len(_list_methods(options.method)) > 1
+    table = name_table(options) if several else None
+    paths = [table] if table else name_files(options, [subject.name for subject in subjects])
     _check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
-    for subject, path in zip(subjects, paths, strict=True):
-        _draw(classifier, subject, path, options)
+    if table:
+        _draw_table(classifier, subjects, table, options)
+    else:
+        for subject, path in zip(subjects, paths, strict=True):
+            _draw(classifier, subject, path, options)
     return 1 if broken else 0
+
+
+def _draw_table(
+    classifier: "Classifier", subjects: "Sequence[Subject]", path: Path, options: ExplainOptions
+) -> None:
+    """Draw one sheet with a row per picture and a column per method."""
+    from vitrail.explain.draw import check_rows, save_table
+
+    check_rows(len(subjects))
+    explanations = []
+    for subject in subjects:
+        explanations.append(_explain_one(classifier, subject, options))
+        _print_prediction(explanations[-1])
+    save_table(explanations, path, options.drawing)
+    shape = f"{len(explanations)} pictures, {len(explanations[0].frames)} methods"
+    print_out(f"{printable(str(path))}: {shape}, {path.stat().st_size / 1000:,.0f} kB")
+
+
+def _print_prediction(explanation: "Explanation") -> None:
+    """Print a picture's name and prediction."""
+    last = explanation.frames[-1]
+    style = {True: "green", False: "bold red", None: ""}[last.correct]
+    name = printable(explanation.subject.name)
+    print_out(f"{name}: {printable(last.prediction)}", style=style)
 
 
 def _draw(
@@ -160,9 +198,7 @@ def _draw(
 
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, options.drawing)
-    last = explanation.frames[-1]
-    style = {True: "green", False: "bold red", None: ""}[last.correct]
-    print_out(f"{printable(subject.name)}: {printable(last.prediction)}", style=style)
+    _print_prediction(explanation)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
     print_out(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
 
@@ -216,7 +252,7 @@ def _make_settings(options: ExplainOptions, method: str, subject: "Subject") -> 
         "against": None if options.against is None else subject.find_class(options.against),
         **{name: getattr(options, name) for name in PLAIN_SETTINGS},
     }
-    if "," in (options.method or "") or options.method == ALL:
+    if len(_list_methods(options.method)) > 1:
         supported = SUPPORTED_SETTINGS[method]  # type: ignore[index]
         asked["resolution"] = "patch"
         asked = {name: value for name, value in asked.items() if name in supported}
@@ -345,18 +381,7 @@ def _report_scores(
     print_err(f"scores.png, randomization.png and scores.json in {folder}/")
 
 
-# --- reading flags, naming files ------------------------------------------------------------------
-
-
-def _is_file_name(path: Path) -> bool:
-    """Return whether an output path names a file: it ends as pictures and pages do.
-
-    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
-    """
-    from vitrail.data.formats import SUFFIXES
-
-    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *OTHER, *UNSUPPORTED)
-    return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
+# --- reading flags --------------------------------------------------------------------------------
 
 
 def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
@@ -374,25 +399,25 @@ def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
             )
     elif options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
         raise ConfigError(
-            "attention and rollout are the same for every class: leave out --class, or use "
+            f"{options.method or 'rollout'} is the same for every class: leave out --class, or use "
             "--method relevance, balanced or another one"
         )
 
 
 def _list_methods(text: str | None) -> list[str]:
-    """Return the methods that --method names; none without it."""
-    from vitrail.explain.map_settings import METHODS
+    """Return the methods that --method names, each once; none without it."""
+    from vitrail.explain.map_settings import METHODS, VIEWS
 
-    if text is None:
-        return []
-    if text == ALL:
-        return list(METHODS)
-    names = [name.strip().replace("-", "_") for name in text.split(",")]
-    for name in names:
-        if name not in METHODS:
-            known = f"{', '.join(METHODS)}, or {ALL}"
-            raise ConfigError(f"no method {name!r}{nearest(name, METHODS)}: one of {known}")
-    return names
+    known = (*METHODS, *VIEWS)
+    names: list[str] = []
+    for part in text.split(",") if text is not None else []:
+        name = part.strip().replace("-", "_")
+        if name not in (*known, ALL):
+            raise ConfigError(
+                f"no method {name!r}{nearest(name, known)}: one of {', '.join(known)}, or {ALL}"
+            )
+        names += METHODS if name == ALL else [name]
+    return list(dict.fromkeys(names))
 
 
 def _read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
@@ -419,49 +444,3 @@ def _read_query(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
         raise ConfigError(f"--query is {text!r:.60}: give ROW,COLUMN of a patch, from 0")
     return int(parts[0]), int(parts[1])
-
-
-def name_files(options: ExplainOptions, names: Sequence[str]) -> list[Path]:
-    """Return a file for each picture; repeated names are numbered."""
-    asked = options.output_path
-    if asked is not None and _is_file_name(asked):
-        ending = asked.suffix.lower().removeprefix(".")
-        if options.format not in (None, ending):
-            raise ConfigError(
-                f"--format {options.format} contradicts {asked}: leave one of them out"
-            )
-        if len(names) > 1:
-            raise ConfigError(
-                f"{len(names)} pictures do not fit into one file, {asked}: give a folder"
-            )
-        return [asked]
-    ending = options.format or "gif"
-    rest = "".join(f"-{part}" for part in _describe_settings(options, page=ending == "html"))
-    paths: list[Path] = []
-    for name in names:
-        base = Path(name).stem + rest
-        path, number = options.folder / f"{base}.{ending}", 2
-        while path in paths:
-            path, number = options.folder / f"{base}-{number}.{ending}", number + 1
-        paths.append(path)
-    return paths
-
-
-def _describe_settings(options: ExplainOptions, *, page: bool) -> list[str]:
-    """Return what makes this drawing of a picture another one, as parts of a file's name.
-
-    The method (a page has all of them), then every setting that is not the default: so drawings
-    with different settings never overwrite each other.
-    """
-    first = [part for part in (options.method, options.frames) if part] or ["rollout"]
-    parts = [] if page else first
-    default = ExplainOptions()
-    for name in ("class_name", *SETTINGS):
-        value = getattr(options, name)
-        if value != getattr(default, name):
-            parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
-    parts += [f"{name}-{value}" for name, value in options.preparation.items()]
-    for name, value in vars(options.drawing).items():
-        if value != getattr(default.drawing, name):
-            parts.append(f"{name}-{value}")
-    return [re.sub(r"[^\w.]+", "-", part)[:60].strip("-") for part in parts]

@@ -12,8 +12,9 @@ from torch import Tensor
 from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
-from vitrail.explain.map_settings import METHODS, MapSettings, Method
+from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
 from vitrail.explain.methods import Maps, attention_by_head, attention_by_query, compute_maps, pick
+from vitrail.explain.views import ColorBasis, fit_colors
 from vitrail.model.vit import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]
@@ -44,6 +45,8 @@ class Subject:
     name: str = "picture"
     label: str = ""
     """The true class, if known."""
+    basis: ColorBasis | None = None
+    """The colors of features, if other pictures share them. Default: fitted to this picture."""
 
     def __repr__(self) -> str:
         height, width = self.picture_HWC.shape[:2]
@@ -68,6 +71,7 @@ class Frame:
     """One map, its title, and the model's prediction for the picture."""
 
     map_GJ: np.ndarray
+    """One value per patch or pixel; of features a color (G, J, 3), from 0 to 1."""
     title: str
     prediction: str
     """The predicted class and its probability; then ✓, or ✗ and the label, if it is known."""
@@ -97,8 +101,21 @@ class Explanation:
 
     @property
     def maps_FGJ(self) -> np.ndarray:
-        """The maps, one per frame, one value per patch or pixel, not normalized."""
+        """The maps, one per frame, one value (of features a color) per patch or pixel.
+
+        They are not normalized.
+
+        Raises:
+            ConfigError: the frames are of different shapes.
+        """
+        shapes = {frame.map_GJ.shape for frame in self.frames}
+        require(len(shapes) == 1, "features has a color per patch: ask for it separately")
         return np.stack([frame.map_GJ for frame in self.frames])
+
+    @property
+    def about(self) -> str:
+        """The method, or the number of methods."""
+        return f"{len(self.frames)} methods" if self.kind == "methods" else self.settings.method
 
     @property
     def titles(self) -> tuple[str, ...]:
@@ -106,10 +123,9 @@ class Explanation:
         return tuple(frame.title for frame in self.frames)
 
     def __repr__(self) -> str:
-        method = "all methods" if self.kind == "methods" else self.settings.method
         prediction = printable(self.frames[-1].prediction)
         number = f"{len(self.frames)} map{'s' if len(self.frames) > 1 else ''}"
-        return f"Explanation({self.subject.name!r}, {method}, {number}, {prediction})"
+        return f"Explanation({self.subject.name!r}, {self.about}, {number}, {prediction})"
 
     def _repr_html_(self) -> str:
         from vitrail.explain.draw import to_html
@@ -137,15 +153,15 @@ def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
     """
     if kind is None:
         by_method: dict[Method, Kind] = dict.fromkeys(ACCUMULATING, "rollout")
-        by_method["attention"] = "layers"
+        by_method |= dict.fromkeys(("attention", *VIEWS), "layers")
         method = method or "rollout"
         return method, by_method.get(method, "single")
     able: dict[str, tuple[Method, ...]] = {
         "rollout": ACCUMULATING,
-        "layers": ("attention",),
+        "layers": ("attention", *VIEWS),
         "heads": ("attention",),
         "queries": ("attention", "rollout"),
-        "training": ("rollout", *(m for m in METHODS if m != "rollout")),
+        "training": ("rollout", *(m for m in METHODS if m != "rollout"), "similarity", "norms"),
     }
     require(kind in able, f"frames {kind!r}{nearest(kind, able)}: one of {', '.join(able)}")
     if method is not None and method not in able[kind]:
@@ -187,7 +203,7 @@ def explain(
     maps = maps_of(subject, subject.model, settings, index)
     titles = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
     frames = tuple(
-        _frame(subject, maps, map_GJ, titles[chosen].format(layer), settings.query)
+        _frame(subject, maps, map_GJ, titles[chosen].format(layer), maps.query)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
     )
     return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
@@ -200,7 +216,7 @@ def compare(
     index = None if class_name is None else subject.find_class(class_name)
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
-        _frame(subject, maps, maps.values_BLGJ[0, -1], each.method, each.query)
+        _frame(subject, maps, maps.values_BLGJ[0, -1], each.method, maps.query)
         for each, maps in zip(settings, all_maps, strict=True)
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
@@ -211,7 +227,15 @@ def maps_of(
 ) -> Maps:
     """Compute the maps of the subject's picture with a model."""
     classes_B = None if index is None else torch.tensor([index])
-    return compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B)
+    basis = subject.basis if settings.method == "features" else None
+    return compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B, basis=basis)
+
+
+def share_colors(subjects: Sequence[Subject]) -> list[Subject]:
+    """Return pictures of one model whose features have the same colors, fitted to all of them."""
+    images_BCHW = torch.cat([subject.image_1CHW for subject in subjects])
+    basis = fit_colors(subjects[0].model, images_BCHW)
+    return [replace(subject, basis=basis) for subject in subjects]
 
 
 def _by_head(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
@@ -270,7 +294,7 @@ def _by_checkpoint(
     )
     all_maps = [maps_of(subject, model, settings, index) for _, model in checkpoints]
     frames = tuple(
-        _frame(subject, maps, maps.values_BLGJ[0, -1], title, settings.query)
+        _frame(subject, maps, maps.values_BLGJ[0, -1], title, maps.query)
         for (title, _), maps in zip(checkpoints, all_maps, strict=True)
     )
     return Explanation(subject, settings, "training", frames, int(all_maps[-1].classes_B[0]))

@@ -21,7 +21,12 @@ from vitrail.config.settings import require
 from vitrail.data.fills import FILLS, Fill, fill_images, spread
 from vitrail.errors import CheckpointError, DataError
 from vitrail.evaluation.metrics import wilson_interval
-from vitrail.explain.map_settings import METHODS, Method, settings_of_all
+from vitrail.explain.map_settings import (
+    METHODS,
+    Method,
+    require_importance,
+    settings_of_all,
+)
 from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
@@ -359,6 +364,7 @@ def score_methods(
         ConfigError: a method does not work on the model.
     """
     require(steps >= 1, f"steps is {steps}: give at least 1")
+    require_importance(methods)
     require_enough(len(images_BCHW))
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")

@@ -1,4 +1,7 @@
-"""Which map of what the model looked at: the methods, and the settings that each supports."""
+"""Which map of what the model looked at: the methods, and the settings that each supports.
+
+Most methods are importance maps: what the prediction depends on. Views show the tokens themselves.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -10,10 +13,14 @@ from vitrail.errors import ConfigError, nearest
 Method = Literal[
     "attention", "rollout", "gradient_rollout", "relevance", "gradcam", "balanced",
     "integrated_gradients", "occlusion", "shapley",
+    "features", "similarity", "norms",
 ]  # fmt: skip
-METHODS: tuple[Method, ...] = get_args(Method)
+VIEWS: tuple[Method, ...] = ("features", "similarity", "norms")
+"""Views of the tokens: not importance maps, so they can be neither scored nor contrasted."""
+METHODS: tuple[Method, ...] = tuple(m for m in get_args(Method) if m not in VIEWS)
+"""The importance maps."""
 ALL = "all"
-"""Stands for every method."""
+"""Stands for every importance map."""
 SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", "occlusion", "shapley")
 """Methods whose negative values count against the class."""
 Fusion = Literal["mean", "max", "min", "norm"]
@@ -28,6 +35,9 @@ SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
     "integrated_gradients": ("points", "resolution", "against"),
     "occlusion": ("window",),
     "shapley": ("passes",),
+    "features": ("layers",),
+    "similarity": ("query", "layers"),
+    "norms": ("layers",),
 }
 """The settings that have an effect on a method."""
 WHY_UNSUPPORTED: dict[Method, str] = {
@@ -40,6 +50,7 @@ WHY_UNSUPPORTED: dict[Method, str] = {
     "integrated_gradients": "it follows the gradient to the pixels",
     "occlusion": "it hides patches and reads nothing inside the model",
     "shapley": "it hides patches and reads nothing inside the model",
+    **dict.fromkeys(VIEWS, "it shows the tokens, not what the prediction depends on"),
 }
 """Why a method supports no other setting."""
 
@@ -58,7 +69,8 @@ class MapSettings:
     discard_ratio: float = 0.0
     """Fraction of each layer's lowest entries that a rollout drops; less than 1."""
     query: tuple[int, int] | None = None
-    """Patch (row, column), from 0: show what it attends to. None shows what the head reads."""
+    """Patch (row, column), from 0: show what it attends to, or what is similar to it. None shows
+    what the head reads; for similarity, the central patch."""
     layers: tuple[int, ...] | None = None
     """Layers, from 1; accumulated maps are shown after each of them. None for all."""
     heads: tuple[int, ...] | None = None
@@ -81,8 +93,8 @@ class MapSettings:
 
     def __post_init__(self) -> None:
         choices = {
-            "method": METHODS, "fusion": get_args(Fusion), "gradients": ("plain", "balanced"),
-            "resolution": ("pixel", "patch"),
+            "method": get_args(Method), "fusion": get_args(Fusion),
+            "gradients": ("plain", "balanced"), "resolution": ("pixel", "patch"),
         }  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -107,7 +119,7 @@ class MapSettings:
 
 
 def settings_of_all(**settings: Any) -> list[MapSettings]:
-    """Return settings for every method, each with those of ``settings`` that it supports.
+    """Return settings for every importance map, each with those of ``settings`` it supports.
 
     All maps have one value per patch, so that they can be compared.
     """
@@ -115,10 +127,28 @@ def settings_of_all(**settings: Any) -> list[MapSettings]:
     return [
         MapSettings(
             method=method,
-            **{name: value for name, value in settings.items() if name in ("chunk", *supported)},
+            **{
+                name: value
+                for name, value in settings.items()
+                if name in ("chunk", *SUPPORTED_SETTINGS[method])
+            },
         )
-        for method, supported in SUPPORTED_SETTINGS.items()
+        for method in METHODS
     ]
+
+
+def require_importance(methods: Iterable[str]) -> None:
+    """Refuse to score views.
+
+    Raises:
+        ConfigError: a method is a view.
+    """
+    for method in methods:
+        require(
+            method not in VIEWS,
+            f"{method} shows the tokens, not what the prediction depends on, so it has no score: "
+            f"leave it out, or give one of {', '.join(METHODS)}",
+        )
 
 
 def check_names(settings: Iterable[str]) -> None:

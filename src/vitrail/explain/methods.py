@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vitrail.config.settings import require
 from vitrail.errors import CheckpointError
-from vitrail.explain import balanced, formulas, removal
+from vitrail.explain import balanced, formulas, removal, views
 from vitrail.explain.formulas import HeadFusion
-from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, MapSettings, Method
+from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, VIEWS, MapSettings, Method
 from vitrail.model.vit import Block, VisionTransformer
 
 PREDICTED = -1
@@ -28,8 +28,9 @@ class Maps:
     """Maps of some images, on the CPU, float32, not normalized.
 
     Shapes:
-        values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); logits_BY;
-        classes_B, the class that each image's maps explain.
+        values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); of features a
+        color from 0 to 1, (B, L, G, J, 3); logits_BY; classes_B, the class that each image's maps
+        explain.
     """
 
     values_BLGJ: Tensor
@@ -39,6 +40,8 @@ class Maps:
     classes_B: Tensor
     signed: bool = False
     """Whether negative values count against the class."""
+    query: tuple[int, int] | None = None
+    """The patch (row, column) that was asked for; of similarity, by default the central one."""
 
 
 _Explained = tuple[Tensor, Tensor, Tensor]
@@ -51,11 +54,13 @@ def compute_maps(
     settings: MapSettings,
     *,
     classes_B: Tensor | None = None,
+    basis: views.ColorBasis | None = None,
 ) -> Maps:
     """Return the maps of each image for the given classes. Default: the predicted ones.
 
-    ``attention`` and ``rollout`` are the same for every class. No image's maps depend on the
-    other images.
+    ``attention``, ``rollout`` and the views are the same for every class. No image's maps depend
+    on the other images, but for ``features``: its colors are those of ``basis``, by default fitted
+    to all these images together.
 
     Raises:
         ConfigError: the model has no such layer, head, query or class, the images do not have the
@@ -71,8 +76,12 @@ def compute_maps(
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
         _check_classes(classes_B, len(images_BCHW), model.config.n_classes)
+    settings, basis = views.complete(model, images_BCHW, settings, basis)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> _Explained:
+        if settings.method in VIEWS:
+            values_BLGJ, logits_BY = views.compute(model, images_BCHW, settings, layers, basis)
+            return values_BLGJ, logits_BY, _choose(logits_BY, classes_B)
         return _COMPUTE[settings.method](model, images_BCHW, classes_B, settings)
 
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
@@ -85,6 +94,7 @@ def compute_maps(
         logits_BY.float(),
         chosen_B,
         signed=settings.method in SIGNED,
+        query=settings.query,
     )
 
 

@@ -18,7 +18,7 @@ from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
 from vitrail.evaluation.report import draw_each, plot_run
-from vitrail.explain.draw import choose_images, draw_attention
+from vitrail.explain.training_pictures import choose_images, draw_attention
 from vitrail.inference.classifier import Classifier
 from vitrail.model.layers import ConvStem
 from vitrail.model.vit import VisionTransformer

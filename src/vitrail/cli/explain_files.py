@@ -1,0 +1,88 @@
+"""Names of the files that ``vitrail explain`` writes."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitrail.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitrail.cli.explain import ExplainOptions
+
+PAGES = (".html", ".htm")
+UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
+OTHER = (".npz", ".csv", ".svg", ".pdf")
+"""Extensions that people give to files, but that no explanation is written as."""
+PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
+SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
+"""Flags that choose a map, besides the method and the class."""
+
+
+def is_file_name(path: Path) -> bool:
+    """Return whether an output path names a file: it ends as pictures and pages do.
+
+    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
+    """
+    from vitrail.data.formats import SUFFIXES
+
+    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *OTHER, *UNSUPPORTED)
+    return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
+
+
+def name_files(options: "ExplainOptions", names: Sequence[str]) -> list[Path]:
+    """Return a file for each picture; repeated names are numbered."""
+    asked = options.output_path
+    if asked is not None and is_file_name(asked):
+        ending = asked.suffix.lower().removeprefix(".")
+        if options.format not in (None, ending):
+            raise ConfigError(
+                f"--format {options.format} contradicts {asked}: leave one of them out"
+            )
+        if len(names) > 1:
+            raise ConfigError(
+                f"{len(names)} pictures do not fit into one file, {asked}: give a folder"
+            )
+        return [asked]
+    ending = options.format or "gif"
+    rest = "".join(f"-{part}" for part in _describe_settings(options, page=ending == "html"))
+    paths: list[Path] = []
+    for name in names:
+        base = Path(name).stem + rest
+        path, number = options.folder / f"{base}.{ending}", 2
+        while path in paths:
+            path, number = options.folder / f"{base}-{number}.{ending}", number + 1
+        paths.append(path)
+    return paths
+
+
+def name_table(options: "ExplainOptions") -> Path | None:
+    """Return the file of one sheet of several pictures, or None if the format is not a picture."""
+    asked, ending = options.output_path, options.format or "png"
+    if asked is not None and is_file_name(asked):
+        ending = asked.suffix.lower().removeprefix(".")  # type: ignore[assignment]
+    if ending not in ("png", "svg", "pdf"):
+        return None
+    return name_files(replace(options, format=options.format or ending), ["sheet"])[0]
+
+
+def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
+    """Return what makes this drawing of a picture another one, as parts of a file's name.
+
+    The method (a page has all of them), then every setting that is not the default: so drawings
+    with different settings never overwrite each other.
+    """
+    first = [part for part in (options.method, options.frames) if part] or ["rollout"]
+    parts = [] if page else first
+    default = type(options)()
+    for name in ("class_name", *SETTINGS):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
+    parts += [f"{name}-{value}" for name, value in options.preparation.items()]
+    for name, value in vars(options.drawing).items():
+        if value != getattr(default.drawing, name):
+            parts.append(f"{name}-{value}")
+    return [re.sub(r"[^\w.]+", "-", part)[:60].strip("-") for part in parts]
