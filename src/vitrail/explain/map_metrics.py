@@ -361,7 +361,7 @@ def score_methods(
 
     Raises:
         DataError: there are fewer than ten images, or not one mask for each.
-        ConfigError: a method does not work on the model.
+        ConfigError: a method is a view, or does not work on the model.
     """
     require(steps >= 1, f"steps is {steps}: give at least 1")
     require_importance(methods)

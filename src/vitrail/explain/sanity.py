@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean
-from vitrail.explain.map_settings import MapSettings, Method, settings_of_all
+from vitrail.explain.map_settings import (
+    MapSettings,
+    Method,
+    require_importance,
+    settings_of_all,
+)
 from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
@@ -64,8 +69,10 @@ def check_methods(
     ``advance`` is called once per method, to report progress.
 
     Raises:
+        ConfigError: a method is a view.
         DataError: there are fewer than ten images.
     """
+    require_importance(methods)
     by_name = {settings.method: settings for settings in settings_of_all(passes=128)}
     few_BCHW = images_BCHW[: max(FEWEST_IMAGES, len(images_BCHW) // 4)]  # many passes for each
     mosaics = make_mosaics(images_BCHW, labels_B)

@@ -143,7 +143,7 @@ def compute(
     """
     tokens_BTD, maps, grid_GJ = model.embed(images_BCHW), [], model.config.grid_GJ
     for layer, output_BTD, _ in model.run_blocks(tokens_BTD):
-        tokens_BTD, patches_BND = output_BTD, patch_tokens(model, output_BTD)
+        tokens_BTD, patches_BND = output_BTD, _patch_tokens(model, output_BTD)
         if layer not in layers:
             continue
         if settings.method == "features":
@@ -159,7 +159,7 @@ def compute(
     return torch.stack(maps, dim=1), model.classify(tokens_BTD)
 
 
-def patch_tokens(model: VisionTransformer, tokens_BTD: Tensor) -> Tensor:
+def _patch_tokens(model: VisionTransformer, tokens_BTD: Tensor) -> Tensor:
     """Return the tokens of the patches (B, N, D), without the class token."""
     return tokens_BTD[:, int(model.config.has_class_token) :]
 
@@ -173,4 +173,4 @@ def _all_tokens(
         for some_BCHW in images_BCHW.split(chunk):
             tokens_BTD = model.embed(some_BCHW.to(device))
             for layer, output_BTD, _ in model.run_blocks(tokens_BTD):
-                yield layer, patch_tokens(model, output_BTD)
+                yield layer, _patch_tokens(model, output_BTD)
