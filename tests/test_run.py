@@ -12,7 +12,9 @@ from torch import Tensor
 import vitrail
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config
+from vitrail.data.images import normalize
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrail.model.layers import WhitePatches
 from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder
@@ -57,6 +59,15 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     kept = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
     assert {"BEST", "LAST", "step-0000009"} <= set(kept)
     assert len(kept) <= 4
+
+
+def test_a_run_whitens_the_patches_of_its_training_images(tiny_run: Config, tmp_path: Path) -> None:
+    model = dataclasses.replace(tiny_run.model, stem="conv")
+    run = Run.start(dataclasses.replace(tiny_run, model=model), tmp_path / "a")
+    expected = WhitePatches(3)
+    raw_BCHW = run.batches.raw_BCHW  # fewer than the images that are used at most
+    expected.whiten(normalize(raw_BCHW, run.config.data.mean, run.config.data.std))
+    assert torch.allclose(run.state.model.stem[0].weight, expected.weight)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])

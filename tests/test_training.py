@@ -256,6 +256,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     muon, adamw = make_optimizers(model, training)
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert {group["betas"] for group in adamw.param_groups} == {(0.9, 0.95)}
+    (alone,) = make_optimizers(model, dataclasses.replace(training, optimizer="adamw"))
+    assert {group["betas"] for group in alone.param_groups} == {(0.9, 0.999)}
     for name, parameter in model.named_parameters():
         mine = name.startswith("blocks.") and parameter.ndim == 2
         assert (id(parameter) in taken) == mine
