@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitrail.config.settings import ModelConfig
@@ -280,6 +281,12 @@ def test_white_patches_have_unit_covariance(n_channels: int) -> None:
     responses_RE = responses_BEGJ[:, :n].transpose(0, 1).flatten(1).T
     covariance_EE = responses_RE.T @ responses_RE / len(responses_RE)
     torch.testing.assert_close(covariance_EE, torch.eye(n), atol=0.15, rtol=0)
+    # They are the strongest components: no others explain as much of the patches.
+    patches_RE = F.unfold(images_BCHW, 3).transpose(1, 2).flatten(0, 1)
+    moments_EE = patches_RE.T @ patches_RE / len(patches_RE)
+    basis_EN = torch.linalg.qr(patches.weight[:n].flatten(1).T).Q
+    explained = (basis_EN.T @ moments_EE @ basis_EN).trace()
+    torch.testing.assert_close(explained, torch.linalg.eigvalsh(moments_EE)[-n:].sum())
 
 
 def test_a_model_without_classes_is_refused() -> None:
