@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vitrail.config.settings import ModelConfig
 from vitrail.explain import balanced
+from vitrail.explain.methods import contributions_by_layer
 from vitrail.model.vit import VisionTransformer
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -57,6 +59,20 @@ def test_the_logit_is_the_sum_of_all_terms(
         (pixels_BCHW,) = torch.autograd.grad(logit, images_BCHW, retain_graph=True)
         assert pixels_BCHW[chosen].abs().sum() > 0
         assert pixels_BCHW[[i for i in range(3) if i != chosen]].abs().sum() == 0
+
+
+def test_at_every_depth_the_tokens_add_up_to_the_logit(tiny_model: ModelConfig) -> None:
+    model = random_model(tiny_model, class_token=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    images_BCHW = torch.randn(3, model.config.n_channels, *model.config.image_hw).double()
+    terms_BLT = balanced.by_layer(model, images_BCHW, first_logit)
+    assert terms_BLT.shape[1:] == (model.config.n_layers + 1, 1 + np.prod(model.config.grid_GJ))
+    logit_B1 = model(images_BCHW).detach()[:, 1:2]
+    torch.testing.assert_close(terms_BLT.sum(2), logit_B1.expand(-1, model.config.n_layers + 1))
+    contributions_BLGJ = contributions_by_layer(model, images_BCHW, torch.tensor([1, 1, 1]))
+    torch.testing.assert_close(contributions_BLGJ.flatten(2), terms_BLT[:, :, 1:].float())
 
 
 def test_a_plain_gradient_does_not_pass_this_test(tiny_model: ModelConfig) -> None:

@@ -26,7 +26,7 @@ from vitrail.explain.draw import caption
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.map_settings import METHODS, MapSettings
-from vitrail.explain.methods import attention_by_head, compute_maps
+from vitrail.explain.methods import attention_by_head, compute_maps, contributions_by_layer
 from vitrail.explain.page import describe, page_data
 from vitrail.explain.sheet import BLACK, GREEN, RED, scales
 from vitrail.inference.classifier import Classifier
@@ -105,6 +105,23 @@ def test_heads_and_queries_are_grids(classifier: Classifier, picture: str) -> No
     assert len(queries.titles) == 16
     fifth = classifier.explain(picture, method="attention", query=(1, 1), layers=(2,))
     np.testing.assert_allclose(queries.maps_FGJ[5], fifth.maps_FGJ[0], atol=1e-7)
+
+
+def test_evidence_is_traced_back_to_the_stem(classifier: Classifier, picture: str) -> None:
+    explained = classifier.explain(picture, method="balanced", frames="layers")
+    layers = classifier.model.config.n_layers
+    assert explained.titles == (*(f"after layer {n}" for n in range(layers, 0, -1)),
+                                "before layer 1")  # fmt: skip
+    assert all(frame.signed for frame in explained.frames)
+    maps_LGJ = contributions_by_layer(
+        classifier.model, explained.subject.image_1CHW, torch.tensor([explained.class_index])
+    )[0]
+    np.testing.assert_array_equal(explained.maps_FGJ, maps_LGJ.flip(0).numpy())
+    against = next(
+        name for name in classifier.classes if name not in explained.frames[0].prediction
+    )
+    other = classifier.explain(picture, method="balanced", frames="layers", against=against)
+    assert not np.array_equal(other.maps_FGJ, explained.maps_FGJ)
 
 
 def test_a_class_may_be_chosen(classifier: Classifier, picture: str) -> None:

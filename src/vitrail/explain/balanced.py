@@ -35,6 +35,24 @@ def contributions(
     return _along(forward, images_BCHW, score, steps)
 
 
+def by_layer(model: VisionTransformer, images_BCHW: Tensor, score: Score) -> Tensor:
+    """Return what each token contributes to the score, before layer 1 and after each: (B, L+1, T).
+
+    Each layer's contributions, with the terms of the biases above it, add up to the score. The
+    class token, if there is one, is token 0.
+    """
+    index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
+    with torch.enable_grad():
+        states = [embed(model, images_BCHW).detach().requires_grad_()]
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            states.append(_run_block(block, states[-1], model.rotation)[0])
+        total = score(_classify(model, states[-1]), index_B).sum()
+        gradients = torch.autograd.grad(total, states)
+    terms = [(x.detach() * g_BTD).sum(dim=2) for x, g_BTD in zip(states, gradients, strict=True)]
+    return torch.stack(terms, dim=1)
+
+
 def integrated_gradients(
     model: VisionTransformer, images_BCHW: Tensor, score: Score, *, points: int = 16
 ) -> Tensor:

@@ -13,7 +13,14 @@ from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
-from vitrail.explain.methods import Maps, attention_by_head, attention_by_query, compute_maps, pick
+from vitrail.explain.methods import (
+    Maps,
+    attention_by_head,
+    attention_by_query,
+    compute_maps,
+    contributions_by_layer,
+    pick,
+)
 from vitrail.explain.views import ColorBasis, fit_colors
 from vitrail.model.vit import VisionTransformer
 
@@ -158,7 +165,7 @@ def choose(method: Method | None, kind: str | None) -> tuple[Method, Kind]:
         return method, by_method.get(method, "single")
     able: dict[str, tuple[Method, ...]] = {
         "rollout": ACCUMULATING,
-        "layers": ("attention", *VIEWS),
+        "layers": ("attention", "balanced", *VIEWS),
         "heads": ("attention",),
         "queries": ("attention", "rollout"),
         "training": ("rollout", *(m for m in METHODS if m != "rollout"), "similarity", "norms"),
@@ -200,6 +207,8 @@ def explain(
         return _by_query(subject, settings, index)
     if chosen == "training":
         return _by_checkpoint(subject, settings, index, checkpoints)
+    if chosen == "layers" and settings.method == "balanced":
+        return _by_depth(subject, settings, index)
     maps = maps_of(subject, subject.model, settings, index)
     titles = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
     frames = tuple(
@@ -254,6 +263,21 @@ def _by_head(subject: Subject, settings: MapSettings, index: int | None) -> Expl
     )  # fmt: skip
     rows = tuple(f"layer {layer}" for layer in layers)
     return Explanation(subject, settings, "heads", frames, int(maps.classes_B[0]), len(heads), rows)
+
+
+def _by_depth(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
+    """One frame per depth, from the head back to the stem: where the evidence is."""
+    require(settings.points is None, "frames layers uses one gradient: leave out points")
+    maps = maps_of(subject, subject.model, settings, index)
+    maps_LGJ = contributions_by_layer(
+        subject.model, subject.image_1CHW, maps.classes_B, against=settings.against
+    )[0]
+    titles = ["before layer 1", *(f"after layer {layer}" for layer in range(1, len(maps_LGJ)))]
+    frames = tuple(
+        _frame(subject, maps, map_GJ, title, None)
+        for title, map_GJ in reversed(list(zip(titles, maps_LGJ, strict=True)))
+    )
+    return Explanation(subject, settings, "layers", frames, int(maps.classes_B[0]))
 
 
 def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:

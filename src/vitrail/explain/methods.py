@@ -291,6 +291,31 @@ def attention_by_head(
     return _in_chunks(model, chunk, compute, images_BCHW)[0]
 
 
+def contributions_by_layer(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    classes_B: Tensor,
+    *,
+    against: int | None = None,
+    chunk: int = 64,
+) -> Tensor:
+    """Return what each patch's token contributes to the class's logit: maps_BLGJ.
+
+    The first of L is before layer 1, the others are after each layer; see ``balanced.by_layer``.
+
+    Raises:
+        ConfigError: as ``compute_maps``.
+    """
+    _check_call(model, chunk=chunk)
+
+    def compute(images_BCHW: Tensor, classes_B: Tensor) -> tuple[Tensor]:
+        return (balanced.by_layer(model, images_BCHW, _score(classes_B, against)),)
+
+    terms_BLT = _in_chunks(model, chunk, compute, images_BCHW, classes_B)[0]
+    terms_BLN = terms_BLT[:, :, int(model.config.has_class_token) :].float()
+    return terms_BLN.reshape(*terms_BLN.shape[:2], *model.config.grid_GJ)
+
+
 def attention_by_query(
     model: VisionTransformer,
     images_BCHW: Tensor,
