@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
+from vitrail.explain.checks import pick
 from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
     Maps,
@@ -19,7 +20,6 @@ from vitrail.explain.methods import (
     attention_by_query,
     compute_maps,
     contributions_by_layer,
-    pick,
 )
 from vitrail.explain.views import ColorBasis, fit_colors
 from vitrail.model.vit import VisionTransformer

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.config.settings import require
-from vitrail.errors import CheckpointError
 from vitrail.explain import balanced, formulas, removal, views
+from vitrail.explain.checks import check_call, check_classes, pick, require_finite
 from vitrail.explain.formulas import HeadFusion
 from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, VIEWS, MapSettings, Method
 from vitrail.model.vit import Block, VisionTransformer
@@ -67,15 +66,15 @@ def compute_maps(
             model's shape, or the model is in training mode.
         CheckpointError: the model's output is not finite.
     """
-    _check_call(model, chunk=settings.chunk, query=settings.query)
+    check_call(model, chunk=settings.chunk, query=settings.query)
     layers = pick("layer", settings.layers, model.config.n_layers)
     pick("head", settings.heads, model.config.n_attention_heads)
     if settings.against is not None:
-        _check_classes(torch.tensor([settings.against]), 1, model.config.n_classes)
+        check_classes(torch.tensor([settings.against]), 1, model.config.n_classes)
     if classes_B is None:
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
-        _check_classes(classes_B, len(images_BCHW), model.config.n_classes)
+        check_classes(classes_B, len(images_BCHW), model.config.n_classes)
     settings, basis = views.complete(model, images_BCHW, settings, basis)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> _Explained:
@@ -279,7 +278,7 @@ def attention_by_head(
     Raises:
         ConfigError: as ``compute_maps``.
     """
-    _check_call(model, chunk=chunk, query=query)
+    check_call(model, chunk=chunk, query=query)
     layers = pick("layer", None, model.config.n_layers)
 
     def look(attention_BATT: Tensor) -> Tensor:
@@ -306,7 +305,7 @@ def contributions_by_layer(
     Raises:
         ConfigError: as ``compute_maps``.
     """
-    _check_call(model, chunk=chunk)
+    check_call(model, chunk=chunk)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> tuple[Tensor]:
         return (balanced.by_layer(model, images_BCHW, _score(classes_B, against)),)
@@ -331,7 +330,7 @@ def attention_by_query(
     Raises:
         ConfigError: as ``compute_maps``.
     """
-    _check_call(model, chunk=chunk)
+    check_call(model, chunk=chunk)
     layers = pick("layer", None if layer is None else (layer,), model.config.n_layers)
     grid_GJ, class_token = model.config.grid_GJ, model.config.has_class_token
 
@@ -356,7 +355,7 @@ def early_logits(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 
     Raises:
         ConfigError: as ``compute_maps``.
     """
-    _check_call(model, chunk=chunk)
+    check_call(model, chunk=chunk)
 
     def compute(images_BCHW: Tensor) -> tuple[Tensor]:
         blocks = model.run_blocks(model.embed(images_BCHW))
@@ -460,61 +459,3 @@ def _score(chosen_B: Tensor, against: int | None) -> removal.Score:
 def _take(values_BY: Tensor, classes_B: Tensor) -> Tensor:
     """Return each image's value for its class (B,)."""
     return values_BY.gather(1, classes_B[:, None]).squeeze(1)
-
-
-# Checks.
-
-
-def pick(name: str, numbers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
-    """Return the selected layers or heads, ascending, each once; None selects all of them."""
-    if numbers is None:
-        return tuple(range(1, count + 1))
-    require(len(numbers) > 0, f"{name}s is empty: give at least one from 1 to {count}")
-    for number in numbers:
-        require(
-            1 <= number <= count,
-            f"{name} {number} is not in the model: give one from 1 to {count}",
-        )
-    return tuple(sorted(set(numbers)))
-
-
-def require_finite(*outputs: Tensor) -> None:
-    """Refuse the output of corrupt or malicious weights.
-
-    Raises:
-        CheckpointError: a value is not finite.
-    """
-    if not all(output.isfinite().all() for output in outputs):
-        raise CheckpointError(
-            "the model's output is not finite (nan, inf): its weights are corrupt; use other "
-            "weights"
-        )
-
-
-def _check_call(
-    model: VisionTransformer, *, chunk: int, query: tuple[int, int] | None = None
-) -> None:
-    """Refuse a model in training mode and a query outside the grid."""
-    require(not model.training, "the model is in training mode: call model.eval() first")
-    require(chunk >= 1, f"chunk is {chunk}: give at least 1")
-    rows, columns = model.config.grid_GJ
-    require(
-        query is None or (0 <= query[0] < rows and 0 <= query[1] < columns),
-        f"query {query} is outside the picture's {rows} x {columns} patches: "
-        f"give a row from 0 to {rows - 1} and a column from 0 to {columns - 1}",
-    )
-
-
-def _check_classes(classes_B: Tensor, n_images: int, n_classes: int) -> None:
-    """Refuse anything but one class of the model for each image."""
-    integer = not (classes_B.is_floating_point() or classes_B.is_complex())
-    require(
-        integer and classes_B.shape == (n_images,),
-        f"classes_B is {classes_B.dtype} of shape {tuple(classes_B.shape)}: "
-        f"give integers of shape ({n_images},)",
-    )
-    for index in classes_B.tolist():
-        require(
-            0 <= index < n_classes,
-            f"class {index} is not in the model: give one from 0 to {n_classes - 1}",
-        )

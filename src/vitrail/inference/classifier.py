@@ -19,9 +19,9 @@ from vitrail.data.pictures import (
     read_picture,
     source_name,
 )
+from vitrail.explain.checks import require_finite
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrail.explain.map_settings import ALL, MapSettings, check_names, settings_of_all
-from vitrail.explain.methods import require_finite
 from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
 
