@@ -241,6 +241,20 @@ def test_signed_maps_have_zero_in_the_middle(classifier: Classifier, picture: st
     assert not classifier.explain(picture).frames[0].signed
 
 
+def test_two_methods_with_pixels_are_compared_in_pixels(run_folder: Path, picture: str) -> None:
+    words = ["explain", "--model_path", str(run_folder), picture, "--method"]
+    for methods, side in (("balanced,integrated_gradients", 32), ("balanced,rollout", 4)):
+        assert main([*words, methods, "--output_path", "x.npz"]) == 0
+        assert np.load("x.npz")["maps_FGJ"].shape == (2, side, side)
+
+
+def test_the_caption_names_gradients_and_points(classifier: Classifier, picture: str) -> None:
+    relevance = classifier.explain(picture, method="relevance", gradients="balanced")
+    assert "balanced gradients" in caption(relevance)
+    averaged = classifier.explain(picture, method="balanced", points=3)
+    assert "mean of 3 points" in caption(averaged)
+
+
 def test_contrast_takes_the_name_of_a_class(classifier: Classifier, picture: str) -> None:
     names = classifier.classes
     one = classifier.explain(picture, method="balanced", class_name=names[0], against=names[1])
@@ -589,6 +603,16 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --layers 0", ["layer 0", "1 to 3"]),
         ("cat.png --layers x", ["--layers is 'x'"]),
         ("cat.png --frames heads --heads 3", ["head 3", "1 to 2"]),
+        ("cat.png --images 20", ["--score", "leave out --images"]),
+        (
+            "--score --window 3 --class ring --alpha 0.5",
+            ["as they are", "leave out --class, --window, --alpha"],
+        ),
+        ("cat.png --format npz --alpha 0.5", [".npz holds the numbers", "leave out --alpha"]),
+        ("cat.png --format png --duration 90", [".png is not animated", "leave out --duration"]),
+        ("cat.png --method rollout,gradcam --window 3", ["leave out --window"]),
+        ("cat.png --frames queries --layers 1,2", ["layers is (1, 2)", "give a single layer"]),
+        ("cat.png --method balanced --class ring --against ring", ["both 'ring'"]),
         ("cat.png --class ring", ["same for every class"]),
         ("cat.png --format html --layers 1 --alpha 0.5", ["leave out --layers, --alpha"]),
         ("cat.png --method relevance --class rung", ["no class 'rung'", "did you mean 'ring'"]),

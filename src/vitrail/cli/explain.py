@@ -1,7 +1,7 @@
 """``vitrail explain``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +10,7 @@ import tyro
 
 from vitrail.cli.console import err, out, print_err, print_out
 from vitrail.cli.explain_files import (
+    NUMBERS,
     PLAIN_SETTINGS,
     SETTINGS,
     is_file_name,
@@ -99,7 +100,7 @@ class ExplainOptions(ModelOptions):
     window: int = 2
     """Side in patches of the squares that occlusion hides."""
     passes: int = 512
-    """Most forward passes of shapley."""
+    """Most forward passes of shapley per picture; it takes at least two per patch."""
     drawing: Look = field(default_factory=Look)
     data: DataOptions = field(default_factory=DataOptions)
 
@@ -135,12 +136,31 @@ def _check(options: ExplainOptions) -> None:
         from vitrail.explain.map_settings import require_importance
 
         require_importance(methods)
+        chosen = ("frames", "format", "class_name", *SETTINGS)
+        _refuse_idle(
+            options, chosen, vars(options.drawing), "--score measures the methods as they are"
+        )
         check_images(options.images)
         if options.output_path is not None and is_file_name(options.output_path):
             raise ConfigError(
                 f"--score writes scores.json and scores.png: {options.output_path} is a file, "
                 "give a folder"
             )
+    else:
+        _refuse_idle(options, ("images",), (), "the number of images is that of --score")
+
+
+def _refuse_idle(
+    options: ExplainOptions, chosen: Iterable[str], drawing: Iterable[str], why: str
+) -> None:
+    """Refuse flags, by their fields' names, that were given but would have no effect."""
+    default = ExplainOptions()
+    idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
+    looks = vars(options.drawing), vars(default.drawing)
+    idle += [name for name in drawing if looks[0][name] != looks[1][name]]
+    if idle:
+        flags = ", ".join(f"--{name.removesuffix('_name')}" for name in idle)
+        raise ConfigError(f"{why}: leave out {flags}")
 
 
 def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOptions) -> int:
@@ -157,7 +177,7 @@ def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOp
     several = len(subjects) > 1 and len(_list_methods(options.method)) > 1
     table = name_table(options) if several else None
     paths = [table] if table else name_files(options, [subject.name for subject in subjects])
-    _check_drawing(options, page=any(path.suffix.lower() == ".html" for path in paths))
+    _check_drawing(options, paths[0].suffix.lower())  # all have the same
     if table:
         _draw_table(classifier, subjects, table, options)
     else:
@@ -252,10 +272,15 @@ def _make_settings(options: ExplainOptions, method: str, subject: "Subject") -> 
         "against": None if options.against is None else subject.find_class(options.against),
         **{name: getattr(options, name) for name in PLAIN_SETTINGS},
     }
-    if len(_list_methods(options.method)) > 1:
-        supported = SUPPORTED_SETTINGS[method]  # type: ignore[index]
-        asked["resolution"] = "patch"
-        asked = {name: value for name, value in asked.items() if name in supported}
+    several = _list_methods(options.method)
+    if len(several) > 1:
+        supported = [SUPPORTED_SETTINGS[each] for each in several]  # type: ignore[index]
+        idle = set(SETTINGS).difference(*supported)
+        _refuse_idle(options, sorted(idle), (), f"no effect on {options.method}")
+        if not all("resolution" in each for each in supported):
+            asked["resolution"] = "patch"
+        own = SUPPORTED_SETTINGS[method]  # type: ignore[index]
+        asked = {name: value for name, value in asked.items() if name in own}
     return MapSettings(method=method, **asked)  # type: ignore[arg-type]
 
 
@@ -384,20 +409,18 @@ def _report_scores(
 # --- reading flags --------------------------------------------------------------------------------
 
 
-def _check_drawing(options: ExplainOptions, *, page: bool) -> None:
+def _check_drawing(options: ExplainOptions, suffix: str) -> None:
     """Refuse flags that would have no effect on the drawing."""
-    if page:
-        default = ExplainOptions()
-        chosen = ("method", "frames", *SETTINGS)
-        idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
-        drawing = vars(options.drawing)
-        idle += [name for name in drawing if drawing[name] != vars(default.drawing)[name]]
-        if idle:
-            raise ConfigError(
-                "a page contains every method, layer and head to choose from: "
-                f"leave out {', '.join(f'--{name}' for name in idle)}"
-            )
-    elif options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
+    drawing = vars(options.drawing)
+    if suffix == ".html":
+        words = "a page contains every method, layer and head to choose from"
+        _refuse_idle(options, ("method", "frames", *SETTINGS), drawing, words)
+        return
+    if suffix in NUMBERS:
+        _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")
+    elif suffix not in (".gif", ".webp"):
+        _refuse_idle(options, (), ("duration", "loop"), f"{suffix} is not animated")
+    if options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
         raise ConfigError(
             f"{options.method or 'rollout'} is the same for every class: leave out --class, or use "
             "--method relevance, balanced or another one"

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 PAGES = (".html", ".htm")
 UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
-OTHER = (".npz", ".csv", ".svg", ".pdf")
 """Extensions that people give to files, but that no explanation is written as."""
+NUMBERS = (".npz", ".csv")
+VECTORS = (".svg", ".pdf")
 PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
 SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
 """Flags that choose a map, besides the method and the class."""
@@ -28,7 +29,7 @@ def is_file_name(path: Path) -> bool:
     """
     from vitrail.data.formats import SUFFIXES
 
-    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *OTHER, *UNSUPPORTED)
+    known = path.suffix.lower() in (*SUFFIXES, *PAGES, *NUMBERS, *VECTORS, *UNSUPPORTED)
     return known and not os.path.isdir(path)  # noqa: PTH112 (False for a name that is too long)
 
 

@@ -241,6 +241,10 @@ def caption(explanation: Explanation, *, table: bool = False) -> str:
         parts.append("one set of colors for several pictures")
     if settings.fusion != "mean":
         parts.append(f"heads fused by {settings.fusion}")
+    if settings.gradients != "plain":
+        parts.append(f"{settings.gradients} gradients")
+    if settings.points is not None:
+        parts.append(f"mean of {settings.points} points")
     if settings.discard_ratio:
         parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
     if settings.against is not None:

@@ -234,10 +234,20 @@ def compare(
 def maps_of(
     subject: Subject, model: VisionTransformer, settings: MapSettings, index: int | None
 ) -> Maps:
-    """Compute the maps of the subject's picture with a model."""
+    """Compute the maps of the subject's picture with a model.
+
+    Raises:
+        ConfigError: as ``compute_maps``, or a class is explained against itself.
+    """
     classes_B = None if index is None else torch.tensor([index])
     basis = subject.basis if settings.method == "features" else None
-    return compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B, basis=basis)
+    maps = compute_maps(model, subject.image_1CHW, settings, classes_B=classes_B, basis=basis)
+    if int(maps.classes_B[0]) == settings.against:
+        raise ConfigError(
+            f"the explained class and the one it is explained against are both "
+            f"{subject.classes[settings.against]!r}: give another class, or another one against it"
+        )
+    return maps
 
 
 def share_colors(subjects: Sequence[Subject]) -> list[Subject]:
@@ -287,6 +297,7 @@ def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Exp
     require(settings.fusion != "norm", "frames queries fuses heads by mean, max or min")
     require(settings.discard_ratio == 0, "frames queries discards nothing: leave out discard_ratio")
     layer = None
+    _require_one_layer(settings)
     if settings.method == "attention":
         layer = pick("layer", settings.layers, subject.model.config.n_layers)[-1]
     else:
@@ -316,12 +327,21 @@ def _by_checkpoint(
         f"frames training needs a run folder with several checkpoints, not {len(checkpoints)}: "
         "train with --keep_checkpoints 0 to keep all",
     )
+    _require_one_layer(settings)
     all_maps = [maps_of(subject, model, settings, index) for _, model in checkpoints]
     frames = tuple(
         _frame(subject, maps, maps.values_BLGJ[0, -1], title, maps.query)
         for (title, _), maps in zip(checkpoints, all_maps, strict=True)
     )
     return Explanation(subject, settings, "training", frames, int(all_maps[-1].classes_B[0]))
+
+
+def _require_one_layer(settings: MapSettings) -> None:
+    """Refuse several layers where one is shown: the given one or, by default, the last."""
+    require(
+        settings.layers is None or len(set(settings.layers)) <= 1,
+        f"layers is {settings.layers}, but these frames show one: give a single layer",
+    )
 
 
 def _frame(

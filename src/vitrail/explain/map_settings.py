@@ -87,7 +87,7 @@ class MapSettings:
     window: int = 2
     """Side of the square of patches that occlusion hides at once."""
     passes: int = 512
-    """Most forward passes per image for shapley."""
+    """Most forward passes per image for shapley; it takes at least two per patch."""
     chunk: int = 64
     """Images per batch, which bounds the memory."""
 
