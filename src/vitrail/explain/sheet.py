@@ -259,7 +259,7 @@ def compose(
     Nothing moves with the words: in an animation, only the map and the numbers change.
     """
     columns = max(map(len, rows))
-    drawn = [[drawn_size(_picture_hw(panel, look), columns) for panel in row] for row in rows]
+    drawn = _drawn_sizes(rows, look)
     width = max(wide for row in drawn for _, wide in row)
     size = round(min(28, max(13, width / 21, min(16, columns * width / 140))))  # of the letters
     margin, gap = round(1.2 * size), size // 2
@@ -323,9 +323,17 @@ def _draw_panel(axes: Axes, panel: Panel, look: Look) -> None:
         axes.add_patch(edge)
 
 
-def _picture_hw(panel: Panel, look: Look) -> tuple[int, int]:
-    height, width = _picture(panel.subject, look)[0].shape[:2]
-    return height, width
+def _drawn_sizes(rows: Sequence[Sequence[Panel]], look: Look) -> list[list[tuple[int, int]]]:
+    """Return height and width in pixels of each panel; the longer side of all is the same."""
+    columns = max(map(len, rows))
+    shapes = [[_picture(panel.subject, look)[0].shape for panel in row] for row in rows]
+    sizes = [[drawn_size((high, wide), columns) for high, wide, _ in row] for row in shapes]
+    longer = min(max(size) for row in sizes for size in row)
+    return [
+        [(round(high * longer / max(high, wide)), round(wide * longer / max(high, wide)))
+         for high, wide in row]
+        for row in sizes
+    ]  # fmt: skip
 
 
 def _picture(subject: Subject, look: Look) -> tuple[np.ndarray, tuple[float, float, float, float]]:
