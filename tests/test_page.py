@@ -175,6 +175,8 @@ def test_color_maps_are_matplotlibs() -> None:
         ("maps", {"rollout": np.zeros((3, 2, 3))}, "the map rollout has shape"),
         ("maps", {"rollout": np.full((4, 2, 3), np.nan)}, "the map rollout holds values"),
         ("logits_Y", np.array([0, np.inf, 0]), "logits_Y holds values"),
+        ("maps", {"features": np.zeros((4, 2, 3))}, "the map features has shape"),
+        ("similarity_LNN", np.zeros((4, 7, 7)), "similarity_LNN has shape"),
     ],
 )
 def test_inconsistent_sizes_are_refused(field: str, value: object, words: str) -> None:

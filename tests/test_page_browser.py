@@ -351,3 +351,47 @@ def test_cropped_margins_are_gray_and_padding_is_ignored(open_page: Open) -> Non
     stage, picture = (page.locator(f"#{name}").bounding_box() for name in ("stage", "picture"))
     assert stage["height"] / stage["width"] == pytest.approx(1, abs=0.01)
     assert picture["y"] - stage["y"] == pytest.approx(stage["height"] * 4 / 28, abs=1)
+
+
+def test_views_of_the_tokens(open_page: Open) -> None:
+    random = np.random.default_rng(9)
+    colors_LGJC, norms_LGJ = random.random((4, 2, 3, 3)), 1 + random.random((4, 2, 3))
+    cosines_LNN = random.uniform(-1, 1, (4, 6, 6))
+    maps = dict(make_data().maps) | {"features": colors_LGJC, "norms": norms_LGJ}
+    page = open_page(make_data(maps=maps, similarity_LNN=cosines_LNN))
+    page.locator("#layer").fill("2")
+    choose(page, "Similarity")
+    assert shown_map(page).ravel() == pytest.approx(cosines_LNN[1, 4], abs=6e-3)  # the central one
+    hover(page, 2)
+    assert shown_map(page).ravel() == pytest.approx(cosines_LNN[1, 2], abs=6e-3)
+    best = max((patch for patch in range(6) if patch != 2), key=lambda n: cosines_LNN[1, 2, n])
+    row, column = divmod(best, 3)
+    assert f"most similar to the patch at row {row + 1}, column {column + 1}:" in page.inner_text(
+        "#answer"
+    )
+    page.mouse.move(0, 0)
+    choose(page, "Norms")
+    assert shown_map(page) == pytest.approx(norms_LGJ[1], rel=6e-3)
+    assert "times the median" in page.inner_text("#answer")
+    choose(page, "Features")
+    shown_NC = np.array(page.evaluate(READ_HEAT)).reshape(6, 4)[:, :3]
+    assert np.abs(shown_NC - 255 * colors_LGJC[1].reshape(6, 3)).max() <= 1
+    texts = page.eval_on_selector_all("#table td", "cells => cells.map(cell => cell.textContent)")
+    read_NC = np.array([[int(part) for part in text.split()] for text in texts])
+    assert np.abs(read_NC - 100 * colors_LGJC[1].reshape(6, 3)).max() <= 0.51
+    assert page.locator(".cell.peak").count() == 0
+
+
+def test_the_choices_of_colors_show_them(open_page: Open) -> None:
+    ends = open_page(make_data()).eval_on_selector_all(
+        "#colors canvas",
+        "all => all.map(c => [...c.getContext('2d').getImageData(255, 0, 1, 1).data].slice(0, 3))",
+    )
+    last = [np.array(matplotlib.colormaps[name](255)[:3]) for name in ("magma", "viridis")]
+    assert np.abs(np.array(ends[:2]) - 255 * np.array(last)).max() < 6
+
+
+def test_a_page_without_tokens_has_no_views(open_page: Open) -> None:
+    page = open_page(make_data())
+    assert page.get_by_role("radio", name="Similarity").count() == 0
+    assert page.get_by_role("radio", name="Norms").count() == 0

@@ -1,5 +1,6 @@
 """Views of the tokens: colors, similarity and norms against independent formulas; sheets."""
 
+import base64
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from vitrail.explain.explanation import Explanation, Subject, compare, explain, 
 from vitrail.explain.map_metrics import score_methods
 from vitrail.explain.map_settings import VIEWS, MapSettings, Method
 from vitrail.explain.methods import compute_maps
+from vitrail.explain.page import describe, page_data
 from vitrail.explain.sheet import COLORS, SIGNS
 from vitrail.explain.views import fit_colors
 from vitrail.inference.classifier import Classifier
@@ -322,3 +324,32 @@ def test_several_pictures_share_their_colors(pictures: list[str]) -> None:
     )
     with np.load("three/a-features.npz") as three:
         np.testing.assert_allclose(three["maps_FGJ"], explained.maps_FGJ, atol=1e-3)
+
+
+def test_a_page_has_the_views_of_its_picture(classifier: Classifier, pictures: list[str]) -> None:
+    data = page_data(classifier.explain(pictures[0]))
+    images_1CHW = classifier.prepare(pictures[0])
+    for method in ("features", "norms"):
+        maps = compute_maps(classifier.model, images_1CHW, MapSettings(method=method))  # type: ignore[arg-type]
+        np.testing.assert_allclose(data.maps[method], maps.values_BLGJ[0].numpy(), atol=1e-5)
+    assert data.similarity_LNN is not None
+    maps = compute_maps(
+        classifier.model, images_1CHW, MapSettings(method="similarity", query=(1, 2))
+    )
+    expected_LN = maps.values_BLGJ[0].flatten(1).numpy()
+    np.testing.assert_allclose(data.similarity_LNN[:, 10], expected_LN, atol=1e-5)
+    stored = np.frombuffer(base64.b64decode(describe(data)["similarity"]), "<i2") / 32767
+    np.testing.assert_allclose(stored, data.similarity_LNN.ravel(), atol=2e-5)
+
+
+def test_pictures_of_a_sheet_have_one_size(classifier: Classifier, tmp_path: Path) -> None:
+    rows = []
+    for name, size in (("large", (900, 300)), ("small", (32, 32)), ("tall", (40, 60))):
+        Image.new("RGB", size, "gray").save(tmp_path / f"{name}.png")
+        subject = classifier.subject(str(tmp_path / f"{name}.png"))
+        rows.append(compare(subject, [MapSettings(method=m) for m in ("norms", "rollout")]))  # type: ignore[arg-type]
+    figure = draw_table(rows, Look())
+    places = [axes.get_window_extent() for axes in figure.axes[:9]]
+    longer = [max(place.width, place.height) for place in places]
+    assert max(longer) - min(longer) < 1
+    assert places[0].width / places[0].height == pytest.approx(3, rel=0.02)

@@ -23,8 +23,9 @@ from PIL import Image
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
 from vitrail.explain.explanation import Explanation, maps_of
-from vitrail.explain.map_settings import settings_of_all
+from vitrail.explain.map_settings import MapSettings, settings_of_all
 from vitrail.explain.methods import early_logits
+from vitrail.explain.views import CHANNELS, similarities
 
 SHOWN_CLASSES = 5
 """Number of classes with a bar."""
@@ -40,13 +41,14 @@ class PageData:
 
     The maps are those of the whole picture, as the head reads it, averaged over heads. Attention
     and rollout are optional, since the page computes them for every patch and head from the
-    attention. ``box`` is what the model saw, (left, top, right, bottom) in the picture's pixels;
-    with padding it is larger than the picture. ``explained`` is the class that the maps explain, or
-    None for the predicted one.
+    attention. ``features`` has a color per patch. ``box`` is what the model saw, (left, top, right,
+    bottom) in the picture's pixels; with padding it is larger than the picture. ``explained`` is
+    the class that the maps explain, or None for the predicted one.
 
     Shapes:
         attention_LATT, rows are queries and sum to 1; each of maps (L, G, J), or (1, G, J) where
-        the method has no layers.
+        the method has no layers, and (L, G, J, 3) of features; similarity_LNN, the cosine of
+        every patch (column) to every patch.
 
     Raises:
         ConfigError: the shapes do not match.
@@ -67,6 +69,7 @@ class PageData:
     """The true class, if known."""
     mean_pool: bool = False
     """Whether the head reads the mean of the patches although there is a class token."""
+    similarity_LNN: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
@@ -76,7 +79,11 @@ class PageData:
         _check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
         for name, map_LGJ in self.maps.items():
             layers = 1 if len(map_LGJ) == 1 else n_layers
-            _check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ))
+            channels = (CHANNELS,) if name == "features" else ()
+            _check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ, *channels))
+        if self.similarity_LNN is not None:
+            n_patches = self.grid_GJ[0] * self.grid_GJ[1]
+            _check("similarity_LNN", self.similarity_LNN, (n_layers, n_patches, n_patches))
 
 
 def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -93,7 +100,8 @@ def page_data(explanation: Explanation) -> PageData:
     """Compute everything that the page shows, whatever the explanation's method."""
     subject, index = explanation.subject, explanation.class_index
     model, config = subject.model, subject.model.config
-    maps = {each.method: maps_of(subject, model, each, index) for each in settings_of_all()}
+    shown = [*settings_of_all(), MapSettings(method="features"), MapSettings(method="norms")]
+    maps = {each.method: maps_of(subject, model, each, index) for each in shown}
     logits_Y = maps["attention"].logits_BY[0]
     with torch.inference_mode():
         _, attentions = model.forward_with_attention(subject.image_1CHW)
@@ -115,6 +123,7 @@ def page_data(explanation: Explanation) -> PageData:
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
         label=subject.label,
+        similarity_LNN=similarities(model, subject.image_1CHW)[0].numpy(),
         explained=None if index == int(logits_Y.argmax()) else index,
     )
 
@@ -164,6 +173,7 @@ def describe(data: PageData) -> dict[str, Any]:
             name: {"layers": len(map_LGJ), "values": _encode_bytes(map_LGJ.astype("<f4"))}
             for name, map_LGJ in data.maps.items()
         },
+        "similarity": None if data.similarity_LNN is None else _encode_cosines(data.similarity_LNN),
         "explained": printable(data.classes[explained]),
         "label": printable(data.label),
         "right": data.classes[predicted] == data.label,
@@ -191,6 +201,11 @@ def encode_attention(attention_LATT: np.ndarray) -> str:
     largest_LAT1 = attention_LATT.max(axis=-1, keepdims=True)
     roots_LATT = np.sqrt(attention_LATT / largest_LAT1)
     return _encode_bytes(np.rint(255 * roots_LATT).astype(np.uint8))
+
+
+def _encode_cosines(cosines_LNN: np.ndarray) -> str:
+    """Return numbers from -1 to 1 in two bytes each."""
+    return _encode_bytes(np.rint(32767 * cosines_LNN.clip(-1, 1)).astype("<i2"))
 
 
 def _encode_bytes(array: np.ndarray) -> str:

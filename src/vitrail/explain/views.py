@@ -101,12 +101,17 @@ def _orient(directions_LDC: Tensor) -> None:
         directions_LDC[layer] *= torch.where(along_C < 0, -1.0, 1.0)
 
 
-def similarity(tokens_BND: Tensor, patch: int | None = None) -> Tensor:
-    """Return the cosine of every patch to one patch (B, N); None: to each patch (B, N, N)."""
-    unit_BND = F.normalize(tokens_BND.float(), dim=-1)
-    asked_BMD = unit_BND if patch is None else unit_BND[:, patch : patch + 1]
-    cosines_BMN = asked_BMD @ unit_BND.mT
-    return cosines_BMN if patch is None else cosines_BMN[:, 0]
+def similarities(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> Tensor:
+    """Return the cosine of every patch to every patch after each block: cosines_BLNN.
+
+    Raises:
+        ConfigError: the images do not have the model's shape.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(model.config.n_layers)]
+    for layer, tokens_BND in _all_tokens(model, images_BCHW, chunk):
+        unit_BND = F.normalize(tokens_BND.float(), dim=-1)
+        found[layer - 1].append((unit_BND @ unit_BND.mT).cpu())
+    return torch.stack([torch.cat(parts) for parts in found], dim=1)
 
 
 def complete(
@@ -152,7 +157,8 @@ def compute(
         elif settings.method == "similarity":
             assert settings.query is not None
             row, column = settings.query
-            map_BN = similarity(patches_BND, row * grid_GJ[1] + column)
+            asked_B1D = patches_BND[:, [row * grid_GJ[1] + column]]
+            map_BN = F.cosine_similarity(patches_BND.float(), asked_B1D.float(), dim=-1)
         else:
             map_BN = patches_BND.float().norm(dim=-1)
         maps.append(map_BN.unflatten(1, grid_GJ))
