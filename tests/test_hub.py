@@ -18,6 +18,7 @@ from layouts import make_state
 from vitrail.cli import main
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
+from vitrail.evaluation.calibration import Calibration
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import write_json
 from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
@@ -88,13 +89,17 @@ def run(tmp_path: Path, tiny_model: ModelConfig) -> Path:
     weights = VisionTransformer(tiny_model).state_dict()
     folder = tmp_path / "run" / "checkpoints" / "step-0000009"
     info = CheckpointInfo(
-        config, ("ant", "bee", "cow", "dog", "eel", "fox", "gnu"), {"step": 9}, {}
+        config,
+        ("ant", "bee", "cow", "dog", "eel", "fox", "gnu"),
+        {"step": 9},
+        {},
+        Calibration(0.61),
     )
     save_checkpoint(folder, info, weights=weights, training={})
     write_pointer(folder.parent, "BEST", folder)
     test = {
         "accuracy": 0.7, "accuracy_interval": [0.66, 0.74], "loss": 0.91, "images": 500,
-        "expected_calibration_error": 0.03,
+        "expected_calibration_error": 0.03, "calibration_error_before": 0.08, "temperature": 0.61,
     }  # fmt: skip
     result = {"test": test, "epochs": 3, "train_images": 90, "seconds": 4.0, "parameters": 123}
     write_json(tmp_path / "run" / "result.json", result)
@@ -118,6 +123,7 @@ def test_a_pushed_model_can_be_loaded(
     for words in (
         "license: mit", "library_name: vitrail", "uoft-cs/cifar10", "value: 0.7", "70.00%",
         "66.00% to 74.00%", "ant, bee, cow", "starting from start.safetensors", "| seed | 77 |",
+        "error | 0.0300", "without the temperature | 0.0800", "fitted on validation | 0.610",
         'vitrail.load("hf:me/tiny")', "## Limits", "| learning_rate | 0.0005 |",
     ):  # fmt: skip
         assert words in card, words
@@ -127,6 +133,7 @@ def test_a_pushed_model_can_be_loaded(
         ours = vitrail.load(run, device="cpu")
         assert theirs.classes == ours.classes
         assert theirs.config.model == ours.config.model
+        assert theirs.calibration == ours.calibration == Calibration(0.61)
         weights = ours.model.state_dict()
         return all(torch.equal(t, weights[k]) for k, t in theirs.model.state_dict().items())
 

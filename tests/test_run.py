@@ -14,6 +14,7 @@ from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from vitrail.evaluation.calibration import Calibration
 from vitrail.model.layers import WhitePatches
 from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
@@ -35,7 +36,10 @@ def final(folder: Path) -> dict[str, Tensor]:
     return {**load_weights(last), **load_training(last)}
 
 
-def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> None:
+def test_a_run_leaves_its_folder_complete(
+    tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.training.run.fit", lambda logits, labels: Calibration(0.5))
     run = run_to_end(tiny_run, tmp_path / "a")
     result = run.finish()
     names = {path.name for path in (tmp_path / "a").iterdir()}
@@ -56,6 +60,8 @@ def test_a_run_leaves_its_folder_complete(tiny_run: Config, tmp_path: Path) -> N
     assert len(uses) == 1
     classifier = vitrail.load(tmp_path / "a", device="cpu")
     assert len(classifier.classes) == 10
+    assert classifier.calibration.temperature == result["temperature"] == 0.5
+    assert result["test"]["temperature"] == 0.5
     kept = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
     assert {"BEST", "LAST", "step-0000009"} <= set(kept)
     assert len(kept) <= 4
@@ -184,7 +190,8 @@ def test_without_validation_the_weights_file_has_the_references_name(
     tiny_run: Config, tmp_path: Path
 ) -> None:
     sections = {"data": {"validation_images": 0}, "run": {"model_path": str(tmp_path / "model")}}
-    run_to_end(from_json(sections, tiny_run), tmp_path / "a").finish()
+    result = run_to_end(from_json(sections, tiny_run), tmp_path / "a").finish()
+    assert (result["temperature"], result["test"]["temperature"]) == (None, 1)
     (written,) = (tmp_path / "model" / "a").iterdir()
     assert written.name == "vit-layer1-32-shapes-002.safetensors"
     assert load_weights_file(written)[0].metrics["epoch"] == 3

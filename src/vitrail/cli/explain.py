@@ -203,11 +203,13 @@ def _draw_table(
 
 
 def _print_prediction(explanation: "Explanation") -> None:
-    """Print a picture's name and prediction."""
+    """Print a picture's name and prediction, and whether it is unlike the training images."""
     last = explanation.frames[-1]
     style = {True: "green", False: "bold red", None: ""}[last.correct]
     name = printable(explanation.subject.name)
     print_out(f"{name}: {printable(last.prediction)}", style=style)
+    if unlike := explanation.subject.unlike:
+        print_out(f"{name}: {unlike}", style="yellow")
 
 
 def _draw(

@@ -18,12 +18,13 @@ from vitrail.errors import ConfigError, PictureError, printable
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
     from vitrail.inference.onnx_classifier import OnnxClassifier
-    from vitrail.inference.predictions import Prediction
+    from vitrail.inference.predictions import Ranking
 
 PROG = "vitrail predict"
 NAME_WIDTH = 24
 """Minimal width of the column of names; longer names are wrapped."""
 SHOWN_CLASSES = 20
+SHOWN_UNLIKE = 10
 CHUNK = 64
 """Pictures read before they are classified together."""
 
@@ -50,7 +51,7 @@ class PredictOptions(ModelOptions):
     """Print CSV on standard output."""
 
 
-Answer = tuple[str, "list[Prediction]"]
+Answer = tuple[str, "Ranking"]
 
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
@@ -128,6 +129,8 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
             {
                 "picture": name,
                 "predictions": [{"class": p.name, "probability": p.probability} for p in top],
+                "familiarity": top.familiarity,
+                "unlike": None if top.familiarity is None else top.unlike,
             }
             for name, top in answers
         ]
@@ -143,6 +146,18 @@ def print_answers(answers: list[Answer], options: PredictOptions) -> None:
         print(text.getvalue(), end="")
     else:
         print_table(answers)
+        _warn(answers)
+
+
+def _warn(answers: list[Answer]) -> None:
+    """Name the pictures that are unlike the training images."""
+    from vitrail.evaluation.calibration import describe_unlike
+
+    unlike = [(name, top.familiarity) for name, top in answers if top.unlike]
+    for name, familiarity in unlike[:SHOWN_UNLIKE]:
+        print_out(f"{printable(name)}: {describe_unlike(familiarity)}", style="yellow")
+    if (more := len(unlike) - SHOWN_UNLIKE) > 0:
+        print_out(f"and {more:,} more pictures (--json has all)", style="yellow")
 
 
 def _cell(name: str) -> str:

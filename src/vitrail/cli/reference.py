@@ -26,7 +26,7 @@ from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
-    from vitrail.inference.predictions import Prediction
+    from vitrail.inference.predictions import Ranking
 
 PROG = "python test.py"
 
@@ -165,7 +165,7 @@ def _test_one(classifier: "Classifier", options: ReferenceTestOptions, folder: P
 
 def _predict_indexed(
     classifier: "Classifier", options: ReferenceTestOptions, path: Path
-) -> "tuple[str, list[Prediction]]":
+) -> "tuple[str, Ranking]":
     """Classify one test image and write it, enlarged, to a file; compare with its label."""
     from PIL import Image
 

@@ -96,7 +96,10 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
         model, images, mean=classifier.mean, std=classifier.std,
         device=classifier.device, batch_size=options.batch_size,
     )  # fmt: skip
-    metrics = measure(logits_BY, images.labels_B, classes=classifier.classes, tta=options.tta)
+    metrics = measure(
+        logits_BY, images.labels_B, classes=classifier.classes,
+        temperature=classifier.calibration.temperature, tta=options.tta,
+    )  # fmt: skip
     write_json(folder / "metrics.json", metrics.to_json())
     missing = plot_metrics(metrics, folder)
     for problem in missing:

@@ -314,6 +314,7 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
         out.print(table)
     if not result["test"]:
         print_out("There is no test split, so there is no test score.")
+    print_out(_describe_calibration(result))
     print_out(
         f"{epochs} ({result['petaflops']:.2g} PFLOP) in {seconds:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
@@ -325,4 +326,18 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
         f"  vitrail predict --model_path {folder} PICTURE\n"
         f"  vitrail explain --model_path {folder} PICTURE\n"
         f"  vitrail info {folder}"
+    )
+
+
+def _describe_calibration(result: Mapping[str, Any]) -> str:
+    """Return what the temperature does to the probabilities."""
+    test, temperature = result["test"], result["temperature"]
+    if temperature is None:
+        return "No temperature was fitted to the probabilities, as there are no validation images."
+    fitted = f"Probabilities use temperature {temperature:.2f}, fitted on validation"
+    if not test:
+        return f"{fitted}."
+    return (
+        f"{fitted}: calibration error on test {test['expected_calibration_error']:.2%}, "
+        f"without it {test['calibration_error_before']:.2%}."
     )

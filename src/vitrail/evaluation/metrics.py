@@ -54,6 +54,10 @@ class Metrics:
     """None with fewer than TOP5_CLASSES classes."""
     expected_calibration_error: float
     """Weighted mean gap between confidence and accuracy (Guo et al. 2017, equation 3)."""
+    calibration_error_before: float
+    """The same without the temperature."""
+    temperature: float
+    """What the logits were divided by for all probabilities, so for the loss, too."""
     macro_precision: float
     """Mean over the classes that have images; a class never predicted counts as 0."""
     macro_recall: float
@@ -180,9 +184,14 @@ def quick_scores(logits_BY: Tensor, labels_B: Tensor) -> tuple[float, float]:
 
 
 def measure(
-    logits_BY: Tensor, labels_B: Tensor, *, classes: Sequence[str], tta: bool = False
+    logits_BY: Tensor,
+    labels_B: Tensor,
+    *,
+    classes: Sequence[str],
+    temperature: float = 1.0,
+    tta: bool = False,
 ) -> Metrics:
-    """Compute all metrics from the logits and labels of a split.
+    """Compute all metrics of a split; probabilities are those of ``logits / temperature``.
 
     Raises:
         DataError: there are no images, or the number of classes differs from that of the logits.
@@ -194,8 +203,9 @@ def measure(
             f"the model has {n_classes} classes, but the data set has {len(classes)}: "
             "test it on the data set it was trained on"
         )
-    accuracy, loss = quick_scores(logits_BY, labels_B)
-    bins = _calibration(logits_BY, labels_B)
+    scaled_BY = logits_BY.double() / temperature
+    accuracy, loss = quick_scores(scaled_BY, labels_B)
+    bins = _calibration(scaled_BY, labels_B)
     pairs_B = labels_B * n_classes + logits_BY.argmax(1)
     confusion_YY = torch.bincount(pairs_B, minlength=n_classes**2).view(n_classes, n_classes)
     right = confusion_YY.diagonal().tolist()
@@ -210,11 +220,9 @@ def measure(
         accuracy_interval=wilson_interval(sum(right), len(labels_B)),
         loss=loss,
         top5_accuracy=_top5(logits_BY, labels_B) if n_classes >= TOP5_CLASSES else None,
-        expected_calibration_error=sum(
-            bin.share * abs(bin.confidence - bin.accuracy)
-            for bin in bins
-            if bin.confidence is not None and bin.accuracy is not None
-        ),
+        expected_calibration_error=_mean_gap(bins),
+        calibration_error_before=_mean_gap(_calibration(logits_BY, labels_B)),
+        temperature=temperature,
         macro_precision=sum(precision[y] or 0.0 for y in present) / len(present),
         macro_recall=sum(recall[y] or 0.0 for y in present) / len(present),
         precision_Y=tuple(precision),
@@ -241,6 +249,15 @@ def wilson_interval(right: int, images: int, z: float = NORMAL_95) -> tuple[floa
 def _top5(logits_BY: Tensor, labels_B: Tensor) -> float:
     guesses_B5 = logits_BY.topk(5).indices
     return int((guesses_B5 == labels_B[:, None]).sum()) / len(labels_B)
+
+
+def _mean_gap(bins: Sequence[CalibrationBin]) -> float:
+    """Return the mean gap between confidence and accuracy over the images."""
+    return sum(
+        bin.share * abs(bin.confidence - bin.accuracy)
+        for bin in bins
+        if bin.confidence is not None and bin.accuracy is not None
+    )
 
 
 def _calibration(logits_BY: Tensor, labels_B: Tensor) -> tuple[CalibrationBin, ...]:

@@ -81,7 +81,11 @@ def _overall(metrics: Metrics) -> Table:
         table.add_row("top-5 accuracy", percent(metrics.top5_accuracy, 2), note)
     table.add_row("loss", f"{metrics.loss:.4f}", "cross-entropy in nats")
     error = percent(metrics.expected_calibration_error, 2)
-    table.add_row("calibration error", error, "mean gap between confidence and accuracy")
+    note = "mean gap between confidence and accuracy"
+    if metrics.temperature != 1:
+        before = percent(metrics.calibration_error_before, 2)
+        note += f"; {before} without temperature {metrics.temperature:.2f}"
+    table.add_row("calibration error", error, note)
     table.add_row("precision", percent(metrics.macro_precision, 2), "mean over the classes")
     table.add_row("recall", percent(metrics.macro_recall, 2), "mean over the classes")
     return table

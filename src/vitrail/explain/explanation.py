@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike
 from vitrail.explain.checks import pick
 from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
@@ -54,10 +55,18 @@ class Subject:
     """The true class, if known."""
     basis: ColorBasis | None = None
     """The colors of features, if other pictures share them. Default: fitted to this picture."""
+    calibration: Calibration = UNCALIBRATED
 
     def __repr__(self) -> str:
         height, width = self.picture_HWC.shape[:2]
         return f"Subject({self.name!r}, {width} x {height} pixels)"
+
+    @property
+    def unlike(self) -> str:
+        """What to say of a picture that is unlike the training images, else ""."""
+        with torch.inference_mode():
+            logits_1Y = self.model(self.image_1CHW).float().cpu().numpy()
+        return describe_unlike(self.calibration.familiarity(logits_1Y))
 
     def find_class(self, name: str) -> int:
         """Return a class's index.
@@ -351,7 +360,7 @@ def _frame(
 
     The prediction also names the explained class if that is not the predicted one.
     """
-    probabilities_Y = maps.logits_BY[0].softmax(0)
+    probabilities_Y = (maps.logits_BY[0] / subject.calibration.temperature).softmax(0)
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
     prediction = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
     correct = subject.classes[top] == subject.label if subject.label else None

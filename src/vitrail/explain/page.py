@@ -70,6 +70,8 @@ class PageData:
     mean_pool: bool = False
     """Whether the head reads the mean of the patches although there is a class token."""
     similarity_LNN: np.ndarray | None = None
+    unlike: str = ""
+    """What to say if the picture is unlike the training images."""
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
@@ -105,6 +107,7 @@ def page_data(explanation: Explanation) -> PageData:
     logits_Y = maps["attention"].logits_BY[0]
     with torch.inference_mode():
         _, attentions = model.forward_with_attention(subject.image_1CHW)
+    temperature = subject.calibration.temperature
     height, width = subject.picture_HWC.shape[:2]
     picture = Image.fromarray(subject.picture_HWC)
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
@@ -117,13 +120,14 @@ def page_data(explanation: Explanation) -> PageData:
         class_token=config.has_class_token,
         mean_pool=config.pool == "mean",
         classes=subject.classes,
-        logits_Y=logits_Y.numpy(),
-        early_logits_LY=early_logits(model, subject.image_1CHW)[0].numpy(),
+        logits_Y=(logits_Y / temperature).numpy(),
+        early_logits_LY=(early_logits(model, subject.image_1CHW)[0] / temperature).numpy(),
         attention_LATT=torch.cat(attentions).cpu().numpy(),
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
         label=subject.label,
         similarity_LNN=similarities(model, subject.image_1CHW)[0].numpy(),
+        unlike=subject.unlike,
         explained=None if index == int(logits_Y.argmax()) else index,
     )
 
@@ -176,6 +180,7 @@ def describe(data: PageData) -> dict[str, Any]:
         "similarity": None if data.similarity_LNN is None else _encode_cosines(data.similarity_LNN),
         "explained": printable(data.classes[explained]),
         "label": printable(data.label),
+        "unlike": data.unlike,
         "right": data.classes[predicted] == data.label,
         "predictions": [_top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
     }

@@ -19,6 +19,7 @@ from vitrail.data.pictures import (
     read_picture,
     source_name,
 )
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.explain.checks import require_finite
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrail.explain.map_settings import ALL, MapSettings, check_names, settings_of_all
@@ -39,6 +40,7 @@ class Classifier(BaseClassifier):
     source: str = ""
     notes: tuple[str, ...] = ()
     """What was assumed to read another system's weights."""
+    calibration: Calibration = UNCALIBRATED
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -64,9 +66,9 @@ class Classifier(BaseClassifier):
         """Device of the model."""
         return next(self.model.parameters()).device
 
-    def raw_probabilities(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Return the class probabilities (B, Y) of pictures returned by ``read``."""
-        return self.probabilities(self.normalize(raw_BHWC)).numpy()
+    def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
+        """Return the logits (B, Y) of pictures returned by ``read``."""
+        return self.logits(self.normalize(raw_BHWC)).numpy()
 
     def explain(
         self,
@@ -118,6 +120,7 @@ class Classifier(BaseClassifier):
             classes=self.classes,
             name=named,
             label=label,
+            calibration=self.calibration,
         )
 
     def prepare(self, pictures: Pictures) -> Tensor:
@@ -131,10 +134,13 @@ class Classifier(BaseClassifier):
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return class probabilities (B, Y) on the CPU; refuse weights that give no finite ones."""
+        logits_BY = self.logits(images_BCHW, batch_size)
+        return (logits_BY / self.calibration.temperature).softmax(1)
+
+    def logits(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
+        """Return the logits (B, Y) on the CPU; refuse weights that give no finite ones."""
         with torch.inference_mode():
-            parts = [
-                self.model(part).float().softmax(1).cpu() for part in images_BCHW.split(batch_size)
-            ]
-        probabilities_BY = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
-        require_finite(probabilities_BY)
-        return probabilities_BY
+            parts = [self.model(part).float().cpu() for part in images_BCHW.split(batch_size)]
+        logits_BY = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+        require_finite(logits_BY)
+        return logits_BY

@@ -44,6 +44,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(classifier.model).cpu().eval()
         self.mean, self.std = classifier.mean, classifier.std
+        self.temperature = classifier.calibration.temperature
         self.attention, self.raw = attention, raw
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -55,6 +56,7 @@ class Graph(nn.Module):
             scores_BY, attentions = self.model.forward_with_attention(batch)
         else:
             scores_BY = self.model(batch)
+        scores_BY = scores_BY / self.temperature
         return (scores_BY.softmax(1) if self.raw else scores_BY, *attentions)
 
     def batch(self, images: int) -> Tensor:
@@ -115,7 +117,7 @@ def to_program(
     program = torch.export.export(
         graph, (graph.batch(EXAMPLE_BATCH),), dynamic_shapes=({0: Dim("batch")},)
     )
-    metadata = write_metadata(classifier.config, classifier.classes, raw=raw)
+    metadata = _metadata(classifier, raw=raw)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
     content = file.getvalue()
@@ -151,13 +153,19 @@ def to_onnx(
         )
     assert program is not None
     proto = program.model_proto
-    _label(proto, write_metadata(classifier.config, classifier.classes, raw=raw))
+    _label(proto, _metadata(classifier, raw=raw))
     session = _open_session(proto.SerializeToString())
 
     def run(batch: Tensor) -> list[Tensor]:
         return [torch.from_numpy(out) for out in session.run(None, {input_name: batch.numpy()})]
 
     return proto, check_outputs(graph, run)
+
+
+def _metadata(classifier: Classifier, *, raw: bool) -> dict[str, str]:
+    """Return a file's metadata."""
+    energies = () if raw else classifier.calibration.energies  # probabilities have no energy
+    return write_metadata(classifier.config, classifier.classes, raw=raw, energies=energies)
 
 
 def _label(proto: Any, metadata: dict[str, str]) -> None:
@@ -227,4 +235,4 @@ def classify(content: bytes, classifier: Classifier, raw_BCHW: Tensor) -> Tensor
     """Return the classes that an ONNX file exported from a classifier predicts for images."""
     exported = OnnxClassifier(_open_session(content), classifier.config, classifier.classes)
     raw_BHWC = raw_BCHW.permute(0, 2, 3, 1).numpy()
-    return torch.from_numpy(exported.raw_probabilities(raw_BHWC).argmax(axis=1))
+    return torch.from_numpy(exported.raw_logits(raw_BHWC).argmax(axis=1))

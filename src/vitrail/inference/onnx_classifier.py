@@ -1,11 +1,13 @@
 """Pictures -> predictions with an exported ONNX file. Does not import torch, so it starts fast.
 
 A file's metadata contain all that reading pictures needs, as JSON: ``model`` (its settings),
-``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words).
+``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words); with
+logits also ``energies`` (see ``Calibration``), if they are known.
 
 It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
-(B, Y); input ``raw`` (B, H, W, C), uint8, gives ``probabilities`` (B, Y). Further outputs
-``attention_1`` ... ``attention_L`` (B, A, T, T) are the blocks' attention.
+(B, Y), already divided by the temperature; input ``raw`` (B, H, W, C), uint8, gives
+``probabilities`` (B, Y). Further outputs ``attention_1`` ... ``attention_L`` (B, A, T, T) are the
+blocks' attention.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
 from vitrail.data.pictures import channel_scale
 from vitrail.errors import CheckpointError, ConfigError, import_optional
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.inference.predictions import BaseClassifier, check_classes
 
 OUTPUT_OF_INPUT = {"images": "logits", "raw": "probabilities"}
@@ -33,7 +36,9 @@ PREPROCESSING = {
 }
 
 
-def write_metadata(config: Config, classes: Sequence[str], *, raw: bool) -> dict[str, str]:
+def write_metadata(
+    config: Config, classes: Sequence[str], *, raw: bool, energies: Sequence[float] = ()
+) -> dict[str, str]:
     """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
     names = ("mean", "std", "crop_pct", "pixel_range")
@@ -45,10 +50,13 @@ def write_metadata(config: Config, classes: Sequence[str], *, raw: bool) -> dict
         "fit": config.data.fit,
         "interpolation": config.data.interpolation,
         "preprocessing": PREPROCESSING["raw" if raw else "images"],
+        **({"energies": json.dumps(list(energies))} if energies else {}),
     }
 
 
-def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tuple[str, ...]]:
+def read_metadata(
+    metadata: Mapping[str, str], where: Path
+) -> tuple[Config, tuple[str, ...], Calibration]:
     """Parse and check the output of ``write_metadata``."""
     missing = {"model", "classes", *PREPARATION} - set(metadata)
     if missing:
@@ -60,9 +68,11 @@ def read_metadata(metadata: Mapping[str, str], where: Path) -> tuple[Config, tup
         words = ("fit", "interpolation")
         data = {n: metadata[n] if n in words else json.loads(metadata[n]) for n in PREPARATION}
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
+        # The temperature is part of the graph.
+        calibration = Calibration(energies=json.loads(metadata.get("energies", "[]")))
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{where}: its metadata is corrupt: {error}") from error
-    return config, check_classes(classes, config, where)
+    return config, check_classes(classes, config, where), calibration
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class OnnxClassifier(BaseClassifier):
     config: Config
     classes: tuple[str, ...]
     source: str = ""
+    calibration: Calibration = UNCALIBRATED
 
     def __repr__(self) -> str:
         height, width = self.config.model.image_hw
@@ -88,14 +99,17 @@ class OnnxClassifier(BaseClassifier):
         data = dataclasses.replace(self.config.data, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
 
-    def raw_probabilities(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
-        """Return class probabilities (B, Y), float32, of pictures at the model's size."""
+    def raw_logits(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
+        """Return logits (B, Y), float32, of pictures at the model's size.
+
+        Those of a graph that gives probabilities are their logarithms.
+        """
         chunks = range(0, len(raw_BHWC), batch_size)
         parts = [self._run(raw_BHWC[start : start + batch_size]) for start in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
 
     def _run(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Return the probabilities (B, Y) of one batch."""
+        """Return the logits (B, Y) of one batch."""
         input_name = self.session.get_inputs()[0].name
         batch = raw_BHWC if input_name == "raw" else self._normalize(raw_BHWC)
         try:
@@ -107,7 +121,9 @@ class OnnxClassifier(BaseClassifier):
                 f"{self.source}: output {scores_BY.shape} for {len(raw_BHWC)} pictures and "
                 f"{len(self.classes)} classes"
             )
-        return scores_BY if input_name == "raw" else _softmax(scores_BY)
+        if input_name == "raw":
+            return np.log(np.maximum(scores_BY, np.finfo(np.float32).tiny))  # type: ignore[no-any-return]
+        return scores_BY  # type: ignore[no-any-return]
 
     def _normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Convert uint8 to the model's input (B, C, H, W), float32."""
@@ -145,11 +161,11 @@ def load_onnx(
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base class
         raise CheckpointError(f"{path}: not a valid ONNX file: {_first_line(error)}") from error
-    config, classes = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    config, classes, calibration = read_metadata(session.get_modelmeta().custom_metadata_map, path)
     input_name = session.get_inputs()[0].name
     if OUTPUT_OF_INPUT.get(input_name) != session.get_outputs()[0].name:
         raise CheckpointError(f"{path}: not exported by vitrail: its first input is {input_name!r}")
-    return OnnxClassifier(session, config, classes, str(path))
+    return OnnxClassifier(session, config, classes, str(path), calibration)
 
 
 def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
@@ -168,9 +184,3 @@ def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
 def _first_line(error: Exception) -> str:
     """Return the first line of a message, without onnxruntime's own prefix."""
     return str(error).splitlines()[0].rpartition("[ONNXRuntimeError] : ")[2][:150]
-
-
-def _softmax(logits_BY: np.ndarray) -> np.ndarray:
-    """Return probabilities (B, Y)."""
-    powers_BY = np.exp(logits_BY - logits_BY.max(axis=1, keepdims=True))
-    return powers_BY / powers_BY.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from vitrail.config.settings import Config
 from vitrail.data.formats import WHITE, Color
 from vitrail.data.pictures import Pictures, framing, stack_pictures
 from vitrail.errors import CheckpointError, ConfigError, printable
+from vitrail.evaluation.calibration import Calibration, describe_unlike
 
 SHOWN = 50
 """Number of pictures whose predictions a notebook shows."""
@@ -27,11 +28,19 @@ class Prediction(NamedTuple):
 class Ranking(list[Prediction]):
     """The most probable classes of one picture: a list, which a notebook shows as bars."""
 
+    familiarity: float | None = None
+    """Share of validation images that are less like the training images; None if not known."""
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the picture is unlike the training images."""
+        return bool(describe_unlike(self.familiarity))
+
     def _repr_html_(self) -> str:
         return f"<table>{''.join(map(_html_row, self))}</table>"
 
 
-class Rankings(list[list[Prediction]]):
+class Rankings(list[Ranking]):
     """The rankings of several pictures: a list, which a notebook shows as a table of bars."""
 
     def _repr_html_(self) -> str:
@@ -56,9 +65,7 @@ def _html_row(prediction: Prediction) -> str:
     )
 
 
-def rank(
-    probabilities_BY: np.ndarray, classes: Sequence[str], top_k: int
-) -> list[list[Prediction]]:
+def rank(probabilities_BY: np.ndarray, classes: Sequence[str], top_k: int) -> Rankings:
     """Return the ``top_k`` most probable classes of each picture, in descending order."""
     if not isinstance(top_k, int | np.integer):
         raise ConfigError(f"top_k is {top_k!r:.60}: give a whole number")
@@ -87,13 +94,20 @@ class BaseClassifier(ABC):
 
     config: Config
     classes: tuple[str, ...]
+    calibration: Calibration
 
     @abstractmethod
+    def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
+        """Return the logits (B, Y) of pictures returned by ``read``."""
+
     def raw_probabilities(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Return the class probabilities (B, Y) of pictures returned by ``read``."""
+        return self.calibration.probabilities(self.raw_logits(raw_BHWC))
 
-    def predict(self, pictures: Pictures, top_k: int = 3) -> list[list[Prediction]]:
+    def predict(self, pictures: Pictures, top_k: int = 3) -> Rankings:
         """Return the ``top_k`` most probable classes of each picture, in descending order.
+
+        Each ranking also says whether its picture is ``unlike`` the training images.
 
         Args:
             pictures: one or several; see ``vitrail.data.pictures`` for what is accepted.
@@ -105,9 +119,14 @@ class BaseClassifier(ABC):
         """
         return self.predict_raw(self.read(pictures), top_k)
 
-    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> list[list[Prediction]]:
+    def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> Rankings:
         """Return what ``predict`` returns, for pictures returned by ``read``."""
-        return rank(self.raw_probabilities(raw_BHWC), self.classes, top_k)
+        logits_BY = self.raw_logits(raw_BHWC)
+        rankings = rank(self.calibration.probabilities(logits_BY), self.classes, top_k)
+        if (familiarity_B := self.calibration.familiarity(logits_BY)) is not None:
+            for ranking, familiarity in zip(rankings, familiarity_B, strict=True):
+                ranking.familiarity = float(familiarity)
+        return rankings
 
     def read(self, pictures: Pictures, *, background: Color = WHITE) -> np.ndarray:
         """Return pictures of any kind and size as uint8 at the model's size (B, H, W, C)."""

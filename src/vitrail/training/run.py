@@ -16,6 +16,7 @@ from vitrail.data.batches import Batches
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
+from vitrail.evaluation.calibration import Calibration, fit
 from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
 from vitrail.evaluation.report import draw_each, plot_run
 from vitrail.explain.training_pictures import choose_images, draw_attention
@@ -50,6 +51,7 @@ from vitrail.weights.checkpoint import (
     CheckpointInfo,
     load_info,
     read_pointer,
+    save_calibration,
     save_checkpoint,
     save_weights_file,
     step_of,
@@ -368,16 +370,31 @@ class Run:
         best = distributed.on_leader(  # on the CPU, from where it can be sent to every rank
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
-        metrics = None
+        metrics, calibration = None, self._calibrate(best)
         if self.manifest is None or self.manifest.files.get("test"):
             test = load_on_all_ranks(self.config, self.manifest, "test").images["test"]
             purpose = f"result of {Path(best.source).name}"
             distributed.on_leader(log_test_use, self.folder, purpose, len(test))
             logits_BY = self._logits(best.model.to(self.device), test)
-            metrics = measure(logits_BY, test.labels_B, classes=self.classes)
-        return distributed.on_leader(self._write_result, best, metrics)
+            temperature = calibration.temperature if calibration else 1.0
+            metrics = measure(
+                logits_BY, test.labels_B, classes=self.classes, temperature=temperature
+            )
+        return distributed.on_leader(self._write_result, best, metrics, calibration)
 
-    def _write_result(self, best: Classifier, metrics: Metrics | None) -> dict[str, Any]:
+    def _calibrate(self, best: Classifier) -> Calibration | None:
+        """Fit the calibration on validation and keep it with the weights; None without images."""
+        validation = self.monitored.get("validation")
+        if validation is None:
+            return None
+        logits_BY = self._logits(best.model.to(self.device), validation)
+        calibration = fit(logits_BY, validation.labels_B)
+        distributed.on_leader(save_calibration, Path(best.source), calibration)
+        return calibration
+
+    def _write_result(
+        self, best: Classifier, metrics: Metrics | None, calibration: Calibration | None
+    ) -> dict[str, Any]:
         if self.config.run.model_path is not None:
             try:
                 _write_weights(best, self.folder.name)
@@ -386,6 +403,7 @@ class Run:
                     f"{error}; write the weights elsewhere with: vitrail convert {self.folder} FILE"
                 )
         result = self._summarize(best, metrics)
+        result["temperature"] = calibration and calibration.temperature
         write_json(self.folder / "result.json", result)  # from now on the run counts as finished
         self.problems += plot_run(self.rows, metrics, self.folder)
         return result

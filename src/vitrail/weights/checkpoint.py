@@ -18,7 +18,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from vitrail.config.files import from_json, to_json
+from vitrail.config.files import from_json, replace_fields, to_json
 from vitrail.config.settings import Config
 from vitrail.errors import CheckpointError, ConfigError, OutputError
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.inference.predictions import check_classes
 from vitrail.runtime.files import flush_folder, replace_file, write_flushed
 
@@ -49,6 +50,8 @@ class CheckpointInfo:
     classes: tuple[str, ...]
     numbers: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    calibration: Calibration = UNCALIBRATED
+    """Fitted at the end of a run, to its best checkpoint; the default elsewhere."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, including the versions of torch and Python."""
@@ -58,6 +61,7 @@ class CheckpointInfo:
             "classes": list(self.classes),
             "numbers": dict(self.numbers),
             "metrics": dict(self.metrics),
+            "calibration": asdict(self.calibration),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
@@ -74,15 +78,16 @@ class CheckpointInfo:
         missing = {"config", "classes", "numbers", "metrics"} - set(content)
         if missing:
             raise CheckpointError(f"{where}: missing {', '.join(sorted(missing))}")
-        for name in ("numbers", "metrics"):
-            if not isinstance(content[name], Mapping):
+        for name in ("numbers", "metrics", "calibration"):
+            if not isinstance(content.get(name, {}), Mapping):
                 raise CheckpointError(f"{where}: {name} is not an object")
         try:
             config = from_json(content["config"])
+            calibration = replace_fields(UNCALIBRATED, content.get("calibration", {}))
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
         classes = check_classes(content["classes"], config, where)
-        return cls(config, classes, content["numbers"], content["metrics"])
+        return cls(config, classes, content["numbers"], content["metrics"], calibration)
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -116,6 +121,12 @@ def save_checkpoint(
         raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
     finally:
         remove_folders(partial)
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Add what was fitted to a checkpoint's weights to its description."""
+    content = read_json_object(folder / INFO) | {"calibration": asdict(calibration)}
+    replace_file(folder / INFO, json.dumps(content, indent=1).encode())
 
 
 def load_info(folder: Path) -> CheckpointInfo:

@@ -45,7 +45,8 @@ classifier.predict("picture.png")
 ```"""
 LIMITS = """\
 - It always predicts one of its classes, also for pictures of anything else, possibly with a high
-  probability.
+  probability. Some of them are reported as unlike the training images, as are about 5% of pictures
+  like these; not all are.
 - It is meant for pictures like those it was trained on, at that size. Larger pictures are
   downscaled first and lose detail.
 - It was not tested for fairness or against adversarial pictures. Do not use it to make decisions
@@ -213,6 +214,7 @@ def _results(result: dict[str, Any] | None) -> str:
         f"| accuracy | {test['accuracy']:.2%} | {low:.2%} to {high:.2%} |",
         f"| loss (nats) | {test['loss']:.4f} | |",
         f"| expected calibration error | {test['expected_calibration_error']:.4f} | |",
+        *_calibration_rows(test),
     ]
     return "\n".join(
         [
@@ -227,6 +229,17 @@ def _results(result: dict[str, Any] | None) -> str:
             f"{result['train_images']:,} images; {result['parameters']:,} parameters.",
         ]
     )
+
+
+def _calibration_rows(test: dict[str, Any]) -> list[str]:
+    """Return the rows of a fitted temperature, if any; older results have none."""
+    if test.get("temperature", 1) == 1:
+        return []
+    before = test["calibration_error_before"]
+    return [
+        f"| the same without the temperature | {before:.4f} | |",
+        f"| temperature, fitted on validation | {test['temperature']:.3f} | |",
+    ]
 
 
 def _recipe(config: Config) -> str:

@@ -110,8 +110,9 @@ def load(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     return Classifier(
-        model.eval().to(chosen), found.info.config, found.info.classes, str(source), found.notes
-    )
+        model.eval().to(chosen), found.info.config, found.info.classes, str(source), found.notes,
+        found.info.calibration,
+    )  # fmt: skip
 
 
 def read(
@@ -255,7 +256,7 @@ def remodel(
     names = source.info.classes if same else tuple(f"class {i}" for i in range(model.n_classes))
     return dataclasses.replace(
         source,
-        info=dataclasses.replace(source.info, config=config, classes=names),
+        info=CheckpointInfo(config, names, source.info.numbers, source.info.metrics),
         weights=dict(built.state_dict()),
         notes=(*source.notes, *notes),
     )
