@@ -90,7 +90,7 @@ def test_frames_hold_the_maps_of_their_method(classifier: Classifier, picture: s
         explained = classifier.explain(picture, method=method)
         maps = compute_maps(classifier.model, images_1CHW, MapSettings(method=method))
         assert np.array_equal(explained.maps_FGJ, maps.values_BLGJ[0].numpy())
-    rollout = classifier.explain(picture)
+    rollout = classifier.explain(picture, fusion="max")
     assert rollout.titles == ("through layer 1", "through layer 2", "through layer 3")
     one = classifier.explain(picture, method="attention", layers=(2,))
     assert one.titles == ("layer 2",)
@@ -108,7 +108,7 @@ def test_heads_and_queries_are_grids(classifier: Classifier, picture: str) -> No
 
 
 def test_evidence_is_traced_back_to_the_stem(classifier: Classifier, picture: str) -> None:
-    explained = classifier.explain(picture, method="balanced", frames="layers")
+    explained = classifier.explain(picture)
     layers = classifier.model.config.n_layers
     assert explained.titles == (*(f"after layer {n}" for n in range(layers, 0, -1)),
                                 "before layer 1")  # fmt: skip
@@ -120,7 +120,7 @@ def test_evidence_is_traced_back_to_the_stem(classifier: Classifier, picture: st
     against = next(
         name for name in classifier.classes if name not in explained.frames[0].prediction
     )
-    other = classifier.explain(picture, method="balanced", frames="layers", against=against)
+    other = classifier.explain(picture, against=against)
     assert not np.array_equal(other.maps_FGJ, explained.maps_FGJ)
 
 
@@ -208,7 +208,7 @@ def test_saving_writes_the_format_of_the_extension(
     }  # fmt: skip
     assert head.lower().startswith(magic[ending].lower())
     if ending in ("gif", "webp"):
-        assert len(frames_of(path)) == 3
+        assert len(frames_of(path)) == 4
 
 
 def test_numbers_are_saved_as_they_are(
@@ -238,7 +238,7 @@ def test_signed_maps_have_zero_in_the_middle(classifier: Classifier, picture: st
         for norm in scales(signed.maps_FGJ, Look(normalize=how), [True]):  # type: ignore[arg-type]
             assert norm(0) == 0.5
             assert norm.vmin == -norm.vmax
-    assert not classifier.explain(picture).frames[0].signed
+    assert not classifier.explain(picture, method="rollout").frames[0].signed
 
 
 def test_two_methods_with_pixels_are_compared_in_pixels(run_folder: Path, picture: str) -> None:
@@ -290,11 +290,11 @@ def test_it_prints_what_it_drew_and_where(
     capsys.readouterr()
     assert main(["explain", "--model_path", str(run_folder), picture]) == 0
     shown = capsys.readouterr().out
-    assert "output/explain/cat-rollout.gif: 3 frames, through layer 1 to through layer 3" in shown
+    assert "cat-balanced-layers.gif: 4 frames, after layer 3 to before layer 1" in shown
     assert "cat.png: " in shown
     assert "%" in shown
-    with Image.open("output/explain/cat-rollout.gif") as image:
-        assert image.n_frames == 3
+    with Image.open("output/explain/cat-balanced-layers.gif") as image:
+        assert image.n_frames == 4
         assert image.info["duration"] == 500
         assert image.info["loop"] == 0
 
@@ -344,7 +344,7 @@ def test_several_pictures_go_into_a_folder(
     words = ["explain", "--model_path", str(run_folder), picture, "more", "--format", "png"]
     assert main([*words, "--output_path", "drawn"]) == 1
     names = sorted(path.name for path in Path("drawn").iterdir())
-    assert names == ["cat-rollout-2.png", "cat-rollout.png"]
+    assert names == ["cat-balanced-layers-2.png", "cat-balanced-layers.png"]
     assert "broken.png" in capsys.readouterr().err
 
 
@@ -443,7 +443,7 @@ def test_a_picture_on_standard_input_is_explained(
     capsys.readouterr()
     assert main(["explain", "-", "--model_path", str(run_folder)]) == 0
     assert capsys.readouterr().out.startswith("stdin: ")
-    assert Path("output/explain/stdin-rollout.gif").exists()
+    assert Path("output/explain/stdin-balanced-layers.gif").exists()
 
 
 def test_drawings_with_other_settings_have_other_names() -> None:
@@ -459,7 +459,7 @@ def test_drawings_with_other_settings_have_other_names() -> None:
     for each in flags:
         options = parse(ExplainOptions, ["cat.png", *shlex.split(each)], prog="vitrail explain")
         names += [path.as_posix() for path in name_files(options, ["cat.png"])]
-    assert names[0] == "output/explain/cat-rollout.gif"
+    assert names[0] == "output/explain/cat-balanced-layers.gif"
     assert names[2] == "output/explain/cat-rollout-query-0-3.gif"
     assert names[-2:] == ["output/explain/cat.html", "output/explain/cat-class-ring.html"]
     # "1-2" and "1,2" are the same layers, which may share a name; all others differ.
@@ -478,7 +478,7 @@ def test_an_output_path_is_a_file_only_by_a_known_ending(
     Path("there.gif").mkdir()
     options = ExplainOptions(pictures=("cat.png",), output_path=Path(path))
     (named,) = name_files(options, ["cat.png"])
-    assert named == (Path(path) if file else Path(path) / "cat-rollout.gif")
+    assert named == (Path(path) if file else Path(path) / "cat-balanced-layers.gif")
     assert options.folder == (Path(path).parent if file else Path(path))
 
 
@@ -613,7 +613,8 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --method rollout,gradcam --window 3", ["leave out --window"]),
         ("cat.png --frames queries --layers 1,2", ["layers is (1, 2)", "give a single layer"]),
         ("cat.png --method balanced --class ring --against ring", ["both 'ring'"]),
-        ("cat.png --class ring", ["same for every class"]),
+        ("cat.png --fusion max --class ring", ["same for every class"]),
+        ("cat.png --method balanced --colormap viridis", ["colormap", "signed"]),
         ("cat.png --format html --layers 1 --alpha 0.5", ["leave out --layers, --alpha"]),
         ("cat.png --method relevance --class rung", ["no class 'rung'", "did you mean 'ring'"]),
         ("cat.png --query 4,0", ["outside the picture's 4 x 4 patches"]),

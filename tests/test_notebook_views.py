@@ -42,11 +42,11 @@ def test_every_object_is_one_line(classifier: Classifier) -> None:
     assert repr(onnx) == "OnnxClassifier('m.onnx', 3 classes, 8 x 12)"
     assert repr(images) == "ImageSet(7 images, 3 x 8 x 12, 3 classes)"
     assert re.fullmatch(
-        r"Explanation\('x.png', rollout, 2 maps, (cat|<b>cow</b>|d.og) [\d.]+%.*\)",
+        r"Explanation\('x.png', balanced, 3 maps, (cat|<b>cow</b>|d.og) [\d.]+%.*\)",
         repr(explanation),
     )
     assert repr(explanation.subject) == "Subject('x.png', 17 x 11 pixels)"
-    assert repr(explanation.frames[0]).startswith("Frame('through layer 1', ")
+    assert repr(explanation.frames[0]).startswith("Frame('after layer 2', ")
     for each in (classifier, explanation, explanation.frames[0], classifier.predict(RGB)[0]):
         assert len(repr(each)) < 300
         assert repr(each).isprintable()
@@ -62,7 +62,7 @@ def test_the_bundled_model_counts_in_millions() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "frames"),
     [
-        ({}, "gif", 2),
+        ({}, "gif", 3),
         ({"frames": "layers"}, "gif", 2),
         ({"frames": "layers", "layers": (2,)}, "png", 1),
         ({"frames": "heads"}, "png", 1),

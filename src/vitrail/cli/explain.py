@@ -16,6 +16,7 @@ from vitrail.cli.explain_files import (
     is_file_name,
     name_files,
     name_table,
+    view_of,
 )
 from vitrail.cli.options import (
     STDIN,
@@ -65,7 +66,7 @@ class ExplainOptions(ModelOptions):
     method: str | None = None
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
     occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
-    norms. Default: rollout; with --score, all."""
+    norms. Default: balanced, traced back through the layers; with --score, all."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
@@ -248,14 +249,14 @@ def _explain_one(
             raise ConfigError("with several methods each is one frame: leave out --frames")
         settings = [_make_settings(options, method, subject) for method in methods]
         return compare(subject, settings, class_name=options.class_name)
-    asked = methods[0] if methods else None
-    method, kind = choose(asked, options.frames)  # type: ignore[arg-type]
+    asked, frames = view_of(options)
+    method, kind = choose(methods[0] if methods else asked, frames)  # type: ignore[arg-type]
     settings_one = _make_settings(options, method, subject)
     checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
     return explain(
         subject,
         settings_one,
-        kind=options.frames,
+        kind=frames,
         class_name=options.class_name,
         checkpoints=checkpoints,
     )
@@ -422,10 +423,18 @@ def _check_drawing(options: ExplainOptions, suffix: str) -> None:
         _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")
     elif suffix not in (".gif", ".webp"):
         _refuse_idle(options, (), ("duration", "loop"), f"{suffix} is not animated")
-    if options.class_name is not None and not set(_list_methods(options.method)) - CLASSLESS:
+    from vitrail.explain.map_settings import SIGNED
+
+    methods = set(_list_methods(options.method) or [view_of(options)[0] or "rollout"])
+    if options.class_name is not None and methods <= CLASSLESS:
         raise ConfigError(
-            f"{options.method or 'rollout'} is the same for every class: leave out --class, or use "
+            f"{', '.join(methods)} is the same for every class: leave out --class, or use "
             "--method relevance, balanced or another one"
+        )
+    if options.drawing.colormap != ExplainOptions().drawing.colormap and methods <= set(SIGNED):
+        raise ConfigError(
+            f"--colormap has no effect on signed maps ({', '.join(methods)}): leave it out, or use "
+            "--method relevance, rollout or another one"
         )
 
 

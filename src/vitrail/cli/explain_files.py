@@ -69,14 +69,26 @@ def name_table(options: "ExplainOptions") -> Path | None:
     return name_files(replace(options, format=options.format or ending), ["sheet"])[0]
 
 
+def view_of(options: "ExplainOptions") -> tuple[str | None, str | None]:
+    """Return method and frames, as given, or as the other flags need."""
+    from vitrail.explain.map_settings import default_view
+
+    if options.method is not None or options.frames is not None:
+        return options.method, options.frames
+    default = type(options)()
+    if options.drawing.style == "reference" or options.drawing.colormap != default.drawing.colormap:
+        return "rollout", None
+    given = [name for name in SETTINGS if getattr(options, name) != getattr(default, name)]
+    return default_view(given)
+
+
 def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
     """Return what makes this drawing of a picture another one, as parts of a file's name.
 
     The method (a page has all of them), then every setting that is not the default: so drawings
     with different settings never overwrite each other.
     """
-    first = [part for part in (options.method, options.frames) if part] or ["rollout"]
-    parts = [] if page else first
+    parts = [] if page else [part for part in view_of(options) if part]
     default = type(options)()
     for name in ("class_name", *SETTINGS):
         value = getattr(options, name)

@@ -40,6 +40,20 @@ SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
     "norms": ("layers",),
 }
 """The settings that have an effect on a method."""
+
+
+def default_view(given: Iterable[str]) -> tuple[Method, str | None]:
+    """Return the method and the kind of frames where neither is given.
+
+    The balanced gradient, traced back through the layers, has the best scores of the methods that
+    take one pass (docs/how-to/see-through-it.md). Settings of a rollout select that.
+    """
+    given = set(given)
+    if given & set(SUPPORTED_SETTINGS["rollout"]):
+        return "rollout", None
+    return "balanced", None if given & {"points", "resolution"} else "layers"
+
+
 WHY_UNSUPPORTED: dict[Method, str] = {
     "attention": "it shows the unchanged attention",
     "rollout": "it is the same for every class",

@@ -22,7 +22,13 @@ from vitrail.data.pictures import (
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.explain.checks import require_finite
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
-from vitrail.explain.map_settings import ALL, MapSettings, check_names, settings_of_all
+from vitrail.explain.map_settings import (
+    ALL,
+    MapSettings,
+    check_names,
+    default_view,
+    settings_of_all,
+)
 from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
 
@@ -83,7 +89,8 @@ class Classifier(BaseClassifier):
 
         Args:
             picture: any kind of picture.
-            frames: what changes from frame to frame: rollout, layers, heads or queries.
+            frames: what changes from frame to frame: rollout, layers, heads or queries. Default:
+                what fits the method; without a method, the evidence after each layer.
             class_name: the class to explain. Default: the predicted one.
             name: the picture's name. Default: its file name.
             settings: fields of ``explain.map_settings.MapSettings``: method, fusion, query, layers
@@ -101,6 +108,8 @@ class Classifier(BaseClassifier):
         if method == ALL:
             require(frames is None, f"method {ALL} has a frame for each method: leave out frames")
             return compare(subject, settings_of_all(**settings), class_name=class_name)
+        if method is None and frames is None:
+            method, frames = default_view(settings)
         chosen, _ = choose(method, frames)
         asked = MapSettings(method=chosen, **settings)
         return explain(subject, asked, kind=frames, class_name=class_name)
