@@ -110,14 +110,14 @@ def predictions(seen: Seen, probabilities_Y: np.ndarray, question: Question) -> 
         height, width = seen.subject.picture_HWC.shape[:2]
         box = seen_box((height, width), seen.classifier.config.model.image_hw, seen.subject.fit)
         answer["seen"] = {
-            "picture": f"data:image/png;base64,{base64.b64encode(_to_png(seen.raw_HWC)).decode()}",
+            "picture": f"data:image/png;base64,{base64.b64encode(to_png(seen.raw_HWC)).decode()}",
             # As fractions of the picture: left, top, right, bottom.
             "box": [box[0] / width, box[1] / height, box[2] / width, box[3] / height],
         }
     return answer
 
 
-def _to_png(raw_HWC: np.ndarray) -> bytes:
+def to_png(raw_HWC: np.ndarray) -> bytes:
     """Return bytes (H, W, C), C 3 or 1, as a PNG."""
     file = io.BytesIO()
     Image.fromarray(raw_HWC if raw_HWC.shape[2] == 3 else raw_HWC[:, :, 0]).save(file, "PNG")

@@ -1,8 +1,10 @@
 """The routes of the server, and how errors become answers."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,12 +18,16 @@ from vitrail.data.formats import register_heif
 from vitrail.errors import ConfigError, PictureError, VitrailError
 from vitrail.serve import answers
 from vitrail.serve.answers import Seen
+from vitrail.serve.gallery import Gallery
 from vitrail.serve.guard import Bodies, Guard, RefusedError
 from vitrail.serve.lanes import Batcher, BusyError, Lane
 from vitrail.serve.models import MissingError, Shelf
 from vitrail.serve.questions import Question, read_question
 
 log = logging.getLogger("vitrail")
+
+MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+"""Of the live page's files, by suffix."""
 
 
 class Server:
@@ -33,15 +39,29 @@ class Server:
         # A map of many passes must not delay a cheap one, nor a large file a small one.
         self._reading = Lane(limit=256, threads=2)
         self._quick, self._slow = Lane(limit=64), Lane(limit=16)
+        self._data, self._evaluating = Lane(limit=64, threads=2), Lane(limit=16)
+        self._gallery = Gallery(shelf)
+        self._evaluations: dict[str, asyncio.Task[None]] = {}
+        folder = resources.files("vitrail.serve") / "page"
+        self._files = {
+            file.name: file.read_bytes()
+            for file in folder.iterdir()
+            if file.name.rpartition(".")[2] in MEDIA_TYPES
+        }
 
     def close(self) -> None:
         """Finish what is running."""
-        for lane in (self._reading, self._quick, self._slow, self._batcher):
+        for task in self._evaluations.values():
+            task.cancel()
+        lanes = self._reading, self._quick, self._slow, self._data, self._evaluating
+        for lane in (*lanes, self._batcher):
             lane.close()
 
     async def models(self, _request: Request) -> Response:
-        """Answer GET /api/models: the names, the default one first."""
-        return JSONResponse({"models": self._shelf.names()})
+        """Answer GET /api/models: the names, the default one first, and which are runs."""
+        names = self._shelf.names()
+        runs = [name for name in names if self._shelf.run_folder(name)]
+        return JSONResponse({"models": names, "runs": runs})
 
     async def model(self, request: Request) -> Response:
         """Answer GET /api/models/NAME: classes, sizes and checkpoints of one model."""
@@ -77,6 +97,56 @@ class Server:
         headers = {"Content-Disposition": 'attachment; filename="explanation.html"'}
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
+    async def file(self, request: Request) -> Response:
+        """Answer GET / and GET /page/NAME: the files of the live page, and no others."""
+        name = request.path_params.get("name", "index.html")
+        if name not in self._files:
+            raise MissingError(f"no file {name[:60]!r}")
+        kind = MEDIA_TYPES[name.rpartition(".")[2]]
+        return Response(self._files[name], media_type=kind)
+
+    async def examples(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/examples: the class of each example picture."""
+        found = await self._data.run(self._gallery.examples, request.path_params["name"])
+        return JSONResponse({"examples": found})
+
+    async def example(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/examples/N: an example picture as a PNG."""
+        path = request.path_params
+        png = await self._data.run(self._gallery.example, path["name"], path["index"])
+        return Response(png, media_type="image/png")
+
+    async def picture(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/pictures/N: a validation image as a PNG."""
+        path = request.path_params
+        png = await self._data.run(self._gallery.picture, path["name"], path["index"])
+        return Response(png, media_type="image/png")
+
+    async def confusion(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/confusion: the counts so far; evaluation goes on."""
+        name = request.path_params["name"]
+        found = await self._data.run(self._gallery.confusion, name)
+        task = self._evaluations.get(name)
+        if found["evaluated"] < found["images"] and (task is None or task.done()):
+            self._evaluations[name] = asyncio.create_task(self._evaluate(name))
+        return JSONResponse(found)
+
+    async def _evaluate(self, name: str) -> None:
+        with contextlib.suppress(VitrailError):  # the next request says why
+            while not await self._evaluating.run(self._gallery.evaluate, name):
+                pass
+
+    async def cell(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/confusion/LABEL/PREDICTED: the pictures of a cell."""
+        path = request.path_params
+        asked = path["name"], path["label"], path["predicted"]
+        return JSONResponse({"pictures": await self._data.run(self._gallery.cell, *asked)})
+
+    async def run(self, request: Request) -> Response:
+        """Answer GET /api/models/NAME/run: the epochs of a run so far."""
+        found = await self._data.run(self._gallery.run, request.path_params["name"])
+        return JSONResponse(found)
+
     async def _predict(self, question: Question, seen: Seen) -> dict[str, Any]:
         found_Y = await self._batcher.probabilities(seen.classifier, seen.raw_HWC)
         return answers.predictions(seen, found_Y, question)
@@ -109,8 +179,16 @@ def build_app(shelf: Shelf, host: str) -> Starlette:
     post = ["POST"]
     return Starlette(
         routes=[
+            Route("/", server.file),
+            Route("/page/{name}", server.file),
             Route("/api/models", server.models),
             Route("/api/models/{name}", server.model),
+            Route("/api/models/{name}/examples", server.examples),
+            Route("/api/models/{name}/examples/{index:int}", server.example),
+            Route("/api/models/{name}/pictures/{index:int}", server.picture),
+            Route("/api/models/{name}/confusion", server.confusion),
+            Route("/api/models/{name}/confusion/{label:int}/{predicted:int}", server.cell),
+            Route("/api/models/{name}/run", server.run),
             Route("/api/predict", server.predict, methods=post),
             Route("/api/explain", server.explain, methods=post),
             Route("/api/curve", server.curve, methods=post),

@@ -1,0 +1,51 @@
+// "Hide what the map calls important": the slider, and the curve that it moves along.
+
+import {pause} from "./api.js";
+import {drawChart} from "./chart.js";
+import {$, complain, percent, say} from "./dom.js";
+
+export class Hide {
+  // hide(patches): hide exactly these.
+  constructor(shared, hide) {
+    Object.assign(this, {shared, curve: null, key: null});
+    $("hide").addEventListener("input", () => {
+      if (this.curve) hide(this.curve.order.slice(0, Number($("hide").value)));
+    });
+    $("show-all").addEventListener("click", () => hide([]));
+  }
+
+  // The first view has a new map: compute its curve once it stays.
+  async update(view) {
+    const key = view.key();
+    if (key === this.key) return;
+    this.key = key;
+    this.curve = null;
+    await pause(400);
+    if (this.key !== key || this.shared.picture.live && document.body.classList.contains("drawing") === false) return;
+    try {
+      const curve = await view.ask("curve", {...view.question(), passes: view.method === "shapley" ? 514 : "", top: "", seen: ""});
+      if (this.key !== key) return;
+      this.curve = curve;
+      $("hide").max = curve.order.length;
+      this.draw();
+    } catch (error) {
+      complain(error);
+    }
+  }
+
+  draw() {
+    const {hidden} = this.shared;
+    $("show-all").disabled = hidden.size === 0;
+    $("hide").value = hidden.size;
+    if (!this.curve) return;
+    const {counts, curves, order} = this.curve, now = hidden.size;
+    say($("hide-now"), now ? `${now} of ${order.length} patches hidden` : "");
+    $("hide").setAttribute("aria-valuetext", `${now} of ${order.length} patches hidden`);
+    const lines = [["this map", "a"], ["center first", "b"], ["random", "c"]];
+    drawChart($("curve"), {
+      lines: lines.map(([name, kind], i) => [name, kind, counts, curves[["map", "center", "random"][i]]]),
+      xs: [0, order.length], ys: [0, 1], format: percent, mark: now || null,
+      label: `Probability of ${this.curve.class} while patches are hidden: by this map it falls to ${percent(curves.map[Math.floor(counts.length / 4)])} with a quarter hidden, in random order to ${percent(curves.random[Math.floor(counts.length / 4)])}`,
+    });
+  }
+}

@@ -1,0 +1,347 @@
+// One model on the shared picture: the map on it, the patches to hide, the prediction.
+
+import {ask, blobOf, encoded, latest} from "./api.js";
+import {paint, paintRamp, range} from "./colors.js";
+import {$, complain, fill, make, percent, say, short} from "./dom.js";
+
+export const METHODS = {
+  balanced: ["Balanced gradient", "What each pixel adds to the score of “{}” (red) or takes from it (blue)."],
+  occlusion: ["Occlusion", "How much the probability of “{}” falls when patches are hidden."],
+  shapley: ["Shapley values", "What each patch adds to the probability of “{}”, on average over many orders of uncovering them."],
+  relevance: ["Relevance", "Attention that raised the score of “{}”, accumulated through the layers."],
+  rollout: ["Rollout", "Attention through all layers: where the information may come from, for every class alike."],
+  attention: ["Attention", "The attention weights of one layer, for every class alike."],
+  gradcam: ["Grad-CAM", "Patches whose features, before the last attention, raise the score of “{}”."],
+  gradient_rollout: ["Gradient rollout", "Rollout with attention weighted by its gradient for “{}”."],
+  integrated_gradients: ["Integrated gradients", "Gradients for “{}” summed on the way from a blank picture."],
+};
+export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients"];
+export const SLOW = ["occlusion", "shapley", "integrated_gradients"];
+const PASSES = [130, 514, 2050], SHOWN = 5, IDLE = 300;
+let views = 0;
+
+export class View {
+  // events: model(view), map(view), hide(indices, hidden), hover(view, index or null)
+  constructor(shared, names, events) {
+    Object.assign(this, {shared, events, method: "balanced", layer: null, answer: null, changed: null, number: ++views});
+    this.root = $("view-template").content.firstElementChild.cloneNode(true);
+    this.explain = latest(() => this.computeMap());
+    this.predict = latest(() => this.computeChange());
+    fill(this.find(".model"), names.map(name => [name, name]), names[0]);
+    this.find(".model").addEventListener("change", event => this.useModel(event.target.value));
+    this.find(".steps input").addEventListener("input", event => this.useStep(Number(event.target.value)));
+    this.find(".layers input").addEventListener("input", event => {
+      this.layer = Number(event.target.value);
+      this.draw();
+    });
+    this.listenToCells();
+  }
+
+  find(selector) { return this.root.querySelector(selector); }
+
+  async useModel(name) {
+    try {
+      this.model = await ask(`models/${encoded(name)}`);
+    } catch (error) {
+      complain(error);
+      return;
+    }
+    const {rows, columns, steps} = this.model;
+    fill(this.find(".model"), [...this.find(".model").options].map(option => [option.value, option.value]), name);
+    this.step = null;
+    this.find(".steps").hidden = steps.length < 2;
+    Object.assign(this.find(".steps input"), {max: steps.length, value: steps.length});
+    say(this.find(".steps output"), "best");
+    this.buildMethods();
+    this.buildCells(rows, columns);
+    this.events.model(this);
+    this.refresh();
+  }
+
+  useStep(place) {
+    this.step = this.model.steps[place] ?? null;
+    say(this.find(".steps output"), this.step === null ? "best" : `step ${this.step}`);
+    this.refresh();
+  }
+
+  useMethod(method) {
+    this.method = method;
+    this.layer = null;
+    this.find(`input[value=${method}]`).checked = true;
+    this.refresh();
+  }
+
+  buildMethods() {
+    this.find(".methods").replaceChildren(...Object.entries(METHODS).map(([method, [title]]) => {
+      const label = make("label"), input = make("input"), face = make("span", "", title);
+      Object.assign(input, {type: "radio", name: `method-${this.number}`, value: method, checked: method === this.method});
+      input.addEventListener("change", () => this.useMethod(method));
+      const score = this.model.scores?.[method];
+      if (score) {
+        const badge = make("b", score.beats_controls ? "badge" : "badge weak", short(score.srg));
+        badge.title = `SRG ${short(score.srg)} on ${score.images} images${score.beats_controls ? "" : ": not better than all controls"}`;
+        face.append(badge);
+      }
+      label.append(input, face);
+      return label;
+    }));
+  }
+
+  // ---- Asking the server ---------------------------------------------------------------------
+
+  // What the answer depends on.
+  key() {
+    const {picture, className, against} = this.shared;
+    return [picture?.number, this.model?.name, this.step, this.method, className, against].join("|");
+  }
+
+  async ask(path, more = {}) {
+    const {picture} = this.shared, {name} = this.model, seen = picture.seen.get(name);
+    const params = {model: name, step: this.step, top: 100, prepared: seen || picture.prepared ? 1 : "", seen: seen ? "" : 1, ...more};
+    const answer = await ask(path, {params, body: seen?.blob ?? picture.blob});
+    if (answer.seen) picture.seen.set(name, {blob: blobOf(answer.seen.picture), box: picture.prepared ? [0, 0, 1, 1] : answer.seen.box});
+    return answer;
+  }
+
+  async askPage() {
+    const {picture} = this.shared;
+    const params = {model: this.model.name, step: this.step, class: this.question().class, prepared: picture.prepared ? 1 : ""};
+    return ask("page", {params, body: picture.blob, as: "blob"});
+  }
+
+  question() {
+    const {className, against} = this.shared, {classes} = this.model;
+    const known = name => (classes.includes(name) ? name : "");
+    return {method: this.method, class: known(className), against: CONTRASTS.includes(this.method) ? known(against) : ""};
+  }
+
+  // The picture or the question has changed.
+  refresh() {
+    if (!this.shared.picture || !this.model) return;
+    clearTimeout(this.timer);
+    if (this.shared.picture.live && SLOW.includes(this.method)) {
+      this.predict();
+      this.timer = setTimeout(this.explain, IDLE);
+    } else {
+      this.explain();
+    }
+  }
+
+  async computeMap() {
+    const key = this.key(), {picture} = this.shared;
+    try {
+      for (const passes of this.method === "shapley" ? PASSES : [""]) {
+        const answer = await this.ask("explain", {...this.question(), passes});
+        if (key !== this.key() && !(picture.live && this.shared.picture?.live)) return;
+        Object.assign(this, {answer, base: answer.predictions, changed: null});
+        await this.drawPicture(picture);
+        complain(null);
+        this.draw();
+        this.events.map(this);
+        if (key !== this.key()) return;
+      }
+      if (this.hidden().length) this.predict();
+    } catch (error) {
+      complain(error);
+    }
+  }
+
+  // The prediction without a new map: with hidden patches, or while a slow map has to wait.
+  async computeChange() {
+    const {picture} = this.shared, hidden = this.hidden();
+    try {
+      const {predictions} = await this.ask("predict", {hide: hidden.join(",")});
+      await this.drawPicture(picture);
+      if (hidden.length) this.changed = predictions;
+      else Object.assign(this, {base: predictions, changed: null});
+      this.drawBars();
+    } catch (error) {
+      complain(error);
+    }
+  }
+
+  // ---- Hiding patches ------------------------------------------------------------------------
+
+  // Hidden patches are numbered in the grid of the first view.
+  hidden() {
+    const {rows, columns} = this.model, [G, J] = this.shared.grid, found = [];
+    for (let patch = 0; patch < rows * columns; patch++) {
+      if (this.shared.hidden.has(this.toShared(patch, rows, columns, G, J))) found.push(patch);
+    }
+    return found;
+  }
+
+  toShared(patch, rows = this.model.rows, columns = this.model.columns, G = this.shared.grid[0], J = this.shared.grid[1]) {
+    const g = Math.floor((Math.floor(patch / columns) + .5) / rows * G), j = Math.floor((patch % columns + .5) / columns * J);
+    return g * J + j;
+  }
+
+  showHidden() {
+    const hidden = new Set(this.hidden());
+    this.cells?.forEach((cell, i) => cell.setAttribute("aria-selected", String(hidden.has(i))));
+    if (hidden.size) this.predict();
+    else {
+      this.changed = null;
+      this.drawBars();
+    }
+  }
+
+  buildCells(rows, columns) {
+    const box = this.find(".cells"), built = [];
+    box.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
+    box.replaceChildren(...Array.from({length: rows}, (_, g) => {
+      const row = make("div");
+      row.setAttribute("role", "row");
+      for (let j = 0; j < columns; j++) {
+        const cell = make("div", "cell");
+        cell.setAttribute("role", "gridcell");
+        cell.setAttribute("aria-label", `Row ${g + 1}, column ${j + 1}`);
+        cell.setAttribute("aria-selected", "false");
+        cell.tabIndex = built.length ? -1 : 0;
+        built.push(cell);
+        row.append(cell);
+      }
+      return row;
+    }));
+    this.cells = built;
+  }
+
+  listenToCells() {
+    const box = this.find(".cells");
+    let painting = null;
+    const patchAt = event => {
+      const {left, top, width, height} = box.getBoundingClientRect(), {rows, columns} = this.model;
+      const at = (value, count) => Math.max(0, Math.min(count - 1, Math.floor(value * count)));
+      return at((event.clientY - top) / height, rows) * columns + at((event.clientX - left) / width, columns);
+    };
+    const apply = patch => this.events.hide([this.toShared(patch)], painting);
+    box.addEventListener("pointerdown", event => {
+      const patch = patchAt(event);
+      box.setPointerCapture(event.pointerId);
+      painting = !this.shared.hidden.has(this.toShared(patch));
+      apply(patch);
+    });
+    box.addEventListener("pointermove", event => {
+      const patch = patchAt(event);
+      this.events.hover(this, patch);
+      if (painting !== null && event.buttons) apply(patch);
+    });
+    box.addEventListener("pointerup", () => { painting = null; });
+    box.addEventListener("pointerleave", () => this.events.hover(this, null));
+    box.addEventListener("focusin", event => this.events.hover(this, this.cells.indexOf(event.target)));
+    box.addEventListener("keydown", event => this.onKey(event));
+  }
+
+  onKey(event) {
+    const from = this.cells.indexOf(event.target), {rows, columns} = this.model;
+    const moves = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+    if (event.key === " ") {
+      this.events.hide([this.toShared(from)], !this.shared.hidden.has(this.toShared(from)));
+    } else if (event.key in moves) {
+      const [down, right] = moves[event.key];
+      const g = Math.max(0, Math.min(rows - 1, Math.floor(from / columns) + down));
+      const j = Math.max(0, Math.min(columns - 1, from % columns + right));
+      this.cells[from].tabIndex = -1;
+      this.cells[g * columns + j].tabIndex = 0;
+      this.cells[g * columns + j].focus();
+    } else return;
+    event.preventDefault();
+  }
+
+  // The same place of the picture, as fractions, in every view.
+  link(x, y) {
+    const {rows, columns} = this.model ?? {}, patch = x === null || !rows ? -1 : Math.floor(y * rows) * columns + Math.floor(x * columns);
+    this.cells?.forEach((cell, i) => cell.classList.toggle("linked", i === patch));
+    if (patch >= 0 && this.answer) say(this.find(".note"), `Row ${Math.floor(y * rows) + 1}, column ${Math.floor(x * columns) + 1}: ${short(this.valueAt(x, y))}`);
+    else this.drawNote();
+  }
+
+  valueAt(x, y) {
+    const map = this.map(), {rows, columns} = this.model;
+    const down = map.length / rows, across = map[0].length / columns;  // a pixel map has several values a patch
+    const g = Math.floor(y * rows) * down, j = Math.floor(x * columns) * across;
+    return map.slice(g, g + down).flatMap(row => row.slice(j, j + across)).reduce((sum, value) => sum + value, 0);
+  }
+
+  // ---- Drawing -------------------------------------------------------------------------------
+
+  map() {
+    const {maps} = this.answer;
+    return maps[Math.min(this.layer ?? maps.length, maps.length) - 1];
+  }
+
+  async drawPicture(picture) {
+    const seen = picture.seen.get(this.model.name);
+    if (!seen || this.drawn === seen) return;
+    this.drawn = seen;
+    const small = await createImageBitmap(seen.blob), base = this.find(".base");
+    const image = picture.image ?? small, [left, top, right, bottom] = picture.image ? seen.box : [0, 0, 1, 1];
+    const [height, width] = this.model.size, longest = image.width < 200 ? Math.max(height, width) * 8 : 640;
+    base.width = Math.round(longest * Math.min(1, width / height));
+    base.height = Math.round(longest * Math.min(1, height / width));
+    const context = base.getContext("2d"), x = base.width / (right - left), y = base.height / (bottom - top);
+    context.imageSmoothingEnabled = image.width >= 200;
+    context.drawImage(image, -left * x, -top * y, x, y);
+    const preview = this.find(".seen");
+    Object.assign(preview, {width: small.width, height: small.height, hidden: picture.prepared});
+    const pixels = preview.getContext("2d", {willReadFrequently: true});
+    pixels.drawImage(small, 0, 0);
+    const {data} = pixels.getImageData(0, 0, small.width, small.height), sums = [0, 0, 0];
+    data.forEach((value, i) => { if (i % 4 < 3) sums[i % 4] += value; });
+    this.mean = `rgb(${sums.map(sum => Math.round(sum / (data.length / 4))).join(" ")})`;
+    this.find(".stage").style.setProperty("--hidden", this.mean);
+  }
+
+  draw() {
+    if (!this.answer) return;
+    const {signed, layers} = this.answer, map = this.map(), [low, high] = range(map, signed);
+    paint(this.find(".heat"), map, signed, [low, high], true);
+    this.find(".heat").style.opacity = this.shared.opacity;
+    paintRamp(this.find(".ramp"), signed);
+    say(this.find(".low"), short(low));
+    say(this.find(".high"), short(high));
+    say(this.find(".meaning"), METHODS[this.method][1].replace("{}", () => this.explained()));
+    this.find(".layers").hidden = layers.length < 2;
+    Object.assign(this.find(".layers input"), {max: layers.length, value: this.layer ?? layers.length});
+    say(this.find(".layers output"), `${this.layer ?? layers.length} of ${layers.length}`);
+    this.drawNote();
+    this.drawBars();
+  }
+
+  explained() {
+    return this.answer.against ? `${this.answer.class}” rather than “${this.answer.against}` : this.answer.class;
+  }
+
+  drawNote() {
+    if (!this.answer) return;
+    const errors = this.answer.errors?.flat(), {rows, columns} = this.model;
+    const values = Array.from({length: rows * columns}, (_, i) => this.valueAt((i % columns + .5) / columns, (Math.floor(i / columns) + .5) / rows));
+    const best = values.indexOf(Math.max(...values));
+    const error = errors ? ` Error of a value: ± ${short(errors.reduce((sum, value) => sum + value, 0) / errors.length)}.` : "";
+    say(this.find(".note"), `Highest at row ${Math.floor(best / columns) + 1}, column ${best % columns + 1}.${error}`);
+  }
+
+  drawBars() {
+    if (!this.base) return;
+    const now = this.changed ?? this.base, before = Object.fromEntries(this.base.map(each => [each.class, each.probability]));
+    const {label} = this.shared.picture, [top] = now;
+    const verdict = this.find(".verdict");
+    say(verdict, `${top.class}, ${percent(top.probability)}`);
+    if (label && !this.changed) verdict.append(" ", make("span", label === top.class ? "right" : "wrong", label === top.class ? "✓ correct" : `✗ label: ${label}`));
+    this.find(".bars").replaceChildren(...now.slice(0, SHOWN).map(each => {
+      const row = make("li"), track = make("span", "track"), bar = make("i");
+      bar.style.width = `${100 * each.probability}%`;
+      track.append(bar);
+      if (this.changed && each.class in before) {
+        const mark = make("b");
+        mark.style.left = `calc(${100 * before[each.class]}% - 1px)`;
+        mark.title = `before: ${percent(before[each.class])}`;
+        track.append(mark);
+      }
+      const name = make("span", "name", each.class);
+      name.title = each.class;
+      row.append(name, track, make("span", "value", percent(each.probability)));
+      return row;
+    }));
+  }
+}
