@@ -138,7 +138,7 @@ class Gallery:
         classifier = self._shelf.get(name)
         with self._lock:
             if name not in self._shown:
-                self._shown[name] = quick_examples(classifier)
+                self._shown[name] = _quick_examples(classifier)
             examples = self._shown[name]
         if examples is None:
             images = self._data(name).images
@@ -196,7 +196,7 @@ def _load(name: str, classifier: Classifier) -> Data:
     return Data(classifier, nothing)
 
 
-def quick_examples(classifier: Classifier) -> ImageSet | None:
+def _quick_examples(classifier: Classifier) -> ImageSet | None:
     """Return an image of each class of CIFAR-10 or shapes; None for other data sets."""
     config, classes = classifier.config, classifier.classes
     if config.data.dataset == "shapes":
