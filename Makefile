@@ -1,4 +1,4 @@
-.PHONY: check format test slow faults fuzz bench
+.PHONY: check format test slow docs tutorial faults fuzz bench
 
 check:  ## run before every commit
 	ruff check .
@@ -14,6 +14,12 @@ test:  ## the default tests, under 3 minutes on 2 cores
 
 slow:  ## the long tests
 	pytest -m slow --timeout=1800
+
+docs:  ## build the site into site/html/, with warnings as errors; needs no network
+	sphinx-build -q -W --keep-going -c docs . site/html
+
+tutorial:  ## run the tutorial's notebooks and keep their outputs; some minutes
+	python docs/tutorial/run.py
 
 faults:  ## inject every fault many times; RECORD=records/faults writes the record
 	PYTHONPATH=tests:$$PYTHONPATH python -m faults $(if $(RECORD),--record $(RECORD))

@@ -78,7 +78,8 @@ class Run:
 
     With several ranks (see distributed.py) each has a Run; only the leader writes to the folder.
 
-    Example:
+    Example::
+
         run = Run.start(config, new_folder(Path("output"), "", "quick"))
         for event in run.train():
             ...
