@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -297,28 +296,3 @@ def test_everything_works_after_fork(world: World) -> None:
     finally:
         child.kill()
         child.join()
-
-
-FORKED = """
-import os, sys, torch, numpy as np
-from vitrail.weights.pretrained import load
-torch.set_num_threads(2)
-classifier = load(sys.argv[1], device="cpu")
-pictures = [np.full((30, 40, 3), value, np.uint8) for value in range(200)]
-before = classifier.predict(pictures)
-child = os.fork()
-if child == 0:
-    same = load(sys.argv[1], device="cpu").predict(pictures) == before
-    classifier.explain(pictures[0], method="relevance")
-    os._exit(0 if same else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_after_fork_with_several_threads(world: World) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(world.folder / "run")]
-    threads = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, check=False, timeout=600, env=threads)
-    assert done.returncode == 0

@@ -15,6 +15,7 @@ from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from vitrail.evaluation.calibration import Calibration
+from vitrail.evaluation.metrics import predict_logits, quick_scores
 from vitrail.model.layers import WhitePatches
 from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
@@ -233,6 +234,17 @@ def test_a_run_stops_after_the_epoch_that_is_accurate_enough(
             run.finish()
             (written,) = (tmp_path / "1").rglob("*.safetensors")
             assert written.name.endswith("-000.safetensors")
+
+
+def test_the_average_is_evaluated_as_it_is_saved(tiny_run: Config, tmp_path: Path) -> None:
+    assert tiny_run.training.ema_decay
+    run = run_to_end(tiny_run, tmp_path / "a")
+    saved = vitrail.load(read_pointer(tmp_path / "a/checkpoints", "LAST"), device="cpu")
+    images, data = run.monitored["validation"], run.config.data
+    logits_BY = predict_logits(
+        saved.model, images, mean=data.mean, std=data.std, device=torch.device("cpu")
+    )
+    assert quick_scores(logits_BY, images.labels_B)[1] == run.rows[-1]["validation_loss"]
 
 
 def test_each_epoch_is_one_event(tiny_run: Config, tmp_path: Path) -> None:
