@@ -17,7 +17,7 @@ from vitrail.config.presets import get_preset
 from vitrail.config.settings import AugmentConfig, Config
 from vitrail.data.augment import random_crop, random_erasing
 from vitrail.data.images import ImageSet, normalize
-from vitrail.explain.map_settings import METHODS
+from vitrail.explain.map_settings import METHODS, VIEWS
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import hardware
 from vitrail.training.run import Run
@@ -91,7 +91,7 @@ def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
     assert all(isinstance(weight, DeviceTensor) for weight in classifier.model.parameters())
     picture = np.zeros((9, 7, 3), np.uint8)
     assert len(classifier.predict(picture)[0]) == 3
-    for method in METHODS:
+    for method in (*METHODS, *VIEWS):
         assert classifier.explain(picture, method=method).frames
 
 

@@ -15,7 +15,7 @@ import vitrail
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.explain import balanced, formulas
-from vitrail.explain.map_settings import METHODS, MapSettings, Method
+from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
     Maps,
     attention_by_head,
@@ -27,6 +27,8 @@ from vitrail.model.vit import VisionTransformer
 
 MakeModel = Callable[..., VisionTransformer]
 CLASSES = torch.tensor([6, 0, 3, 3, 1])
+ALONE: tuple[Method, ...] = (*METHODS, "similarity", "norms")
+"""Methods by which no image's map depends on another image."""
 ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
 
 
@@ -206,7 +208,7 @@ def test_occlusion_is_the_drop_of_the_probability(
             )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_a_batch_equals_single_calls(
     make_model: MakeModel, images_BCHW: Tensor, pool: str, method: Method
@@ -221,7 +223,7 @@ def test_a_batch_equals_single_calls(
         assert_same(Maps(values_BLGJ, batch.layers, logits_BY, classes_B), single)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VIEWS])
 def test_a_named_class_is_the_one_explained(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
@@ -231,14 +233,15 @@ def test_a_named_class_is_the_one_explained(
     assert_same(predicted, same)
     other = compute_maps(model, images_BCHW, settings, classes_B=(predicted.classes_B + 1) % 7)
     differs = not torch.allclose(predicted.values_BLGJ, other.values_BLGJ, atol=1e-4)
-    assert differs == (method not in ("attention", "rollout"))
+    assert differs == (method not in ("attention", "rollout", *VIEWS))
 
 
 def test_threads_give_exactly_the_serial_result(make_model: MakeModel) -> None:
     model = make_model()
     generator = torch.Generator().manual_seed(8)
     images = [torch.randn(1, 3, 20, 28, generator=generator) for _ in range(32)]
-    jobs = [(image, METHODS[index % len(METHODS)]) for index, image in enumerate(images)]
+    every = (*METHODS, *VIEWS)
+    jobs = [(image, every[index % len(every)]) for index, image in enumerate(images)]
 
     def explain(job: tuple[Tensor, Method]) -> Maps:
         return compute_maps(model, job[0], MapSettings(method=job[1]))
@@ -251,7 +254,7 @@ def test_threads_give_exactly_the_serial_result(make_model: MakeModel) -> None:
         assert torch.equal(one.logits_BY, other.logits_BY)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VIEWS])
 def test_the_callers_gradient_mode_does_not_matter(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
@@ -267,7 +270,7 @@ def test_the_callers_gradient_mode_does_not_matter(
     assert_same(plain, inferred)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VIEWS])
 def test_explaining_does_not_change_the_model(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
@@ -294,7 +297,7 @@ def test_balanced_runs_the_images_once_per_point(
             torch.testing.assert_close(maps.logits_BY, model(images_BCHW))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VIEWS])
 def test_no_more_images_than_the_chunk_are_in_the_model_at_once(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:

@@ -33,7 +33,7 @@ from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, DataError, PictureError
 from vitrail.evaluation import metrics
 from vitrail.explain import inspection, map_metrics
-from vitrail.explain.map_settings import METHODS
+from vitrail.explain.map_settings import METHODS, VIEWS
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
@@ -140,7 +140,7 @@ def predicts(world: World) -> None:
 
 
 def explains(world: World) -> None:
-    for method in METHODS:
+    for method in (*METHODS, *VIEWS):
         world.classifier.explain(world.picture, method=method)
     world.classifier.explain(world.picture, method="relevance", class_name="b")
 

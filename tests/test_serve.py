@@ -187,6 +187,7 @@ HOSTILE: dict[str, tuple[str, bytes, int]] = {
     "not finite": ("explain?method=rollout&discard_ratio=nan", picture(), 400),
     "too many passes": ("explain?method=shapley&passes=999999", picture(), 400),
     "too large a window": ("explain?method=occlusion&window=8", picture(), 400),
+    "a view cannot be removed": ("curve?method=features", picture(), 400),
     "not found": ("nothing", picture(), 404),
 }
 

@@ -234,6 +234,18 @@ def test_colors_are_drawn_as_they_are(classifier: Classifier, pictures: list[str
         assert (np.abs(drawn_HWC - color_C).max(axis=2) <= 2).any()
 
 
+def test_pictures_take_the_colors_of_others(classifier: Classifier, pictures: list[str]) -> None:
+    basis = fit_colors(classifier.model, classifier.prepare(pictures))
+    shared = classifier.explain(pictures[0], method="features", basis=basis).maps_FGJ
+    expected = explain(
+        share_colors(subjects_of(classifier, pictures))[0], MapSettings(method="features")
+    )
+    np.testing.assert_allclose(shared, expected.maps_FGJ, atol=1e-3)
+    assert np.abs(shared - classifier.explain(pictures[0], method="features").maps_FGJ).max() > 0.1
+    with pytest.raises(ConfigError, match="only method features has a basis"):
+        classifier.explain(pictures[0], method="norms", basis=basis)
+
+
 def test_frames_mark_the_asked_patch(classifier: Classifier, pictures: list[str]) -> None:
     for query, asked in ((None, (4, 4)), ((1, 2), (1, 2))):
         found = classifier.explain(pictures[0], method="similarity", query=query)

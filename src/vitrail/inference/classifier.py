@@ -1,6 +1,6 @@
 """Pictures -> predictions and explanations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from vitrail.explain.map_settings import (
     default_view,
     settings_of_all,
 )
+from vitrail.explain.views import ColorBasis
 from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
 
@@ -83,6 +84,7 @@ class Classifier(BaseClassifier):
         frames: str | None = None,
         class_name: str | None = None,
         name: str = "",
+        basis: ColorBasis | None = None,
         **settings: Any,
     ) -> Explanation:
         """Return what the model attends to in one picture; ``.save("x.gif")`` draws it.
@@ -93,6 +95,8 @@ class Classifier(BaseClassifier):
                 what fits the method; without a method, the evidence after each layer.
             class_name: the class to explain. Default: the predicted one.
             name: the picture's name. Default: its file name.
+            basis: the colors of features, from ``explain.views.fit_colors`` of several pictures.
+                Default: fitted to this picture.
             settings: fields of ``explain.map_settings.MapSettings``: method, fusion, query, layers
                 and more; ``against`` may be the name of a class. method "all" shows every method,
                 one frame each.
@@ -102,7 +106,9 @@ class Classifier(BaseClassifier):
             ConfigError: an unknown setting, class, layer or head.
         """
         check_names(settings)
-        subject, method = self.subject(picture, name=name), settings.pop("method", None)
+        method = settings.pop("method", None)
+        require(basis is None or method == "features", "only method features has a basis")
+        subject = replace(self.subject(picture, name=name), basis=basis)
         if isinstance(settings.get("against"), str):
             settings["against"] = subject.find_class(settings["against"])
         if method == ALL:

@@ -17,7 +17,7 @@ from vitrail.errors import PictureError, printable
 from vitrail.explain import removal
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps, deletion_insertion, rank_patches
-from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings
+from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
 from vitrail.explain.page import make_page, page_data
 from vitrail.inference.classifier import Classifier
 from vitrail.runtime import rng
@@ -176,6 +176,7 @@ def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
     """
     subject, image_1CHW = seen.subject, seen.subject.image_1CHW
     settings = question.map_settings(subject)
+    require_importance([settings.method])
     if "resolution" in SUPPORTED_SETTINGS[settings.method]:
         settings = MapSettings(**{**vars(settings), "resolution": "patch"})
     index = None if question.class_name is None else subject.find_class(question.class_name)
