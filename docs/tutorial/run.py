@@ -24,6 +24,7 @@ def main(*numbers: str) -> None:
             notebook,
             timeout=None,
             record_timing=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": str(FOLDER)}},
         )
         client.execute()
