@@ -342,7 +342,37 @@ def test_without_a_model_the_newest_run_or_the_bundled_model_is_used_and_named(
     assert "using the bundled model, cifar10" in capsys.readouterr().err
     (here / "output").symlink_to(run_folder.parent)
     assert main(["predict", str(pictures / "a.png")]) == 0
+    printed = capsys.readouterr().err
+    assert "using the bundled model, cifar10, since the newest run only knows shapes" in printed
+    assert main(["explain", "--index", "0", "--format", "csv"]) == 0
     assert "using the newest run, output/a" in capsys.readouterr().err
+
+
+def test_the_newest_run_on_photographs_is_used_for_files(
+    run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_folder, here / "output/b")
+    config = json.loads((run_folder / "config.json").read_text())
+    config["data"]["dataset"] = "folder"
+    (here / "output/b/config.json").write_text(json.dumps(config))
+    assert main(["predict", str(pictures / "a.png")]) == 0
+    assert "using the newest run, output/b" in capsys.readouterr().err
+
+
+def test_the_model_may_be_named_before_the_pictures(
+    run_folder: Path, pictures: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(pictures / "a.png")
+    assert main(["predict", "cifar10", picture, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["predict", picture, "--model_path", "cifar10", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    assert main(["explain", str(run_folder), "--index", "0", "--format", "csv"]) == 0
+    capsys.readouterr()
+    assert main(["predict", "cifar10", picture, "--model_path", str(run_folder)]) == 2
+    assert "two models are named" in capsys.readouterr().err
+    assert main(["predict", picture, "cifar10"]) == 2
+    assert "cifar10 is a model, not a picture: name it first" in capsys.readouterr().err
 
 
 # --- train ----------------------------------------------------------------------------------------

@@ -408,8 +408,8 @@ def test_a_model_among_the_pictures_is_refused(
         "bundled": "cifar10",
     }  # fmt: skip
     capsys.readouterr()
-    assert main([command, str(words[what]), picture]) == 2
-    line = f"{words[what]} is a model, not a picture: give --model_path {words[what]}"
+    assert main([command, picture, str(words[what])]) == 2
+    line = f"{words[what]} is a model, not a picture: name it first"
     assert capsys.readouterr().err == f"vitrail: {line}\n"
 
 

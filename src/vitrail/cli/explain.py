@@ -21,13 +21,13 @@ from vitrail.cli.explain_files import (
 from vitrail.cli.options import (
     STDIN,
     DataOptions,
-    ModelOptions,
-    Pictures,
+    PictureOptions,
     check_images,
     list_pictures,
     load_image,
     load_model,
     log_test_use,
+    take_model,
 )
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import Look
@@ -49,14 +49,12 @@ CLASSLESS = {"attention", "rollout", "features", "similarity", "norms"}
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class ExplainOptions(ModelOptions):
+class ExplainOptions(PictureOptions):
     """Show what a model looked at in a picture.
 
     For example: vitrail explain cat.png --method relevance --class dog --output_path cat.gif
     """
 
-    pictures: Pictures = ()
-    """Files, folders, globs, or - for a picture on standard input."""
     index: int | None = None
     """Explain image N of the model's data (see --split) instead of a file."""
     score: bool = False
@@ -116,10 +114,10 @@ class ExplainOptions(ModelOptions):
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail explain``."""
-    options = parse(ExplainOptions, args, prog=prog)
+    options = take_model(parse(ExplainOptions, args, prog=prog))
     _check(options)
     names = list_pictures(options.pictures)
-    classifier = load_model(options)
+    classifier = load_model(options, files=bool(names))
     if options.score:
         return _score(classifier, options)
     return _draw_all(classifier, names, options)

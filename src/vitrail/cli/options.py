@@ -1,9 +1,10 @@
 """Groups of flags that several commands share: the model, its data, its pictures."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -35,8 +36,9 @@ class ModelOptions:
     """The model, its device, and how its pictures are prepared."""
 
     model_path: str | None = None
-    """Run folder, weights, bundled name or hf:OWNER/NAME. Default: the newest run, else the
-    bundled model. A path that could be a name starts with ./"""
+    """Run folder, weights, bundled name or hf:OWNER/NAME. Default: the newest run (for picture
+    files, if it was trained on photographs), else the bundled model. A path that could be a name
+    starts with ./"""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not record it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -52,8 +54,13 @@ class ModelArgument(ModelOptions):
     """Same as --model_path."""
 
 
-def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifier":
+def load_model(
+    options: ModelOptions, runs: Path = Path("output"), *, files: bool = False
+) -> "Classifier":
     """Load the model that was named, or the newest run, and say which.
+
+    If it is for ``files`` of the user, the bundled model takes the place of a newest run that only
+    knows the built-in shapes.
 
     Raises:
         ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs.
@@ -70,17 +77,32 @@ def load_model(options: ModelOptions, runs: Path = Path("output")) -> "Classifie
             f"{path}: an ONNX file can only predict (vitrail predict): give the run folder or "
             "weights that it was exported from"
         )
-    from vitrail.weights.pretrained import default_model, load
+    from vitrail.weights.pretrained import load
 
-    source = default_model(runs) if path is None else path
-    if path is None:
-        what = "newest run" if isinstance(source, Path) else "bundled model"
-        print_err(f"no --model_path given: using the {what}, {source}")
+    source = _choose_model(runs, files=files) if path is None else path
     heads, device = options.n_attention_heads, options.device
     model = load(source, n_attention_heads=heads, device=device, **options.preparation)
     for note in model.notes:
         print_err(f"{source}: {note}")
     return model
+
+
+def _choose_model(runs: Path, *, files: bool) -> Path | str:
+    """Return the default model, and say which it is and why."""
+    from vitrail.weights.pretrained import default_model, knows_photographs
+
+    newest = default_model(runs)
+    if not isinstance(newest, Path):
+        print_err(f"no --model_path given: using the bundled model, {newest}")
+    elif files and not knows_photographs(newest):
+        print_err(
+            f"no --model_path given: using the bundled model, {bundled.DEFAULT}, since the newest "
+            f"run only knows shapes (--model_path {newest} uses it)"
+        )
+        return bundled.DEFAULT
+    else:
+        print_err(f"no --model_path given: using the newest run, {newest}")
+    return newest
 
 
 def is_onnx(path: str | None) -> bool:
@@ -176,8 +198,37 @@ def load_image(
 
 # --- pictures -------------------------------------------------------------------------------------
 
-Pictures = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE ...]")]
+Pictures = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL] [PICTURE ...]")
+]
 """The type of the positional arguments that name pictures."""
+
+
+@dataclass(frozen=True)
+class PictureOptions(ModelOptions):
+    """The same for commands whose positional arguments are pictures, perhaps after the model."""
+
+    pictures: Pictures = ()
+    """Files, folders, globs, or - for a picture on standard input. The first may be the model."""
+
+
+Options = TypeVar("Options", bound=PictureOptions)
+
+
+def take_model(options: Options) -> Options:
+    """Return the options with the model that is named before the pictures as the model.
+
+    Raises:
+        ConfigError: --model_path names a model, too.
+    """
+    if not options.pictures or not is_model(options.pictures[0]):
+        return options
+    first, *rest = options.pictures
+    if options.model_path not in (None, first):
+        raise ConfigError(
+            f"two models are named, {first} and --model_path {options.model_path}: give one"
+        )
+    return dataclasses.replace(options, model_path=first, pictures=tuple(rest))
 
 
 def list_pictures(args: Sequence[str]) -> list[str]:
@@ -191,7 +242,7 @@ def list_pictures(args: Sequence[str]) -> list[str]:
         if not arg:
             raise PictureError("'' is an empty name: give a picture, a folder or a glob")
         if is_model(arg):
-            raise ConfigError(f"{arg} is a model, not a picture: give --model_path {arg}")
+            raise ConfigError(f"{arg} is a model, not a picture: name it first")
     return [name for arg in args for name in ([arg] if arg == STDIN else _search(arg))]
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import tyro
 
 from vitrail.cli.console import out, print_err, print_out
-from vitrail.cli.options import STDIN, ModelOptions, Pictures, is_onnx, list_pictures, load_model
+from vitrail.cli.options import (
+    STDIN,
+    PictureOptions,
+    is_onnx,
+    list_pictures,
+    load_model,
+    take_model,
+)
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, PictureError, printable
 
@@ -31,7 +38,7 @@ CHUNK = 64
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
-class PredictOptions(ModelOptions):
+class PredictOptions(PictureOptions):
     """Classify pictures of any kind and size, with a model or with an exported ONNX file.
 
     ONNX Runtime runs .onnx files; torch is then neither loaded nor needed.
@@ -39,8 +46,6 @@ class PredictOptions(ModelOptions):
     For example: vitrail predict cat.png 'photos/*.jpg' --csv
     """
 
-    pictures: Pictures = ()
-    """Files, folders, globs, or - for a picture on standard input."""
     top_k: int = 3
     """Number of classes to report, the most probable first."""
     background: tuple[int, int, int] = (255, 255, 255)
@@ -56,7 +61,7 @@ Answer = tuple[str, "Ranking"]
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail predict``."""
-    options = parse(PredictOptions, args, prog=prog)
+    options = take_model(parse(PredictOptions, args, prog=prog))
     _check(options)
     names = list_pictures(options.pictures)
     classifier = _load_classifier(options)
@@ -88,7 +93,7 @@ def _check(options: PredictOptions) -> None:
 def _load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
     """Load the model; torch is imported only if it is not an ONNX file."""
     if not is_onnx(options.model_path):
-        return load_model(options)
+        return load_model(options, files=True)
     from vitrail.inference.onnx_classifier import load_onnx
 
     if options.n_attention_heads is not None:

@@ -278,6 +278,15 @@ def default_model(output_path: Path) -> Path | str:
     return pointers[-1].parent.parent if pointers else bundled.DEFAULT
 
 
+def knows_photographs(run: Path) -> bool:
+    """Return whether a run was trained on photographs, which the built-in shapes are not."""
+    try:
+        data = read_json_object(run / "config.json").get("data")
+    except CheckpointError:
+        return True  # unknown: loading the run reports what is wrong
+    return not isinstance(data, dict) or data.get("dataset") != "shapes"
+
+
 def of_model_size(classifier: Classifier) -> Classifier:
     """Return the classifier for images that already have its input size, without cropping."""
     data = dataclasses.replace(classifier.config.data, fit="squash", crop_pct=1.0)
