@@ -17,6 +17,7 @@ from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.data.images import ImageSet
 from vitrail.data.pictures import read_picture, stack_pictures
 from vitrail.errors import ConfigError, PictureError, VitrailError
+from vitrail.explain.map_settings import TITLES
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 
@@ -258,10 +259,8 @@ def test_wrong_arguments_have_clear_messages(
 
 def test_explain_shows_all_methods(classifier: Classifier) -> None:
     explanation = classifier.explain(RGB, method="all", class_name="dog", layers=(2,))
-    assert explanation.titles == (
-        "attention", "rollout", "gradient_rollout", "relevance", "gradcam", "balanced",
-        "integrated_gradients", "occlusion", "shapley",
-    )  # fmt: skip
+    assert explanation.titles == tuple(TITLES.values())
+    assert explanation.titles[4:6] == ("Grad-CAM", "Balanced gradient")
     with pytest.raises(ConfigError, match="fusion is 'x'"):
         classifier.explain(RGB, method="all", fusion="x")
 

@@ -150,7 +150,7 @@ def test_a_wrong_prediction_is_marked(
 ) -> None:
     best, second = (p.name for p in classifier.predict(picture, top_k=2)[0])
     ends = {"": "%", best: "% ✓", second: f"% ✗ {second}"}
-    inks = {"": BLACK, best: GREEN, second: RED}
+    inks = {"": BLACK["light"], best: GREEN["light"], second: RED["light"]}
     for label, end in ends.items():
         explained = draw(classifier.subject(picture, label=label), MapSettings(method="rollout"))
         assert all(frame.prediction.endswith(end) for frame in explained.frames)
@@ -158,8 +158,8 @@ def test_a_wrong_prediction_is_marked(
         last = (
             frames_of(path)[-1] if ending == "gif" else np.asarray(Image.open(path).convert("RGB"))
         )
-        below = last[-last.shape[0] // 8 :]  # the caption; a map may have any color
-        assert [name for name, ink in inks.items() if count_pixels(below, ink) > 30] == [label]
+        below = last[-min(92, last.shape[1] // 12) :]  # prediction and caption, no map
+        assert [name for name, ink in inks.items() if count_pixels(below, ink) > 60] == [label]
 
 
 def test_every_kind_of_frame_knows_whether_it_is_right(
@@ -207,8 +207,8 @@ def test_saving_writes_the_format_of_the_extension(
         "svg": b"<?xml", "pdf": b"%PDF",
     }  # fmt: skip
     assert head.lower().startswith(magic[ending].lower())
-    if ending in ("gif", "webp"):
-        assert len(frames_of(path)) == 4
+    if ending in ("gif", "webp"):  # the picture, four maps, and four frames before each
+        assert 5 <= len(frames_of(path)) <= 21  # Pillow joins frames that are equal
 
 
 def test_numbers_are_saved_as_they_are(
@@ -217,7 +217,7 @@ def test_numbers_are_saved_as_they_are(
     explained = classifier.explain(picture, method="balanced")
     explained.save(tmp_path / "x.npz")
     stored = np.load(tmp_path / "x.npz")
-    assert stored["titles_F"].tolist() == ["balanced"]
+    assert stored["titles_F"].tolist() == ["Balanced gradient"]
     assert stored["maps_FGJ"].shape[1:] == classifier.config.model.image_hw
     assert np.array_equal(stored["maps_FGJ"], explained.maps_FGJ)
     rolled = classifier.explain(picture)
@@ -290,11 +290,11 @@ def test_it_prints_what_it_drew_and_where(
     capsys.readouterr()
     assert main(["explain", "--model_path", str(run_folder), picture]) == 0
     shown = capsys.readouterr().out
-    assert "cat-balanced-layers.gif: 4 frames, after layer 3 to before layer 1" in shown
+    assert "cat-balanced-layers.gif: 4 maps, after layer 3 to before layer 1" in shown
     assert "cat.png: " in shown
     assert "%" in shown
     with Image.open("output/explain/cat-balanced-layers.gif") as image:
-        assert image.n_frames == 4
+        assert image.n_frames > 5
         assert image.info["duration"] == 500
         assert image.info["loop"] == 0
 
@@ -317,10 +317,10 @@ def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> Non
 
 
 def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str) -> None:
-    assert len(explain(run_folder, picture, "--frames", "heads")) == 6
-    assert len(explain(run_folder, picture, "--frames", "queries")) == 16
-    assert len(explain(run_folder, picture, "--frames", "training")) == 2
-    assert len(explain(run_folder, picture, "--method", "all")) == 9
+    assert len(explain(run_folder, picture, "--frames", "heads")) == 7
+    assert len(explain(run_folder, picture, "--frames", "queries")) == 17
+    assert len(explain(run_folder, picture, "--frames", "training")) >= 3
+    assert len(explain(run_folder, picture, "--method", "all")) == 10
     explain(run_folder, picture, "--duration", "120", "--loop", "3")
     with Image.open("out.gif") as image:
         assert image.info["duration"] == 120
@@ -482,15 +482,15 @@ def test_an_output_path_is_a_file_only_by_a_known_ending(
     assert options.folder == (Path(path).parent if file else Path(path))
 
 
-def test_a_png_counts_maps_and_an_animation_frames(
+def test_what_was_drawn_is_counted(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["explain", "--model_path", str(run_folder), picture]
     assert main([*words, "--method", "all", "--format", "png"]) == 0
     assert main([*words, "--method", "gradcam"]) == 0
     shown = capsys.readouterr().out
-    assert ": 9 maps, attention to shapley, " in shown
-    assert ": 1 frame, gradcam, " in shown
+    assert ": 9 maps, Attention to Shapley values, " in shown
+    assert ": 1 map, Grad-CAM, " in shown
 
 
 def test_scores_are_printed_drawn_and_saved(

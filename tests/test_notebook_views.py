@@ -62,8 +62,8 @@ def test_the_bundled_model_counts_in_millions() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "frames"),
     [
-        ({}, "gif", 3),
-        ({"frames": "layers"}, "gif", 2),
+        ({}, "gif", 16),
+        ({"frames": "layers"}, "gif", 11),
         ({"frames": "layers", "layers": (2,)}, "png", 1),
         ({"frames": "heads"}, "png", 1),
         ({"method": "gradcam"}, "png", 1),

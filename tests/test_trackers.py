@@ -319,7 +319,8 @@ def test_titles_distinguish_right_from_wrong_predictions(tiny_model: Any, tmp_pa
     raw_BCHW = torch.zeros(1, 3, 20, 28, dtype=torch.uint8)
     with torch.inference_mode():
         guess = int(model(normalize(raw_BCHW, config.data.mean, config.data.std)).argmax())
-    for label, ink, other in ((guess, GREEN, RED), ((guess + 1) % 7, RED, GREEN)):
+    green, red = GREEN["light"], RED["light"]
+    for label, ink, other in ((guess, green, red), ((guess + 1) % 7, red, green)):
         images = ImageSet(raw_BCHW, torch.tensor([label]), tuple("abcdefg"))
         draw_attention(model, images, config, tmp_path / "a.png")
         title_HWC = read_picture(tmp_path / "a.png").astype(int)

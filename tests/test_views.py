@@ -19,7 +19,7 @@ from vitrail.errors import ConfigError
 from vitrail.explain.draw import draw_frames, draw_table, save
 from vitrail.explain.explanation import Explanation, Subject, compare, explain, share_colors
 from vitrail.explain.map_metrics import score_methods
-from vitrail.explain.map_settings import VIEWS, MapSettings, Method
+from vitrail.explain.map_settings import TITLES, VIEWS, MapSettings, Method
 from vitrail.explain.methods import compute_maps
 from vitrail.explain.page import describe, page_data
 from vitrail.explain.sheet import COLORS, SIGNS
@@ -278,12 +278,12 @@ def test_a_sheet_has_a_row_per_picture_and_a_legend_per_kind(
     figure = draw_table(rows, Look())
     assert len(figure.axes) == 3 * 4 + 3
     titles = [axes.get_title(loc="left") for axes in figure.axes[:12]]
-    assert titles[1:4] == list(methods)
+    assert titles[1:4] == [TITLES[method] for method in methods]
     assert titles[::4] == [row.frames[0].prediction for row in rows]
     words = [text.get_text() for text in figure.texts]
     assert words[:3] == ["a.png", "b.png", "c.png"]
-    assert [sum(part in word for word in words) for part in ("0 to 1 ", SIGNS, COLORS)] == [1, 1, 1]
-    assert "-1 to 1 " in words_of(rows[:1] + rows)[5]
+    parts = ("lowest to highest, each map", f"{SIGNS}, each map", COLORS)
+    assert [sum(part in word for word in words) for part in parts] == [1, 1, 1]
     # The colors are one set: those of the three images together.
     images_BCHW = torch.cat([subject.image_1CHW for subject in subjects])
     shared = compute_maps(classifier.model, images_BCHW, settings[2]).values_BLGJ[:, -1]

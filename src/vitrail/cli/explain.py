@@ -228,11 +228,10 @@ def _describe(explanation: "Explanation", path: Path) -> str:
     """Return what a file holds."""
     if path.suffix.lower() == ".html":
         return "a page with every method, layer and head"
-    animated = path.suffix.lower() in (".gif", ".webp")
-    titles, what = explanation.titles, "frame" if animated else "map"
+    titles = explanation.titles
     if len(titles) == 1:
-        return f"1 {what}, {titles[0]}"
-    return f"{len(titles)} {what}s, {titles[0]} to {titles[-1]}"
+        return f"1 map, {titles[0]}"
+    return f"{len(titles)} maps, {titles[0]} to {titles[-1]}"
 
 
 def _explain_one(

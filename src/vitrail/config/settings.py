@@ -466,12 +466,14 @@ class Look(Checked):
     """reference: as the reference implementation draws, the picture dimmed by its rollout."""
     normalize: Normalization = "frame"
     """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
+    theme: Literal["light", "dark"] = "light"
+    """Paper and text: white and black, or black and white."""
     colormap: Colormap = "magma"
     """Colors of the values. All color maps are perceptually uniform."""
     alpha: float = 0.6
     """Opacity of the map over the picture, 0 to 1."""
     duration: int = 500
-    """Milliseconds per frame of an animation."""
+    """Milliseconds that an animation shows each map; the last one four times as long."""
     loop: int = 0
     """How often an animation repeats; 0 means forever."""
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,55 @@ from PIL import Image
 
 from vitrail.config.settings import Look, require
 
-COLORS = 236
-"""Colors of a GIF's palette besides 16 grays; Pillow marks unchanged pixels by one more entry."""
-WHITE = 15
-"""The entry of the palette that is white."""
+COLORS = 238
+"""Colors of a GIF's palette besides 16 grays and that of the paper; Pillow marks unchanged pixels
+by one more entry."""
+LONGEST = 655_350
+"""Milliseconds that a GIF can show a frame."""
+FADE = (4, 60)
+"""Frames between two maps, and milliseconds of each."""
+HOLD = 4
+"""The last map is shown this many times as long as the others."""
+STRENGTH = 12
+"""Range of the dither, in levels of 256."""
 
 
-def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> bytes:
+def fade(
+    frames: Sequence[Image.Image],
+    box: tuple[int, int, int, int],
+    duration: int,
+    *,
+    cuts: bool = False,
+) -> tuple[list[Image.Image], list[int]]:
+    """Return frames that fade into each other inside ``box``, and the milliseconds of each.
+
+    Outside of it a frame already shows the words of the next. With ``cuts`` none fade. The last
+    frame is held.
+    """
+    shown, times = [frames[0]], [duration]
+    steps, pause = (0, 0) if cuts else FADE
+    for before, after in pairwise(frames):
+        for step in range(1, steps + 1):
+            mixed = Image.blend(before.crop(box), after.crop(box), step / (steps + 1))
+            between = after.copy()
+            between.paste(mixed, box)
+            shown.append(between)
+        shown.append(after)
+        times += [pause] * steps + [duration]
+    times[-1] = min(HOLD * duration, LONGEST)
+    return shown, times
+
+
+def encode_animation(
+    frames: Sequence[Image.Image], durations: Sequence[int], suffix: str, look: Look
+) -> bytes:
     """Return frames of one size as a GIF with one palette, or as a WebP, which is exact.
 
     Raises:
         ConfigError: an impossible duration or number of repetitions.
     """
     require(
-        10 <= look.duration <= 655_350, f"duration is {look.duration} ms: give one of 10 to 655350"
+        10 <= look.duration <= LONGEST, f"duration is {look.duration} ms: give one of 10 to 655350"
     )
     require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
     options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
@@ -30,7 +66,7 @@ def encode_animation(frames: Sequence[Image.Image], suffix: str, look: Look) -> 
         frames, options = _share_palette(frames), {"optimize": False}
     file = io.BytesIO()
     frames[0].save(
-        file, suffix[1:], save_all=True, append_images=frames[1:], duration=look.duration,
+        file, suffix[1:], save_all=True, append_images=frames[1:], duration=list(durations),
         loop=look.loop, **options,
     )  # fmt: skip
     return file.getvalue()
@@ -40,7 +76,7 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     """Return frames in the colors of one palette, so that what is still stays still.
 
     Between the palette's colors, ordered dither shows the steps as gradients: it depends on the
-    place only, so it does not flicker. White is not dithered.
+    place only, so it does not flicker. The paper, the color of the corner, is not dithered.
     """
     pixels_P3 = np.concatenate([np.asarray(frame)[::2, ::2].reshape(-1, 3) for frame in frames])
     # One pixel of each color, to six bits: else large areas would leave too few to small ones.
@@ -49,30 +85,30 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     )
     method = Image.Quantize.MAXCOVERAGE
     chosen = Image.fromarray(pixels_P3[first][None]).quantize(COLORS, method, kmeans=2)
+    paper_3 = np.asarray(frames[0])[0, 0]
     grays = [level for level in range(0, 256, 17) for _ in range(3)]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(grays + (chosen.getpalette() or [])[: 3 * COLORS])
+    palette.putpalette([*paper_3.tolist(), *grays, *(chosen.getpalette() or [])[: 3 * COLORS]])
+    noise_HWC = _dither(frames[0].height, frames[0].width)
     shared = []
     for frame in frames:
         frame_HWC = np.asarray(frame)
-        dithered_HWC = (frame_HWC + _dither(frame.height, frame.width)).clip(0, 255)
-        dithered = Image.fromarray(dithered_HWC.astype(np.uint8))
+        dithered = Image.fromarray((frame_HWC + noise_HWC).clip(0, 255).astype(np.uint8))
         entries = dithered.quantize(palette=palette, dither=Image.Dither.NONE)
-        white = Image.fromarray((frame_HWC == 255).all(axis=2))
-        entries.paste(WHITE, mask=white)
+        entries.paste(0, mask=Image.fromarray((frame_HWC == paper_3).all(axis=2)))
         shared.append(entries)
     return shared
 
 
 def _dither(height: int, width: int) -> np.ndarray:
-    """Return Bayer's thresholds, from -10 to 10, repeated over a picture, moved in each channel.
+    """Return thresholds for every pixel and channel, without a pattern that the eye would see.
 
-    Source: Bayer 1973, "An optimum method for two-level rendition of continuous-tone pictures".
+    Source: Jimenez 2014, "Next generation post processing in Call of Duty: Advanced Warfare"
+    (interleaved gradient noise).
     """
-    order = np.zeros((1, 1))
-    for _ in range(3):
-        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
-    moved = [np.roll(order, places, axis=(0, 1)) for places in ((0, 0), (3, 5), (6, 2))]
-    tile_HWC = 20 * ((np.stack(moved, axis=2) + 0.5) / 64 - 0.5)
-    repeated_HWC = np.tile(tile_HWC, (height // 8 + 1, width // 8 + 1, 1))
-    return repeated_HWC[:height, :width]
+    y, x = np.mgrid[:height, :width]
+    channels = [
+        52.9829189 * ((0.06711056 * (x + move) + 0.00583715 * (y + move)) % 1) % 1
+        for move in (0, 47, 17)
+    ]
+    return STRENGTH * (np.stack(channels, axis=2) - 0.5)

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitrail.config.settings import Look, require
-from vitrail.explain.animation import encode_animation
+from vitrail.explain.animation import encode_animation, fade
 from vitrail.explain.explanation import Explanation, Frame
+from vitrail.explain.map_settings import TITLES
 from vitrail.explain.page import make_page, page_data
-from vitrail.explain.sheet import INKS, Panel, compose, make_legends, scales_of
+from vitrail.explain.sheet import Panel, compose, make_legends, scales_of
 from vitrail.runtime.files import replace_file
 
 SUFFIXES = (".gif", ".webp", ".png", ".svg", ".pdf", ".html", ".npz", ".csv")
@@ -50,7 +51,7 @@ def save(explanation: Explanation, path: Path, look: Look) -> Path:
     elif suffix in PICTURES:
         replace_file(path, to_picture(explanation, look, suffix[1:]))
     else:
-        replace_file(path, encode_animation(draw_frames(explanation, look), suffix, look))
+        replace_file(path, encode_animation(*draw_animation(explanation, look), suffix, look))
     return path
 
 
@@ -116,8 +117,8 @@ def _to_numbers(explanation: Explanation, suffix: str) -> bytes:
 def to_html(explanation: Explanation) -> str:
     """Return an image tag for a notebook, animated if the frames are a sequence."""
     if explanation.kind in ANIMATED and len(explanation.frames) > 1:
-        frames = draw_frames(explanation, Look())
-        kind, content = "gif", encode_animation(frames, ".gif", Look())
+        frames, durations = draw_animation(explanation, Look())
+        kind, content = "gif", encode_animation(frames, durations, ".gif", Look())
     else:
         kind, content = "png", to_picture(explanation, Look())
     data = base64.b64encode(content).decode()
@@ -127,36 +128,70 @@ def to_html(explanation: Explanation) -> str:
 # What is on a sheet.
 
 
+def draw_animation(explanation: Explanation, look: Look) -> tuple[list[Image.Image], list[int]]:
+    """Draw frames and their milliseconds: the bare picture, then the maps; a sequence fades.
+
+    Style reference has only the maps, as in the reference implementation.
+    """
+    maps = draw_frames(explanation, look)
+    if look.style == "reference":
+        return maps, [look.duration] * len(maps)
+    bare, box = _draw_frame(explanation, look, 0, bare=True)
+    sequence = explanation.kind in ANIMATED or len(maps) == 1
+    return fade([bare, *maps], box, look.duration, cuts=not sequence)
+
+
 def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
     """Draw each frame: the picture, and beside it the picture with the map over it."""
     _check_style(explanation, look)
-    subject, first, drawn = explanation.subject, _first_title(explanation, look), []
-    for frame, norm in zip(explanation.frames, scales_of(explanation.frames, look), strict=True):
-        still = Panel(subject, first, query=frame.query)
-        moving = Panel(subject, frame.title, frame.map_GJ, norm, frame.query)
-        legends = make_legends([frame], [norm], look)
-        figure = compose(
-            [[still, moving]], look, legends=legends, notes=caption(explanation), last=frame
-        )
-        pixels = io.BytesIO()
-        figure.savefig(pixels, format="rgba")
-        size = figure.canvas.get_width_height()
-        drawn.append(Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB"))
-    return drawn
+    numbers = range(len(explanation.frames))
+    return [_draw_frame(explanation, look, number)[0] for number in numbers]
+
+
+def _draw_frame(
+    explanation: Explanation, look: Look, number: int, *, bare: bool = False
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Draw the picture, and beside it the picture with a map or ``bare``.
+
+    Also return left, top, right, bottom of the latter.
+    """
+    subject, frame = explanation.subject, explanation.frames[number]
+    norm = _scales_of(explanation, look)[number]
+    still = Panel(subject, _first_title(explanation, look), query=frame.query)
+    moving = Panel(subject, frame.title, frame.map_GJ, norm, frame.query)
+    if bare:
+        moving = Panel(subject, " ", norm=norm, query=frame.query)
+    legends = make_legends([frame], [norm], look, shares=_are_shares(explanation))
+    notes = caption(explanation)
+    figure = compose([[still, moving]], look, legends=legends, notes=notes, last=frame)
+    pixels, size = io.BytesIO(), figure.canvas.get_width_height()
+    figure.savefig(pixels, format="rgba")
+    extents = figure.axes[1].get_window_extent().extents
+    left, bottom, right, top = (round(float(end)) for end in extents)
+    image = Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB")
+    return image, (left, size[1] - top, right, size[1] - bottom)
+
+
+def _scales_of(explanation: Explanation, look: Look) -> list[Normalize]:
+    return scales_of(explanation.frames, look, shares=_are_shares(explanation))
+
+
+def _are_shares(explanation: Explanation) -> bool:
+    """Return whether the values of each map add up to one: attention and rollout do."""
+    return explanation.kind != "methods" and explanation.settings.method in ("attention", "rollout")
 
 
 def draw_sheet(explanation: Explanation, look: Look) -> Figure:
     """Draw all frames on one sheet, the picture first."""
     _check_style(explanation, look)
-    frames, norms = explanation.frames, scales_of(explanation.frames, look)
+    frames, norms = explanation.frames, _scales_of(explanation, look)
+    subject = explanation.subject
     panels = [
-        Panel(
-            explanation.subject, _short_title(explanation, frame), frame.map_GJ, norm, frame.query
-        )
-        for frame, norm in zip(frames, norms, strict=True)
+        Panel(subject, _short_title(explanation, number), frame.map_GJ, norm, frame.query)
+        for number, (frame, norm) in enumerate(zip(frames, norms, strict=True))
     ]
-    first = Panel(explanation.subject, _first_title(explanation, look), query=frames[0].query)
-    columns = explanation.columns or (len(frames) + 1 if len(frames) < 5 else 4)
+    first = Panel(subject, _first_title(explanation, look), query=frames[0].query)
+    columns = explanation.columns or _count_columns(len(frames) + 1)
     if explanation.columns:
         rows = [[first], *_in_rows(panels, columns)]
     else:
@@ -164,11 +199,16 @@ def draw_sheet(explanation: Explanation, look: Look) -> Figure:
     return compose(
         rows,
         look,
-        legends=make_legends(frames, norms, look),
+        legends=make_legends(frames, norms, look, shares=_are_shares(explanation)),
         notes=caption(explanation),
         last=frames[-1],
         row_titles=("", *explanation.row_titles) if explanation.row_titles else (),
     )
+
+
+def _count_columns(panels: int) -> int:
+    """Return the columns of 3 to 5 that leave the fewest places free; up to 5 panels, one row."""
+    return panels if panels <= 5 else min((5, 4, 3), key=lambda columns: -panels % columns)
 
 
 def draw_table(explanations: Sequence[Explanation], look: Look) -> Figure:
@@ -189,7 +229,7 @@ def draw_table(explanations: Sequence[Explanation], look: Look) -> Figure:
             Panel(subject, frame.title, frame.map_GJ, norm, frame.query)
             for frame, norm in zip(explanation.frames, scaled, strict=True)
         ]
-        rows.append([Panel(subject, last.prediction, ink=INKS[last.correct]), *panels])
+        rows.append([Panel(subject, last.prediction, correct=last.correct), *panels])
         frames += explanation.frames
         norms += scaled
     return compose(
@@ -213,14 +253,16 @@ def _check_style(explanation: Explanation, look: Look) -> None:
 def _first_title(explanation: Explanation, look: Look) -> str:
     label = explanation.subject.label
     if look.style == "vitrail":
-        return "picture"
+        return "Picture"
     return f"Original ({label})" if label else "Original"
 
 
-def _short_title(explanation: Explanation, frame: Frame) -> str:
+def _short_title(explanation: Explanation, number: int) -> str:
     """Return a panel's title on a sheet, without what its row and position show."""
+    frame = explanation.frames[number]
     if explanation.kind == "heads":
-        return frame.title.partition(", ")[2]
+        below = explanation.columns is not None and number >= explanation.columns
+        return "" if below else frame.title.partition(", ")[2]
     if explanation.kind == "training":
         return f"{frame.title}: {frame.prediction}"
     if explanation.settings.method in ("similarity", "norms") and explanation.kind == "layers":
@@ -235,7 +277,10 @@ def _in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
 def caption(explanation: Explanation, *, table: bool = False) -> str:
     """Return what is shown: the picture (not for a table of several), the method, its settings."""
     settings, subject = explanation.settings, explanation.subject
-    method = explanation.about.replace("_", " ")
+    method = explanation.about
+    if method in TITLES:
+        title = TITLES[explanation.settings.method]
+        method = title if title == "Grad-CAM" else title[0].lower() + title[1:]
     parts = [method if table else f"{subject.name}: {method}"]
     if settings.method == "features" and subject.basis is not None:
         parts.append("one set of colors for several pictures")

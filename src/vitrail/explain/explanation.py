@@ -14,7 +14,7 @@ from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike
 from vitrail.explain.checks import pick
-from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
+from vitrail.explain.map_settings import METHODS, TITLES, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
     Maps,
     attention_by_head,
@@ -219,7 +219,11 @@ def explain(
     if chosen == "layers" and settings.method == "balanced":
         return _by_depth(subject, settings, index)
     maps = maps_of(subject, subject.model, settings, index)
-    titles = {"rollout": "through layer {}", "layers": "layer {}", "single": settings.method}
+    titles = {
+        "rollout": "through layer {}",
+        "layers": "layer {}",
+        "single": TITLES[settings.method],
+    }
     frames = tuple(
         _frame(subject, maps, map_GJ, titles[chosen].format(layer), maps.query)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
@@ -234,7 +238,7 @@ def compare(
     index = None if class_name is None else subject.find_class(class_name)
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
-        _frame(subject, maps, maps.values_BLGJ[0, -1], each.method, maps.query)
+        _frame(subject, maps, maps.values_BLGJ[0, -1], TITLES[each.method], maps.query)
         for each, maps in zip(settings, all_maps, strict=True)
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))

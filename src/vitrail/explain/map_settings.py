@@ -19,6 +19,14 @@ VIEWS: tuple[Method, ...] = ("features", "similarity", "norms")
 """Views of the tokens: not importance maps, so they can be neither scored nor contrasted."""
 METHODS: tuple[Method, ...] = tuple(m for m in get_args(Method) if m not in VIEWS)
 """The importance maps."""
+TITLES: dict[Method, str] = {
+    "attention": "Attention", "rollout": "Rollout", "gradient_rollout": "Gradient rollout",
+    "relevance": "Relevance", "gradcam": "Grad-CAM", "balanced": "Balanced gradient",
+    "integrated_gradients": "Integrated gradients", "occlusion": "Occlusion",
+    "shapley": "Shapley values", "features": "Features", "similarity": "Similarity",
+    "norms": "Norms",
+}  # fmt: skip
+"""The methods' names as people write them."""
 ALL = "all"
 """Stands for every importance map."""
 SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", "occlusion", "shapley")

@@ -33,30 +33,36 @@ from vitrail.evaluation.report import drawable
 from vitrail.explain.explanation import Frame, Subject
 
 SCALES: dict[Normalization, str] = {
-    "frame": "each map on its own scale, lowest to highest",
-    "picture": "all maps on one scale, lowest to highest",
-    "none": "unscaled values, clipped to 0 and 1",
+    "frame": "each map on its own scale",
+    "picture": "all maps on one scale",
+    "none": "unscaled, clipped to 0 and 1",
 }
 """How a normalization is described on the picture."""
 DIVERGING = "RdBu_r"
 """Colors of maps with a sign: white at 0, red for the class, blue against it."""
 RGB = LinearSegmentedColormap.from_list("rgb", ["#ff0000", "#00ff00", "#0000ff"])
 COLORS = "similar colors: similar tokens (red, green, blue: principal components 1, 2, 3)"
-SIGNS = "white: 0, red: for the class, blue: against it"
+SIGNS = "red: for the class, blue: against it"
+EVEN = 1.1
+"""Attention whose highest value is at most this many times its lowest has nothing to show."""
 LARGEST_SIDE = 1200
 """A picture's longer side is drawn with at most this many pixels."""
-LARGEST_ROW = 2400
-"""The pictures of a row have at most this many pixels together, if each has SMALLEST_SIDE."""
-SMALLEST_SIDE = 224
-"""A picture's longer side is drawn with at least this many pixels."""
-UNSEEN_OPACITY = 0.7
-"""Opacity of the light gray over pixels that the model did not see."""
-BLACK, GRAY = "#1f2328", "#656d76"
+LARGEST_ROW = 1280
+"""The pictures of a row have at most this many pixels together: a web page shows them so."""
+SMALLEST_SIDE = 384
+"""A picture's longer side is drawn with at least this many pixels, if the row has the space."""
+ZOOM = 0.5
+"""A map is drawn without what the model did not see if that is more than this part of a picture."""
+PAPER = {"light": "white", "dark": "#0d1117"}
+BLACK, GRAY = {"light": "#1f2328", "dark": "#e6edf3"}, {"light": "#656d76", "dark": "#8b949e"}
 """Text, and less important text."""
-RED, GREEN = "#b42318", "#1a7f37"
+RED, GREEN = {"light": "#b42318", "dark": "#ff7b72"}, {"light": "#1a7f37", "dark": "#3fb950"}
 """Text of a wrong and of a correct answer."""
-_TITLE: dict[str, Any] = {"loc": "left", "y": 1, "parse_math": False}
 INKS = {True: GREEN, False: RED, None: BLACK}
+UNSEEN = {"light": 224, "dark": 40}
+"""Gray over pixels that the model did not see."""
+UNSEEN_OPACITY = 0.7
+_TITLE: dict[str, Any] = {"loc": "left", "y": 1, "parse_math": False}
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Panel:
     norm: Normalize | None = None
     """Scales the map to 0..1."""
     query: tuple[int, int] | None = None
-    ink: str = BLACK
-    """Color of the title."""
+    correct: bool | None = None
+    """Whether the prediction in the title is right; None if it is none, or not known."""
 
 
 class Legend(NamedTuple):
@@ -84,19 +90,24 @@ class Legend(NamedTuple):
 # Maps over pictures.
 
 
-def scales_of(frames: Sequence[Frame], look: Look) -> list[Normalize]:
+def scales_of(frames: Sequence[Frame], look: Look, *, shares: bool = False) -> list[Normalize]:
     """Return what scales the map of each frame to 0..1."""
     maps = [frame.map_GJ for frame in frames]
-    return scales(maps, look, [frame.signed for frame in frames])
+    return scales(maps, look, [frame.signed for frame in frames], shares=shares)
 
 
 def scales(
-    maps: Sequence[np.ndarray] | np.ndarray, look: Look, signed: Sequence[bool] = ()
+    maps: Sequence[np.ndarray] | np.ndarray,
+    look: Look,
+    signed: Sequence[bool] = (),
+    *,
+    shares: bool = False,
 ) -> list[Normalize]:
     """Return what scales each map to 0..1: its own range, the common range, or only clipping.
 
-    A uniform map has nothing to show: it becomes 0. In a signed map 0 is in the middle. Colors
-    (G, J, 3) are not scaled.
+    A uniform map has nothing to show: it becomes 0. Attention (``shares``: parts of a whole) that
+    is nearly even is drawn evenly, in the middle: its own range would make noise look like a
+    finding. In a signed map 0 is in the middle. Colors (G, J, 3) are not scaled.
     """
     lows, highs = [float(each.min()) for each in maps], [float(each.max()) for each in maps]
     numbers = [each.ndim == 2 for each in maps]
@@ -109,6 +120,8 @@ def scales(
     ):
         if not number or (look.normalize == "none" and not centered):
             low, high = 0.0, 1.0
+        elif shares and look.normalize == "frame" and _is_even(low, high):
+            low, high = (low + high) / 2 / EVEN, (low + high) / 2 * EVEN
         if centered:
             reach = 1.0 if look.normalize == "none" else max(-low, high) or 1.0
             found.append(CenteredNorm(0, reach, clip=True))
@@ -117,31 +130,50 @@ def scales(
     return found
 
 
-def make_legends(frames: Sequence[Frame], norms: Sequence[Normalize], look: Look) -> list[Legend]:
-    """Return a color bar for each kind of map: without a sign, with one, and colors.
+def _is_even(low: float, high: float) -> bool:
+    return 0 < low < high <= EVEN * low
 
-    Maps on different scales have a bar from 0 to 1, or from -1 to 1.
-    """
-    found: dict[str, Legend] = {}
+
+def make_legends(
+    frames: Sequence[Frame], norms: Sequence[Normalize], look: Look, *, shares: bool = False
+) -> list[Legend]:
+    """Return a color bar for each kind of map: without a sign, with one, and colors."""
+    kinds: dict[str, list[tuple[Frame, Normalize]]] = {}
     for frame, norm in zip(frames, norms, strict=True):
-        if frame.map_GJ.ndim == 3:
-            found["colors"] = Legend(norm, RGB, COLORS)
+        signed = "signed" if isinstance(norm, CenteredNorm) else "unsigned"
+        kinds.setdefault("colors" if frame.map_GJ.ndim == 3 else signed, []).append((frame, norm))
+    found = []
+    for kind, pairs in kinds.items():
+        norm = pairs[0][1]
+        if kind == "colors":
+            found.append(Legend(norm, RGB, COLORS))
             continue
-        signed = isinstance(norm, CenteredNorm)
-        kind, words = ("signed", SIGNS) if signed else ("unsigned", SCALES[look.normalize])
-        colors = DIVERGING if signed else look.colormap
+        colors = DIVERGING if kind == "signed" else look.colormap
         colors = "gray" if look.style == "reference" else colors
-        if kind in found and _ends(found[kind].ends) != _ends(norm):
-            norm = CenteredNorm(0, 1) if signed else Normalize(0, 1)
-            words = f"{SIGNS}; each map on its own scale" if signed else words
-        elif kind in found:
-            words = found[kind].words
-        found[kind] = Legend(norm, colors, words)
-    return list(found.values())
+        words = _describe_scale(pairs, look, shares=shares)
+        found.append(Legend(norm, colors, words))
+    return found
 
 
-def _ends(norm: Normalize) -> tuple[float | None, float | None]:
-    return norm.vmin, norm.vmax
+def _describe_scale(pairs: Sequence[tuple[Frame, Normalize]], look: Look, *, shares: bool) -> str:
+    """Return what the ends of a color bar mean, and how many maps are nearly even."""
+    norm = pairs[0][1]
+    even = 0
+    if shares and look.normalize == "frame":
+        even = sum(_is_even(float(f.map_GJ.min()), float(f.map_GJ.max())) for f, _ in pairs)
+    if len(pairs) == even == 1:
+        map_GJ = pairs[0][0].map_GJ
+        times = map_GJ.max() / map_GJ.min()
+        return f"nearly even: the highest value is {times:.2f} times the lowest"
+    signed = isinstance(norm, CenteredNorm)
+    if len({(each.vmin, each.vmax) for _, each in pairs}) > 1:
+        ends = SIGNS if signed else "lowest to highest"
+    else:
+        low, high = (f"{end:.2%}" if shares else f"{end:.3g}" for end in (norm.vmin, norm.vmax))
+        what = " of the attention" if shares else f", {SIGNS}" if signed else ""
+        ends = f"{low} to {high}{what}"
+    note = f"; {even} of {len(pairs)} nearly even" if even else ""
+    return f"{ends}, {SCALES[look.normalize]}{note}"
 
 
 def show_map(
@@ -153,18 +185,18 @@ def show_map(
     norm: Normalize | None = None,
     box: tuple[float, float, float, float] | None = None,
 ) -> None:
-    """Show a picture, and over it a map: bilinear between the centers of the patches.
+    """Show a picture, and over it a map: cubic between the centers of the patches.
 
+    Cubic (Catmull and Rom's, clipped to the scale) makes round spots where bilinear makes stars.
     The picture is gray under colors, since its hues would mix with the map's. What the model did
-    not see of it has no map and is covered with light gray.
+    not see of it has no map and is veiled in gray.
 
     Args:
         axes: where to draw.
         picture_HWC: bytes, of one or three channels.
         map_GJ: one value or color per patch.
-        look: style reference draws the picture x the map instead of colors.
-        norm: scales the map; a centered one is drawn in colors for both signs. Default: its own
-            range.
+        look: style reference draws the picture x the map instead of colors, bilinear as there.
+        norm: scales the map; a centered one has colors for both signs. Default: its own range.
         box: left, top, right, bottom of what the model saw. Default: all.
     """
     height, width = picture_HWC.shape[:2]
@@ -173,20 +205,23 @@ def show_map(
     if map_GJ is not None and look.style == "vitrail":
         gray_HW = np.asarray(Image.fromarray(rgb_HWC).convert("L"), np.float32)
         seen_HW = np.zeros((height, width), dtype=bool)
-        seen_HW[max(0, round(top)) : round(bottom), max(0, round(left)) : round(right)] = True
-        shown_HW = np.where(seen_HW, gray_HW, gray_HW + UNSEEN_OPACITY * (224 - gray_HW))
+        rows = slice(max(0, math.ceil(top)), math.floor(bottom))
+        seen_HW[rows, max(0, math.ceil(left)) : math.floor(right)] = True
+        veiled_HW = gray_HW + UNSEEN_OPACITY * (UNSEEN[look.theme] - gray_HW)
+        shown_HW = np.where(seen_HW, gray_HW, veiled_HW)
         rgb_HWC = shown_HW.round().astype(np.uint8)[:, :, None].repeat(3, axis=2)
     axes.imshow(rgb_HWC, extent=(0, width, height, 0))
     if map_GJ is not None and map_GJ.ndim == 3:
         axes.imshow(
-            map_GJ, extent=(left, right, bottom, top), interpolation="bilinear",
+            map_GJ, extent=(left, right, bottom, top), interpolation="catrom",
             alpha=1 - (1 - look.alpha) ** 3,
         )  # fmt: skip
     elif map_GJ is not None:
         colors = _translucent(look, norm)
         axes.imshow(
-            map_GJ, colors, norm or Normalize(), extent=(left, right, bottom, top),
-            interpolation="bilinear", interpolation_stage="data",
+            map_GJ, colors, norm or Normalize(clip=True), extent=(left, right, bottom, top),
+            interpolation="catrom" if look.style == "vitrail" else "bilinear",
+            interpolation_stage="data",
         )  # fmt: skip
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axes.set_axis_off()
@@ -213,24 +248,24 @@ def _translucent(look: Look, norm: Normalize | None) -> ListedColormap:
 # The sheet.
 
 
-def drawn_size(picture_hw: tuple[int, int], columns: int) -> tuple[int, int]:
+def drawn_size(picture_hw: tuple[float, float], columns: int) -> tuple[int, int]:
     """Return height and width in pixels of a picture that is one of ``columns`` side by side.
 
     A small one is enlarged by an integer factor, its pixels kept as squares; a large one is
     reduced.
     """
-    longer, smallest = max(picture_hw), {1: 384, 2: 384, 3: 288}.get(columns, SMALLEST_SIDE)
-    largest = min(LARGEST_SIDE, max(smallest, LARGEST_ROW // columns))
+    longer, largest = max(picture_hw), min(LARGEST_SIDE, LARGEST_ROW // columns)
+    smallest = min(SMALLEST_SIDE, largest)
     factor = min(math.ceil(smallest / longer), largest // longer) or largest / longer
     return max(1, round(picture_hw[0] * factor)), max(1, round(picture_hw[1] * factor))
 
 
 class _Sheet:
-    """A white figure on which places are in pixels from the top left."""
+    """A figure on which places are in pixels from the top left."""
 
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure((width / 72, height / 72), dpi=72, facecolor="white")
+    def __init__(self, width: int, height: int, look: Look) -> None:
+        self.width, self.height, self.look = width, height, look
+        self.figure = Figure((width / 72, height / 72), dpi=72, facecolor=PAPER[look.theme])
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Add axes."""
@@ -242,7 +277,7 @@ class _Sheet:
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Write text above and to the right of a place, or as ``style`` says."""
         at = x / self.width, 1 - y / self.height
-        self.figure.text(*at, text, parse_math=False, **{"color": BLACK, **style})
+        self.figure.text(*at, text, parse_math=False, **{"color": BLACK[self.look.theme], **style})
 
 
 def compose(
@@ -256,84 +291,130 @@ def compose(
 ) -> Figure:
     """Draw rows of panels on one sheet; below them color bars, a frame's prediction and notes.
 
+    A picture that has the first row to itself has the words on its right, if there is space.
     Nothing moves with the words: in an animation, only the map and the numbers change.
     """
-    columns = max(map(len, rows))
-    drawn = _drawn_sizes(rows, look)
-    width = max(wide for row in drawn for _, wide in row)
-    size = round(min(28, max(13, width / 21, min(16, columns * width / 140))))  # of the letters
+    sizes = _panel_sizes(rows, look)
+    widths = _column_widths(sizes)
+    size = round(min(22, max(13, sum(widths) / 50)))  # of the letters
     margin, gap = round(1.2 * size), size // 2
-    band = round(1.7 * size) if any(panel.title for row in rows for panel in row) else 0
     left = margin + (2 * size if row_titles else 0)
-    inside = max(left - margin + columns * (width + gap) - gap, 36 * size)
-    notes = textwrap.fill(drawable(notes, 1000), 2 * inside // size)
-    below = margin + sum(max(high for high, _ in row) + band + gap for row in drawn)
-    words = below + round((0.9 + 1.1 * len(legends)) * size)
-    end = words + round((3 if last else 1.8) * size) + notes.count("\n") * size
-    sheet = _Sheet(inside + 2 * margin, end + margin)
-    y: float = margin
-    for r, (row, sizes) in enumerate(zip(rows, drawn, strict=True)):
-        y, height = y + band, max(high for high, _ in sizes)
-        if row_titles and row_titles[r]:
-            title = drawable(row_titles[r], round(height / (0.6 * size)))
-            at = margin + size, y + height / 2
-            sheet.text(*at, title, size=size, rotation=90, ha="center", va="center")
-        for c, (panel, (high, wide)) in enumerate(zip(row, sizes, strict=True)):
-            axes = sheet.axes(left + c * (width + gap), y, wide, high)
-            _draw_panel(axes, panel, look)
-            title = drawable(panel.title, round(width / (0.6 * size)))
-            axes.set_title(title, size=size, pad=gap, color=panel.ink, **_TITLE)
-        y += height + gap
-    for number, legend in enumerate(legends):
-        top = below + gap + round(1.1 * number * size)
-        _draw_legend(sheet, legend, place=(margin, top, 10 * size, 0.6 * size))
-    if last is not None:
-        headline = drawable(last.prediction, 100)
-        letters = min(1.2 * size, 1.5 * inside / len(headline))
-        sheet.text(margin, words + 1.2 * size, headline, size=letters, weight="bold",
-                   color=INKS[last.correct])  # fmt: skip
-    top = words + round((1.8 if last else 0.6) * size)
-    sheet.text(margin, top, notes, size=0.8 * size, color=GRAY, va="top")
+    right = max(left + sum(widths) + gap * (len(widths) - 1), margin + 34 * size)
+    beside = left + sizes[0][0][1] + 2 * size
+    under = len(rows) == 1 or len(rows[0]) > 1 or right - beside < 40 * size
+    at = margin if under else beside
+    notes = textwrap.fill(drawable(notes, 1000), int(1.9 * (right - at) / size))
+    tall = round((1.7 * len(legends) + (2.1 if last else 0.3) + notes.count("\n") + 1) * size)
+    tops = [margin]
+    for row, row_sizes in zip(rows, sizes, strict=True):
+        band = round(1.7 * size) if any(panel.title for panel in row) else 0
+        tops.append(tops[-1] + band + max(height for height, _ in row_sizes) + gap)
+    sheet = _Sheet(right + margin, tops[-1] + (tall if under else 0) + margin, look)
+    for number, (row, row_sizes) in enumerate(zip(rows, sizes, strict=True)):
+        x, bottom, high = left, tops[number + 1] - gap, max(height for height, _ in row_sizes)
+        if row_titles and row_titles[number]:
+            title = drawable(row_titles[number], round(high / (0.6 * size)))
+            place = margin + size, bottom - high / 2
+            sheet.text(*place, title, size=size, rotation=90, ha="center", va="center")
+        for panel, (height, width), step in zip(row, row_sizes, widths, strict=False):
+            axes = sheet.axes(x, bottom - height, width, height)
+            _draw_panel(axes, panel, look, zoomed=_is_zoomed(panel, rows, look))
+            title = drawable(panel.title, round(width / (0.56 * size)))
+            if panel.norm is not None:
+                title = title[:1].upper() + title[1:]
+            ink = INKS[panel.correct][look.theme]
+            axes.set_title(title, size=size, pad=gap, color=ink, **_TITLE)
+            x += step + gap
+    top = tops[-1] if under else tops[1] - gap - tall
+    _draw_words(sheet, (at, top, right - at), size, legends=legends, last=last, notes=notes)
     return sheet.figure
 
 
-def _draw_legend(
-    sheet: _Sheet, legend: Legend, *, place: tuple[float, float, float, float]
-) -> None:
-    """Draw a color bar; beside it the values at its ends and what it means."""
-    (x, y, width, height), ends = place, legend.ends
-    bar = sheet.axes(*place)
-    shown = ScalarMappable(ends, legend.colormap)
-    sheet.figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=[])
-    bar.spines[:].set_visible(False)
-    values = "" if legend.colormap is RGB else f"{ends.vmin:.3g} to {ends.vmax:.3g}   "
-    sheet.text(x + 1.05 * width, y + height, values + legend.words, size=1.3 * height)
-
-
-def _draw_panel(axes: Axes, panel: Panel, look: Look) -> None:
-    """Draw the picture with the panel's map; outline the query, white between black."""
-    picture_HWC, box = _picture(panel.subject, look)
-    show_map(axes, picture_HWC, panel.map_GJ, look=look, norm=panel.norm, box=box)
-    if panel.query is not None:
-        (G, J), (left, top, right, bottom) = panel.subject.model.config.grid_GJ, box
-        height, width = (bottom - top) / G, (right - left) / J
-        corner = (left + panel.query[1] * width, top + panel.query[0] * height)
-        edge = Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=2)
-        edge.set_path_effects([Stroke(linewidth=5, foreground="black"), Normal()])
-        axes.add_patch(edge)
-
-
-def _drawn_sizes(rows: Sequence[Sequence[Panel]], look: Look) -> list[list[tuple[int, int]]]:
+def _panel_sizes(rows: Sequence[Sequence[Panel]], look: Look) -> list[list[tuple[int, int]]]:
     """Return height and width in pixels of each panel; the longer side of all is the same."""
     columns = max(map(len, rows))
-    shapes = [[_picture(panel.subject, look)[0].shape for panel in row] for row in rows]
-    sizes = [[drawn_size((high, wide), columns) for high, wide, _ in row] for row in shapes]
+
+    def size_of(panel: Panel) -> tuple[int, int]:
+        picture_HWC, (left, top, right, bottom) = _picture(panel.subject, look)
+        if panel.norm is not None and _is_zoomed(panel, rows, look):
+            return drawn_size((bottom - top, right - left), columns)
+        return drawn_size((picture_HWC.shape[0], picture_HWC.shape[1]), columns)
+
+    sizes = [[size_of(panel) for panel in row] for row in rows]
     longer = min(max(size) for row in sizes for size in row)
     return [
-        [(round(high * longer / max(high, wide)), round(wide * longer / max(high, wide)))
+        [(max(1, round(high * longer / max(high, wide))), round(wide * longer / max(high, wide)))
          for high, wide in row]
         for row in sizes
     ]  # fmt: skip
+
+
+def _column_widths(sizes: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
+    """Return the width of each column; a picture alone in its row may be wider than its column."""
+    full = [row for row in sizes if len(row) > 1] or list(sizes)
+    return [max(width for _, width in filter(None, row)) for row in itertools.zip_longest(*full)]
+
+
+def _is_zoomed(panel: Panel, rows: Sequence[Sequence[Panel]], look: Look) -> bool:
+    """Return whether maps are drawn without what the model did not see.
+
+    They are in grids, which have little space, and where the model saw a small part only.
+    """
+    picture_HWC, (left, top, right, bottom) = _picture(panel.subject, look)
+    seen = (right - left) * (bottom - top) / (picture_HWC.shape[0] * picture_HWC.shape[1])
+    return seen < ZOOM or (seen < 1 and len(rows) > 1 and len(rows[0]) == 1)
+
+
+def _draw_words(
+    sheet: _Sheet,
+    place: tuple[float, float, float],
+    size: int,
+    *,
+    legends: Sequence[Legend],
+    last: Frame | None,
+    notes: str,
+) -> None:
+    """Draw color bars, what they mean, the prediction and notes; ``place``: x, y and width."""
+    look, (x, y, width) = sheet.look, place
+    for legend in legends:
+        bar = sheet.axes(x, y + 0.5 * size, 8 * size, 0.7 * size)
+        shown = ScalarMappable(legend.ends, legend.colormap)
+        sheet.figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=[])
+        bar.spines[:].set_visible(False)
+        letters = min(0.9 * size, 1.75 * (width - 8.5 * size) / len(legend.words))
+        sheet.text(x + 8.5 * size, y + 1.2 * size, legend.words, size=letters)
+        y += 1.7 * size
+    if last is not None:
+        headline = drawable(last.prediction, 100)
+        letters = min(1.2 * size, 1.5 * width / len(headline))
+        ink = INKS[last.correct][look.theme]
+        sheet.text(x, y + 1.5 * size, headline, size=letters, weight="bold", color=ink)
+    y += (2.1 if last else 0.3) * size
+    sheet.text(x, y, notes, size=0.8 * size, color=GRAY[look.theme], va="top")
+
+
+def _draw_panel(axes: Axes, panel: Panel, look: Look, *, zoomed: bool) -> None:
+    """Draw the picture with the panel's map; outline the query, or what the model saw."""
+    picture_HWC, box = _picture(panel.subject, look)
+    show_map(axes, picture_HWC, panel.map_GJ, look=look, norm=panel.norm, box=box)
+    left, top, right, bottom = box
+    if zoomed and panel.norm is None:
+        _outline(axes, box)
+    elif zoomed:
+        axes.set(xlim=(left, right), ylim=(bottom, top))
+    if panel.query is not None:
+        G, J = panel.subject.model.config.grid_GJ
+        height, width = (bottom - top) / G, (right - left) / J
+        x, y = left + panel.query[1] * width, top + panel.query[0] * height
+        _outline(axes, (x, y, x + width, y + height))
+
+
+def _outline(axes: Axes, box: tuple[float, float, float, float]) -> None:
+    """Draw a rectangle, white between black."""
+    left, top, right, bottom = box
+    edge = Rectangle((left, top), right - left, bottom - top, fill=False, ec="white", linewidth=2)
+    edge.set_path_effects([Stroke(linewidth=4.5, foreground="black"), Normal()])
+    axes.add_patch(edge)
 
 
 def _picture(subject: Subject, look: Look) -> tuple[np.ndarray, tuple[float, float, float, float]]:

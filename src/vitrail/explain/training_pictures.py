@@ -54,7 +54,7 @@ def draw_attention(model: nn.Module, images: ImageSet, config: Config, path: Pat
         show_map(upper, raw_HWC, look=Look())
         show_map(lower, raw_HWC, map_GJ, look=Look(style="reference"))
         label = int(images.labels_B[column])
-        mark, ink = (CORRECT, GREEN) if guess == label else (WRONG, RED)
+        mark, ink = (CORRECT, GREEN["light"]) if guess == label else (WRONG, RED["light"])
         upper.set_title(drawable(images.classes[label], 14), fontsize=9, parse_math=False)
         words = f"{mark} {drawable(images.classes[guess], 12)}"
         lower.set_title(words, fontsize=9, parse_math=False, color=ink)
