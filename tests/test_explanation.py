@@ -509,13 +509,39 @@ def test_scores_are_printed_drawn_and_saved(
     assert Path("s/scores.png").stat().st_size > 1000
 
 
+def test_a_verdict_on_all_methods_is_shown_with_the_model_until_it_is_trained_on(
+    run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model_path", str(run_folder)]
+    assert main(["info", str(run_folder)]) == 0
+    assert f"maps not scored: vitrail explain --score --model_path {run_folder}" in (
+        capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
+    )
+    assert main(["explain", *model, "--score", "--images", "10", "--output_path", "s"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    verdict = json.loads((run_folder / "scores.json").read_text())
+    assert verdict["trust"] in shown
+    assert "ceiling, 10 images" in shown
+    assert "scores" not in verdict, "only the report holds all numbers"
+    assert main(["info", str(run_folder)]) == 0
+    assert verdict["trust"] in " ".join(capsys.readouterr().out.split())
+    assert main(["explain", *model, picture, "--format", "html", "--output_path", "page"]) == 0
+    page = next(Path("page").glob("*.html")).read_text()
+    assert '"badges":{"' in page
+    verdict["weights"] = "0" * 64
+    (run_folder / "scores.json").write_text(json.dumps(verdict))
+    assert main(["explain", *model, picture, "--format", "html", "--output_path", "page"]) == 0
+    assert '"badges":{}' in next(Path("page").glob("*.html")).read_text()
+    (run_folder / "scores.json").unlink()
+
+
 def test_scores_are_written_before_they_are_printed(
     run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: object) -> None:
         raise UnicodeEncodeError("cp1252", "✓", 0, 1, "no such character")
 
-    monkeypatch.setattr("vitrail.cli.explain.out.print", fail)
+    monkeypatch.setattr("vitrail.cli.score.out.print", fail)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     with contextlib.suppress(UnicodeEncodeError):
         main([*words, "--method", "attention", "--output_path", "s"])
@@ -527,7 +553,7 @@ def test_scoring_shows_its_progress_on_a_terminal(
 ) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("vitrail.cli.explain.err", console)
+    monkeypatch.setattr("vitrail.cli.score.err", console)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     assert main([*words, "--method", "attention", "--output_path", "s"]) == 0
     assert "scoring" in screen.getvalue()

@@ -16,14 +16,17 @@ from vitrail.config.settings import ModelConfig
 from vitrail.data import fills
 from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
-from vitrail.explain import map_metrics
+from vitrail.explain import curves
+from vitrail.explain.badges import Verdict
+from vitrail.explain.ceiling import Ceiling, best_orders, find_ceiling
+from vitrail.explain.correlation import faithfulness_correlation, hidden_sets, logit_drops
+from vitrail.explain.curves import deletion_insertion
 from vitrail.explain.map_metrics import (
     CONTROLS,
     MEASURES,
     Outcome,
     Score,
     center_maps,
-    deletion_insertion,
     estimate_mean,
     half_width,
     mass_inside,
@@ -189,10 +192,10 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
 
 def test_equal_patches_follow_in_a_shuffled_order() -> None:
     """Row by row would favor the top left corner."""
-    ranks_BN = map_metrics.rank_patches(torch.zeros(2, 3, 5))
+    ranks_BN = curves.rank_patches(torch.zeros(2, 3, 5))
     assert ranks_BN[0].tolist() == ranks_BN[1].tolist() != list(range(15))
     assert sorted(ranks_BN[0].tolist()) == list(range(15))
-    ranked_N = map_metrics.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
+    ranked_N = curves.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
     assert ranked_N.tolist() == list(reversed(range(15)))
 
 
@@ -212,7 +215,7 @@ def test_fills_are_the_mean_color_and_a_blur() -> None:
 
 def test_maps_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
-        map_metrics.rank_patches(torch.full((1, 3, 5), math.nan))
+        curves.rank_patches(torch.full((1, 3, 5), math.nan))
 
 
 # Controls
@@ -283,10 +286,12 @@ def scores(model: VisionTransformer) -> list[Score]:
     return score_methods(model, images_BCHW, masks_BHW, ("rollout", "gradcam"), steps=4)
 
 
-def text_of(scores: list[Score]) -> str:
+def text_of(
+    scores: list[Score], verdict: Verdict | None = None, ceiling: Ceiling | None = None
+) -> str:
     console = Console(width=80, record=True, force_terminal=False)
     with console.capture() as capture:
-        console.print(score_table(scores))
+        console.print(score_table(scores, verdict, ceiling))
     return capture.get()
 
 
@@ -406,3 +411,69 @@ def test_what_cannot_be_scored_is_refused(model: VisionTransformer) -> None:
         score_methods(model, images_BCHW, None, steps=0)
     with pytest.raises(DataError, match="2 maps for 1 masks"):
         pointing_game(torch.zeros(2, 3, 5), torch.zeros(1, 12, 20, dtype=torch.bool))
+
+
+# The ceiling, and the size of the values
+
+
+class Sum(nn.Module):
+    """Log-odds that add up over the patches: each patch's own value while it is bright."""
+
+    config = ModelConfig(image_size=(12, 20), n_classes=2, patch_size=4)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        patches_BGJ = nn.functional.avg_pool2d(images_BCHW[:, :1], 4)[:, 0]
+        odds_B = (patches_BGJ * EFFECTS_GJ).sum((1, 2))
+        return torch.stack([torch.zeros_like(odds_B), odds_B], dim=1)
+
+
+EFFECTS_GJ = torch.arange(15.0).view(3, 5).sub(5).div(4)
+
+
+def lit(count: int) -> Tensor:
+    """Images whose patches have mean 0 and differ from it by different amounts."""
+    patches = torch.rand(count, 1, 3, 5, generator=torch.Generator().manual_seed(3)) - 0.5
+    patches -= patches.mean((2, 3), keepdim=True)
+    return nn.functional.interpolate(patches, (12, 20)).expand(-1, 3, -1, -1)
+
+
+def test_greedy_search_finds_the_best_order_of_effects_that_add_up() -> None:
+    images_BCHW = lit(7)
+    true_BGJ = nn.functional.avg_pool2d(images_BCHW[:, 0], 4) * EFFECTS_GJ
+    classes_B = torch.ones(7, dtype=torch.long)
+    found_BGJ = best_orders(Sum(), images_BCHW, classes_B, steps=15)  # type: ignore[arg-type]
+    # The blur is another fill than the mean, so that the orders need not be equal.
+    assert (found_BGJ.flatten(1).argmax(1) == true_BGJ.flatten(1).argmax(1)).float().mean() > 0.5
+    one = best_orders(Sum(), images_BCHW[2:3], classes_B[:1], steps=15)  # type: ignore[arg-type]
+    assert torch.equal(found_BGJ[2:3], one), "an image does not depend on its batch"
+    assert found_BGJ.flatten(1).sort().values.tolist() == [[float(n) for n in range(-14, 1)]] * 7
+
+
+def test_no_method_reaches_more_than_the_ceiling_here(
+    model: VisionTransformer, scores: list[Score]
+) -> None:
+    images_BCHW = torch.randn(11, 3, 12, 20, generator=torch.Generator().manual_seed(5))
+    ceiling = find_ceiling(model, images_BCHW, scores, steps=4)
+    assert ceiling.n == 11
+    assert set(ceiling.shares) == {score.method for score in scores}
+    assert max(ceiling.shares.values()) < 1
+    by_name = {score.method: score for score in scores}
+    share = by_name["rollout"].estimates["srg"].mean / ceiling.srg.mean
+    assert ceiling.shares["rollout"] == pytest.approx(share)
+    words = " ".join(text_of(scores, None, ceiling).split())
+    assert "ceiling, 11 images" in words
+    assert "share of" in words
+
+
+def test_true_effects_correlate_with_the_drop_and_the_size_of_a_set_does_not() -> None:
+    images_BCHW = lit(9)
+    classes_B = torch.ones(9, dtype=torch.long)
+    hidden_KN = hidden_sets(15)
+    assert (hidden_KN.sum(1) == 4).all()
+    assert len(hidden_KN.unique(dim=0)) > 50
+    drops_BK = logit_drops(Sum(), images_BCHW, classes_B, hidden_KN, chunk=5)  # type: ignore[arg-type]
+    true_BGJ = nn.functional.avg_pool2d(images_BCHW[:, 0], 4) * EFFECTS_GJ
+    for factor, expected in ((1, 1), (-3, -1), (0, 0)):
+        maps_BGJ = true_BGJ * factor + 1
+        found_B = faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)
+        torch.testing.assert_close(found_B, torch.full((9,), float(expected), dtype=torch.float64))

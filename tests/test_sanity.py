@@ -1,17 +1,23 @@
 """Randomized weights and mosaics: what the checks report for maps whose answer is known."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
+from vitrail.data.images import ImageSet
+from vitrail.data.shortcut import COLORS
+from vitrail.explain import removal
 from vitrail.explain.map_metrics import Estimate
 from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.methods import compute_maps
 from vitrail.explain.sanity import (
     Sanity,
     check_methods,
+    check_shortcut,
     make_mosaics,
     randomization,
     rank_correlation,
@@ -138,3 +144,54 @@ def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
             settings = dataclasses.replace(settings, window=1)
         shares_M4 = shares_in_tiles(reader, mosaics_MCHW, classes_M4, settings)
         assert shares_M4.mean() > least, method
+
+
+class Corner(VisionTransformer):
+    """Reads the color of the corner, and nothing else."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        colors_BC = images_BCHW[:, :, :4, :4].mean((2, 3))
+        return -torch.cdist(colors_BC, COLORS.float() / 255).square()
+
+
+def test_a_model_of_the_mark_is_found_out_and_its_maps_point_at_the_mark() -> None:
+    config = ModelConfig(
+        image_size=16, patch_size=4, embed_dim=24, n_layers=1, n_attention_heads=3, n_classes=10,
+        pool="mean", head="linear",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    raw_BCHW = torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = ImageSet(raw_BCHW, torch.arange(40) % 10, tuple("abcdefghij"))
+    reader, methods = Corner(config).eval(), ("attention", "integrated_gradients", "occlusion")
+    found = check_shortcut(reader, images, lambda raw: raw / 255, methods)  # type: ignore[arg-type]
+    assert found.accuracies["own"] == 1
+    assert found.accuracies["none"] < 0.4
+    assert found.accuracies["another"] == 0
+    assert found.decided == 40
+    assert found.even == 1 / 16
+    assert list(found.shares) == list(methods)
+    assert found.shares["integrated_gradients"].mean == pytest.approx(1)
+    assert found.shares["occlusion"].mean > 0.3  # a window of two patches: at most a quarter each
+    assert found.shares["attention"].mean < 0.2
+    plain = VisionTransformer(config).eval()
+    untaught = check_shortcut(plain, images, lambda raw: raw / 255, methods)  # type: ignore[arg-type]
+    assert untaught.decided < 20
+    json.dumps([found.to_json(), untaught.to_json()])
+
+
+def test_several_classes_take_the_same_passes_as_one(model: VisionTransformer) -> None:
+    images_BCHW = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    classes_BK = torch.tensor([[0, 3], [2, 1], [4, 4]])
+
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        return logits_XY.softmax(1).gather(1, classes_BK[image_X])
+
+    for settings in (
+        MapSettings(method="occlusion", chunk=7),
+        MapSettings(method="shapley", passes=40, chunk=7),
+    ):
+        with torch.no_grad():
+            both_BKGJ = removal.compute(model, images_BCHW, score, settings)
+        for k, classes_B in enumerate(classes_BK.T):
+            alone = compute_maps(model, images_BCHW, settings, classes_B=classes_B)
+            torch.testing.assert_close(both_BKGJ[:, k], alone.values_BLGJ[:, 0])

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vitrail.cli.console import err, out, print_err, print_out
+from vitrail.cli.console import print_err, print_out
 from vitrail.cli.explain_files import (
     NUMBERS,
     PLAIN_SETTINGS,
@@ -26,7 +26,6 @@ from vitrail.cli.options import (
     list_pictures,
     load_image,
     load_model,
-    log_test_use,
     take_model,
 )
 from vitrail.cli.parsing import parse
@@ -35,9 +34,7 @@ from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
-    from vitrail.explain.map_metrics import Score
     from vitrail.explain.map_settings import MapSettings
-    from vitrail.explain.sanity import Sanity
     from vitrail.inference.classifier import Classifier
     from vitrail.model.vit import VisionTransformer
 
@@ -119,7 +116,10 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     names = list_pictures(options.pictures)
     classifier = load_model(options, files=bool(names))
     if options.score:
-        return _score(classifier, options)
+        from vitrail.cli.score import score
+
+        methods = _list_methods(options.method)
+        return score(classifier, methods, options.data, options.images, options.folder)
     return _draw_all(classifier, names, options)
 
 
@@ -337,73 +337,6 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
     # As a picture, since the axes of a small array may be ambiguous.
     picture, name = Image.fromarray(raw_HWC), f"{options.data.split}-{index}"
     return of_model_size(classifier).subject(picture, name=name, label=label)
-
-
-# --- --score --------------------------------------------------------------------------------------
-
-
-def _score(classifier: "Classifier", options: ExplainOptions) -> int:
-    """Score methods on images of the model's data; write the numbers and a plot, print a table."""
-    from rich.progress import Progress
-
-    from vitrail.data.images import normalize
-    from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
-    from vitrail.explain.map_settings import METHODS
-    from vitrail.explain.sanity import check_methods
-    from vitrail.training.run_folder import load_split
-
-    split, folder = options.data.split, options.folder
-    methods = _list_methods(options.method) or METHODS
-    images = load_split(classifier, **options.data.to_load()).sample(options.images)
-    log_test_use(classifier, split, folder, "vitrail explain --score", len(images))
-    print_err(f"scoring on {len(images)} {split} images of {classifier.config.data.dataset}")
-    raw_BCHW = images.raw_BCHW.to(classifier.device)
-    images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
-    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-        steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods)
-        task = progress.add_task("scoring", total=steps)
-        scores = score_methods(
-            classifier.model,
-            images_BCHW,
-            images.masks_BHW,
-            methods,  # type: ignore[arg-type]
-            advance=lambda: progress.advance(task),
-        )
-        checks = check_methods(
-            classifier.model,
-            images_BCHW,
-            images.labels_B,
-            methods,  # type: ignore[arg-type]
-            advance=lambda: progress.advance(task),
-        )
-    about = {"model": classifier.source, "split": split, "images": len(images)}
-    _report_scores(folder, about, scores, checks)
-    return 0
-
-
-def _report_scores(
-    folder: Path, about: dict[str, Any], scores: "list[Score]", checks: "list[Sanity]"
-) -> None:
-    """Write the numbers and plots; print the tables."""
-    from rich.console import Group
-
-    from vitrail.explain.map_report import (
-        plot_randomization,
-        plot_scores,
-        sanity_table,
-        score_table,
-    )
-    from vitrail.runtime.files import write_json
-
-    numbers = {
-        "scores": [each.to_json() for each in scores],
-        "checks": [each.to_json() for each in checks],
-    }
-    write_json(folder / "scores.json", about | numbers)
-    out.print(Group(score_table(scores), "", sanity_table(checks)))
-    plot_scores(folder / "scores.png", scores)
-    plot_randomization(folder / "randomization.png", checks)
-    print_err(f"scores.png, randomization.png and scores.json in {folder}/")
 
 
 # --- reading flags --------------------------------------------------------------------------------

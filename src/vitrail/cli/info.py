@@ -144,7 +144,31 @@ def _show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
     }
     notes = (("note", note) for note in classifier.notes)
     _print_table(classifier.source, [*first.items(), *notes])
+    _show_verdict(classifier)
     _print_table("Settings", [*vars(config.model).items(), *vars(config.data).items()])
+
+
+def _show_verdict(classifier: "Classifier") -> None:
+    """Print which maps of the model can be trusted, if they were scored."""
+    verdict = classifier.verdict
+    if verdict is None:
+        print_out(f"maps not scored: vitrail explain --score --model_path {classifier.source}\n")
+        return
+    words = {True: "yes", False: "no", None: "not tested"}
+    rows = [
+        (
+            badge.method,
+            f"{badge.srg:.3f} ({badge.low:.3f} to {badge.high:.3f})",
+            words[badge.beats_controls],
+            words[badge.depends_on_model],
+            words[badge.depends_on_class],
+        )
+        for badge in verdict.badges
+    ]
+    title = f"Maps (vitrail explain --score, {verdict.images} {verdict.split} images)"
+    columns = "method", "SRG", "beats the controls", "depends on the model", "on the class"
+    _print_table(title, rows, *columns)
+    print_out(f"{verdict.trust}\n")
 
 
 def _print_table(title: str, rows: Iterable[tuple[object, ...]], *columns: str) -> None:

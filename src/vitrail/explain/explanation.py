@@ -13,6 +13,7 @@ from vitrail.config.settings import Look, require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike
+from vitrail.explain.badges import Verdict
 from vitrail.explain.checks import pick
 from vitrail.explain.map_settings import METHODS, TITLES, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
@@ -56,6 +57,8 @@ class Subject:
     basis: ColorBasis | None = None
     """The colors of features, if other pictures share them. Default: fitted to this picture."""
     calibration: Calibration = UNCALIBRATED
+    verdict: Verdict | None = None
+    """What the stored scores say about the methods on this model."""
 
     def __repr__(self) -> str:
         height, width = self.picture_HWC.shape[:2]

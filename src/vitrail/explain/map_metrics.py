@@ -8,8 +8,9 @@ that is no better than all of them is of no use on this model.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.config.settings import require
-from vitrail.data.fills import FILLS, Fill, fill_images, spread
-from vitrail.errors import CheckpointError, DataError
+from vitrail.data.fills import FILLS
+from vitrail.errors import DataError
 from vitrail.evaluation.metrics import wilson_interval
+from vitrail.explain.correlation import faithfulness_correlation, hidden_sets, logit_drops
+from vitrail.explain.curves import BATCH_SIZE, deletion_insertion
 from vitrail.explain.map_settings import (
     METHODS,
     Method,
@@ -36,8 +39,6 @@ STEPS = 1 + len(FILLS)
 """Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
 ERROR_RATE = 0.05
 """Probability that at least one mark of a table for beating the controls is wrong."""
-BATCH_SIZE = 500
-"""Images per forward pass."""
 FEWEST_IMAGES = 10
 """Fewer images give no useful interval."""
 
@@ -53,6 +54,7 @@ MEASURES = {
     "pointing": Measure("pointing game", True),
     "mass": Measure("share inside", True),
     "srg": Measure("SRG", True),
+    "correlation": Measure("faithfulness, correlation", True),
     "deletion_mean": Measure("deletion, mean", False),
     "deletion_blur": Measure("deletion, blur", False),
     "insertion_mean": Measure("insertion, mean", True),
@@ -65,6 +67,9 @@ the lowest patches first shows the same images as inserting the highest, so it i
 the two orders of removal. A random map has 0. Rankings by SRG depend least on the fill.
 
 Source: Bluecher et al. 2024, arXiv:2401.06654.
+
+The correlation is that of ``correlation.faithfulness_correlation``: the others see only the order
+of a map's values, this one their size.
 """
 
 
@@ -111,99 +116,6 @@ def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
 def _check_pairs(maps_BGJ: Tensor, masks_BHW: Tensor) -> None:
     if len(maps_BGJ) != len(masks_BHW):
         raise DataError(f"{len(maps_BGJ)} maps for {len(masks_BHW)} masks: give one for each")
-
-
-# Deletion and insertion.
-
-
-class Curves(NamedTuple):
-    """Probability of the explained class while patches are deleted or inserted.
-
-    Shapes:
-        shares_S: fraction of the patches deleted or inserted, 0 to 1; deletion_BS, insertion_BS.
-    """
-
-    shares_S: Tensor
-    deletion_BS: Tensor
-    insertion_BS: Tensor
-
-    def areas(self) -> tuple[Tensor, Tensor]:
-        """Return the area under each curve, by the trapezoidal rule: deletion_B, insertion_B."""
-        return (
-            torch.trapezoid(self.deletion_BS, self.shares_S),
-            torch.trapezoid(self.insertion_BS, self.shares_S),
-        )
-
-
-def deletion_insertion(
-    model: VisionTransformer,
-    images_BCHW: Tensor,
-    maps_BGJ: Tensor,
-    classes_B: Tensor,
-    *,
-    fill: Fill,
-    steps: int = 16,
-    batch_size: int = BATCH_SIZE,
-) -> Curves:
-    """Record the class's probability while patches are replaced by the fill, or the reverse.
-
-    The patches that the map ranks highest are deleted or inserted first. If the map ranks what the
-    model needs highest, the area under the first curve is low and that under the second is high.
-    Equally high patches follow in one shuffled order, so that a uniform map scores like a random
-    one.
-
-    Args:
-        model: in evaluation mode.
-        images_BCHW: normalized, on the model's device.
-        maps_BGJ: one map per image.
-        classes_B: the class whose probability is recorded.
-        fill: the image's mean color, or the blurred image.
-        steps: points of a curve after the first; at most one per patch.
-        batch_size: images per forward pass.
-
-    Source: Petsiuk et al. 2018, "RISE", arXiv:1806.07421, section 4.2.
-    """
-    ranks_BN = rank_patches(maps_BGJ).to(images_BCHW.device)
-    patches = ranks_BN.shape[1]
-    counts_S = torch.linspace(0, patches, min(steps, patches) + 1).round().long()
-    chunk = max(1, batch_size // len(counts_S))
-    deletion, insertion = [], []
-    for images, ranks, classes in zip(
-        images_BCHW.split(chunk), ranks_BN.split(chunk), classes_B.split(chunk), strict=True
-    ):
-        early_BSN = ranks[:, None] < counts_S[:, None].to(ranks.device)
-        nothing = fill_images(images, fill)
-        deletion.append(_probabilities(model, nothing, images, early_BSN, classes))
-        insertion.append(_probabilities(model, images, nothing, early_BSN, classes))
-    return Curves(counts_S.double() / patches, torch.cat(deletion), torch.cat(insertion))
-
-
-def _probabilities(
-    model: VisionTransformer, ins_BCHW: Tensor, outs_BCHW: Tensor, in_BSN: Tensor, classes_B: Tensor
-) -> Tensor:
-    """Return the class's probability (B, S) on images combined from two, patch by patch."""
-    B, S, _ = in_BSN.shape
-    in_BS1HW = spread(in_BSN, model.config.grid_GJ, model.config.patch_size)
-    mixed_BSCHW = torch.where(in_BS1HW, ins_BCHW[:, None], outs_BCHW[:, None])
-    with torch.inference_mode():
-        logits_BSY = model(mixed_BSCHW.flatten(0, 1)).view(B, S, -1).cpu()
-    picked_BS1 = classes_B.cpu().view(B, 1, 1).expand(B, S, 1)
-    probability_BS1: Tensor = logits_BSY.double().softmax(2).gather(2, picked_BS1)
-    return probability_BS1[:, :, 0]
-
-
-def rank_patches(maps_BGJ: Tensor) -> Tensor:
-    """Return ranks_BN: 0 for each map's highest patch; ties are ordered by one fixed shuffle."""
-    values_BN = maps_BGJ.flatten(1).cpu()
-    if not values_BN.isfinite().all():
-        raise CheckpointError(
-            "a map is not finite (nan, inf): the model's weights are corrupt; use an earlier "
-            "checkpoint"
-        )
-    shuffled_N = torch.randperm(values_BN.shape[1], generator=rng.generator(0, "ties"))
-    order_BN = values_BN[:, shuffled_N].argsort(dim=1, descending=True, stable=True)
-    best_first_BN: Tensor = shuffled_N[order_BN]
-    return best_first_BN.argsort(dim=1)
 
 
 # The control maps.
@@ -299,6 +211,10 @@ class Score:
     """Horizontal axis of the curves: fraction of the patches deleted or inserted."""
     curves: Mapping[str, tuple[float, ...]]
     """Mean probability of the explained class at each share, by measure."""
+    srg_B: tuple[float, ...]
+    """The SRG of each image, for paired comparisons."""
+    milliseconds: float = field(compare=False)
+    """Time to compute the map of one image, in a batch."""
 
     @property
     def is_control(self) -> bool:
@@ -315,6 +231,7 @@ class Score:
         return {
             "method": self.method,
             "n": self.n,
+            "milliseconds": self.milliseconds,
             "beats_controls": None if self.is_control else self.beats_controls,
             "measures": {
                 name: {**estimate._asdict(), "beats_controls": self.beats.get(name)}
@@ -331,6 +248,8 @@ class Outcome(NamedTuple):
     values: dict[str, Tensor]
     shares_S: Tensor
     curves: dict[str, Tensor]
+    milliseconds: float = 0.0
+    """Time to compute the map of one image."""
 
 
 def score_methods(
@@ -371,12 +290,22 @@ def score_methods(
     with torch.inference_mode():
         parts = images_BCHW.split(BATCH_SIZE)
         classes_B = torch.cat([model(part).argmax(1).cpu() for part in parts])
-    outcomes = {
-        name: _measure(
-            model, images_BCHW, masks_BHW, maps_BGJ, classes_B, steps=steps, advance=advance
+    rows, columns = model.config.grid_GJ
+    hidden_KN = hidden_sets(rows * columns, seed=seed)
+    drops_BK = logit_drops(model, images_BCHW, classes_B, hidden_KN)
+    outcomes, start = {}, time.perf_counter()
+    for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed):
+        seconds = time.perf_counter() - start
+        values = {"correlation": faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)}
+        if masks_BHW is not None:
+            values["pointing"] = pointing_game(maps_BGJ, masks_BHW.cpu())
+            values["mass"] = mass_inside(maps_BGJ, masks_BHW.cpu())
+        advance()
+        outcome = _measure_order(
+            model, images_BCHW, maps_BGJ, classes_B, values, steps=steps, advance=advance
         )
-        for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed)
-    }
+        outcomes[name] = outcome._replace(milliseconds=1000 * seconds / len(images_BCHW))
+        start = time.perf_counter()
     marks = len(methods) * len(next(iter(outcomes.values())).values)
     return [summarize(name, outcomes, ERROR_RATE / max(1, marks)) for name in outcomes]
 
@@ -401,24 +330,19 @@ def _all_maps(
     yield "center", center_maps(grid_GJ).expand(images, -1, -1)
 
 
-def _measure(
+def _measure_order(
     model: VisionTransformer,
     images_BCHW: Tensor,
-    masks_BHW: Tensor | None,
     maps_BGJ: Tensor,
     classes_B: Tensor,
+    values: Mapping[str, Tensor],
     *,
     steps: int,
     advance: Callable[[], object],
 ) -> Outcome:
-    """Compute every measure of one method's maps."""
-    advance()  # computing the maps was the first step
-    values: dict[str, Tensor] = {}
-    if masks_BHW is not None:
-        masks_BHW = masks_BHW.cpu()
-        values["pointing"] = pointing_game(maps_BGJ, masks_BHW)
-        values["mass"] = mass_inside(maps_BGJ, masks_BHW)
+    """Add deletion, insertion and SRG of one method's maps to its other values."""
     curves: dict[str, Tensor] = {}
+    values = dict(values)
     for fill in FILLS:
         drawn = deletion_insertion(model, images_BCHW, maps_BGJ, classes_B, fill=fill, steps=steps)
         names = f"deletion_{fill}", f"insertion_{fill}"
@@ -451,6 +375,8 @@ def summarize(name: str, outcomes: Mapping[str, Outcome], error: float) -> Score
         },
         shares=tuple(own.shares_S.tolist()),
         curves={measure: tuple(curve_S.tolist()) for measure, curve_S in own.curves.items()},
+        srg_B=tuple(own.values["srg"].tolist()),
+        milliseconds=own.milliseconds,
     )
 
 

@@ -1,6 +1,6 @@
 """Scores of explanation methods as a table for the terminal and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -22,8 +22,10 @@ from vitrail.evaluation.report import (
     tidy,
     write_title,
 )
+from vitrail.explain.badges import Verdict
+from vitrail.explain.ceiling import Ceiling
 from vitrail.explain.map_metrics import MEASURES, Score
-from vitrail.explain.sanity import TOO_SIMILAR, Sanity
+from vitrail.explain.sanity import TOO_SIMILAR, Sanity, Shortcut
 
 YES, NO = "✓", "✗"
 COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#44AA99")
@@ -38,10 +40,45 @@ CURVES = ("deletion_mean", "insertion_mean", "deletion_blur", "insertion_blur")
 FILL_NAMES = {"mean": "the mean color", "blur": "a blurred picture"}
 
 
-def score_table(scores: Sequence[Score]) -> RenderableType:
-    """Return every measure with its interval, best SRG first, and what beats the controls."""
+def score_table(
+    scores: Sequence[Score], verdict: Verdict | None = None, ceiling: Ceiling | None = None
+) -> RenderableType:
+    """Return every measure with its interval, best SRG first, and what beats the controls.
+
+    With a verdict, methods that fail a test are marked; with a ceiling, it has a row.
+    """
     scores = sorted(scores, key=lambda score: (score.is_control, -score.estimates["srg"].mean))
-    return Group(*_tables(scores), Text(_how_to_read(scores), style="dim"), "", _verdicts(scores))
+    failed = {badge.method for badge in verdict.badges if badge.failures} if verdict else set()
+    tables = _tables(scores, failed, ceiling)
+    words = _how_to_read(scores, failed, ceiling)
+    return Group(*tables, Text(words, style="dim"), "", _verdicts(scores))
+
+
+def trust_text(verdict: Verdict) -> RenderableType:
+    """Return the tests that methods fail, and which map to trust."""
+    text = Text()
+    for badge in verdict.badges:
+        if badge.failures:
+            text.append(f"{badge.method} fails: {', '.join(badge.failures)}\n", style="red")
+    return text.append(verdict.trust, style="bold")
+
+
+def shortcut_table(found: Shortcut) -> RenderableType:
+    """Return how much each map shows the planted mark, and what the mark is worth to the model."""
+    own, none, another = (percent(found.accuracies[name]) for name in ("own", "none", "another"))
+    words = (
+        f"Accuracy with the mark {own}, without {none}, with another class's mark {another}. "
+        f"Maps of {found.decided} images that are taken for the mark's class: a uniform map has "
+        f"{percent(found.even)} of its mass on the mark. 95% intervals."
+    )
+    table = make_table("Does the map find the mark that was planted in training?")
+    table.add_column("method", no_wrap=True)
+    table.add_column("share on\nthe mark", justify="right", no_wrap=True)
+    for method, share in sorted(found.shares.items(), key=lambda item: -item[1].mean):
+        cell = Text(percent(share.mean), style="bold")
+        cell.append(f"\n{100 * share.low:.1f}–{100 * share.high:.1f}", style="not bold dim")
+        table.add_row(method, cell)
+    return Group(*([table] if found.shares else []), Text(words, style="dim"))
 
 
 def plot_scores(path: Path, scores: Sequence[Score]) -> None:
@@ -114,24 +151,50 @@ def plot_randomization(path: Path, checks: Sequence[Sanity]) -> None:
     save_figure(figure, path)
 
 
-def _tables(scores: Sequence[Score]) -> list[Table]:
+def _tables(
+    scores: Sequence[Score], failed: Collection[str], ceiling: Ceiling | None
+) -> list[Table]:
     names = list(scores[0].estimates) if scores else []
     on_object = [name for name in names if name in OBJECT_TITLES]
-    areas = [name for name in names if name not in OBJECT_TITLES]
-    titled = ("On the object", on_object), ("Area under the probability of the class", areas)
-    return [_table(title, wanted, scores) for title, wanted in titled if wanted]
+    areas = [name for name in names if name.startswith(("deletion", "insertion"))]
+    titled = (
+        ("Scores", [name for name in names if name not in (*on_object, *areas)]),
+        ("On the object", on_object),
+        ("Area under the probability of the class", areas),
+    )
+    return [_table(title, some, scores, failed, ceiling) for title, some in titled if some]
 
 
-def _table(title: str, names: Sequence[str], scores: Sequence[Score]) -> Table:
+def _table(
+    title: str,
+    names: Sequence[str],
+    scores: Sequence[Score],
+    failed: Collection[str],
+    ceiling: Ceiling | None,
+) -> Table:
+    with_ceiling = "srg" in names and ceiling is not None
     table = make_table(title)
     table.add_column("method", no_wrap=True)
     for name in names:
         good = "high is good" if MEASURES[name].higher_is_better else "low is good"
         label = MEASURES[name].label.replace(", ", ",\n")
         table.add_column(f"{label}\n{good}", justify="right", no_wrap=True)
+    for column in ("share of\nthe ceiling", "ms per\nimage") if with_ceiling else ():
+        table.add_column(column, justify="right", no_wrap=True)
     for score in scores:
-        style = "dim" if score.is_control else ""
-        table.add_row(_label(score), *(_cell(score, name) for name in names), style=style)
+        label_text = Text(_label(score))
+        if score.method in failed:
+            label_text.append(f" {NO}", style="red")
+        cells = [_cell(score, name) for name in names]
+        if with_ceiling and ceiling:
+            cost = "" if score.is_control else f"{score.milliseconds:.1f}"
+            cells += [Text(percent(ceiling.shares[score.method])), Text(cost)]
+        table.add_row(label_text, *cells, style="dim" if score.is_control else "")
+    if with_ceiling and ceiling:
+        mean, low, high = ceiling.srg
+        srg = Text(f"{mean:.3f}", style="bold").append(f"\n{low:.3f}–{high:.3f}", "not bold dim")
+        cells = [srg if name == "srg" else Text("") for name in names]
+        table.add_row(f"ceiling, {ceiling.n} images", *cells, percent(1), style="dim")
     return table
 
 
@@ -152,17 +215,25 @@ def _cell(score: Score, name: str) -> Text:
     return cell.append(f"\n{interval}", style="not bold dim")
 
 
-def _how_to_read(scores: Sequence[Score]) -> str:
+def _how_to_read(scores: Sequence[Score], failed: Collection[str], ceiling: Ceiling | None) -> str:
     if not scores:
         return "no method was scored"
     intervals = "Student's"
     if "pointing" in scores[0].estimates:
         intervals = "Wilson's for the pointing game, Student's for the rest"
-    return (
+    words = (
         f"{scores[0].n:,} images, each explained for its predicted class. Second lines: 95% "
         f"intervals ({intervals}). {YES} significantly better than all controls, {NO} "
         "not: paired t tests over the images, 5% error over all marks together (Bonferroni)."
     )
+    if failed:
+        words += f" {NO} after a name: the method fails a test (below)."
+    if ceiling:
+        words += (
+            " Ceiling: the best order that a greedy search finds, on the first "
+            f"{ceiling.n} images; shares are of the SRG on the same images."
+        )
+    return words
 
 
 def _verdicts(scores: Sequence[Score]) -> Text:

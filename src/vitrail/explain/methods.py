@@ -239,14 +239,7 @@ def _removal_maps(
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
         return _take(logits_XY.softmax(dim=1), chosen_B[image_X])
 
-    if settings.method == "occlusion":
-        values_BGJ = removal.occlusion(
-            model, images_BCHW, score, window=settings.window, chunk=settings.chunk
-        )
-    else:
-        values_BGJ, _ = removal.shapley(
-            model, images_BCHW, score, passes=settings.passes, chunk=settings.chunk
-        )
+    values_BGJ = removal.compute(model, images_BCHW, score, settings)
     return values_BGJ[:, None], logits_BY, chosen_B
 
 

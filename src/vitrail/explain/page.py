@@ -22,6 +22,7 @@ from PIL import Image
 
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
+from vitrail.explain.badges import Badge
 from vitrail.explain.explanation import Explanation, maps_of
 from vitrail.explain.map_settings import MapSettings, settings_of_all
 from vitrail.explain.methods import early_logits
@@ -72,6 +73,8 @@ class PageData:
     similarity_LNN: np.ndarray | None = None
     unlike: str = ""
     """What to say if the picture is unlike the training images."""
+    badges: tuple[Badge, ...] = ()
+    """What the stored scores say about the methods on this model."""
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
@@ -128,6 +131,7 @@ def page_data(explanation: Explanation) -> PageData:
         label=subject.label,
         similarity_LNN=similarities(model, subject.image_1CHW)[0].numpy(),
         unlike=subject.unlike,
+        badges=subject.verdict.badges if subject.verdict else (),
         explained=None if index == int(logits_Y.argmax()) else index,
     )
 
@@ -178,6 +182,9 @@ def describe(data: PageData) -> dict[str, Any]:
             for name, map_LGJ in data.maps.items()
         },
         "similarity": None if data.similarity_LNN is None else _encode_cosines(data.similarity_LNN),
+        "badges": {
+            badge.method: {"srg": badge.srg, "failures": badge.failures} for badge in data.badges
+        },
         "explained": printable(data.classes[explained]),
         "label": printable(data.label),
         "unlike": data.unlike,

@@ -10,17 +10,30 @@ import torch
 from torch import Tensor
 
 from vitrail.data.fills import spread
+from vitrail.explain.map_settings import MapSettings
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,)."""
+"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,).
+
+Occlusion and Shapley values can explain several values of the same passes, (X, K)."""
+
+
+def compute(
+    model: VisionTransformer, images_BCHW: Tensor, score: Score, settings: MapSettings
+) -> Tensor:
+    """Return the maps of occlusion or Shapley values, as the settings say: (B, G, J)."""
+    chunk = settings.chunk
+    if settings.method == "occlusion":
+        return occlusion(model, images_BCHW, score, window=settings.window, chunk=chunk)
+    return shapley(model, images_BCHW, score, passes=settings.passes, chunk=chunk)[0]
 
 
 def occlusion(
     model: VisionTransformer, images_BCHW: Tensor, score: Score, *, window: int, chunk: int
 ) -> Tensor:
-    """Return how much the score drops when a window of patches is hidden: values_BGJ.
+    """Return how much the score drops when a window of patches is hidden: values (B, G, J).
 
     Each patch has the mean drop of the ``window ** 2`` windows that cover it; windows may overhang
     the border. Negative where hiding raises the score.
@@ -35,10 +48,11 @@ def occlusion(
             for column in range(1 - window, J)
         ]
     ).to(images_BCHW.device)
-    before_B = score(model(images_BCHW), torch.arange(len(images_BCHW), device=images_BCHW.device))
-    after_BR = _scores(model, images_BCHW, ~covered_RN, score, chunk)
-    drops_BR = before_B[:, None] - after_BR
-    return (drops_BR @ covered_RN.to(drops_BR) / window**2).view(-1, G, J)
+    shown_RN = ~torch.cat([torch.zeros_like(covered_RN[:1]), covered_RN])
+    scores_BxR = scores_shown(model, images_BCHW, shown_RN, score, chunk)
+    drops_BxR = scores_BxR[..., :1] - scores_BxR[..., 1:]
+    values_BxN = drops_BxR @ covered_RN.to(drops_BxR) / window**2
+    return values_BxN.view(*values_BxN.shape[:-1], G, J)
 
 
 def shapley(
@@ -65,21 +79,19 @@ def shapley(
     ranks_ON = torch.stack([rank for r in ranks for rank in (r, N - 1 - r)]).to(device)
     shown_OSN = ranks_ON[:, None, :] < torch.arange(1, N, device=device)[:, None]
     ends_2N = torch.tensor([[False], [True]]).to(device).expand(2, N)
-    blank_B, whole_B = _scores(model, images_BCHW, ends_2N, score, chunk).unbind(1)
-    between_BR = _scores(model, images_BCHW, shown_OSN.flatten(0, 1), score, chunk)
-    steps_BOS = torch.cat(
-        [
-            blank_B[:, None, None].expand(-1, 2 * pairs, 1),
-            between_BR.view(-1, 2 * pairs, N - 1),
-            whole_B[:, None, None].expand(-1, 2 * pairs, 1),
-        ],
-        dim=2,
+    shown_RN = torch.cat([ends_2N, shown_OSN.flatten(0, 1)])
+    scores_BxR = scores_shown(model, images_BCHW, shown_RN, score, chunk)
+    between_BxOS = scores_BxR[..., 2:].unflatten(-1, (2 * pairs, N - 1))
+    blank_BxO1, whole_BxO1 = (
+        scores_BxR[..., None, end : end + 1].expand(*between_BxOS.shape[:-1], 1) for end in (0, 1)
     )
-    gains_BON = steps_BOS.diff(dim=2).gather(2, ranks_ON.expand(len(images_BCHW), -1, -1))
-    gains_BPN = gains_BON.unflatten(1, (pairs, 2)).mean(2)
-    spread_BN = (gains_BPN - gains_BPN.mean(1, keepdim=True)).square().sum(1)
-    errors_BN = (spread_BN / (pairs - 1) / pairs).sqrt() if pairs > 1 else spread_BN * torch.nan
-    return gains_BPN.mean(1).view(-1, G, J), errors_BN.view(-1, G, J)
+    gains_BxON = torch.cat([blank_BxO1, between_BxOS, whole_BxO1], dim=-1).diff(dim=-1)
+    gains_BxON = gains_BxON.gather(-1, ranks_ON.expand(gains_BxON.shape))
+    gains_BxPN = gains_BxON.unflatten(-2, (pairs, 2)).mean(-2)
+    means_BxN = gains_BxPN.mean(-2)
+    spread_BxN = (gains_BxPN - means_BxN.unsqueeze(-2)).square().sum(-2)
+    errors_BxN = (spread_BxN / (pairs - 1) / pairs).sqrt() if pairs > 1 else spread_BxN * torch.nan
+    return means_BxN.unflatten(-1, (G, J)), errors_BxN.unflatten(-1, (G, J))
 
 
 def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tensor:
@@ -89,10 +101,10 @@ def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tenso
     return covered_GJ.flatten()
 
 
-def _scores(
+def scores_shown(
     model: VisionTransformer, images_BCHW: Tensor, shown_RN: Tensor, score: Score, chunk: int
 ) -> Tensor:
-    """Return the scores (B, R) of every image with only some of its patches shown."""
+    """Return the scores (B, R) of every image with only some of its patches shown, or (B, K, R)."""
     grid_GJ, P = model.config.grid_GJ, model.config.patch_size
     B, R, device = len(images_BCHW), len(shown_RN), images_BCHW.device
     colors_BC11 = images_BCHW.mean(dim=(2, 3), keepdim=True)
@@ -102,4 +114,5 @@ def _scores(
         shown_X1HW = spread(shown_RN[row_X], grid_GJ, P)
         images_XCHW = torch.where(shown_X1HW, images_BCHW[image_X], colors_BC11[image_X])
         found.append(score(model(images_XCHW), image_X))
-    return torch.cat(found).view(B, R)
+    scores_Xx = torch.cat(found)
+    return scores_Xx.view(B, R, *scores_Xx.shape[1:]).movedim(1, -1)

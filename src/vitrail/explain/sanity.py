@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.data.images import ImageSet
+from vitrail.data.shortcut import add_marks, mark_mask
+from vitrail.explain import removal
+from vitrail.explain.curves import BATCH_SIZE
 from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean
 from vitrail.explain.map_settings import (
     MapSettings,
@@ -20,6 +24,8 @@ from vitrail.explain.methods import compute_maps
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
 
+CHECKED = 40
+"""Images on which the weights are randomized, which takes many passes for each."""
 TILES = 4
 """Images in a mosaic."""
 TOO_SIMILAR = 0.5
@@ -64,7 +70,7 @@ def check_methods(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Sanity]:
-    """Check methods on a quarter of the images, at least ten, and on mosaics of all of them.
+    """Check methods on the first images, at most CHECKED, and on mosaics of all of them.
 
     ``advance`` is called once per method, to report progress.
 
@@ -74,7 +80,7 @@ def check_methods(
     """
     require_importance(methods)
     by_name = {settings.method: settings for settings in settings_of_all(passes=128)}
-    few_BCHW = images_BCHW[: max(FEWEST_IMAGES, len(images_BCHW) // 4)]  # many passes for each
+    few_BCHW = images_BCHW[:CHECKED]
     mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
     for method in methods:
@@ -183,19 +189,108 @@ def shares_in_tiles(
 ) -> Tensor:
     """Return how much of the map of each tile's class lies in that tile: shares_M4.
 
-    Values below 0 count as 0. A method that ignores the class has a quarter on average, and so has
-    a map without positive values.
+    A method that ignores the class has a quarter on average, and so has a map without positive
+    values.
     """
     H, W = mosaics_MCHW.shape[2:]
+    maps_M4GJ = _maps_of_classes(model, mosaics_MCHW, classes_M4, settings)
     shares = []
     for tile in range(TILES):
-        classes_M = classes_M4[:, tile]
-        maps = compute_maps(model, mosaics_MCHW, settings, classes_B=classes_M)
-        positive_M1HW = F.interpolate(maps.values_BLGJ[:, -1:].double().clamp(min=0), (H, W))
-        mass_M = positive_M1HW.sum((1, 2, 3))
         row, column = divmod(tile, 2)
-        own = positive_M1HW[
-            :, 0, row * H // 2 : (row + 1) * H // 2, column * W // 2 : (column + 1) * W // 2
-        ].sum((1, 2))
-        shares.append(torch.where(mass_M > 0, own / mass_M.clamp(min=1e-30), 1 / TILES))
+        inside_HW = torch.zeros(H, W)
+        inside_HW[row * H // 2 : (row + 1) * H // 2, column * W // 2 : (column + 1) * W // 2] = 1
+        shares.append(_share_inside(maps_M4GJ[:, tile], inside_HW))
     return torch.stack(shares, dim=1)
+
+
+def _maps_of_classes(
+    model: VisionTransformer, images_BCHW: Tensor, classes_BK: Tensor, settings: MapSettings
+) -> Tensor:
+    """Return the maps (B, K, G, J) of several classes; hiding patches takes no more passes."""
+    if settings.method not in ("occlusion", "shapley"):
+        maps = [compute_maps(model, images_BCHW, settings, classes_B=c) for c in classes_BK.T]
+        return torch.stack([each.values_BLGJ[:, -1] for each in maps], dim=1)
+    classes_BK = classes_BK.to(images_BCHW.device)
+
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        return logits_XY.softmax(1).gather(1, classes_BK[image_X])
+
+    with torch.no_grad():
+        return removal.compute(model, images_BCHW, score, settings).cpu()
+
+
+def _share_inside(maps_BGJ: Tensor, inside_HW: Tensor) -> Tensor:
+    """Return how much of each map is inside (B,); values below 0 count as 0.
+
+    A map without positive values counts as uniform.
+    """
+    positive_BHW = F.interpolate(maps_BGJ[:, None].double().clamp(min=0), inside_HW.shape)[:, 0]
+    mass_B = positive_BHW.sum((1, 2))
+    own_B = (positive_BHW * inside_HW).sum((1, 2))
+    return torch.where(mass_B > 0, own_B / mass_B.clamp(min=1e-30), inside_HW.double().mean())
+
+
+# Does it find what the model uses?
+
+
+class Shortcut(NamedTuple):
+    """How a model uses the mark that was planted in its training, and which maps show it."""
+
+    accuracies: Mapping[str, float]
+    """With each image's own mark, without a mark, and with another class's."""
+    decided: int
+    """Images whose predicted class is that of another class's mark."""
+    shares: Mapping[str, Estimate]
+    """Share of each method's maps on the mark of those images; empty if they are fewer than ten."""
+    even: float
+    """Share of a uniform map."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        shares = {method: share._asdict() for method, share in self.shares.items()}
+        return {**self._asdict(), "shares": shares}
+
+
+def check_shortcut(
+    model: VisionTransformer,
+    images: ImageSet,
+    prepare: Callable[[Tensor], Tensor],
+    methods: Sequence[Method],
+    *,
+    seed: int = 0,
+) -> Shortcut:
+    """Measure whether maps point at the mark on images where the mark decides.
+
+    Those are images with the mark of another class, which the model predicts: what it used is
+    known.
+
+    Args:
+        model: in evaluation mode, trained on shapes with ``shortcut``.
+        images: without marks.
+        prepare: from bytes to the model's input, on its device.
+        methods: the methods to measure.
+        seed: of the misleading classes.
+    """
+    labels_B, n_classes = images.labels_B, len(images.classes)
+    away_B = torch.randint(1, n_classes, labels_B.shape, generator=rng.generator(seed, "sanity"))
+    others_B = (labels_B + away_B) % n_classes
+    marked = {
+        "own": add_marks(images, labels_B), "none": images, "another": add_marks(images, others_B)
+    }  # fmt: skip
+    inputs = {name: prepare(each.raw_BCHW) for name, each in marked.items()}
+    with torch.inference_mode():
+        predicted = {
+            name: torch.cat([model(part).argmax(1).cpu() for part in images_BCHW.split(BATCH_SIZE)])
+            for name, images_BCHW in inputs.items()
+        }
+    accuracies = {name: (p == labels_B).double().mean().item() for name, p in predicted.items()}
+    decided_B = predicted["another"] == others_B
+    mark_HW = mark_mask(model.config.image_hw).float()
+    shares: dict[str, Estimate] = {}
+    for settings in settings_of_all() if decided_B.sum() >= FEWEST_IMAGES else ():
+        if settings.method in methods:
+            shown_BCHW = inputs["another"][decided_B.to(inputs["another"].device)]
+            maps = compute_maps(model, shown_BCHW, settings)
+            share_B = _share_inside(maps.values_BLGJ[:, -1], mark_HW)
+            shares[settings.method] = estimate_mean(share_B)
+    return Shortcut(accuracies, int(decided_B.sum()), shares, mark_HW.mean().item())

@@ -20,6 +20,7 @@ from vitrail.data.pictures import (
     source_name,
 )
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
+from vitrail.explain.badges import Verdict
 from vitrail.explain.checks import require_finite
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrail.explain.map_settings import (
@@ -48,6 +49,8 @@ class Classifier(BaseClassifier):
     notes: tuple[str, ...] = ()
     """What was assumed to read another system's weights."""
     calibration: Calibration = UNCALIBRATED
+    verdict: Verdict | None = None
+    """Which maps to trust, if ``vitrail explain --score`` has stored it beside the weights."""
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -136,6 +139,7 @@ class Classifier(BaseClassifier):
             name=named,
             label=label,
             calibration=self.calibration,
+            verdict=self.verdict,
         )
 
     def prepare(self, pictures: Pictures) -> Tensor:

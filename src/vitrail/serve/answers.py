@@ -15,8 +15,9 @@ from vitrail.data.formats import DECODE_ERRORS, JPEG, gray_to_rgb
 from vitrail.data.pictures import enough_side, fit_channels, framing, read_picture, seen_box
 from vitrail.errors import PictureError, printable
 from vitrail.explain import removal
+from vitrail.explain.curves import deletion_insertion, rank_patches
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
-from vitrail.explain.map_metrics import center_maps, deletion_insertion, rank_patches
+from vitrail.explain.map_metrics import center_maps
 from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
 from vitrail.explain.page import make_page, page_data
 from vitrail.inference.classifier import Classifier

@@ -182,6 +182,8 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
         DataError: data are missing, or changed since the training.
     """
     config = classifier.config
+    if changes.get("dataset", "shapes") != "shapes":
+        changes["shortcut"] = 0.0
     data = dataclasses.replace(config.data, **changes)
     manifest = None
     if data.dataset == "folder":

@@ -23,6 +23,7 @@ from vitrail.config.settings import (
     TrainingConfig,
 )
 from vitrail.errors import CheckpointError, ConfigError
+from vitrail.explain.badges import read_verdict
 from vitrail.inference.classifier import Classifier
 from vitrail.model.finetune import adapt, build_model
 from vitrail.model.vit import VisionTransformer
@@ -109,10 +110,21 @@ def load(
         model = build_model(found.info.config.model, found.weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    stored = scores_path(source)
     return Classifier(
         model.eval().to(chosen), found.info.config, found.info.classes, str(source), found.notes,
         found.info.calibration,
+        verdict=read_verdict(stored, model) if stored else None,
     )  # fmt: skip
+
+
+def scores_path(source: str | Path) -> Path | None:
+    """Return where the scores of a model's maps are stored: beside its weights; None on the hub."""
+    if hub.is_hub_id(source):
+        return None
+    named = isinstance(source, str) and source in bundled.names()
+    path = bundled.weights_path(str(source)) if named else Path(source)
+    return path / "scores.json" if path.is_dir() else path.with_suffix(".scores.json")
 
 
 def read(

@@ -1,0 +1,150 @@
+"""``vitrail explain --score``: which maps to trust, as tables, plots and numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+
+from vitrail.cli.console import err, out, print_err
+from vitrail.cli.options import DataOptions, log_test_use
+from vitrail.errors import OutputError
+
+if TYPE_CHECKING:
+    from vitrail.explain.badges import Verdict
+    from vitrail.explain.ceiling import Ceiling
+    from vitrail.explain.map_metrics import Score
+    from vitrail.explain.sanity import Sanity, Shortcut
+    from vitrail.inference.classifier import Classifier
+
+
+def score(
+    classifier: "Classifier", chosen: Sequence[str], data: DataOptions, count: int, folder: Path
+) -> int:
+    """Score methods on images of the model's data; write numbers and plots, print tables.
+
+    If all methods are scored (none is ``chosen``), the verdict is also stored beside the weights.
+    """
+    from rich.progress import Progress
+
+    from vitrail.data.images import normalize
+    from vitrail.explain.ceiling import find_ceiling
+    from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
+    from vitrail.explain.map_settings import METHODS
+    from vitrail.explain.sanity import check_methods
+    from vitrail.explain.verdict import judge
+    from vitrail.training.run_folder import load_split
+
+    methods: Any = chosen or METHODS
+    images = load_split(classifier, **data.to_load()).sample(count)
+    log_test_use(classifier, data.split, folder, "vitrail explain --score", len(images))
+    print_err(f"scoring on {len(images)} {data.split} images of {classifier.config.data.dataset}")
+    raw_BCHW = images.raw_BCHW.to(classifier.device)
+    images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods) + 2
+        task = progress.add_task("scoring", total=steps)
+
+        def advance() -> None:
+            progress.advance(task)
+
+        model, masks_BHW, labels_B = classifier.model, images.masks_BHW, images.labels_B
+        scores = score_methods(model, images_BCHW, masks_BHW, methods, advance=advance)
+        ceiling = find_ceiling(model, images_BCHW, scores)
+        advance()
+        checks = check_methods(model, images_BCHW, labels_B, methods, advance=advance)
+        shortcut = _check_shortcut(classifier, data, count, methods)
+        advance()
+    verdict = judge(data.split, scores, checks)
+    numbers = _numbers(classifier, verdict, scores, checks, ceiling, shortcut)
+    _write(folder, numbers, scores, checks)
+    out.print(_tables(verdict, scores, checks, ceiling, shortcut))
+    if not chosen:
+        _store(classifier, verdict, folder)
+    return 0
+
+
+def _check_shortcut(
+    classifier: "Classifier", data: DataOptions, count: int, methods: Any
+) -> "Shortcut | None":
+    """Return how the maps show the mark, if the model was trained with one."""
+    from vitrail.data.images import normalize
+    from vitrail.explain.sanity import check_shortcut
+    from vitrail.training.run_folder import load_split
+
+    if not classifier.config.data.shortcut or data.dataset not in (None, "shapes"):
+        return None
+    images = load_split(classifier, **data.to_load(), shortcut=0.0).sample(count)
+
+    def prepare(raw_BCHW: Any) -> Any:
+        return normalize(raw_BCHW.to(classifier.device), classifier.mean, classifier.std)
+
+    return check_shortcut(classifier.model, images, prepare, methods)
+
+
+def _numbers(
+    classifier: "Classifier",
+    verdict: "Verdict",
+    scores: "Sequence[Score]",
+    checks: "Sequence[Sanity]",
+    ceiling: "Ceiling",
+    shortcut: "Shortcut | None",
+) -> dict[str, Any]:
+    """Return everything that was measured as JSON values."""
+    from vitrail.explain.badges import to_json
+
+    return {
+        "model": classifier.source,
+        **to_json(verdict, classifier.model),
+        "ceiling": ceiling.to_json(),
+        "shortcut": shortcut and shortcut.to_json(),
+        "scores": [each.to_json() for each in scores],
+        "checks": [each.to_json() for each in checks],
+    }
+
+
+def _write(
+    folder: Path, numbers: dict[str, Any], scores: "Sequence[Score]", checks: "Sequence[Sanity]"
+) -> None:
+    """Write the numbers and plots."""
+    from vitrail.explain.map_report import plot_randomization, plot_scores
+    from vitrail.runtime.files import write_json
+
+    write_json(folder / "scores.json", numbers)
+    plot_scores(folder / "scores.png", scores)
+    plot_randomization(folder / "randomization.png", checks)
+    print_err(f"scores.png, randomization.png and scores.json in {folder}/")
+
+
+def _tables(
+    verdict: "Verdict",
+    scores: "Sequence[Score]",
+    checks: "Sequence[Sanity]",
+    ceiling: "Ceiling",
+    shortcut: "Shortcut | None",
+) -> RenderableType:
+    """Return all tables, and which map to trust."""
+    from vitrail.explain.map_report import sanity_table, score_table, shortcut_table, trust_text
+
+    parts = [score_table(scores, verdict, ceiling), sanity_table(checks)]
+    parts += [shortcut_table(shortcut)] if shortcut else []
+    return Group(*(each for part in parts for each in (part, "")), trust_text(verdict))
+
+
+def _store(classifier: "Classifier", verdict: "Verdict", folder: Path) -> None:
+    """Store the verdict beside the weights, where it is not there yet and can be written."""
+    from vitrail.explain.badges import to_json
+    from vitrail.runtime.files import write_json
+    from vitrail.weights import bundled
+    from vitrail.weights.pretrained import scores_path
+
+    path = scores_path(classifier.source)
+    if path is None or classifier.source in bundled.names():
+        return
+    if path.absolute() != (folder / "scores.json").absolute():
+        try:
+            write_json(path, to_json(verdict, classifier.model))
+        except OutputError as error:
+            print_err(f"vitrail: the verdict is not stored beside the model: {error}")
+            return
+    print_err(f"{path}: shown by vitrail info and on pages of this model")

@@ -1,0 +1,57 @@
+"""Do the values of a map mean anything: their sum over hidden patches against the drop in score."""
+
+import torch
+from torch import Tensor
+
+from vitrail.explain.removal import scores_shown
+from vitrail.model.vit import VisionTransformer
+from vitrail.runtime import rng
+
+SETS = 64
+"""Random sets of patches that are hidden, the same for every image and method."""
+HIDDEN = 1 / 4
+"""Fraction of the patches in a set. All sets are equally large, so that their size says nothing."""
+
+
+def hidden_sets(patches: int, *, seed: int = 0) -> Tensor:
+    """Return which patches each set hides: hidden_KN."""
+    draws_KN = torch.rand(SETS, patches, generator=rng.generator(seed, "hidden"))
+    return draws_KN.argsort(dim=1).argsort(dim=1) < max(1, round(patches * HIDDEN))
+
+
+def logit_drops(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    classes_B: Tensor,
+    hidden_KN: Tensor,
+    *,
+    chunk: int = 64,
+) -> Tensor:
+    """Return how much the class's logit drops when a set is painted in the mean color: drops_BK."""
+    classes_B = classes_B.to(images_BCHW.device)
+
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        return logits_XY.gather(1, classes_B[image_X, None]).squeeze(1)
+
+    nothing_1N = torch.zeros_like(hidden_KN[:1])
+    shown_RN = ~torch.cat([nothing_1N, hidden_KN]).to(images_BCHW.device)
+    with torch.inference_mode():
+        scores_BR = scores_shown(model, images_BCHW, shown_RN, score, chunk).cpu()
+    return scores_BR[:, :1] - scores_BR[:, 1:]
+
+
+def faithfulness_correlation(maps_BGJ: Tensor, hidden_KN: Tensor, drops_BK: Tensor) -> Tensor:
+    """Return Pearson's correlation of the summed map and the drop over the sets (B,).
+
+    0 where one of the two does not vary. A map of the true size of each patch's effect has 1 if
+    the effects add up.
+
+    Source: Bhatt et al. 2020, arXiv:2005.00631, equation 4.
+    """
+    sums_BK = maps_BGJ.flatten(1).double() @ hidden_KN.double().T
+    pair = [x_BK - x_BK.mean(1, keepdim=True) for x_BK in (sums_BK, drops_BK.double())]
+    scale_B = pair[0].norm(dim=1) * pair[1].norm(dim=1)
+    # What is left of a uniform map is a rounding error.
+    uniform_B = pair[0].norm(dim=1) <= 1e-6 * sums_BK.norm(dim=1)
+    found_B = (pair[0] * pair[1]).sum(1) / scale_B.clamp(min=1e-30)
+    return torch.where(uniform_B, 0.0, found_B)
