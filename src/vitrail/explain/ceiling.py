@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail.data.fills import FILLS, fill_images
 from vitrail.explain.curves import BATCH_SIZE, count_patches, deletion_insertion, probabilities
-from vitrail.explain.map_metrics import Estimate, Score, estimate_mean
+from vitrail.explain.map_metrics import Estimate, Score, estimate_mean, predict_classes
 from vitrail.model.vit import VisionTransformer
 
 CEILING_IMAGES = 16
@@ -35,8 +35,7 @@ def find_ceiling(
 ) -> Ceiling:
     """Search the best order for the first of the images that were scored."""
     images_BCHW = images_BCHW[:CEILING_IMAGES]
-    with torch.inference_mode():
-        classes_B = model(images_BCHW).argmax(1).cpu()
+    classes_B = predict_classes(model, images_BCHW)
     maps_BGJ = best_orders(model, images_BCHW, classes_B, steps=steps)
     gains = []
     for fill in FILLS:

@@ -287,19 +287,14 @@ def score_methods(
     require_enough(len(images_BCHW))
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
-    with torch.inference_mode():
-        parts = images_BCHW.split(BATCH_SIZE)
-        classes_B = torch.cat([model(part).argmax(1).cpu() for part in parts])
-    rows, columns = model.config.grid_GJ
-    hidden_KN = hidden_sets(rows * columns, seed=seed)
+    classes_B = predict_classes(model, images_BCHW)
+    hidden_KN = hidden_sets(math.prod(model.config.grid_GJ), seed=seed)
     drops_BK = logit_drops(model, images_BCHW, classes_B, hidden_KN)
     outcomes, start = {}, time.perf_counter()
     for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed):
         seconds = time.perf_counter() - start
-        values = {"correlation": faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)}
-        if masks_BHW is not None:
-            values["pointing"] = pointing_game(maps_BGJ, masks_BHW.cpu())
-            values["mass"] = mass_inside(maps_BGJ, masks_BHW.cpu())
+        values = _measure_on_objects(maps_BGJ, masks_BHW)
+        values["correlation"] = faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)
         advance()
         outcome = _measure_order(
             model, images_BCHW, maps_BGJ, classes_B, values, steps=steps, advance=advance
@@ -308,6 +303,22 @@ def score_methods(
         start = time.perf_counter()
     marks = len(methods) * len(next(iter(outcomes.values())).values)
     return [summarize(name, outcomes, ERROR_RATE / max(1, marks)) for name in outcomes]
+
+
+def predict_classes(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+    """Return the predicted class of each image (B,), on the CPU."""
+    with torch.inference_mode():
+        parts = images_BCHW.split(BATCH_SIZE)
+        return torch.cat([model(part).argmax(1).cpu() for part in parts])
+
+
+def _measure_on_objects(maps_BGJ: Tensor, masks_BHW: Tensor | None) -> dict[str, Tensor]:
+    if masks_BHW is None:
+        return {}
+    masks_BHW = masks_BHW.cpu()
+    return {
+        "pointing": pointing_game(maps_BGJ, masks_BHW), "mass": mass_inside(maps_BGJ, masks_BHW)
+    }  # fmt: skip
 
 
 def _all_maps(

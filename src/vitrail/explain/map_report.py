@@ -179,7 +179,7 @@ def _table(
         good = "high is good" if MEASURES[name].higher_is_better else "low is good"
         label = MEASURES[name].label.replace(", ", ",\n")
         table.add_column(f"{label}\n{good}", justify="right", no_wrap=True)
-    for column in ("share of\nthe ceiling", "ms per\nimage") if with_ceiling else ():
+    for column in ("of the\nceiling", "ms per\nimage") if with_ceiling else ():
         table.add_column(column, justify="right", no_wrap=True)
     for score in scores:
         label_text = Text(_label(score))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vitrail.data.images import ImageSet
 from vitrail.data.shortcut import add_marks, mark_mask
 from vitrail.explain import removal
-from vitrail.explain.curves import BATCH_SIZE
-from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean
+from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean, predict_classes
 from vitrail.explain.map_settings import (
     MapSettings,
     Method,
@@ -278,11 +277,7 @@ def check_shortcut(
         "own": add_marks(images, labels_B), "none": images, "another": add_marks(images, others_B)
     }  # fmt: skip
     inputs = {name: prepare(each.raw_BCHW) for name, each in marked.items()}
-    with torch.inference_mode():
-        predicted = {
-            name: torch.cat([model(part).argmax(1).cpu() for part in images_BCHW.split(BATCH_SIZE)])
-            for name, images_BCHW in inputs.items()
-        }
+    predicted = {name: predict_classes(model, each) for name, each in inputs.items()}
     accuracies = {name: (p == labels_B).double().mean().item() for name, p in predicted.items()}
     decided_B = predicted["another"] == others_B
     mark_HW = mark_mask(model.config.image_hw).float()
