@@ -270,12 +270,11 @@ def score_methods(
     hold together with 95% confidence.
 
     Args:
-        model: in evaluation mode.
-        images_BCHW: normalized, on the model's device.
+        model, images_BCHW: in evaluation mode; normalized, on the model's device.
         masks_BHW: the objects' pixels, or None where they are not known.
         methods: the methods to score, in order.
         steps: points of a curve after the first; at most one per patch.
-        seed: of the random maps.
+        seed: of the random maps and the sets that are hidden.
         advance: called ``STEPS`` times per method and control, to report progress.
 
     Raises:
