@@ -1,10 +1,12 @@
-"""Draw the README's pictures.
+"""Draw the pictures of the README and the how-tos, each for light and for dark pages.
 
-    python docs/pictures.py output/quick docs/pictures/attention.png
-    python docs/pictures.py cifar10 docs/pictures/bundled.png data     (CIFAR-10 in data/)
+    python docs/pictures.py                         # those of examples/cat.jpg by the bundled model
+    python docs/pictures.py bundled cifar10 data    # CIFAR-10 test images, from data/
+    python docs/pictures.py attention output/quick  # the built-in data set
 
-Upper row: images of the test split with the model's predictions. Lower row: what the model attended
-to.
+benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``, and
+``vitrail inspect`` ``insides.png``; ``page.png`` is a screenshot of ``vitrail explain --format
+html``; ``features.png`` and ``sheet.png`` are of ``vitrail explain``, as their how-to says.
 """
 
 import sys
@@ -16,37 +18,63 @@ from matplotlib.figure import Figure
 import vitrail
 from vitrail.config.settings import DataConfig, Look
 from vitrail.data.datasets import load_data
+from vitrail.data.images import ImageSet
 from vitrail.data.shapes import load_shapes
-from vitrail.explain.sheet import show_map
+from vitrail.explain.sheet import BLACK, INKS, PAPER, scales, show_map
 
+PICTURES = Path(__file__).parent / "pictures"
+CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"
+THEMES = {"light": "", "dark": "-dark"}
 COLUMNS = 7
 
 
-def test_images(data_path: str | None) -> list[np.ndarray]:
+def draw_cat() -> None:
+    """Draw the photograph: an animation, all methods, and all heads."""
+    classifier = vitrail.load("cifar10", device="cpu")
+    drawings = {
+        "cat{}.gif": classifier.explain(CAT, method="relevance"),
+        "methods{}.png": classifier.explain(CAT, method="all"),
+    }
+    for theme, suffix in THEMES.items():
+        for name, explanation in drawings.items():
+            explanation.save(PICTURES / name.format(suffix), theme=theme)
+    heads = classifier.explain(CAT, method="attention", frames="heads")
+    heads.save(PICTURES / "heads.png")
+
+
+def test_images(data_path: str | None) -> ImageSet:
     """Return generated shapes, or the first CIFAR-10 test image of each of several classes."""
     if data_path is None:
-        return list(load_shapes("test").first(COLUMNS).raw_BCHW.permute(0, 2, 3, 1).numpy())
+        return load_shapes("test").first(COLUMNS)
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
     images = load_data(data, ("test",), image_hw=(32, 32), n_channels=3).images["test"]
     labels = images.labels_B.tolist()
-    wanted = [images.classes.index(name) for name in ("cat", "car", "ship", "horse")]
+    wanted = [images.classes.index(name) for name in ("car", "ship", "horse", "dog")]
     wanted += [label for label in range(len(images.classes)) if label not in wanted]
-    firsts = [labels.index(label) for label in wanted[:COLUMNS]]
-    return list(images.raw_BCHW[firsts].permute(0, 2, 3, 1).numpy())
+    return images.take([labels.index(label) for label in wanted[:COLUMNS]])
 
 
-def main(model: str, out: str, data_path: str | None = None) -> None:
-    """Draw them."""
+def draw_images(name: str, model: str, data_path: str | None = None) -> None:
+    """Draw test images with their predictions, and below each what the model looked at."""
     classifier = vitrail.load(model, device="cpu")
-    figure = Figure(figsize=(2 * COLUMNS, 4.4), layout="tight", facecolor="white")
-    axes = figure.subplots(2, COLUMNS)
-    for index, raw_HWC in enumerate(test_images(data_path)):
-        rollout = classifier.explain(raw_HWC)
-        show_map(axes[0, index], raw_HWC, look=Look())
-        axes[0, index].set_title(rollout.frames[-1].prediction, fontsize=13)
-        show_map(axes[1, index], raw_HWC, rollout.maps_FGJ[-1], look=Look(style="reference"))
-    figure.savefig(out, dpi=90)
+    images = test_images(data_path)
+    for theme, suffix in THEMES.items():
+        figure = Figure((2 * COLUMNS, 4.5), layout="tight", facecolor=PAPER[theme])
+        upper, lower = figure.subplots(2, COLUMNS)
+        for column, image_CHW in enumerate(images.raw_BCHW):
+            raw_HWC: np.ndarray = image_CHW.permute(1, 2, 0).numpy()
+            rollout = classifier.explain(raw_HWC, method="rollout")
+            look, label = Look(theme=theme), images.classes[int(images.labels_B[column])]
+            best = rollout.frames[-1].prediction
+            right = best.rpartition(" ")[0] == label
+            words, ink = (best, BLACK) if right else (f"{best} ✗ {label}", INKS[False])
+            show_map(upper[column], raw_HWC, look=look)
+            upper[column].set_title(words, fontsize=14, color=ink[theme])
+            map_GJ = rollout.maps_FGJ[-1]
+            norm = scales(map_GJ[None], look, shares=True)[0]
+            show_map(lower[column], raw_HWC, map_GJ, look=look, norm=norm)
+        figure.savefig(PICTURES / f"{name}{suffix}.png", dpi=90)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    draw_images(*sys.argv[1:]) if sys.argv[1:] else draw_cat()

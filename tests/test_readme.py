@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vitrail.cli import main
 from vitrail.cli.reference import run_test
@@ -64,6 +66,33 @@ def test_scripts_and_imports_in_documents_exist(name: str) -> None:
 def test_the_set_up_is_two_commands() -> None:
     assert "pip install -r requirements.txt && vitrail train --preset quick" in COMMANDS
     assert "pip install -r requirements-dev.txt && pytest" in COMMANDS
+
+
+def test_pictures_exist_for_light_and_dark_pages() -> None:
+    sources = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+    assert len(sources) >= 4
+    for source in sources:
+        assert (ROOT / source).is_file(), source
+        dark = re.sub(r"(?:-dark)?(\.\w+)$", r"-dark\1", source)
+        assert (ROOT / dark).is_file(), dark
+
+
+def test_the_first_lines_draw_the_animation_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    install, *lines = COMMANDS[:3]
+    assert install == "pip install -r requirements.txt"
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0
+    assert re.search(r"cat.jpg +│ cat \d", capsys.readouterr().out)
+    frames = []
+    for path in (tmp_path / "cat.gif", ROOT / "docs/pictures/cat.gif"):
+        with Image.open(path) as animation:
+            animation.seek(animation.n_frames - 1)
+            frames.append(np.asarray(animation.convert("RGB")).astype(int))
+    assert np.abs(frames[0] - frames[1]).mean() < 2
 
 
 def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
@@ -122,6 +151,12 @@ def test_flags_in_documents_exist(command: str, capsys: pytest.CaptureFixture[st
         assert re.search(rf"(?<!\w){flag}(?!\w)", shown), f"{name}: {command} has no {flag}"
 
 
+def test_the_citation_is_of_this_version() -> None:
+    import vitrail
+
+    assert f"version: {vitrail.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_every_command_is_documented() -> None:
     assert set(FLAGS) >= {"train", "test", "predict", "explain", "inspect", "sweep", "export"}
 
@@ -141,8 +176,6 @@ def test_the_first_command_ends_in_three_minutes(
 
 @pytest.mark.slow
 def test_the_python_in_it_runs(tmp_path: Path) -> None:
-    from PIL import Image
-
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     words = shlex.split("train --preset quick --epochs 1 --num_train_images 200 --n_layers 1")
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
