@@ -1,0 +1,41 @@
+"""Fit the calibration of a bundled model on its validation images; its weights stay as they are.
+
+python benchmarks/calibrate.py NAME [DATA_FOLDER]
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import vitrail
+from vitrail.evaluation.calibration import fit
+from vitrail.evaluation.metrics import measure, predict_logits
+from vitrail.training.run_folder import load_split
+from vitrail.weights import bundled
+from vitrail.weights.checkpoint import load_weights_file, save_weights_file
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(*sys.argv[2:3] or ["data"])
+    classifier = vitrail.load(name)
+    images = load_split(classifier, "validation", data_path=folder)
+    logits_BY = predict_logits(
+        classifier.model, images, mean=classifier.mean, std=classifier.std, device=classifier.device
+    )
+    calibration = fit(logits_BY, images.labels_B)
+    path = bundled.weights_path(name)
+    info, weights = load_weights_file(path)
+    save_weights_file(path, dataclasses.replace(info, calibration=calibration), weights)
+    temperature = calibration.temperature
+    metrics = measure(
+        logits_BY, images.labels_B, classes=images.classes, temperature=temperature
+    )
+    print(
+        f"{name}: temperature {temperature:.4f}; calibration error on {len(images):,} validation "
+        f"images {metrics.expected_calibration_error:.2%}, "
+        f"without it {metrics.calibration_error_before:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
