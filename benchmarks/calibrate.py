@@ -27,9 +27,7 @@ def main() -> None:
     info, weights = load_weights_file(path)
     save_weights_file(path, dataclasses.replace(info, calibration=calibration), weights)
     temperature = calibration.temperature
-    metrics = measure(
-        logits_BY, images.labels_B, classes=images.classes, temperature=temperature
-    )
+    metrics = measure(logits_BY, images.labels_B, classes=images.classes, temperature=temperature)
     print(
         f"{name}: temperature {temperature:.4f}; calibration error on {len(images):,} validation "
         f"images {metrics.expected_calibration_error:.2%}, "
