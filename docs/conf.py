@@ -4,11 +4,16 @@ A page is a Markdown file or a notebook, and reads the same on GitHub. Nothing i
 network and no notebook is run: their outputs are kept (docs/tutorial/run.py).
 """
 
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import version as installed
 from typing import Any
 
 from sphinx.application import Sphinx
+
+from vitrail.cli import COMMANDS
 
 project, author = "Vitrail", "The Vitrail authors"
 copyright = author
@@ -68,7 +73,7 @@ TREES = {
         "own-pictures", "see-through-it", "weights-in-and-out", "run-it-elsewhere", "*",
         "../../visualize_attention_map",
     ),
-    "docs/reference/index": ("classifier", "settings", "*"),
+    "docs/reference/index": ("commands", "settings", "classifier", "*"),
     "records/README": ("*/README",),
 }  # fmt: skip
 """The pages below a page, which need no list of them for GitHub."""
@@ -85,9 +90,19 @@ def _prepare(_app: Sphinx, name: str, source: list[str]) -> None:
     if name in TREES:
         pages = "\n".join(TREES[name])
         source[0] += f"\n```{{toctree}}\n:hidden:\n:glob:\n\n{pages}\n```\n"
+    if name == "docs/reference/commands":
+        source[0] += "".join(f"\n## {each}\n\n```text\n{_help(each)}```\n" for each in COMMANDS)
     source[0] = PICTURE.sub(
         r"![\g<text>](\g<light>){.only-light}\n![\g<text>](\g<dark>){.only-dark}", source[0]
     )
+
+
+def _help(command: str) -> str:
+    """Return what ``vitrail COMMAND --help`` prints."""
+    words = [sys.executable, "-m", "vitrail", command, "--help"]
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

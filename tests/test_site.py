@@ -52,6 +52,8 @@ def test_it_builds_offline(tmp_path: Path) -> None:
     assert "only-dark" in index
     settings = (site / "docs/reference/settings.html").read_text(encoding="utf-8")
     assert "Side of the image in pixels" in settings
+    commands = (site / "docs/reference/commands.html").read_text(encoding="utf-8")
+    assert "usage: vitrail predict" in commands
 
 
 def test_every_page_of_docs_is_in_the_lists_of_the_site() -> None:

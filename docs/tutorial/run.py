@@ -1,7 +1,7 @@
-"""Run the notebooks of this folder in place, in order: ``docs/tutorial/run.py [NUMBER ...]``.
+"""Run the notebooks of this folder in place: ``docs/tutorial/run.py [NUMBER ...]``.
 
-Edit a chapter in Jupyter or as text, then run this. It keeps what a reader sees and drops the rest
-(times, versions, editors' notes), so that a change of one line is a difference of one line.
+Edit a chapter in Jupyter or as text, then run this. It keeps what a reader sees and
+drops the rest (times, versions, editors' notes), so that differences stay small.
 """
 
 import sys
@@ -35,7 +35,11 @@ def main(*numbers: str) -> None:
 def clean(notebook: nbformat.NotebookNode) -> None:
     """Keep text, code, outputs and tags."""
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     for number, cell in enumerate(notebook.cells):
@@ -44,7 +48,9 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             # Warnings name paths of this machine; the test shows them.
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [
+                output for output in cell.outputs if output.get("name") != "stderr"
+            ]
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output.metadata = {}
