@@ -148,6 +148,22 @@ def test_a_closed_pipe_causes_no_traceback(here: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
+def test_help_ends_with_examples_and_names_no_missing_flag(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    about, _, examples = shown.partition("\nFor example:\n")
+    assert f"  vitrail {command}" in examples
+    assert "-h, --help" not in examples
+    assert "{None}" not in shown
+    head, _, flags = about.partition("-h, --help")
+    for flag in re.findall(r"--\w\w+", head + examples):
+        assert flag in flags or flag == "--batch", flag  # of --batch-size
+
+
 # --- train ----------------------------------------------------------------------------------------
 
 

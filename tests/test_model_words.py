@@ -15,7 +15,9 @@ DATA = "--dataset shapes --num_test_images 20"
 def loss(words: str, capsys: pytest.CaptureFixture[str]) -> float:
     """The test loss that vitrail test prints as JSON."""
     assert main(["test", *words.split(), *DATA.split(), "--json"]) == 0
-    return float(json.loads(capsys.readouterr().out)["loss"])
+    printed = capsys.readouterr()
+    assert "output/tiny: 20 test images of shapes" in printed.err
+    return float(json.loads(printed.out)["loss"])
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,9 @@ usage: vitrail COMMAND [OPTIONS]       (vitrail COMMAND --help for its options)
 {commands}
 
 Start here:
-  vitrail predict --model_path cifar10 cat.png    with the bundled model
-  vitrail explain --model_path cifar10 cat.png    what it looked at, as an animation
-  vitrail train --preset quick                    2 to 6 minutes on a CPU, no data needed
+  vitrail predict cifar10 cat.jpg    with the bundled model
+  vitrail explain cifar10 cat.jpg    what it looked at, as an animation
+  vitrail train --preset quick       2 to 6 minutes on a CPU, no data needed
 
 --debug with any command prints the traceback of an error. Exit codes: 0 success; 1 partial
 success, or it could not continue (memory, disk, a broken library, a loss that is not finite); 2

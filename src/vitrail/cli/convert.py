@@ -28,7 +28,9 @@ class ConvertOptions:
     reference implementation; a .safetensors, .pth or folder of timm; a Hugging Face folder; a .npz
     of Google; hf:OWNER/NAME.
 
-    For example: vitrail convert hf:google/vit-base-patch16-224 vit.safetensors
+    For example:
+      vitrail convert hf:google/vit-base-patch16-224 vit.safetensors
+      vitrail convert vit.safetensors folder --layout huggingface
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]

@@ -49,7 +49,21 @@ CLASSLESS = {"attention", "rollout", "features", "similarity", "norms"}
 class ExplainOptions(PictureOptions):
     """Show what a model looked at in a picture.
 
-    For example: vitrail explain cat.png --method relevance --class dog --output_path cat.gif
+    The flags that most people need:
+      --method                  relevance, rollout, occlusion, ...; several: a,b; or all
+      --format, --output_path   gif, png, html (a page to explore), ...; a file or a folder
+      --class, --against        explain another class, or the difference between two
+      --frames                  what varies: rollout, layers, heads, queries or training
+      --index, --split          an image of the model's data, with its label
+      --score                   measure which maps to trust
+      --theme, --colormap       colors
+
+    For example:
+      vitrail explain cat.jpg
+      vitrail explain output/quick cat.jpg --method relevance --class dog --output_path cat.gif
+      vitrail explain photos/ --method all
+      vitrail explain cat.jpg --format html
+      vitrail explain output/quick --score
     """
 
     index: int | None = None

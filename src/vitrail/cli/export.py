@@ -26,7 +26,8 @@ class ExportOptions(ModelArgument):
 
     vitrail predict --model_path FILE.onnx runs it without torch.
 
-    For example: vitrail export output/quick --raw --output_path shapes.onnx
+    For example:
+      vitrail export output/quick --raw --output_path shapes.onnx
     """
 
     format: Literal["onnx", "torch"] = "onnx"

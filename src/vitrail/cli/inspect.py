@@ -32,7 +32,8 @@ PROG = "vitrail inspect"
 class InspectOptions(ModelArgument):
     """Show what is inside a model: filters, positions, attention distance and entropy of the heads.
 
-    For example: vitrail inspect output/quick
+    For example:
+      vitrail inspect output/quick
     """
 
     images: int = 200

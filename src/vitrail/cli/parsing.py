@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ from vitrail.errors import ConfigError, nearest
 Options = TypeVar("Options")
 REGISTRY = ConstructorRegistry()
 """Makes the help of flags shorter: it leaves out None, which nobody has to write."""
+EXAMPLES = "\nFor example:"
+"""What the examples in the docstring of a command's options begin with."""
 _entered: list[Any] = []
 """The dataclasses whose fields are being read."""
 
@@ -69,14 +72,19 @@ def parse_known(
     default: Options | None = None,
     add_help: bool = True,
 ) -> tuple[Options, list[str]]:
-    """Return the dataclass, and the arguments that it does not know."""
+    """Return the dataclass, and the arguments that it does not know.
+
+    ``--help`` shows the examples of the docstring at its end, where a terminal shows them.
+    """
     errors = io.StringIO()
+    about, example, examples = (inspect.getdoc(kind) or "").partition(EXAMPLES)
     try:
         with contextlib.redirect_stderr(errors):
             options, unknown = tyro.cli(
                 kind,
                 args=list(args),
                 prog=prog,
+                description=about.strip(),
                 default=tyro.MISSING_NONPROP if default is None else default,
                 use_underscores=True,
                 return_unknown_args=True,
@@ -86,6 +94,8 @@ def parse_known(
             )
     except SystemExit as stop:
         if not stop.code:
+            if examples:
+                print(example.strip() + examples)
             raise
         raise ConfigError(_first_sentence(errors.getvalue())) from None
     return options, unknown

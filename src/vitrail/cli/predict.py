@@ -43,7 +43,10 @@ class PredictOptions(PictureOptions):
 
     ONNX Runtime runs .onnx files; torch is then neither loaded nor needed.
 
-    For example: vitrail predict cat.png 'photos/*.jpg' --csv
+    For example:
+      vitrail predict cat.jpg
+      vitrail predict output/quick photos/ 'more/*.jpg' --csv
+      curl -s URL | vitrail predict -
     """
 
     top_k: int = 3

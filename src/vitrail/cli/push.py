@@ -23,7 +23,8 @@ class PushOptions:
 
     Log in first: hf auth login, or set the variable HF_TOKEN.
 
-    For example: vitrail push output/quick me/shapes --private
+    For example:
+      vitrail push output/quick me/shapes --private
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -26,7 +26,8 @@ Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=
 class ServeOptions:
     """Serve predictions and maps over HTTP, with a page to play with them.
 
-    For example: vitrail serve output/quick
+    For example:
+      vitrail serve output/quick
     """
 
     models: Models = ()

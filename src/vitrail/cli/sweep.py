@@ -56,7 +56,8 @@ class SweepOptions(Config, SearchOptions):
     The same command joins the study from another process or machine, and resumes it after a stop.
     The flags of vitrail train below apply to all trials.
 
-    For example: vitrail sweep --search learning_rate=1e-4..1e-2:log n_layers=2,4,6 --trials 30
+    For example:
+      vitrail sweep --search learning_rate=1e-4..1e-2:log n_layers=2,4,6 --trials 30
     """
 
 

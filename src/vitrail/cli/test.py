@@ -26,7 +26,9 @@ PROG = "vitrail test"
 class TestOptions(ModelArgument):
     """Evaluate a model on a data set. Default: the test split of its own.
 
-    For example: vitrail test output/quick --split validation --json
+    For example:
+      vitrail test
+      vitrail test output/quick --split validation --json
     """
 
     __test__ = False  # the name is not pytest's
@@ -83,14 +85,15 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
         "num_workers": options.num_workers, "num_test_images": options.num_test_images,
     }  # fmt: skip
     images = load_split(classifier, **changes)
+    dataset = options.data.dataset or classifier.config.data.dataset
     if images.classes != classifier.classes:
-        dataset = options.data.dataset or classifier.config.data.dataset
         raise ConfigError(
             f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
             f"the model {', '.join(classifier.classes[:4])}…: give data with the model's classes"
         )
     purpose = "vitrail test --tta" if options.tta else "vitrail test"
     log_test_use(classifier, split, folder, purpose, len(images))
+    print_err(f"{classifier.source}: {len(images):,} {split} images of {dataset}")
     model = SixViews(classifier.model) if options.tta else classifier.model
     logits_BY = predict_logits(
         model, images, mean=classifier.mean, std=classifier.std,

@@ -67,7 +67,20 @@ class TrainOptions(Config, StartOptions):
 
     Any flag below overrides the preset's value; --batch_size and --batch-size are the same flag.
 
-    For example: vitrail train --preset fast --epochs 6 --folder_name six
+    The flags that most people need (all others have good defaults):
+      --preset                     quick, fast, small, reference, ...: see vitrail info
+      --dataset, --data_path       cifar10, shapes, or folder: one folder of pictures per class
+      --image_size, --patch_size   sides of the model's pictures and patches, in pixels
+      --epochs, --learning_rate    how long, and how fast
+      --init, --resume             start from the weights of a model; continue a run
+      --folder_name                name of the run's folder in output/
+
+    For example:
+      vitrail train --preset quick
+      vitrail train --preset fast --epochs 6 --folder_name six
+      vitrail train --dataset folder --data_path my_pictures --image_size 64 --patch_size 8
+      vitrail train --init cifar10 --new_head --dataset folder --data_path my_pictures
+      vitrail train --resume output/six
     """
 
 
@@ -322,9 +335,9 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
         f"best epoch: {result['best_epoch']}; "
         f"curves, confusion matrix and checkpoints in {folder}/\n\n"
         "Try next:\n"
-        f"  vitrail test --model_path {folder}\n"
-        f"  vitrail predict --model_path {folder} PICTURE\n"
-        f"  vitrail explain --model_path {folder} PICTURE\n"
+        f"  vitrail test {folder}\n"
+        f"  vitrail predict {folder} PICTURE\n"
+        f"  vitrail explain {folder} PICTURE\n"
         f"  vitrail info {folder}"
     )
 
