@@ -71,7 +71,7 @@ def client(model: Path) -> Iterator[Client]:
 
 
 def test_the_model_is_described(client: Client) -> None:
-    assert client.get("/api/models").json() == {"models": ["tiny"]}
+    assert client.get("/api/models").json() == {"models": ["tiny"], "runs": []}
     described = client.get("/api/models/tiny").json()
     assert described["classes"] == list(CLASSES)
     assert (described["rows"], described["columns"]) == (5, 7)
@@ -355,7 +355,7 @@ class Recorder:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def raw_probabilities(self, raw_BHWC: np.ndarray) -> np.ndarray:
+    def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
         self.sizes.append(len(raw_BHWC))
         if raw_BHWC.max() > 200:
             raise ValueError("too bright")
@@ -367,7 +367,7 @@ def batch_of(values: list[int], **settings: Any) -> tuple[list[Any], list[int]]:
         batcher, recorder = Batcher(**settings), Recorder()
         batcher.reading = 1
         pictures = [np.full((2, 2, 1), value, np.uint8) for value in values]
-        asked = [batcher.probabilities(recorder, each) for each in pictures]  # type: ignore[arg-type]
+        asked = [batcher.logits(recorder, each) for each in pictures]  # type: ignore[arg-type]
         found = await asyncio.gather(*asked, return_exceptions=True)
         return [found, recorder.sizes]
 
@@ -401,6 +401,53 @@ def test_an_unexpected_error_is_an_answer_without_details(
     answer = client.post("/api/predict", content=picture())
     assert answer.status_code == 500
     assert "secret" not in answer.text
+
+
+def test_slow_work_is_not_begun_for_a_client_that_has_gone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, gate = list[str](), threading.Event()
+
+    def work(_seen: object, question: Any) -> dict[str, str]:
+        started.append(question.class_name)
+        gate.wait(10)
+        return {}
+
+    monkeypatch.setattr("vitrail.serve.answers.removal_curves", work)
+    app = build_app(Shelf([str(model)], Path()), "127.0.0.1")
+
+    async def ask(name: str, leave: asyncio.Event) -> None:
+        sent = [{"type": "http.request", "body": picture()}]
+
+        async def receive() -> dict[str, Any]:
+            if sent:
+                return sent.pop()
+            await leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_message: object) -> None:
+            pass
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/api/curve", "root_path": "",
+            "query_string": f"class={name}".encode(), "headers": [(b"host", b"127.0.0.1")],
+        }  # fmt: skip
+        await app(scope, receive, send)
+
+    async def use() -> None:
+        stays, leaves = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(ask("a", stays))
+        while not started:
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(ask("b", leaves))
+        await asyncio.sleep(0.3)
+        leaves.set()
+        await asyncio.sleep(0.5)
+        gate.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(use())
+    assert started == ["a"]
 
 
 # The command.

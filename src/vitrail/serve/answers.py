@@ -1,7 +1,9 @@
 """A model and a picture -> what the server answers, as plain JSON values."""
 
 import base64
+import dataclasses
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,9 @@ from vitrail.config.settings import require
 from vitrail.data.formats import DECODE_ERRORS, JPEG, gray_to_rgb
 from vitrail.data.pictures import enough_side, fit_channels, framing, read_picture, seen_box
 from vitrail.errors import PictureError, printable
+from vitrail.evaluation.calibration import describe_unlike
 from vitrail.explain import removal
-from vitrail.explain.curves import deletion_insertion, rank_patches
+from vitrail.explain.curves import rank_patches
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps
 from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
@@ -27,8 +30,8 @@ from vitrail.weights.pretrained import of_model_size
 
 MOST_PIXELS, MOST_JPEG_PIXELS = 25_000_000, 64_000_000
 """Larger pictures are refused before they are decoded. JPEGs are decoded at reduced size."""
-RANDOM_ORDERS = 4
-"""Random orders that a curve is compared with."""
+RANDOM_ORDERS, STEPS = 4, 16
+"""Random orders that a curve is compared with, and points of a curve after the first."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
         picture_HWC=rgb_HWC,
         fit=fit,
         classes=classifier.classes,
+        calibration=classifier.calibration,
     )
     return Seen(classifier, raw_HWC, subject)
 
@@ -84,7 +88,7 @@ def _check_size(body: bytes) -> None:
 
 
 def _hide(
-    raw_HWC: np.ndarray, patches: tuple[int, ...], grid_GJ: tuple[int, int], side: int
+    raw_HWC: np.ndarray, patches: Sequence[int], grid_GJ: tuple[int, int], side: int
 ) -> np.ndarray:
     """Return the picture with patches, numbered row by row, in its mean color."""
     (rows, columns), hidden_HWC = grid_GJ, raw_HWC.copy()
@@ -97,8 +101,11 @@ def _hide(
     return hidden_HWC
 
 
-def predictions(seen: Seen, probabilities_Y: np.ndarray, question: Question) -> dict[str, Any]:
+def predictions(seen: Seen, logits_Y: np.ndarray, question: Question) -> dict[str, Any]:
     """Return the most probable classes, and what the model sees if that was asked for."""
+    calibration, logits_BY = seen.classifier.calibration, logits_Y[None]
+    probabilities_Y = calibration.probabilities(logits_BY)[0]
+    familiarity_B = calibration.familiarity(logits_BY)
     best = np.argsort(-probabilities_Y, kind="stable")[: question.top].tolist()
     names = seen.classifier.classes
     answer: dict[str, Any] = {
@@ -107,6 +114,9 @@ def predictions(seen: Seen, probabilities_Y: np.ndarray, question: Question) -> 
             for y in best
         ]
     }
+    if familiarity_B is not None:
+        answer["familiarity"] = float(familiarity_B[0])
+        answer["note"] = describe_unlike(float(familiarity_B[0]))
     if question.seen:
         height, width = seen.subject.picture_HWC.shape[:2]
         box = seen_box((height, width), seen.classifier.config.model.image_hw, seen.subject.fit)
@@ -175,30 +185,35 @@ def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
     ``order`` has all patches; ``curves`` the probability after each of ``counts`` patches, by the
     map, by one that points to the center, and in random orders (their mean).
     """
-    subject, image_1CHW = seen.subject, seen.subject.image_1CHW
+    subject, (G, J) = seen.subject, seen.subject.model.config.grid_GJ
     settings = question.map_settings(subject)
     require_importance([settings.method])
     if "resolution" in SUPPORTED_SETTINGS[settings.method]:
-        settings = MapSettings(**{**vars(settings), "resolution": "patch"})
+        settings = dataclasses.replace(settings, resolution="patch")
     index = None if question.class_name is None else subject.find_class(question.class_name)
     maps = maps_of(subject, subject.model, settings, index)
-    grid_GJ, (G, J) = subject.model.config.grid_GJ, subject.model.config.grid_GJ
+    index = int(maps.classes_B[0])
     random_RGJ = torch.rand(RANDOM_ORDERS, G, J, generator=rng.generator(0, "orders", 1))
-    maps_BGJ = torch.cat([maps.values_BLGJ[:, -1], center_maps(grid_GJ), random_RGJ])
-    B = len(maps_BGJ)
-    curves = deletion_insertion(
-        subject.model, image_1CHW.expand(B, -1, -1, -1), maps_BGJ,
-        maps.classes_B.expand(B), fill="mean",
-    )  # fmt: skip
-    found_BS = curves.deletion_BS
+    maps_OGJ = torch.cat([maps.values_BLGJ[:, -1], center_maps((G, J)), random_RGJ])
+    orders_ON = rank_patches(maps_OGJ).argsort(dim=1)
+    counts = np.linspace(0, G * J, min(STEPS, G * J) + 1).round().astype(int).tolist()
+    side = subject.model.config.patch_size
+    raw_BHWC = np.stack(
+        [
+            _hide(seen.raw_HWC, order_N[:count], (G, J), side)
+            for order_N in orders_ON.tolist()
+            for count in counts
+        ]
+    )
+    found_OS = seen.classifier.raw_probabilities(raw_BHWC)[:, index].reshape(-1, len(counts))
+    map_S, center_S, random_S = found_OS[0], found_OS[1], found_OS[2:].mean(0)
     return {
-        "class": printable(subject.classes[int(maps.classes_B[0])]),
-        "order": rank_patches(maps_BGJ[:1])[0].argsort().tolist(),
-        "counts": (curves.shares_S * G * J).round().long().tolist(),
+        "class": printable(subject.classes[index]),
+        "order": orders_ON[0].tolist(),
+        "counts": counts,
         "curves": {
-            "map": _numbers(found_BS[0]),
-            "center": _numbers(found_BS[1]),
-            "random": _numbers(found_BS[2:].mean(0)),
+            name: _numbers(torch.from_numpy(curve_S))
+            for name, curve_S in (("map", map_S), ("center", center_S), ("random", random_S))
         },
     }
 
@@ -224,6 +239,23 @@ def describe(name: str, classifier: Classifier) -> dict[str, Any]:
         "heads": config.n_attention_heads,
         "parameters": sum(each.numel() for each in classifier.model.parameters()),
         "data": classifier.config.data.dataset,
+        "scores": _scores(classifier),
+    }
+
+
+def _scores(classifier: Classifier) -> dict[str, Any] | None:
+    """Return what ``explain --score`` found about the methods on this model, if it was run."""
+    verdict = classifier.verdict
+    if verdict is None:
+        return None
+    return {
+        "images": verdict.images,
+        "split": verdict.split,
+        "trust": printable(verdict.trust),
+        "methods": {
+            printable(badge.method): {"srg": badge.srg, "failures": list(badge.failures)}
+            for badge in verdict.badges
+        },
     }
 
 

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +29,9 @@ log = logging.getLogger("vitrail")
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 """Of the live page's files, by suffix."""
+WATCHED_EVERY = 0.1
+"""Seconds after which it is noticed that a client has gone."""
+T = TypeVar("T")
 
 
 class Server:
@@ -81,18 +85,22 @@ class Server:
         """Answer POST /api/explain: the same, and the maps of one method."""
         question, seen = await self._look(request)
         answer = await self._predict(question, seen)
-        lane = self._slow if question.slow else self._quick
-        return JSONResponse(answer | await lane.run(answers.explanation, seen, question))
+        if question.slow:
+            found = await self._run_slowly(request, answers.explanation, seen, question)
+        else:
+            found = await self._quick.run(answers.explanation, seen, question)
+        return JSONResponse(answer | found)
 
     async def curve(self, request: Request) -> Response:
         """Answer POST /api/curve: the probability while a map's highest patches are hidden."""
         question, seen = await self._look(request)
-        return JSONResponse(await self._slow.run(answers.removal_curves, seen, question))
+        found = await self._run_slowly(request, answers.removal_curves, seen, question)
+        return JSONResponse(found)
 
     async def page(self, request: Request) -> Response:
         """Answer POST /api/page: everything about one picture as one HTML file."""
         question, seen = await self._look(request)
-        html = await self._slow.run(answers.page, seen, question)
+        html = await self._run_slowly(request, answers.page, seen, question)
         # The page has a policy of its own, which allows its own script only.
         headers = {"Content-Disposition": 'attachment; filename="explanation.html"'}
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
@@ -148,8 +156,30 @@ class Server:
         return JSONResponse(found)
 
     async def _predict(self, question: Question, seen: Seen) -> dict[str, Any]:
-        found_Y = await self._batcher.probabilities(seen.classifier, seen.raw_HWC)
-        return answers.predictions(seen, found_Y, question)
+        logits_Y = await self._batcher.logits(seen.classifier, seen.raw_HWC)
+        return answers.predictions(seen, logits_Y, question)
+
+    async def _run_slowly(
+        self, request: Request, work: Callable[[Seen, Question], T], seen: Seen, question: Question
+    ) -> T:
+        """Run work that takes long, unless its client has gone before it begins."""
+        gone = threading.Event()
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await asyncio.sleep(WATCHED_EVERY)
+            gone.set()
+
+        def start() -> T:
+            if gone.is_set():
+                raise ClientDisconnect
+            return work(seen, question)
+
+        watching = asyncio.create_task(watch())
+        try:
+            return await self._slow.run(start)
+        finally:
+            watching.cancel()
 
     async def _look(self, request: Request) -> tuple[Question, Seen]:
         """Read a request: its question, and its picture as the model sees it."""

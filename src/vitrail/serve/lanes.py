@@ -67,8 +67,8 @@ class Batcher:
         self.reading = 0
         """Pictures that will be asked for in a moment; the caller counts them."""
 
-    async def probabilities(self, classifier: Classifier, raw_HWC: np.ndarray) -> np.ndarray:
-        """Return the class probabilities (Y,) of one picture (H, W, C), bytes at the model's size.
+    async def logits(self, classifier: Classifier, raw_HWC: np.ndarray) -> np.ndarray:
+        """Return the logits (Y,) of one picture (H, W, C), bytes at the model's size.
 
         Raises:
             BusyError: too many pictures are waiting.
@@ -92,7 +92,7 @@ class Batcher:
             self._waiting = [each for each in self._waiting if each not in batch]
             try:
                 raw_BHWC = np.stack([each.raw_HWC for each in batch])
-                found_BY = await self._lane.run(classifier.raw_probabilities, raw_BHWC)
+                found_BY = await self._lane.run(classifier.raw_logits, raw_BHWC)
             except Exception as error:  # noqa: BLE001 (each request reports it)
                 for each in batch:
                     each.answer.set_exception(error)

@@ -1,10 +1,10 @@
 // Requests to the server.
 
-export async function ask(path, {params = {}, body = null, as = "json"} = {}) {
+export async function ask(path, {params = {}, body = null, as = "json", signal} = {}) {
   const given = Object.entries(params).filter(([, value]) => value !== null && value !== undefined && value !== "");
   const address = `/api/${path}?${new URLSearchParams(given)}`;
   for (let attempt = 0; ; attempt++) {
-    const response = await fetch(address, body ? {method: "POST", body} : {});
+    const response = await fetch(address, body ? {method: "POST", body, signal} : {signal});
     if (response.ok) return as === "json" ? response.json() : response.blob();
     if (response.status !== 503 || attempt === 3) {
       const {error} = await response.json().catch(() => ({error: `status ${response.status}`}));

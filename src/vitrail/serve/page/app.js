@@ -9,7 +9,7 @@ import {Brush, Camera, listenToFiles, showExamples} from "./sources.js";
 import {Training} from "./training.js";
 import {CONTRASTS, METHODS, View} from "./view.js";
 
-const shared = {picture: null, hidden: new Set(), grid: [1, 1], className: "", against: "", opacity: .65};
+const shared = {picture: null, hidden: new Set(), grid: [1, 1], className: "", against: "", opacity: .65, pixels: false};
 const views = [];
 let names = [], runs = [];
 
@@ -114,8 +114,12 @@ $("opacity").addEventListener("input", () => {
   shared.opacity = $("opacity").value / 100;
   for (const view of views) view.draw();
 });
+$("pixels").addEventListener("change", () => {
+  shared.pixels = $("pixels").checked;
+  for (const view of views) view.refresh();
+});
 $("save-png").addEventListener("click", () => savePng(views, shared));
-$("save-html").addEventListener("click", () => saveHtml(views[0], shared));
+$("save-html").addEventListener("click", () => saveHtml(views[0], shared, $("save-html")));
 
 // ---- Tabs and keys ---------------------------------------------------------------------------
 

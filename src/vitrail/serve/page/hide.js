@@ -20,16 +20,20 @@ export class Hide {
     if (key === this.key) return;
     this.key = key;
     this.curve = null;
-    await pause(400);
-    if (this.key !== key || this.shared.picture.live && document.body.classList.contains("drawing") === false) return;
+    this.stop?.abort();
+    this.stop = new AbortController();
+    const {signal} = this.stop;
+    if (this.shared.picture.live) $("curve").replaceChildren();
+    await pause(400);  // of moving pictures only the last
+    if (this.key !== key) return;
     try {
-      const curve = await view.ask("curve", {...view.question(), passes: view.method === "shapley" ? 514 : "", top: "", seen: ""});
+      const curve = await view.ask("curve", {...view.question(), passes: view.method === "shapley" ? 514 : "", resolution: ""}, signal);
       if (this.key !== key) return;
       this.curve = curve;
       $("hide").max = curve.order.length;
       this.draw();
     } catch (error) {
-      complain(error);
+      if (error.name !== "AbortError") complain(error);
     }
   }
 

@@ -9,10 +9,11 @@ import {openStored} from "./sources.js";
 export function tile(model, {kind = "pictures", index, label, text}, open) {
   const button = make("button"), pair = make("span", "pair"), image = make("img"), canvas = make("canvas");
   image.src = `/api/models/${encoded(model)}/${kind}/${index}`;
-  image.alt = label;
+  image.alt = "";  // the caption says it
   pair.append(image, canvas);
   const caption = make("span", "", text);
   button.append(pair, caption);
+  button.title = `label: ${label}`;
   button.refresh = async () => {
     const {blob} = await openStored(model, kind, index, label);
     const answer = await ask("explain", {params: {model, method: "balanced", prepared: 1}, body: blob});

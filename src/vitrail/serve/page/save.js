@@ -56,11 +56,16 @@ function drawView(context, view, shared, x, color, shown) {
   });
 }
 
-export async function saveHtml(view, shared) {
+// The server computes every method for it, which takes some seconds.
+export async function saveHtml(view, shared, button) {
+  const {textContent} = button;
+  Object.assign(button, {disabled: true, textContent: "Computing all maps …"});
   try {
     const page = await view.askPage();
     download(page, `${fileName(shared.picture)}.html`);
   } catch (error) {
     complain(error);
+  } finally {
+    Object.assign(button, {disabled: false, textContent});
   }
 }

@@ -5,7 +5,7 @@ import {paint, paintRamp, range} from "./colors.js";
 import {$, complain, fill, make, percent, say, short} from "./dom.js";
 
 export const METHODS = {
-  balanced: ["Balanced gradient", "What each pixel adds to the score of “{}” (red) or takes from it (blue)."],
+  balanced: ["Balanced gradient", "What each patch or pixel adds to the score of “{}” (red) or takes from it (blue)."],
   occlusion: ["Occlusion", "How much the probability of “{}” falls when patches are hidden."],
   shapley: ["Shapley values", "What each patch adds to the probability of “{}”, on average over many orders of uncovering them."],
   relevance: ["Relevance", "Attention that raised the score of “{}”, accumulated through the layers."],
@@ -16,8 +16,9 @@ export const METHODS = {
   integrated_gradients: ["Integrated gradients", "Gradients for “{}” summed on the way from a blank picture."],
 };
 export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients"];
+const PIXELS = ["balanced", "integrated_gradients"];
 export const SLOW = ["occlusion", "shapley", "integrated_gradients"];
-const PASSES = [130, 514, 2050], SHOWN = 5, IDLE = 300;
+const PASSES = [130, 514, 1026], SHOWN = 5, IDLE = 300;
 let views = 0;
 
 export class View {
@@ -76,29 +77,30 @@ export class View {
       const label = make("label"), input = make("input"), face = make("span", "", title);
       Object.assign(input, {type: "radio", name: `method-${this.number}`, value: method, checked: method === this.method});
       input.addEventListener("change", () => this.useMethod(method));
-      const score = this.model.scores?.[method];
+      const score = this.model.scores?.methods[method];
       if (score) {
-        const badge = make("b", score.beats_controls ? "badge" : "badge weak", short(score.srg));
-        badge.title = `SRG ${short(score.srg)} on ${score.images} images${score.beats_controls ? "" : ": not better than all controls"}`;
+        const {srg, failures} = score, {images, split} = this.model.scores, badge = make("b", failures.length ? "badge weak" : "badge", short(srg));
+        badge.title = `SRG ${short(srg)} on ${images} ${split} images${failures.length ? `: ${failures.join("; ")}` : ", and passes every test"}`;
         face.append(badge);
       }
       label.append(input, face);
       return label;
     }));
+    say(this.find(".trust"), this.model.scores?.trust ?? "");
   }
 
   // ---- Asking the server ---------------------------------------------------------------------
 
   // What the answer depends on.
   key() {
-    const {picture, className, against} = this.shared;
-    return [picture?.number, this.model?.name, this.step, this.method, className, against].join("|");
+    const {picture, className, against, pixels} = this.shared;
+    return [picture?.number, this.model?.name, this.step, this.method, className, against, pixels].join("|");
   }
 
-  async ask(path, more = {}) {
+  async ask(path, more = {}, signal = undefined) {
     const {picture} = this.shared, {name} = this.model, seen = picture.seen.get(name);
     const params = {model: name, step: this.step, top: 100, prepared: seen || picture.prepared ? 1 : "", seen: seen ? "" : 1, ...more};
-    const answer = await ask(path, {params, body: seen?.blob ?? picture.blob});
+    const answer = await ask(path, {params, body: seen?.blob ?? picture.blob, signal});
     if (answer.seen) picture.seen.set(name, {blob: blobOf(answer.seen.picture), box: picture.prepared ? [0, 0, 1, 1] : answer.seen.box});
     return answer;
   }
@@ -112,13 +114,15 @@ export class View {
   question() {
     const {className, against} = this.shared, {classes} = this.model;
     const known = name => (classes.includes(name) ? name : "");
-    return {method: this.method, class: known(className), against: CONTRASTS.includes(this.method) ? known(against) : ""};
+    const resolution = PIXELS.includes(this.method) && !this.shared.pixels ? "patch" : "";
+    return {method: this.method, resolution, class: known(className), against: CONTRASTS.includes(this.method) ? known(against) : ""};
   }
 
   // The picture or the question has changed.
   refresh() {
     if (!this.shared.picture || !this.model) return;
     clearTimeout(this.timer);
+    if (!this.shared.picture.live) this.stop?.abort();  // what is being computed is no longer asked for
     if (this.shared.picture.live && SLOW.includes(this.method)) {
       this.predict();
       this.timer = setTimeout(this.explain, IDLE);
@@ -129,11 +133,12 @@ export class View {
 
   async computeMap() {
     const key = this.key(), {picture} = this.shared;
+    this.stop = new AbortController();
     try {
       for (const passes of this.method === "shapley" ? PASSES : [""]) {
-        const answer = await this.ask("explain", {...this.question(), passes});
+        const answer = await this.ask("explain", {...this.question(), passes}, this.stop.signal);
         if (key !== this.key() && !(picture.live && this.shared.picture?.live)) return;
-        Object.assign(this, {answer, base: answer.predictions, changed: null});
+        Object.assign(this, {answer, base: answer.predictions, warning: answer.note ?? "", changed: null});
         await this.drawPicture(picture);
         complain(null);
         this.draw();
@@ -142,7 +147,7 @@ export class View {
       }
       if (this.hidden().length) this.predict();
     } catch (error) {
-      complain(error);
+      if (error.name !== "AbortError") complain(error);
     }
   }
 
@@ -150,10 +155,10 @@ export class View {
   async computeChange() {
     const {picture} = this.shared, hidden = this.hidden();
     try {
-      const {predictions} = await this.ask("predict", {hide: hidden.join(",")});
+      const {predictions, note = ""} = await this.ask("predict", {hide: hidden.join(",")});
       await this.drawPicture(picture);
       if (hidden.length) this.changed = predictions;
-      else Object.assign(this, {base: predictions, changed: null});
+      else Object.assign(this, {base: predictions, warning: note, changed: null});
       this.drawBars();
     } catch (error) {
       complain(error);
@@ -324,10 +329,11 @@ export class View {
   drawBars() {
     if (!this.base) return;
     const now = this.changed ?? this.base, before = Object.fromEntries(this.base.map(each => [each.class, each.probability]));
-    const {label} = this.shared.picture, [top] = now;
+    const [top] = now, label = this.model.classes.includes(this.shared.picture.label) ? this.shared.picture.label : "";
     const verdict = this.find(".verdict");
     say(verdict, `${top.class}, ${percent(top.probability)}`);
     if (label && !this.changed) verdict.append(" ", make("span", label === top.class ? "right" : "wrong", label === top.class ? "✓ correct" : `✗ label: ${label}`));
+    say(this.find(".warning"), this.changed ? "" : this.warning);
     this.find(".bars").replaceChildren(...now.slice(0, SHOWN).map(each => {
       const row = make("li"), track = make("span", "track"), bar = make("i");
       bar.style.width = `${100 * each.probability}%`;
