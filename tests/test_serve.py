@@ -75,7 +75,7 @@ def test_the_model_is_described(client: Client) -> None:
     described = client.get("/api/models/tiny").json()
     assert described["classes"] == list(CLASSES)
     assert (described["rows"], described["columns"]) == (5, 7)
-    assert described["steps"] == []
+    assert (described["steps"], described["scores"]) == ([], None)
 
 
 def test_predictions_are_those_of_the_library(client: Client, model: Path) -> None:
@@ -180,6 +180,7 @@ HOSTILE: dict[str, tuple[str, bytes, int]] = {
     "zero": ("predict?top=0", picture(), 400),
     "no such patch": ("predict?hide=35", picture(), 400),
     "no method": ("explain?method=oclusion", picture(), 400),
+    "not a map of importance": ("curve?method=norms", picture(), 400),
     "no class": ("explain?method=balanced&class=cat", picture(), 400),
     "no layer": ("explain?method=attention&layers=9", picture(), 400),
     "no effect": ("explain?method=gradcam&layers=1", picture(), 400),

@@ -18,6 +18,8 @@ import vitrail
 from test_serve import open_client, picture
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
+from vitrail.explain.badges import Badge, Verdict
+from vitrail.serve import answers
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
@@ -171,3 +173,15 @@ def test_numbers_in_addresses_are_checked(run: Path) -> None:
                      "pictures/" + "9" * 30):  # fmt: skip
             assert client.get(f"/api/models/short/{path}").status_code == 404
         assert json.loads(client.get("/api/models/short/confusion/99/99").text) == {"pictures": []}
+
+
+def test_badges_are_those_of_the_stored_scores() -> None:
+    badge = Badge("occlusion", 0.5, 0.4, 0.6, True, False, None)
+    verdict = Verdict("validation", 40, (badge,), "Trust occlusion.")
+    classifier = dataclasses.replace(vitrail.load("cifar10"), verdict=verdict)
+    assert answers.describe("it", classifier)["scores"] == {
+        "images": 40,
+        "split": "validation",
+        "trust": "Trust occlusion.",
+        "methods": {"occlusion": {"srg": 0.5, "failures": ["does not depend on the model"]}},
+    }
