@@ -18,6 +18,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mean with class token and fc_norm": {"pool": "mean", "class_token": True, "fc_norm": True},
     "conv stem and rope": {"pool": "mean", "stem": "conv", "position": "rope"},
     "sincos and tanh": {"position": "sincos", "hidden_act": "gelu_tanh"},
+    "registers, layer scale, SwiGLU": {
+        "n_registers": 2,
+        "layer_scale": 0.5,
+        "hidden_act": "swiglu",
+        "pool": "cls_mean",
+    },
+    "pre-norm, quick GELU": {"pre_norm": True, "hidden_act": "quick_gelu"},
+    "registers and rope": {"n_registers": 2, "position": "rope", "pool": "cls_register"},
 }
 
 
@@ -50,29 +58,39 @@ def test_the_logit_is_the_sum_of_all_terms(
     torch.testing.assert_close(logits_BY, own_BY)
     for one, other in zip(attentions, own_attentions, strict=True):
         torch.testing.assert_close(one, other)
-    inside = [p for n, p in model.named_parameters() if n.endswith("bias") and "stem" not in n]
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(("bias", "_ND", "_D", "_RD"))}
+    inside = [p for n, p in biases.items() if n.startswith(("blocks", "norm", "head"))]
     for chosen in range(3):
         logit = logits_BY[chosen, 1]
         gradients = torch.autograd.grad(logit, [tokens_BTD, *inside], retain_graph=True)
         terms = [(g * x).sum() for g, x in zip(gradients, [tokens_BTD, *inside], strict=True)]
         torch.testing.assert_close(sum(terms), logit)
-        (pixels_BCHW,) = torch.autograd.grad(logit, images_BCHW, retain_graph=True)
+        outer = [images_BCHW, *biases.values()]
+        gradients = torch.autograd.grad(logit, outer, retain_graph=True, allow_unused=True)
+        if model.config.stem == "patch" and model.config.position == "learned":
+            terms = [(g * x).sum() for g, x in zip(gradients, outer, strict=True) if g is not None]
+            torch.testing.assert_close(sum(terms), logit)
+        pixels_BCHW = gradients[0]
         assert pixels_BCHW[chosen].abs().sum() > 0
         assert pixels_BCHW[[i for i in range(3) if i != chosen]].abs().sum() == 0
 
 
-def test_at_every_depth_the_tokens_add_up_to_the_logit(tiny_model: ModelConfig) -> None:
-    model = random_model(tiny_model, class_token=True)
+@pytest.mark.parametrize("n_registers", [0, 2])
+def test_at_every_depth_the_tokens_add_up_to_the_logit(
+    tiny_model: ModelConfig, n_registers: int
+) -> None:
+    model = random_model(tiny_model, class_token=True, n_registers=n_registers, layer_scale=0.5)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     images_BCHW = torch.randn(3, model.config.n_channels, *model.config.image_hw).double()
     terms_BLT = balanced.by_layer(model, images_BCHW, first_logit)
-    assert terms_BLT.shape[1:] == (model.config.n_layers + 1, 1 + np.prod(model.config.grid_GJ))
+    first = 1 + n_registers
+    assert terms_BLT.shape[1:] == (model.config.n_layers + 1, first + np.prod(model.config.grid_GJ))
     logit_B1 = model(images_BCHW).detach()[:, 1:2]
     torch.testing.assert_close(terms_BLT.sum(2), logit_B1.expand(-1, model.config.n_layers + 1))
     contributions_BLGJ = contributions_by_layer(model, images_BCHW, torch.tensor([1, 1, 1]))
-    torch.testing.assert_close(contributions_BLGJ.flatten(2), terms_BLT[:, :, 1:].float())
+    torch.testing.assert_close(contributions_BLGJ.flatten(2), terms_BLT[:, :, first:].float())
 
 
 def test_a_plain_gradient_does_not_pass_this_test(tiny_model: ModelConfig) -> None:
@@ -91,7 +109,7 @@ def test_a_plain_gradient_does_not_pass_this_test(tiny_model: ModelConfig) -> No
 
 def test_gates_at_zero() -> None:
     x = torch.tensor([0.0, 1e-30, 2.0], requires_grad=True)
-    y = balanced._frozen_gelu(x)
+    y = balanced._frozen_activation(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(
         gradient, torch.tensor([0.5, 0.5, torch.nn.functional.gelu(torch.tensor(2.0)) / 2])

@@ -187,7 +187,7 @@ def test_a_mean_beside_a_class_token_reads_the_patches_rows() -> None:
 @pytest.mark.parametrize("class_token", [True, False])
 def test_every_query_is_each_query(class_token: bool) -> None:
     flow_BTT = torch.rand(5, 6 + class_token, 6 + class_token)
-    every_BNGJ = read_every_query(flow_BTT, (2, 3), class_token=class_token)
+    every_BNGJ = read_every_query(flow_BTT, (2, 3))
     for index in range(6):
         query = divmod(index, 3)
         one_BGJ = read_query(flow_BTT, (2, 3), class_token=class_token, query=query)

@@ -533,3 +533,19 @@ def test_images_of_another_shape_and_a_training_model_are_refused(
         attention_by_query(model, images_BCHW, layer=4)
     with pytest.raises(ConfigError, match=r"training mode: call model\.eval"):
         compute_maps(model.train(), images_BCHW, MapSettings())
+
+
+@pytest.mark.parametrize("method", [*METHODS, *VIEWS])
+def test_every_method_reads_the_patches_of_a_model_with_registers(
+    make_model: MakeModel, images_BCHW: Tensor, method: Method
+) -> None:
+    model = make_model(n_registers=2, layer_scale=0.5, hidden_act="swiglu")
+    settings = MapSettings(method, passes=80) if method == "shapley" else MapSettings(method)
+    maps = compute_maps(model, images_BCHW[:2], settings)
+    grid_GJ = (20, 28) if method in ("balanced", "integrated_gradients") else (5, 7)
+    assert maps.values_BLGJ.shape[2:4] == grid_GJ
+    # The order of registers is free: a map that read one of them as a patch would change.
+    with torch.no_grad():
+        model.registers_RD.copy_(model.registers_RD.flip(0))
+    flipped = compute_maps(model, images_BCHW[:2], settings)
+    torch.testing.assert_close(maps.values_BLGJ, flipped.values_BLGJ, rtol=1e-3, atol=1e-4)

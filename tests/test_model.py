@@ -109,7 +109,7 @@ def test_a_model_depends_on_the_position_of_a_patch(tiny_model: ModelConfig) -> 
 
 
 def test_rotary_products_depend_on_differences_only() -> None:
-    rotation = rotation_tables((5, 7), 8, class_token=False)
+    rotation = rotation_tables((5, 7), 8, n_prefix_tokens=0)
     q_K, k_K = torch.randn(8), torch.randn(8)
     q_NK, k_NK = rotate(q_K.expand(35, 8), rotation), rotate(k_K.expand(35, 8), rotation)
     products_NN = q_NK @ k_NK.T
@@ -183,7 +183,7 @@ def test_blocks_have_different_initial_weights(tiny_model: ModelConfig) -> None:
 
 
 def test_a_block_with_zero_branches_is_the_identity() -> None:
-    block = Block(24, 3, 36, dropout=0.0, drop_path=0.0)
+    block = Block(ModelConfig(embed_dim=24, n_attention_heads=3, dropout=0.0))
     for layer in (block.attention.out_projection, block.mlp.fc2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -289,9 +289,15 @@ def test_white_patches_have_unit_covariance(n_channels: int) -> None:
     torch.testing.assert_close(explained, torch.linalg.eigvalsh(moments_EE)[-n:].sum())
 
 
-def test_a_model_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="n_classes is 0"):
-        VisionTransformer(ModelConfig())
+def test_a_model_without_classes_returns_what_a_head_would_read(tiny_model: ModelConfig) -> None:
+    config = dataclasses.replace(tiny_model, n_classes=0, pool="cls_mean", n_registers=3)
+    model = VisionTransformer(config).eval()
+    tokens_BTD = model.embed(torch.randn(2, config.n_channels, *config.image_hw))
+    assert tokens_BTD.shape[1] == 4 + config.grid_GJ[0] * config.grid_GJ[1]
+    normed_BTD = model.norm(tokens_BTD)
+    read_BX = torch.cat([normed_BTD[:, 0], normed_BTD[:, 4:].mean(1)], dim=1)
+    torch.testing.assert_close(model.classify(tokens_BTD), read_BX)
+    assert not [name for name in model.state_dict() if name.startswith("head.")]
 
 
 @pytest.mark.parametrize(("n_layers", "parameters"), [(6, 827_530), (12, 1_622_410)])

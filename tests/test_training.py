@@ -333,6 +333,7 @@ def test_every_model_setting_changes_the_model() -> None:
         "n_layers": 3, "n_attention_heads": 1, "forward_mul": 3.0, "dropout": 0.5,
         "drop_path": 0.5, "pool": "mean", "stem": "conv", "position": "sincos", "head": "linear",
         "class_token": True, "fc_norm": True, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-2,
+        "n_registers": 2, "pre_norm": True, "layer_scale": 0.5,
     }  # fmt: skip
     assert {*other, "stem_channels", "stem_pools", "init_std"} == {
         f.name for f in dataclasses.fields(ModelConfig)

@@ -144,7 +144,7 @@ def own_size(found: Comparison) -> tuple[int, int, int]:
     """Return the sizes of the model's widest matrix product: tokens to q, k and v."""
     config = found.bench.recipe.config()
     rows, columns = config.model.grid_GJ
-    tokens = rows * columns + config.model.has_class_token
+    tokens = rows * columns + config.model.n_prefix_tokens
     width = config.model.embed_dim
     return config.training.batch_size * tokens, width, 3 * width
 

@@ -47,7 +47,7 @@ class ModelConfig(Checked):
     n_channels: int = 3
     """3 for color, 1 for grayscale."""
     n_classes: int = 0
-    """Number of classes; 0 for that of the dataset."""
+    """Number of classes; 0 for that of the dataset. (A network with 0 has no head.)"""
     patch_size: int = 4
     """Side of one square patch in pixels."""
     embed_dim: int = 128
@@ -63,10 +63,13 @@ class ModelConfig(Checked):
     drop_path: float = 0.0
     """Stochastic depth: probability of skipping a branch, rising from 0 in the first block to this
     in the last."""
-    pool: Literal["cls", "mean"] = "cls"
-    """Input of the head: the class token, or the mean of the patch tokens."""
+    pool: Literal["cls", "mean", "cls_mean", "cls_register"] = "cls"
+    """Input of the head: the class token, the mean of the patch tokens, both side by side, or the
+    class token beside the first register (DeiT's distillation token)."""
     class_token: bool | None = None
-    """Prepend a class token. Default: only with pool cls."""
+    """Prepend a class token. Default: unless pool is mean."""
+    n_registers: int = 0
+    """Register tokens between the class token and the patches: learned, with no position."""
     stem: Literal["patch", "conv"] = "patch"
     """Patch embedding: one strided convolution, or whitened patches and convolutions."""
     stem_channels: tuple[int, ...] = ()
@@ -80,8 +83,13 @@ class ModelConfig(Checked):
     """Classifier: Linear, Tanh, Linear (as in the reference), or one Linear."""
     fc_norm: bool = False
     """With pool mean, apply the last LayerNorm to the mean instead of to every token."""
-    hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
-    """GELU in the MLP: exact, or its tanh approximation (for Google's weights)."""
+    pre_norm: bool = False
+    """One more LayerNorm before the first block (for CLIP's weights)."""
+    layer_scale: float = 0.0
+    """Initial value of the learned factors on each block's two branches; 0 for no such factors."""
+    hidden_act: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
+    """Activation in the MLP: GELU, its tanh or sigmoid approximation (for Google's and CLIP's
+    weights), or SwiGLU, which multiplies two halves of a layer twice as wide."""
     init_std: float = 0.02
     """Standard deviation of the initial weights of linear layers."""
     layer_norm_eps: float = 1e-5
@@ -90,7 +98,7 @@ class ModelConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "patch_size embed_dim n_layers n_attention_heads", 1)
-        require_range(self, "n_classes forward_mul", 0)
+        require_range(self, "n_classes forward_mul n_registers layer_scale", 0)
         require_range(self, "dropout drop_path", 0, 0.999)
         require(self.n_channels in (1, 3), f"n_channels is {self.n_channels}: give 3 (color) or 1")
         for side in self.image_hw:
@@ -106,8 +114,12 @@ class ModelConfig(Checked):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: give more than 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),
-            "pool cls needs the class token and has no fc_norm: leave out class_token and fc_norm, "
-            "or give pool mean",
+            f"pool {self.pool} needs the class token and has no fc_norm: leave out class_token and "
+            "fc_norm, or give pool mean",
+        )
+        require(
+            self.pool != "cls_register" or self.n_registers > 0,
+            "pool cls_register needs a register: give n_registers 1, or another pool",
         )
         self._check_widths()
 
@@ -170,8 +182,13 @@ class ModelConfig(Checked):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether token 0 is a class token, followed by the patches."""
-        return self.pool == "cls" if self.class_token is None else self.class_token
+        """Whether token 0 is a class token."""
+        return self.pool != "mean" if self.class_token is None else self.class_token
+
+    @property
+    def n_prefix_tokens(self) -> int:
+        """Number of tokens before the patches: a class token and the registers."""
+        return int(self.has_class_token) + self.n_registers
 
     @property
     def image_hw(self) -> tuple[int, int]:

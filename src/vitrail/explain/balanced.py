@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.explain.removal import Score
-from vitrail.model.layers import ConvStem, Rotation, rotate
+from vitrail.model.layers import ACTIVATIONS, ConvStem, Rotation, rotate
 from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
 
 
@@ -39,7 +39,7 @@ def by_layer(model: VisionTransformer, images_BCHW: Tensor, score: Score) -> Ten
     """Return what each token contributes to the score, before layer 1 and after each: (B, L+1, T).
 
     Each layer's contributions, with the terms of the biases above it, add up to the score. The
-    class token, if there is one, is token 0.
+    class token and registers, if there are any, come before the patches.
     """
     index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
     with torch.enable_grad():
@@ -84,15 +84,18 @@ def _along(
 
 
 def embed(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
-    """Return ``model.embed(images_BCHW)``, tokens (B, T, D), with the stem's gates frozen."""
-    if not isinstance(model.stem, ConvStem):
-        return model.embed(images_BCHW)
+    """Return ``model.embed(images_BCHW)``, tokens (B, T, D), with gates and norm frozen."""
     model.check_images(images_BCHW)
-    features_BCGJ = images_BCHW.contiguous(memory_format=torch.channels_last)
-    for layer in model.stem:
-        gelu = isinstance(layer, nn.GELU)
-        features_BCGJ = _frozen_gelu(features_BCGJ) if gelu else layer(features_BCGJ)
-    return model.add_positions(features_BCGJ)
+    if isinstance(model.stem, ConvStem):
+        features_BCGJ = images_BCHW.contiguous(memory_format=torch.channels_last)
+        for layer in model.stem:
+            gelu = isinstance(layer, nn.GELU)
+            features_BCGJ = _frozen_activation(features_BCGJ) if gelu else layer(features_BCGJ)
+    else:
+        features_BCGJ = model.stem(images_BCHW)
+    tokens_BTD = model.add_positions(features_BCGJ)
+    norm = model.pre_norm
+    return _frozen_norm(norm, tokens_BTD) if isinstance(norm, nn.LayerNorm) else tokens_BTD
 
 
 def logits(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -110,10 +113,10 @@ def _run_block(
 ) -> tuple[Tensor, Tensor]:
     normed_BTD = _frozen_norm(block.norm1, tokens_BTD)
     mixed_BTD, attention_BATT = _attend(block.attention, normed_BTD, rotation)
-    tokens_BTD = tokens_BTD + mixed_BTD
+    tokens_BTD = tokens_BTD + block.scale1(mixed_BTD)
     hidden_BTM = block.mlp.fc1(_frozen_norm(block.norm2, tokens_BTD))
-    gated_BTM = _frozen_gelu(hidden_BTM, block.mlp.approximate)
-    return tokens_BTD + block.mlp.fc2(gated_BTM), attention_BATT
+    gated_BTM = _frozen_activation(hidden_BTM, block.mlp.hidden_act)
+    return tokens_BTD + block.scale2(block.mlp.fc2(gated_BTM)), attention_BATT
 
 
 def _attend(
@@ -137,15 +140,10 @@ def _attend(
 
 def _classify(model: VisionTransformer, tokens_BTD: Tensor) -> Tensor:
     """Return ``model.classify(tokens_BTD)`` with the norm and the head's tanh frozen."""
-    config = model.config
-    if not config.fc_norm:
-        tokens_BTD = _frozen_norm(model.norm, tokens_BTD)
-    if config.pool == "cls":
-        pooled_BD = tokens_BTD[:, 0]
+    if model.config.fc_norm:
+        pooled_BD = _frozen_norm(model.norm, model.pool(tokens_BTD))
     else:
-        pooled_BD = tokens_BTD[:, int(config.has_class_token) :].mean(dim=1)
-    if config.fc_norm:
-        pooled_BD = _frozen_norm(model.norm, pooled_BD)
+        pooled_BD = model.pool(_frozen_norm(model.norm, tokens_BTD))
     if not isinstance(model.head, MLPHead):
         return model.head(pooled_BD)  # type: ignore[no-any-return]
     hidden_BD = model.head.fc1(pooled_BD)
@@ -159,8 +157,12 @@ def _frozen_norm(norm: nn.LayerNorm, x_BxD: Tensor) -> Tensor:
     return centered_BxD * (variance_Bx1 + norm.eps).rsqrt() * norm.weight + norm.bias
 
 
-def _frozen_gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    return _gate(x, F.gelu(x, approximate=approximate), at_zero=0.5)
+def _frozen_activation(x: Tensor, hidden_act: str = "gelu") -> Tensor:
+    """Return the activation as a linear function: SwiGLU of its second half, others of x."""
+    if hidden_act == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate).detach() * value
+    return _gate(x, ACTIVATIONS[hidden_act](x), at_zero=0.5)
 
 
 def _gate(x: Tensor, output: Tensor, *, at_zero: float) -> Tensor:

@@ -156,12 +156,13 @@ def read_query(
 
     ``query`` is a patch's (row, column), counted from 0 at the top left; None selects what the head
     reads: the class token's row or, with mean pooling, the mean of the patches' rows. (Without a
-    class token it is always the mean.) What was taken from the class token is left out.
+    class token it is always the mean.) The patches are the last tokens; what was taken from the
+    tokens before them, the class token and registers, is left out.
 
     Shapes:
         flow_BxTT, with any leading dimensions (layers, heads) -> maps_BxGJ.
     """
-    first = int(class_token)
+    first = flow_BxTT.shape[-1] - grid_GJ[0] * grid_GJ[1]
     if query is not None:
         row_BxT = flow_BxTT[..., first + query[0] * grid_GJ[1] + query[1], :]
     elif mean_pool or not class_token:
@@ -171,7 +172,7 @@ def read_query(
     return torch.unflatten(row_BxT[..., first:], -1, grid_GJ)
 
 
-def read_every_query(flow_BxTT: Tensor, grid_GJ: tuple[int, int], *, class_token: bool) -> Tensor:
+def read_every_query(flow_BxTT: Tensor, grid_GJ: tuple[int, int]) -> Tensor:
     """Return ``read_query`` of every patch, row by row: maps_BxNGJ."""
-    first = int(class_token)
+    first = flow_BxTT.shape[-1] - grid_GJ[0] * grid_GJ[1]
     return torch.unflatten(flow_BxTT[..., first:, first:], -1, grid_GJ)

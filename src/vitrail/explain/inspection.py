@@ -129,7 +129,7 @@ def inspect_model(
         filters=patch_filters(model),
         similarity_GJGJ=position_similarity(model),
         position=model.config.position,
-        tokens=G * J + model.config.has_class_token,
+        tokens=G * J + model.config.n_prefix_tokens,
         patch_size=model.config.patch_size,
         distance_uniform=float(patch_distances(model).mean()),
         heads=None if images_BCHW is None else head_statistics(model, images_BCHW, chunk=chunk),
@@ -187,7 +187,7 @@ def position_similarity(model: VisionTransformer) -> Tensor:
     """
     G, J = model.config.grid_GJ
     if model.rotation is not None:
-        table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # after a class token, if any
+        table_ND = torch.cat(model.rotation, dim=1)[-G * J :]  # after a class token and registers
     else:
         table_ND = model.position_ND
     # To the CPU first: some devices (MPS) have no float64.

@@ -200,7 +200,7 @@ def _gradcam_maps(
         chosen_B = _choose(logits_BY, classes_B)
         score_B = _score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
         (gradient_BTD,) = torch.autograd.grad(score_B.sum(), tokens_BTD)
-    first = int(model.config.has_class_token)
+    first = model.config.n_prefix_tokens
     weights_B1D = gradient_BTD[:, first:].mean(dim=1, keepdim=True)
     map_BN = (weights_B1D * tokens_BTD.detach()[:, first:]).sum(dim=2).relu()
     values_B1GJ = map_BN.view(-1, 1, *model.config.grid_GJ)
@@ -304,7 +304,7 @@ def contributions_by_layer(
         return (balanced.by_layer(model, images_BCHW, _score(classes_B, against)),)
 
     terms_BLT = _in_chunks(model, chunk, compute, images_BCHW, classes_B)[0]
-    terms_BLN = terms_BLT[:, :, int(model.config.has_class_token) :].float()
+    terms_BLN = terms_BLT[:, :, model.config.n_prefix_tokens :].float()
     return terms_BLN.reshape(*terms_BLN.shape[:2], *model.config.grid_GJ)
 
 
@@ -325,7 +325,6 @@ def attention_by_query(
     """
     check_call(model, chunk=chunk)
     layers = pick("layer", None if layer is None else (layer,), model.config.n_layers)
-    grid_GJ, class_token = model.config.grid_GJ, model.config.has_class_token
 
     def look(attention_BATT: Tensor) -> Tensor:
         return formulas.fuse_heads(attention_BATT, fusion)
@@ -333,7 +332,7 @@ def attention_by_query(
     def compute(images_BCHW: Tensor) -> tuple[Tensor]:
         _, fused_L = _run(model, model.embed(images_BCHW), layers, look)
         flow_BTT = formulas.rollout(fused_L)[:, -1] if layer is None else fused_L[0]
-        return (formulas.read_every_query(flow_BTT, grid_GJ, class_token=class_token),)
+        return (formulas.read_every_query(flow_BTT, model.config.grid_GJ),)
 
     return _in_chunks(model, chunk, compute, images_BCHW)[0]
 

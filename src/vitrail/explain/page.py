@@ -70,6 +70,8 @@ class PageData:
     """The true class, if known."""
     mean_pool: bool = False
     """Whether the head reads the mean of the patches although there is a class token."""
+    n_registers: int = 0
+    """Tokens between the class token and the patches."""
     similarity_LNN: np.ndarray | None = None
     unlike: str = ""
     """What to say if the picture is unlike the training images."""
@@ -78,7 +80,7 @@ class PageData:
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
-        n_tokens = self.grid_GJ[0] * self.grid_GJ[1] + self.class_token
+        n_tokens = self.grid_GJ[0] * self.grid_GJ[1] + self.class_token + self.n_registers
         _check("logits_Y", self.logits_Y, (n_classes,))
         _check("early_logits_LY", self.early_logits_LY, (n_layers, n_classes))
         _check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
@@ -122,6 +124,7 @@ def page_data(explanation: Explanation) -> PageData:
         grid_GJ=config.grid_GJ,
         class_token=config.has_class_token,
         mean_pool=config.pool == "mean",
+        n_registers=config.n_registers,
         classes=subject.classes,
         logits_Y=(logits_Y / temperature).numpy(),
         early_logits_LY=(early_logits(model, subject.image_1CHW)[0] / temperature).numpy(),
@@ -173,6 +176,7 @@ def describe(data: PageData) -> dict[str, Any]:
         "size": list(data.picture.size),
         "box": list(data.box),
         "classToken": data.class_token,
+        "firstPatch": data.class_token + data.n_registers,
         "meanPool": data.mean_pool or not data.class_token,
         "layers": n_layers,
         "heads": n_heads,

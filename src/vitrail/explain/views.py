@@ -166,8 +166,8 @@ def compute(
 
 
 def _patch_tokens(model: VisionTransformer, tokens_BTD: Tensor) -> Tensor:
-    """Return the tokens of the patches (B, N, D), without the class token."""
-    return tokens_BTD[:, int(model.config.has_class_token) :]
+    """Return the tokens of the patches (B, N, D), without class token and registers."""
+    return tokens_BTD[:, model.config.n_prefix_tokens :]
 
 
 def _all_tokens(

@@ -1,10 +1,53 @@
-"""Building blocks of vit.py: patch embeddings, position encodings, dropout. Shapes: see vit.py."""
+"""Building blocks of vit.py: activations, patch embeddings, positions, dropout. Shapes: vit.py."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotation = tuple[Tensor, Tensor]  # cosines_TK and sines_TK of rotary positions
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return the sigmoid approximation of GELU.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2; used by CLIP.
+    """
+    return x * torch.sigmoid(1.702 * x)
+
+
+def swiglu(x_BxM: Tensor) -> Tensor:
+    """Return half as many values: the second half of the input, gated by the first.
+
+    Source: Shazeer 2020, arXiv:2002.05202, equation 6.
+    """
+    gate, value = x_BxM.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "swiglu": swiglu,
+}
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each of D dimensions.
+
+    Source: Touvron et al. 2021, arXiv:2103.17239, equation 4.
+    """
+
+    def __init__(self, embed_dim: int, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((embed_dim,), start))
+
+    def forward(self, branch_BTD: Tensor) -> Tensor:
+        """Return the branch, each dimension times its factor."""
+        return branch_BTD * self.weight.to(branch_BTD.dtype)
 
 
 class Dropout(nn.Module):
@@ -168,8 +211,8 @@ def sincos_table(grid_GJ: tuple[int, int], embed_dim: int) -> Tensor:
     return torch.cat([row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()], dim=1)
 
 
-def rotation_tables(grid_GJ: tuple[int, int], head_dim: int, *, class_token: bool) -> Rotation:
-    """Return cosines and sines (T, K) of rotary positions; a class token is not rotated.
+def rotation_tables(grid_GJ: tuple[int, int], head_dim: int, *, n_prefix_tokens: int) -> Rotation:
+    """Return cosines and sines (T, K) of rotary positions; tokens before the patches have none.
 
     Half of the angles depend on the row, half on the column. The base is 100 instead of 10,000, as
     images have few positions.
@@ -178,8 +221,7 @@ def rotation_tables(grid_GJ: tuple[int, int], head_dim: int, *, class_token: boo
     """
     row_NF, column_NF = _grid_angles(grid_GJ, head_dim // 4, base=100.0)
     angles_TK = torch.cat([row_NF, column_NF], dim=1).repeat(1, 2)
-    if class_token:
-        angles_TK = F.pad(angles_TK, (0, 0, 1, 0))
+    angles_TK = F.pad(angles_TK, (0, 0, n_prefix_tokens, 0))
     return angles_TK.cos(), angles_TK.sin()
 
 

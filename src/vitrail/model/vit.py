@@ -3,7 +3,7 @@
 A tensor's name ends in its shape, one letter per dimension:
 
     B images      C channels      H W pixels         P patch side
-    G J patch rows and columns    N = G * J patches  T tokens (N, or N + 1 with a class token)
+    G J patch rows and columns    N = G * J patches  T tokens: class token, R registers, N patches
     D width       A heads         K = D / A head width               M hidden width of the MLP
     L blocks      Y classes       F frequencies (any others are explained where they occur)
 
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.model.layers import (
+    ACTIVATIONS,
     ConvStem,
     Dropout,
     DropPath,
+    LayerScale,
     PatchStem,
     Rotation,
     rotate,
@@ -69,17 +71,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU in between, applied to each token."""
+    """Two linear layers with an activation function in between, applied to each token."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, hidden_act: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc1 = nn.Linear(embed_dim, 2 * hidden_dim if hidden_act == "swiglu" else hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
-        self.approximate = "tanh" if hidden_act == "gelu_tanh" else "none"
+        self.hidden_act = hidden_act
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Return new tokens (B, T, D)."""
-        hidden_BTM = F.gelu(self.fc1(tokens_BTD), approximate=self.approximate)
+        hidden_BTM = ACTIVATIONS[self.hidden_act](self.fc1(tokens_BTD))
         return self.fc2(hidden_BTM)  # type: ignore[no-any-return]
 
 
@@ -89,23 +91,16 @@ class Block(nn.Module):
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929, equations 2 and 3.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        n_attention_heads: int,
-        hidden_dim: int,
-        *,
-        dropout: float,
-        drop_path: float,
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-5,
-    ) -> None:
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, layer_norm_eps)
-        self.attention = Attention(embed_dim, n_attention_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, layer_norm_eps)
-        self.mlp = MLP(embed_dim, hidden_dim, hidden_act)
-        self.dropout = Dropout(dropout)
+        D, scale = config.embed_dim, config.layer_scale
+        self.norm1 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.attention = Attention(D, config.n_attention_heads)
+        self.scale1 = LayerScale(D, scale) if scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.mlp = MLP(D, config.hidden_dim, config.hidden_act)
+        self.scale2 = LayerScale(D, scale) if scale else nn.Identity()
+        self.dropout = Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -113,18 +108,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return new tokens (B, T, D) and, if ``keep_attention``, the attention (B, A, T, T)."""
         mixed_BTD, attention_BATT = self.attention(self.norm1(tokens_BTD), rotation, keep_attention)
-        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(mixed_BTD))
-        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.mlp(self.norm2(tokens_BTD))))
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.scale1(mixed_BTD)))
+        hidden_BTD = self.mlp(self.norm2(tokens_BTD))
+        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.scale2(hidden_BTD)))
         return tokens_BTD, attention_BATT
 
 
 class MLPHead(nn.Module):
     """Linear, Tanh, Linear: the head of the reference, and of the ViT paper in pre-training."""
 
-    def __init__(self, embed_dim: int, n_classes: int) -> None:
+    def __init__(self, pooled_dim: int, n_classes: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, embed_dim)
-        self.fc2 = nn.Linear(embed_dim, n_classes)
+        self.fc1 = nn.Linear(pooled_dim, pooled_dim)
+        self.fc2 = nn.Linear(pooled_dim, n_classes)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
         """Return the logits (B, Y)."""
@@ -134,17 +130,15 @@ class MLPHead(nn.Module):
 class VisionTransformer(nn.Module):
     """Patch embedding, transformer blocks, and a linear classifier or small MLP.
 
+    Without classes there is no head: what a head would read takes the place of the logits, (B, D)
+    or (B, 2 * D).
+
     Shapes:
         images_BCHW, normalized -> logits_BY
-
-    Raises:
-        ConfigError: the number of classes is 0, i.e. to be taken from a dataset.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.n_classes == 0:
-            raise ConfigError("n_classes is 0: give the number of classes")
         self.config = config
         D, grid_GJ = config.embed_dim, config.grid_GJ
         n_patches = grid_GJ[0] * grid_GJ[1]
@@ -160,27 +154,26 @@ class VisionTransformer(nn.Module):
             self.register_buffer("position_ND", sincos_table(grid_GJ, D), persistent=False)
         else:
             cosines_TK, sines_TK = rotation_tables(
-                grid_GJ, D // config.n_attention_heads, class_token=config.has_class_token
+                grid_GJ, D // config.n_attention_heads, n_prefix_tokens=config.n_prefix_tokens
             )
             self.register_buffer("cosines_TK", cosines_TK, persistent=False)
             self.register_buffer("sines_TK", sines_TK, persistent=False)
         if config.has_class_token:
             self.class_token_D = nn.Parameter(torch.empty(D))
+        if config.n_registers:
+            self.registers_RD = nn.Parameter(torch.empty(config.n_registers, D))
         self.dropout = Dropout(config.dropout)
+        self.pre_norm = nn.LayerNorm(D, config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(
-                D,
-                config.n_attention_heads,
-                config.hidden_dim,
-                dropout=config.dropout,
-                drop_path=config.drop_path * index / max(1, config.n_layers - 1),
-                hidden_act=config.hidden_act,
-                layer_norm_eps=config.layer_norm_eps,
-            )
+            Block(config, config.drop_path * index / max(1, config.n_layers - 1))
             for index in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
-        self.head = (MLPHead if config.head == "mlp" else nn.Linear)(D, config.n_classes)
+        self.head: nn.Module = nn.Identity()
+        if config.n_classes:
+            pooled_dim = D if config.pool in ("cls", "mean") else 2 * D
+            head = MLPHead if config.head == "mlp" else nn.Linear
+            self.head = head(pooled_dim, config.n_classes)
         if not next(self.parameters()).is_meta:  # otherwise weights are loaded
             self.apply(partial(initialize, std=config.init_std))
 
@@ -198,7 +191,7 @@ class VisionTransformer(nn.Module):
             ConfigError: the images do not have the model's shape.
         """
         self.check_images(images_BCHW)
-        return self.add_positions(self.stem(images_BCHW))
+        return self.pre_norm(self.add_positions(self.stem(images_BCHW)))  # type: ignore[no-any-return]
 
     def check_images(self, images_BCHW: Tensor) -> None:
         """Refuse images that do not have the model's shape.
@@ -212,15 +205,15 @@ class VisionTransformer(nn.Module):
             raise ConfigError(f"images have shape {shape}: give (number of images, {C}, {H}, {W})")
 
     def add_positions(self, grid_BDGJ: Tensor) -> Tensor:
-        """Return the tokens (B, T, D) of a grid of patches, with positions and class token."""
+        """Return the tokens (B, T, D) of a grid of patches: class token, registers, patches."""
         tokens_BND = grid_BDGJ.flatten(2).transpose(1, 2)
         if self.config.position != "rope":
             tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
-        if not self.config.has_class_token:
-            return self.dropout(tokens_BND)  # type: ignore[no-any-return]
-        class_token_D = self.class_token_D.to(tokens_BND.dtype)
-        class_token_B1D = class_token_D.expand(tokens_BND.shape[0], 1, -1)
-        return self.dropout(torch.cat([class_token_B1D, tokens_BND], dim=1))  # type: ignore[no-any-return]
+        before = [self.class_token_D[None]] if self.config.has_class_token else []
+        before += [self.registers_RD] if self.config.n_registers else []
+        before = [t.to(tokens_BND.dtype).expand(len(tokens_BND), -1, -1) for t in before]
+        tokens_BTD = torch.cat([*before, tokens_BND], dim=1) if before else tokens_BND
+        return self.dropout(tokens_BTD)  # type: ignore[no-any-return]
 
     def run_blocks(
         self, tokens_BTD: Tensor, *, keep_attention: Container[int] = ()
@@ -239,19 +232,24 @@ class VisionTransformer(nn.Module):
 
     def classify(self, tokens_BTD: Tensor) -> Tensor:
         """Return the logits (B, Y) for the tokens that a block returned."""
-        if not self.config.fc_norm:
-            tokens_BTD = self.norm(tokens_BTD)
-        if self.config.pool == "cls":
-            return self.head(tokens_BTD[:, 0])  # type: ignore[no-any-return]
-        pooled_BD = tokens_BTD[:, int(self.config.has_class_token) :].mean(dim=1)
-        return self.head(self.norm(pooled_BD) if self.config.fc_norm else pooled_BD)  # type: ignore[no-any-return]
+        if self.config.fc_norm:
+            return self.head(self.norm(self.pool(tokens_BTD)))  # type: ignore[no-any-return]
+        return self.head(self.pool(self.norm(tokens_BTD)))  # type: ignore[no-any-return]
+
+    def pool(self, tokens_BTD: Tensor) -> Tensor:
+        """Return what the head reads: one token or mean (B, D), or two side by side (B, 2 * D)."""
+        first, pool = self.config.n_prefix_tokens, self.config.pool
+        if pool == "cls":
+            return tokens_BTD[:, 0]
+        second_BD = tokens_BTD[:, 1] if pool == "cls_register" else tokens_BTD[:, first:].mean(1)
+        return second_BD if pool == "mean" else torch.cat([tokens_BTD[:, 0], second_BD], dim=1)
 
     def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the logits and the attention of each block: the tensors used, for autograd, too.
 
         Shapes:
             images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. The
-            class token, if any, is token 0; the patches follow row by row.
+            class token, if any, is token 0; registers and then the patches, row by row, follow.
         """
         tokens_BTD = self.embed(images_BCHW)
         every_layer = range(1, self.config.n_layers + 1)
