@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import vitrail
-from vitrail.config.settings import DataConfig, Look
+from vitrail.config.look import Look
+from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.data.shapes import load_shapes

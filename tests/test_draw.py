@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 from torch.nn import functional
 
-from vitrail.config.settings import Colormap, FitMode, Look, ModelConfig
+from vitrail.config.look import Colormap, Look
+from vitrail.config.settings import FitMode, ModelConfig
 from vitrail.data.pictures import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError, OutputError
 from vitrail.evaluation.report import drawable

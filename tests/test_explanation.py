@@ -20,7 +20,7 @@ from vitrail.cli.explain import ExplainOptions
 from vitrail.cli.explain_files import name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
-from vitrail.config.settings import Look
+from vitrail.config.look import Look
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.draw import caption
 from vitrail.explain.explanation import compare

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import vitrail
 from vitrail.cli import main
-from vitrail.config.settings import Look, ModelConfig
+from vitrail.config.look import Look
+from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.explain.draw import draw_frames, draw_table, save
 from vitrail.explain.explanation import Explanation, Subject, compare, explain, share_colors

@@ -29,7 +29,7 @@ from vitrail.cli.options import (
     take_model,
 )
 from vitrail.cli.parsing import parse
-from vitrail.config.settings import Look
+from vitrail.config.look import Look
 from vitrail.errors import ConfigError, PictureError, nearest, printable
 
 if TYPE_CHECKING:

@@ -12,9 +12,6 @@ from typing import Any, Literal, TypedDict
 from vitrail.config.files import Checked
 from vitrail.errors import ConfigError
 
-Normalization = Literal["frame", "picture", "none"]
-Colormap = Literal["magma", "inferno", "plasma", "viridis", "cividis"]
-"""All perceptually uniform; cividis looks the same with every kind of color vision."""
 Split = Literal["train", "validation", "test"]
 FitMode = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"]
@@ -473,30 +470,6 @@ class RunConfig(Checked):
             value = getattr(self, name)
             plain = value in ("", Path(value).name) and value != ".."
             require(plain, f"{name} is {value!r}: give a name without folders")
-
-
-@dataclass(frozen=True)
-class Look(Checked):
-    """How the maps of what a model looked at are drawn."""
-
-    style: Literal["vitrail", "reference"] = "vitrail"
-    """reference: as the reference implementation draws, the picture dimmed by its rollout."""
-    normalize: Normalization = "frame"
-    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
-    theme: Literal["light", "dark"] = "light"
-    """Paper and text: white and black, or black and white."""
-    colormap: Colormap = "magma"
-    """Colors of the values. All color maps are perceptually uniform."""
-    alpha: float = 0.6
-    """Opacity of the map over the picture, 0 to 1."""
-    duration: int = 500
-    """Milliseconds that an animation shows each map; the last one four times as long."""
-    loop: int = 0
-    """How often an animation repeats; 0 means forever."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "alpha", 0, 1)
 
 
 @dataclass(frozen=True)

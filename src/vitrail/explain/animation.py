@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrail.config.settings import Look, require
+from vitrail.config.look import Look
+from vitrail.config.settings import require
 
 COLORS = 238
 """Colors of a GIF's palette besides 16 grays and that of the paper; Pillow marks unchanged pixels

@@ -15,7 +15,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vitrail.config.settings import Look, require
+from vitrail.config.look import Look
+from vitrail.config.settings import require
 from vitrail.explain.animation import encode_animation, fade
 from vitrail.explain.explanation import Explanation, Frame
 from vitrail.explain.map_settings import TITLES

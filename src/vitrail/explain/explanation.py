@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.config.settings import Look, require
+from vitrail.config.look import Look
+from vitrail.config.settings import require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike

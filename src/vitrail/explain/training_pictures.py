@@ -8,7 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from vitrail.config.settings import Config, Look, require
+from vitrail.config.look import Look
+from vitrail.config.settings import Config, require
 from vitrail.data.images import ImageSet, normalize
 from vitrail.evaluation.metrics import evaluating
 from vitrail.evaluation.report import drawable, save_figure
