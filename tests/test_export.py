@@ -214,7 +214,7 @@ def test_the_commands_on_a_run(
         assert float(torch_row[3]) == pytest.approx(float(onnx_row[3]), abs=1e-5)
     done = vitrail("export", "--model_path", "output/quick", "--int8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "on 500 images" in done.stdout
+    assert "500 images;" in done.stdout
     result = json.loads((tmp_path / "output/quick/result.json").read_text())
     assert f"{result['validation']['accuracy']:.2%}" in done.stdout
     assert (tmp_path / "quick-int8.onnx").stat().st_size < (tmp_path / "quick.onnx").stat().st_size

@@ -46,6 +46,7 @@ SMALL = 4_000
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about corrupt files
 @pytest.mark.parametrize("name", fuzz.MODULES)
 def test_input_is_accepted_or_refused_in_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -325,7 +325,8 @@ def kill_in_a_trial(doomed: subprocess.Popen[str], folder: Path) -> None:
     deadline = time.monotonic() + 1200
     while time.monotonic() < deadline:
         doomed.send_signal(signal.SIGSTOP)
-        if [trial.state.name for trial in read_trials(folder)].count("RUNNING") == 2:
+        running = [trial for trial in read_trials(folder) if trial.state.name == "RUNNING"]
+        if len(running) == 2 and all(trial.params for trial in running):  # else nothing to repeat
             doomed.kill()
             return
         doomed.send_signal(signal.SIGCONT)

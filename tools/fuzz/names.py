@@ -27,7 +27,7 @@ from vitrail.errors import DataError
 from vitrail.evaluation.metrics import CalibrationBin, Metrics
 from vitrail.evaluation.report import confusion_table, drawable, metrics_table, plot_confusion
 from vitrail.explain.page import PageData, make_page
-from vitrail.inference.predictions import Prediction
+from vitrail.inference.predictions import Prediction, Ranking
 from vitrail.runtime.files import write_json
 
 SEEN = re.compile(r"[^\n\t]")
@@ -53,8 +53,8 @@ def attack_classes(data: bytes, folder: Path) -> None:
     write_json(folder / "metrics.json", metrics.to_json())
     read = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     require([row["class"] for row in read["per_class"]] == list(names[:2]), "JSON changes names")
-    answers = [(names[2], [Prediction(names[0], 0.75), Prediction(names[1], 0.25)])]
-    check_answers(answers)
+    ranking = Ranking([Prediction(names[0], 0.75), Prediction(names[1], 0.25)])
+    check_answers([(names[2], ranking)])
     check_page(names)
     require_harmless(drawable(text, 99), "a picture")
     if len(data) % 512 == 7:
@@ -67,24 +67,26 @@ def make_metrics(classes: tuple[str, ...]) -> Metrics:
     """Return metrics of two classes."""
     bins = (CalibrationBin(0.0, 1.0, 1.0, 0.75, 0.75),)
     return Metrics(
-        classes,
-        4,
-        0.75,
-        (0.3, 0.95),
-        0.5,
-        None,
-        0.0,
-        0.75,
-        0.75,
-        (0.5, 1.0),
-        (1.0, 0.7),
-        (1, 3),
-        ((1, 0), (1, 2)),
-        bins,
+        classes=classes,
+        images=4,
+        accuracy=0.75,
+        accuracy_interval=(0.3, 0.95),
+        loss=0.5,
+        top5_accuracy=None,
+        expected_calibration_error=0.0,
+        calibration_error_before=0.0,
+        temperature=1.0,
+        macro_precision=0.75,
+        macro_recall=0.75,
+        precision_Y=(0.5, 1.0),
+        recall_Y=(1.0, 0.7),
+        support_Y=(1, 3),
+        confusion_YY=((1, 0), (1, 2)),
+        calibration=bins,
     )
 
 
-def check_answers(answers: list[tuple[str, list[Prediction]]]) -> None:
+def check_answers(answers: list[tuple[str, Ranking]]) -> None:
     """Print predictions as a table, JSON and CSV, and read them back."""
     texts = {}
     for form in ("table", "json", "csv"):
@@ -138,7 +140,7 @@ def make_html(names: tuple[str, ...]) -> str:
     """Return the page of two classes and a picture with these names."""
     ones_LATT = np.full((1, 1, 4, 4), 0.25, np.float32)
     data = PageData(
-        picture(),
+        Image.open(io.BytesIO(picture())),
         (0, 0, 4, 4),
         (2, 2),
         False,
@@ -215,7 +217,7 @@ def use_files(folder: Path, made: list[str]) -> None:
             console.err = before
     require_harmless(printed.getvalue(), "an error message")
     found = find_pictures([str(folder / "pictures")])
-    check_answers([(str(path), [Prediction(path.parent.name, 1.0)]) for path in found])
+    check_answers([(str(path), Ranking([Prediction(path.parent.name, 1.0)])) for path in found])
     for path in name_files(
         ExplainOptions(output_path=folder / "out"), [path.name for path in found]
     ):
