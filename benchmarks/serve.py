@@ -39,6 +39,7 @@ class Client:
         self.port, self.body = port, body
 
     async def open(self) -> None:
+        """Connect to the server."""
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
 
     async def post(self, path: str) -> tuple[int, float]:
