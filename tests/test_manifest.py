@@ -14,8 +14,8 @@ from vitrail.data.manifest import (
     SPLITS,
     Manifest,
     choose_manifest,
-    class_counts,
     count_added,
+    count_files,
     load_manifest,
     scan,
     scan_whole,
@@ -42,7 +42,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def counts(manifest: Manifest) -> dict[str, list[int]]:
-    return dict(class_counts(manifest))
+    return dict(count_files(manifest))
 
 
 def names(manifest: Manifest, split: str) -> set[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from vitrail.cli.console import print_err
-from vitrail.config.settings import Preparation
+from vitrail.config.settings import Dataset, Preparation
 from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
 
@@ -143,10 +143,10 @@ def name_of(source: str) -> str:
 class DataOptions:
     """The data set that the images come from, where they are no files."""
 
-    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] | None = None
+    dataset: Dataset | None = None
     """Data set. Default: the one that the model was trained on."""
     data_path: Path | None = None
-    """Folder of the data. Default: the one used in training."""
+    """Folder or file of the data. Default: the one used in training."""
     split: Literal["validation", "test", "train"] = "validation"
     """Split of the data set."""
 

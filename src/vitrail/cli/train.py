@@ -19,7 +19,7 @@ from vitrail.cli.console import err, number_table, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
-from vitrail.config.settings import Config
+from vitrail.config.settings import ARRAYS, Config, Dataset
 from vitrail.errors import (
     CheckpointError,
     ConfigError,
@@ -55,10 +55,12 @@ class StartOptions:
 
 @dataclass(frozen=True)
 class FirstOptions(StartOptions):
-    """What must be known before the other flags have defaults: also the initial weights."""
+    """What must be known before the other flags have defaults."""
 
     init: str = ""
     n_attention_heads: int | None = None
+    dataset: Dataset | None = None
+    data_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,31 @@ def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
 
 
 def _read_start(start: FirstOptions) -> Config:
-    """Return the settings of a preset, overridden by the model of --init, then by a TOML file."""
+    """Return the settings of a preset, overridden by the model of --init, then by a TOML file.
+
+    Of gray arrays, also the number of channels.
+    """
     given = {} if start.config is None else toml_sections(start.config)
     base = from_json(given, get_preset(start.preset))
     init = start.init or base.training.init
     if not init:
-        return base
+        asked = "n_channels" in given.get("model", {})
+        gray = not asked and _is_gray(start.dataset or base.data.dataset, start, base)
+        return from_json({"model": {"n_channels": 1}}, base) if gray else base
     from vitrail.weights.pretrained import with_init
 
     theirs = with_init(base, init, start.n_attention_heads)
     return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
+
+
+def _is_gray(dataset: Dataset, start: FirstOptions, base: Config) -> bool:
+    """Return whether the data set is one of arrays, all of them gray."""
+    if dataset not in ARRAYS:
+        return False
+    from vitrail.data.sources import open_source
+
+    path = start.data_path or base.data.data_path
+    return open_source(dataclasses.replace(base.data, dataset=dataset, data_path=path)).gray
 
 
 def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
@@ -169,17 +186,34 @@ def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
 
 
 def _list_data(settings: Config) -> "Manifest | None":
-    """List the pictures of a folder and show what was found, before anything slow is loaded."""
+    """Show what a folder or a source of arrays holds, before anything slow is loaded.
+
+    Of a folder, return the files.
+    """
+    if settings.data.dataset in ARRAYS:
+        from vitrail.data.arrays import class_counts
+        from vitrail.data.sources import open_source
+
+        source = open_source(settings.data)
+        _show_counts(source.name, class_counts(source, settings.data), gray=source.gray)
     if settings.data.dataset != "folder":
         return None
-    from vitrail.data.manifest import SPLITS, class_counts, scan, summary
+    from vitrail.data.manifest import count_files, scan, summary
 
     manifest = scan(settings.data.data_path, settings.data.validation_images)
     shown = manifest.limited(settings.data)
-    counts = class_counts(shown)
+    _show_counts(str(manifest.root), count_files(shown), left_out=summary(shown))
+    return manifest
+
+
+def _show_counts(
+    name: str, counts: Sequence[tuple[str, list[int]]], *, gray: bool = False, left_out: str = ""
+) -> None:
+    """Print the number of training, validation and test pictures of each class."""
     totals = [sum(column) for column in zip(*(row for _, row in counts), strict=True)]
-    print_err(f"{manifest.root}: {len(counts)} classes, {sum(totals):,} pictures")
-    table = number_table("class", *SPLITS)
+    kind = "gray pictures" if gray else "pictures"
+    print_err(f"{name}: {len(counts)} classes, {sum(totals):,} {kind}")
+    table = number_table("class", "train", "validation", "test")
     for name, row in counts[:SHOWN_CLASSES]:
         table.add_row(Text(printable(name)), *(f"{number:,}" for number in row))
     if len(counts) > SHOWN_CLASSES:
@@ -187,11 +221,10 @@ def _list_data(settings: Config) -> "Manifest | None":
     table.add_section()
     table.add_row("total", *(f"{number:,}" for number in totals))
     err.print(table)
-    if line := summary(shown):
-        print_err(line)
-    if not totals[SPLITS.index("test")]:
+    if left_out:
+        print_err(left_out)
+    if not totals[2]:
         print_err("There is no test split: the run will have no test score.")
-    return manifest
 
 
 def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
@@ -298,7 +331,7 @@ def _describe(run: "Run") -> None:
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     splits = ", ".join(f"{len(images):,} {name}" for name, images in run.monitored.items())
     data = run.config.data
-    name = data.data_path if data.dataset == "folder" else data.dataset
+    name = data.data_path if data.dataset == "folder" or data.dataset in ARRAYS else data.dataset
     processes = f"{distributed.count()} processes on " if distributed.count() > 1 else ""
     print_err(
         f"{run.folder}: {parameters:,} parameters on {name}, "

@@ -13,6 +13,9 @@ from vitrail.config.files import Checked
 from vitrail.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
+Dataset = Literal["shapes", "cifar10", "cifar100", "folder", "idx", "npz"]
+ARRAYS: tuple[Dataset, ...] = ("idx", "npz")
+"""Those that hold pictures and labels as arrays (see data/arrays.py)."""
 FitMode = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"]
 MAX_PIXEL = 1e38
@@ -221,11 +224,12 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """The dataset."""
 
-    dataset: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
-    """shapes is generated on the fly; folder: one subfolder of images per class in data_path."""
+    dataset: Dataset = "shapes"
+    """shapes is generated on the fly; folder: one subfolder of images per class in data_path; idx:
+    the files of MNIST and its relatives; npz: a file of arrays, as MedMNIST's."""
     data_path: Path = Path("data")
-    """Folder of the dataset. CIFAR is searched here, then in the user's cache, to which it is
-    downloaded."""
+    """Folder or file of the dataset. CIFAR is searched here, then in the user's cache, to which it
+    is downloaded."""
     shortcut: float = 0.0
     """Fraction of the images of shapes with a mark in the corner whose color gives the class away,
     to test whether explanations find what a model uses."""

@@ -11,22 +11,33 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vitrail.config.settings import DataConfig, Split
+from vitrail.config.settings import ARRAYS, DataConfig, Split
 from vitrail.data import formats
-from vitrail.data.cifar import load_cifar
+from vitrail.data.arrays import (
+    ArraySource,
+    Items,
+    channels_last,
+    choose_items,
+    find_classes,
+    infer_range,
+    is_wide,
+    to_bytes,
+)
+from vitrail.data.cifar import Name, load_cifar
 from vitrail.data.formats import Extent, PixelRange
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import File, Manifest, scan
 from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
 from vitrail.data.shapes import load_shapes
 from vitrail.data.shortcut import add_shortcut
+from vitrail.data.sources import open_source
 from vitrail.errors import DataError, PictureError
 
 log = logging.getLogger("vitrail")
@@ -49,7 +60,7 @@ class Loaded:
     manifest: Manifest | None = None
     """Of a folder: its files, without those that could not be decoded."""
     pixel_range: PixelRange | None = None
-    """Of a folder with 16-bit or floating-point pictures: their values of black and white."""
+    """Of 16-bit or floating-point pictures: their values of black and white."""
 
 
 def load_data(
@@ -59,12 +70,13 @@ def load_data(
     image_hw: tuple[int, int] = (32, 32),
     n_channels: int = 3,
     manifest: Manifest | None = None,
+    classes: Sequence[str] = (),
 ) -> Loaded:
     """Load splits at the model's size, in color (3 channels) or gray (1).
 
     Validation is split off the training images, always the same ones; it may be empty. The test
     split is opened only if it is among ``splits``. Of a folder, the files that the manifest lists
-    are loaded.
+    are loaded. ``classes`` are those of a model, for data whose labels are to be named like them.
 
     Raises:
         DataError: the data set is missing, corrupt, or would run code.
@@ -73,6 +85,8 @@ def load_data(
     if config.dataset == "folder":
         manifest = manifest or scan(config.data_path, config.validation_images)
         loaded = _load_folder(config, splits, manifest, image_hw, n_channels)
+    elif config.dataset in ARRAYS:
+        loaded = _load_arrays(config, splits, image_hw, n_channels, classes)
     else:
         loaded = Loaded(_load_packaged(config, splits, image_hw))
     images = {split: loaded.images[split].with_channels(n_channels) for split in splits}
@@ -90,8 +104,7 @@ def _load_packaged(
         if config.dataset == "shapes":
             images = load_shapes(part)
         else:
-            assert config.dataset != "folder"
-            images = load_cifar(config.dataset, part, data_path=config.data_path)
+            images = load_cifar(cast(Name, config.dataset), part, data_path=config.data_path)
         images = images.resized(image_hw, framing(config))
         return add_shortcut(images, config.shortcut) if config.shortcut else images
 
@@ -102,6 +115,44 @@ def _load_packaged(
     if "test" in splits:
         loaded["test"] = load_part("test").sample(config.num_test_images)
     return loaded
+
+
+def _load_arrays(
+    config: DataConfig,
+    splits: Sequence[Split],
+    image_hw: tuple[int, int],
+    n_channels: int,
+    classes: Sequence[str],
+) -> Loaded:
+    """Load the subsets of a source of arrays that the settings request."""
+    source = open_source(config)
+    names, found = tuple(classes) or find_classes(source), choose_items(source, config, classes)
+    for split in splits:
+        if split not in found:
+            raise DataError(f"{source.name}: there is no {split} split: give another --data_path")
+    require_memory(sum(len(found[split].labels_B) for split in splits), image_hw, n_channels)
+    images: dict[Split, ImageSet] = {}
+    pixel_range = config.pixel_range
+    for split in splits:
+        items = found[split]
+        raw_BHWC = channels_last(items.part.read(items.indices_B))
+        if is_wide(raw_BHWC) and pixel_range is None:
+            pixel_range = _infer_range(source, found.get("train", items))
+        raw_BCHW = (
+            torch.from_numpy(to_bytes(raw_BHWC, pixel_range)).permute(0, 3, 1, 2).contiguous()
+        )
+        labels_B = torch.from_numpy(items.labels_B)
+        images[split] = ImageSet(raw_BCHW, labels_B, names).resized(image_hw, framing(config))
+    # Floating-point numbers from 0 to 1 are pictures anyway, for every model.
+    return Loaded(images, pixel_range=None if pixel_range == (0.0, 1.0) else pixel_range)
+
+
+def _infer_range(source: ArraySource, items: Items) -> PixelRange:
+    """Return the range of training pictures wider than bytes, and log it."""
+    pixel_range, text = infer_range(items.part.read(items.indices_B))
+    if pixel_range != (0.0, 1.0):
+        log.warning("%s: %s", source.name, text)
+    return pixel_range
 
 
 def _load_folder(

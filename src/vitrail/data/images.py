@@ -84,12 +84,17 @@ class ImageSet:
             return self
 
         def fit_all(raw_BHWC: np.ndarray) -> np.ndarray:
-            return np.stack([fit_picture(raw_HWC, size_hw, framing) for raw_HWC in raw_BHWC])
+            gray = raw_BHWC.shape[3] == 1  # of which Pillow knows no third axis
+            raw = raw_BHWC[..., 0] if gray else raw_BHWC
+            fitted = np.empty((len(raw), *size_hw, *raw.shape[3:]), np.uint8)
+            for number, picture in enumerate(raw):
+                fitted[number] = fit_picture(picture, size_hw, framing)
+            return fitted[..., None] if gray else fitted
 
         raw_BHWC = torch.from_numpy(fit_all(self.raw_BCHW.permute(0, 2, 3, 1).numpy()))
         masks_BHW = self.masks_BHW
         if masks_BHW is not None:
-            gray_BHWC = (masks_BHW.numpy()[..., None] * np.uint8(255)).repeat(3, axis=3)
+            gray_BHWC = masks_BHW.numpy()[..., None] * np.uint8(255)
             masks_BHW = torch.from_numpy(fit_all(gray_BHWC)[..., 0] >= 128)
         raw_BCHW = raw_BHWC.permute(0, 3, 1, 2).contiguous()
         return replace(self, raw_BCHW=raw_BCHW, masks_BHW=masks_BHW)
@@ -98,6 +103,8 @@ class ImageSet:
         """Return the images in color (3 channels), or converted to gray (1)."""
         if self.raw_BCHW.shape[1] == n_channels:
             return self
+        if n_channels == 3:
+            return replace(self, raw_BCHW=self.raw_BCHW.repeat(1, 3, 1, 1))
         return replace(self, raw_BCHW=to_gray(self.raw_BCHW))
 
     def _counts(self) -> list[int]:

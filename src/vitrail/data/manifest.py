@@ -441,7 +441,7 @@ def summary(manifest: Manifest) -> str:
     return f"left out: {', '.join(counted)}" if counted else ""
 
 
-def class_counts(manifest: Manifest) -> list[tuple[str, list[int]]]:
+def count_files(manifest: Manifest) -> list[tuple[str, list[int]]]:
     """Return the number of training, validation and test pictures of each class."""
     n_classes = len(manifest.classes)
     columns = [_counts(manifest.files.get(split, ()), n_classes) for split in SPLITS]

@@ -59,8 +59,9 @@ def read_picture(
     Args:
         picture: the picture.
         background: red, green, blue behind transparent pixels.
-        pixel_range: the values of black and white in 16-bit and floating-point files. Default:
-            inferred from the values of this picture (see ``choose_range``) and logged once.
+        pixel_range: the values of black and white in 16-bit and floating-point files, and in
+            arrays of other numbers than uint8 and bool. Default: of a file, inferred from its
+            values (see ``choose_range``) and logged once; of an array, 0 to 1.
         shorter_side: decode a JPEG file at half, a quarter or an eighth of its size, as long as
             its shorter side keeps this many pixels. Default: at full size.
         name: the name in messages of a picture that is not a file with a name.
@@ -81,7 +82,7 @@ def read_picture(
     array = _as_array(picture, name)
     if array is None:
         raise PictureError(f"{name} is a {type(picture).__name__}: {RULE}")
-    raw = _bytes_of(_channels_last(array, name), name)
+    raw = _bytes_of(_channels_last(array, name), name, pixel_range)
     if raw.ndim == 3 and raw.shape[2] == 4:
         return read_picture(Image.fromarray(raw), name=name, background=background)
     if raw.ndim == 3 and raw.shape[2] == 3:
@@ -163,12 +164,14 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
     return array if last else array.transpose(1, 2, 0)
 
 
-def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
+def _bytes_of(array: np.ndarray, name: str, pixel_range: PixelRange | None) -> np.ndarray:
     """Return the numbers as bytes, or refuse them if they have no unique meaning."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind in "iuf" and pixel_range and pixel_range != (0.0, 1.0):
+        return formats.to_bytes(array, pixel_range)
     if array.dtype.kind != "f":
         raise PictureError(f"{name} is an array of {array.dtype}: {RULE}")
     scaled = np.rint(array.astype(np.float32) * 255)  # what rounds to a byte is one
@@ -244,14 +247,14 @@ def stack_pictures(
 
 
 def fit_picture(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit) -> np.ndarray:
-    """Return the picture at a size: center-cropped, padded with black, or stretched."""
+    """Return a picture, RGB or gray (H, W), at a size: cropped, padded with black, or stretched."""
     framing, (height, width) = Framing.of(fit), size_hw
     if rgb_HWC.shape[:2] == size_hw and framing.crop_pct == 1:
         return rgb_HWC
     image = Image.fromarray(rgb_HWC)
     resampling = Image.Resampling[framing.interpolation.upper()]
     if framing.fit == "pad":
-        return np.array(ImageOps.pad(image, (width, height), resampling, color=(0, 0, 0)))
+        return np.array(ImageOps.pad(image, (width, height), resampling, color=0))
     box = seen_box((image.height, image.width), size_hw, fit)
     return np.array(image.resize((width, height), resampling, box))
 

@@ -35,6 +35,7 @@ from vitrail.training.loop import Update, count_flops, train
 from vitrail.training.optim import multiplier
 from vitrail.training.run_folder import (
     EpochRow,
+    has_test,
     hold,
     list_files,
     load_on_all_ranks,
@@ -100,7 +101,7 @@ class Run:
         self.lock = hold(folder)
         self.device = choose_rank_device(config.run.device)
         distributed.require_work(config.training.batch_size)
-        if config.run.monitor == "test" and manifest and not manifest.files.get("test"):
+        if config.run.monitor == "test" and not has_test(config, manifest):
             raise ConfigError("monitor is test, but there is no test split: leave --monitor out")
         wanted: list[Split] = ["train", *dict.fromkeys(("validation", config.run.monitor))]
         loaded = load_on_all_ranks(config, manifest, *wanted)
@@ -372,7 +373,7 @@ class Run:
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
         metrics, calibration = None, self._calibrate(best)
-        if self.manifest is None or self.manifest.files.get("test"):
+        if has_test(self.config, self.manifest):
             test = load_on_all_ranks(self.config, self.manifest, "test").images["test"]
             purpose = f"result of {Path(best.source).name}"
             distributed.on_leader(log_test_use, self.folder, purpose, len(test))

@@ -17,13 +17,15 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from vitrail.config.settings import Config, Split
+from vitrail.config.settings import ARRAYS, Config, Split
+from vitrail.data.arrays import choose_items
 from vitrail.data.datasets import Loaded, load_data
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import (
@@ -35,6 +37,7 @@ from vitrail.data.manifest import (
     scan,
     verify,
 )
+from vitrail.data.sources import open_source
 from vitrail.errors import CheckpointError, ConfigError, OutputError
 from vitrail.runtime import distributed
 from vitrail.runtime.files import replace_file
@@ -190,7 +193,8 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
         run = _run_of(classifier.source)
         known = load_manifest(run) if run and (run / FILE).is_file() else None
         manifest = choose_manifest(data, config.data, known, split, classifier.classes)
-    return _load(dataclasses.replace(config, data=data), manifest, split).images[split]
+    changed = dataclasses.replace(config, data=data)
+    return _load(changed, manifest, split, classes=classifier.classes).images[split]
 
 
 def load_on_all_ranks(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
@@ -200,9 +204,20 @@ def load_on_all_ranks(config: Config, manifest: Manifest | None, *splits: Split)
     return on_ranks(_load, config, manifest, *splits)
 
 
-def _load(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
+def _load(
+    config: Config, manifest: Manifest | None, *splits: Split, classes: Sequence[str] = ()
+) -> Loaded:
     size, channels = config.model.image_hw, config.model.n_channels
-    return load_data(config.data, splits, image_hw=size, n_channels=channels, manifest=manifest)
+    return load_data(
+        config.data, splits, image_hw=size, n_channels=channels, manifest=manifest, classes=classes
+    )
+
+
+def has_test(config: Config, manifest: Manifest | None) -> bool:
+    """Return whether the data set has a test split."""
+    if config.data.dataset in ARRAYS:
+        return "test" in choose_items(open_source(config.data), config.data)
+    return manifest is None or bool(manifest.files.get("test"))
 
 
 def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:

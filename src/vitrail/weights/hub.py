@@ -25,6 +25,8 @@ DATA = {
     "cifar10": "CIFAR-10 (Krizhevsky 2009), 32 x 32 photos",
     "cifar100": "CIFAR-100 (Krizhevsky 2009), 32 x 32 photos",
     "folder": "pictures in folders, one folder per class",
+    "idx": "pictures in IDX files",
+    "npz": "pictures in an .npz file",
 }
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Ids of data sets on the hub."""

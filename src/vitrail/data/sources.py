@@ -1,0 +1,35 @@
+"""Which data set a path is, and the data sets of arrays by name. No torch is imported."""
+
+from pathlib import Path
+
+from vitrail.config.settings import DataConfig, Dataset
+from vitrail.data.arrays import ArraySource
+from vitrail.data.idx import has_idx, open_idx
+from vitrail.data.npz import open_npz
+from vitrail.errors import DataError
+
+
+def open_source(config: DataConfig) -> ArraySource:
+    """Return the data set that the settings name.
+
+    Raises:
+        DataError: it is not what its name claims.
+    """
+    return {"idx": open_idx, "npz": open_npz}[config.dataset](config.data_path)
+
+
+def recognize(path: Path) -> Dataset:
+    """Return which data set a path is, by its name and the names of the files in it.
+
+    Raises:
+        DataError: there is no such path, or it is none.
+    """
+    if path.suffix.lower() == ".npz":
+        return "npz"
+    folder = path if path.is_dir() else path.parent
+    if has_idx(folder) or has_idx(folder / "raw"):
+        return "idx"
+    if path.is_dir():
+        return "folder"
+    raise DataError(f"{path}: no such file or folder of data: give an .npz file, a folder of IDX "
+                    "files, or a folder of class folders")  # fmt: skip
