@@ -82,6 +82,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 EXTRAS = {
+    "datasets": "hf",
     "huggingface_hub": "hub",
     "onnx": "export",
     "onnxruntime": "export",

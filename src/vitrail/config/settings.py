@@ -13,8 +13,8 @@ from vitrail.config.files import Checked
 from vitrail.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
-Dataset = Literal["shapes", "cifar10", "cifar100", "folder", "idx", "npz"]
-ARRAYS: tuple[Dataset, ...] = ("idx", "npz")
+Dataset = Literal["shapes", "cifar10", "cifar100", "folder", "idx", "npz", "hf"]
+ARRAYS: tuple[Dataset, ...] = ("idx", "npz", "hf")
 """Those that hold pictures and labels as arrays (see data/arrays.py)."""
 FitMode = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"]
@@ -226,7 +226,8 @@ class DataConfig(Checked):
 
     dataset: Dataset = "shapes"
     """shapes is generated on the fly; folder: one subfolder of images per class in data_path; idx:
-    the files of MNIST and its relatives; npz: a file of arrays, as MedMNIST's."""
+    the files of MNIST and its relatives; npz: a file of arrays, as MedMNIST's; hf: local Parquet or
+    Arrow, or hf:OWNER/NAME."""
     data_path: Path = Path("data")
     """Folder or file of the dataset. CIFAR is searched here, then in the user's cache, to which it
     is downloaded."""

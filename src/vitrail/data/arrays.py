@@ -30,8 +30,8 @@ class Part:
     labels_B: np.ndarray
     """One number or name per picture."""
     gray: bool
-    read: Callable[[np.ndarray], np.ndarray]
-    """Indices -> the pictures there: (B, H, W), (B, H, W, C) or (B, C, H, W)."""
+    read: Callable[[np.ndarray], "np.ndarray | list[bytes]"]
+    """Indices -> the pictures there: (B, H, W), (B, H, W, C), (B, C, H, W), or picture files."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,7 @@ def check_arrays(
     Raises:
         DataError: other shapes or types; the message says which are accepted.
     """
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        raise DataError(f"{name}: {labels.shape[1]} labels per picture: give one class per picture")
-    labels_B = labels.reshape(-1)
-    if labels_B.dtype.kind == "f" and (labels_B == np.rint(labels_B)).all():
-        labels_B = labels_B.astype(np.int64)
-    if labels_B.dtype.kind not in "iuUb":
-        raise DataError(f"{name}: labels of type {labels.dtype}: give whole numbers or names")
+    labels_B = check_labels(name, labels)
     if len(shape) == 2:
         raise DataError(f"{name}: the shape {tuple(shape)} is of rows of numbers, not of pictures: "
                         "reshape it to (N, H, W)")  # fmt: skip
@@ -190,6 +184,18 @@ def check_arrays(
     if kind.kind not in "biuf":
         raise DataError(f"{name}: pictures of type {kind}: give numbers")
     return labels_B, len(shape) == 3 or shape[3 if last else 1] == 1
+
+
+def check_labels(name: str, labels: np.ndarray) -> np.ndarray:
+    """Return labels as (N,), or refuse what are not whole numbers or names, one per picture."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise DataError(f"{name}: {labels.shape[1]} labels per picture: give one class per picture")
+    labels_B = labels.reshape(-1)
+    if labels_B.dtype.kind == "f" and (labels_B == np.rint(labels_B)).all():
+        labels_B = labels_B.astype(np.int64)
+    if labels_B.dtype.kind not in "iuUb":
+        raise DataError(f"{name}: labels of type {labels.dtype}: give whole numbers or names")
+    return labels_B
 
 
 def channels_last(pictures: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ from rich.progress import Progress
 from vitrail.config.settings import ARRAYS, DataConfig, Split
 from vitrail.data import formats
 from vitrail.data.arrays import (
-    ArraySource,
     Items,
     channels_last,
     choose_items,
@@ -31,7 +30,7 @@ from vitrail.data.arrays import (
     to_bytes,
 )
 from vitrail.data.cifar import Name, load_cifar
-from vitrail.data.formats import Extent, PixelRange
+from vitrail.data.formats import Extent, PixelRange, Source
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import File, Manifest, scan
 from vitrail.data.pictures import Fit, enough_side, fit_channels, framing
@@ -132,27 +131,58 @@ def _load_arrays(
             raise DataError(f"{source.name}: there is no {split} split: give another --data_path")
     require_memory(sum(len(found[split].labels_B) for split in splits), image_hw, n_channels)
     images: dict[Split, ImageSet] = {}
-    pixel_range = config.pixel_range
     for split in splits:
         items = found[split]
-        raw_BHWC = channels_last(items.part.read(items.indices_B))
-        if is_wide(raw_BHWC) and pixel_range is None:
-            pixel_range = _infer_range(source, found.get("train", items))
-        raw_BCHW = (
-            torch.from_numpy(to_bytes(raw_BHWC, pixel_range)).permute(0, 3, 1, 2).contiguous()
-        )
+        pictures = items.part.read(items.indices_B)
+        if isinstance(pictures, list):
+            images[split], config = _decode_items(config, pictures, items, names, image_hw)
+            continue
+        raw_BHWC = channels_last(pictures)
+        if is_wide(raw_BHWC) and config.pixel_range is None:
+            config = _with_range(config, source.name, found.get("train", items))
+        raw_BCHW = torch.from_numpy(to_bytes(raw_BHWC, config.pixel_range)).permute(0, 3, 1, 2)
         labels_B = torch.from_numpy(items.labels_B)
-        images[split] = ImageSet(raw_BCHW, labels_B, names).resized(image_hw, framing(config))
+        given = ImageSet(raw_BCHW.contiguous(), labels_B, names)
+        images[split] = given.resized(image_hw, framing(config))
     # Floating-point numbers from 0 to 1 are pictures anyway, for every model.
-    return Loaded(images, pixel_range=None if pixel_range == (0.0, 1.0) else pixel_range)
+    unit = config.pixel_range == (0.0, 1.0)
+    return Loaded(images, pixel_range=None if unit else config.pixel_range)
 
 
-def _infer_range(source: ArraySource, items: Items) -> PixelRange:
-    """Return the range of training pictures wider than bytes, and log it."""
-    pixel_range, text = infer_range(items.part.read(items.indices_B))
+def _with_range(config: DataConfig, name: str, items: Items) -> DataConfig:
+    """Return the settings with the range of training pictures wider than bytes, and log it."""
+    pictures = items.part.read(items.indices_B)
+    assert isinstance(pictures, np.ndarray)
+    pixel_range, text = infer_range(pictures)
     if pixel_range != (0.0, 1.0):
-        log.warning("%s: %s", source.name, text)
-    return pixel_range
+        log.warning("%s: %s", name, text)
+    return replace(config, pixel_range=pixel_range)
+
+
+def _decode_items(
+    config: DataConfig,
+    files: Sequence[bytes],
+    items: Items,
+    names: tuple[str, ...],
+    image_hw: tuple[int, int],
+) -> tuple[ImageSet, DataConfig]:
+    """Decode the contents of picture files; log and leave out those that cannot be decoded."""
+    decoded = decode(
+        files,
+        size_hw=image_hw,
+        fit=framing(config),
+        num_workers=config.num_workers,
+        n_channels=1 if items.part.gray else 3,
+        pixel_range=config.pixel_range,
+    )
+    for index, reason in sorted(decoded.broken.items())[:NAMED]:
+        log.warning("left out: picture %d: %s", items.indices_B[index], reason)
+    valid = [index for index in range(len(files)) if index not in decoded.broken]
+    if files and not valid:
+        raise DataError(f"{config.data_path}: no picture can be decoded")
+    labels_B = torch.from_numpy(items.labels_B[valid])
+    images = ImageSet(torch.from_numpy(decoded.raw_BCHW), labels_B, names)
+    return images, replace(config, pixel_range=decoded.pixel_range)
 
 
 def _load_folder(
@@ -228,7 +258,7 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    paths: Sequence[Path],
+    sources: Sequence[Source],
     *,
     size_hw: tuple[int, int],
     fit: Fit,
@@ -239,21 +269,21 @@ def decode(
     """Decode picture files at one size, each once (wide gray ones twice, if no range is given).
 
     Args:
-        paths: the files.
+        sources: the files, or their contents.
         size_hw: height and width of the result in pixels.
         fit: how a picture of another shape is fitted.
         num_workers: number of threads; each holds one picture in memory.
         n_channels: 3 for RGB, 1 for gray.
         pixel_range: values of black and white in wide gray pictures. Default: inferred from all.
     """
-    raw_BCHW = np.empty((len(paths), n_channels, *size_hw), np.uint8)
+    raw_BCHW = np.empty((len(sources), n_channels, *size_hw), np.uint8)
     broken: dict[int, str] = {}
     wide: dict[int, Extent] = {}
 
     def decode_one(index: int) -> None:
         """Decode a picture into its slot; measure a wide one as long as the range is unknown."""
         try:
-            pixels = formats.read_pixels(paths[index], shorter_side=enough_side(size_hw, fit))
+            pixels = formats.read_pixels(sources[index], shorter_side=enough_side(size_hw, fit))
         except PictureError as error:
             broken[index] = str(error)
             return
@@ -264,7 +294,7 @@ def decode(
             pixels = formats.gray_to_rgb(formats.to_bytes(pixels, pixel_range))
         raw_BCHW[index] = fit_channels(pixels, size_hw, fit, n_channels).transpose(2, 0, 1)
 
-    _run_threads(decode_one, range(len(paths)), num_workers, "decoding")
+    _run_threads(decode_one, range(len(sources)), num_workers, "decoding")
     if wide:
         extent = formats.join(wide.values())
         pixel_range = formats.choose_range(extent)
@@ -272,7 +302,7 @@ def decode(
             "wide gray pictures: %d files, %s", len(wide), formats.describe(extent, pixel_range)
         )
         _run_threads(decode_one, sorted(wide), num_workers, "decoding wide gray pictures")
-    valid = [index for index in range(len(paths)) if index not in broken]
+    valid = [index for index in range(len(sources)) if index not in broken]
     for target, index in enumerate(valid):  # in place, to avoid a second copy
         if target != index:
             raw_BCHW[target] = raw_BCHW[index]

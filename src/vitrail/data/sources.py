@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vitrail.config.settings import DataConfig, Dataset
 from vitrail.data.arrays import ArraySource
+from vitrail.data.hf import SAVED, is_on_hub, open_hf
 from vitrail.data.idx import has_idx, open_idx
 from vitrail.data.npz import open_npz
 from vitrail.errors import DataError
@@ -15,7 +16,7 @@ def open_source(config: DataConfig) -> ArraySource:
     Raises:
         DataError: it is not what its name claims.
     """
-    return {"idx": open_idx, "npz": open_npz}[config.dataset](config.data_path)
+    return {"idx": open_idx, "npz": open_npz, "hf": open_hf}[config.dataset](config.data_path)
 
 
 def recognize(path: Path) -> Dataset:
@@ -29,7 +30,11 @@ def recognize(path: Path) -> Dataset:
     folder = path if path.is_dir() else path.parent
     if has_idx(folder) or has_idx(folder / "raw"):
         return "idx"
+    saved = any((path / name).is_file() for name in SAVED)
+    parquet = path.suffix.lower() == ".parquet" or any(path.glob("*.parquet"))
+    if is_on_hub(path) or saved or parquet:
+        return "hf"
     if path.is_dir():
         return "folder"
-    raise DataError(f"{path}: no such file or folder of data: give an .npz file, a folder of IDX "
-                    "files, or a folder of class folders")  # fmt: skip
+    raise DataError(f"{path}: no such file or folder of data: give an .npz or .parquet file, a "
+                    "folder of IDX files or of class folders, or hf:OWNER/NAME")  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitrail.config.files import to_json
 from vitrail.config.settings import Config, Split
 from vitrail.data.batches import Batches
+from vitrail.data.hf import is_on_hub
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
@@ -148,7 +149,8 @@ class Run:
             ConfigError: the folder is not empty.
         """
         distributed.on_leader(require_unused, folder)
-        if config.data.dataset != "shapes":  # so that the run can be tested from any folder
+        if config.data.dataset != "shapes" and not is_on_hub(config.data.data_path):
+            # So that the run can be tested from any folder.
             data = dataclasses.replace(config.data, data_path=config.data.data_path.absolute())
             config = dataclasses.replace(config, data=data)
         run = cls(config, folder, manifest=distributed.on_leader(list_files, config, manifest))

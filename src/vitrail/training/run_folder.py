@@ -199,7 +199,7 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
 
 def load_on_all_ranks(config: Config, manifest: Manifest | None, *splits: Split) -> Loaded:
     """Load splits on every rank; where a download may be needed, on one rank per machine first."""
-    downloads = config.data.dataset.startswith("cifar")
+    downloads = config.data.dataset.startswith(("cifar", "hf"))
     on_ranks = distributed.first_on_machine if downloads else distributed.each
     return on_ranks(_load, config, manifest, *splits)
 

@@ -27,6 +27,7 @@ DATA = {
     "folder": "pictures in folders, one folder per class",
     "idx": "pictures in IDX files",
     "npz": "pictures in an .npz file",
+    "hf": "a data set in the format of Hugging Face",
 }
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Ids of data sets on the hub."""
