@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier as Classifier
     from vitrail.inference.predictions import Prediction as Prediction
     from vitrail.model.vit import VisionTransformer as VisionTransformer
+    from vitrail.training.from_python import train as train
     from vitrail.training.run import Run as Run
     from vitrail.weights.pretrained import load as load
 
@@ -32,6 +33,7 @@ _HOMES = {
     "VitrailError": "vitrail.errors",
     "get_preset": "vitrail.config.presets",
     "load": "vitrail.weights.pretrained",
+    "train": "vitrail.training.from_python",
 }
 
 __all__ = list(_HOMES)

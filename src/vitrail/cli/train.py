@@ -166,10 +166,10 @@ def _is_gray(dataset: Dataset, start: FirstOptions, base: Config) -> bool:
     """Return whether the data set is one of arrays, all of them gray."""
     if dataset not in ARRAYS:
         return False
-    from vitrail.data.sources import open_source
+    from vitrail.data.sources import is_gray
 
     path = start.data_path or base.data.data_path
-    return open_source(dataclasses.replace(base.data, dataset=dataset, data_path=path)).gray
+    return is_gray(dataclasses.replace(base.data, dataset=dataset, data_path=path))
 
 
 def _refuse_changes(old: Config, new: Config, folder: Path) -> None:

@@ -150,17 +150,26 @@ def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
         table = read_json(path) if suffix == ".json" else tomllib.loads(_read_text(path))
     except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, or too long a number
         raise ConfigError(f"{path}: invalid TOML: {error}") from error
+    return by_section(_require_table(table, f"{path}: settings"), str(path))
+
+
+def by_section(table: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Return settings that are given by name, or in sections, by section.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
     section_of = {
         name: section for section, values in vars(_defaults()).items() for name in vars(values)
     }
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in _require_table(table, f"{path}: settings").items():
+    for name, value in table.items():
         if name in section_of.values() and isinstance(value, Mapping):
             sections[name] = {**sections.get(name, {}), **value}
         elif name in section_of:
             sections.setdefault(section_of[name], {})[name] = value
         else:
-            raise ConfigError(f"{path}: unknown setting {name!r:.60}{nearest(name, section_of)}")
+            raise ConfigError(f"{where}: unknown setting {name!r:.60}{nearest(name, section_of)}")
     return sections
 
 

@@ -14,8 +14,7 @@ from vitrail.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
 Dataset = Literal["shapes", "cifar10", "cifar100", "folder", "idx", "npz", "hf"]
-ARRAYS: tuple[Dataset, ...] = ("idx", "npz", "hf")
-"""Those that hold pictures and labels as arrays (see data/arrays.py)."""
+ARRAYS: tuple[Dataset, ...] = ("idx", "npz", "hf")  # see data/arrays.py
 FitMode = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "hamming", "box", "nearest"]
 MAX_PIXEL = 1e38
@@ -225,12 +224,10 @@ class DataConfig(Checked):
     """The dataset."""
 
     dataset: Dataset = "shapes"
-    """shapes is generated on the fly; folder: one subfolder of images per class in data_path; idx:
-    the files of MNIST and its relatives; npz: a file of arrays, as MedMNIST's; hf: local Parquet or
-    Arrow, or hf:OWNER/NAME."""
+    """shapes is generated; folder: one subfolder of images per class in data_path; idx: files of
+    MNIST's kind; npz: arrays, as MedMNIST's; hf: Parquet, Arrow, or hf:OWNER/NAME."""
     data_path: Path = Path("data")
-    """Folder or file of the dataset. CIFAR is searched here, then in the user's cache, to which it
-    is downloaded."""
+    """Folder or file of the dataset. CIFAR is searched here, then in the user's cache."""
     shortcut: float = 0.0
     """Fraction of the images of shapes with a mark in the corner whose color gives the class away,
     to test whether explanations find what a model uses."""

@@ -81,7 +81,7 @@ def _find_files(data_path: Path) -> tuple[Path, str, Files]:
 
 def _open_part(images: Path, labels: Path, transposed: bool) -> Part:
     """Return the pictures and labels of one split; the pictures are read when they are needed."""
-    values, (kind, shape, _) = read_idx(labels), _header(images, _content(images, HEADER))
+    values, (kind, shape, _) = _read_idx(labels), _header(images, _content(images, HEADER))
     for path, array_shape, wanted in ((images, shape, 3), (labels, values.shape, 1)):
         if len(array_shape) != wanted:
             raise DataError(f"{path}: an array of {len(array_shape)} dimensions, not {wanted}")
@@ -89,12 +89,12 @@ def _open_part(images: Path, labels: Path, transposed: bool) -> Part:
 
     @functools.cache
     def pictures() -> np.ndarray:
-        return read_idx(images).swapaxes(1, 2) if transposed else read_idx(images)
+        return _read_idx(images).swapaxes(1, 2) if transposed else _read_idx(images)
 
     return Part(labels_B, gray, lambda indices_B: pictures()[indices_B])
 
 
-def read_idx(path: Path) -> np.ndarray:
+def _read_idx(path: Path) -> np.ndarray:
     """Return the array in an IDX file, which may be compressed by gzip.
 
     Raises:

@@ -79,7 +79,7 @@ def read_picture(
         if pixels.ndim == 3:
             return pixels
         return gray_to_rgb(formats.to_bytes(pixels, pixel_range or _guess_range(pixels, name)))
-    array = _as_array(picture, name)
+    array = as_array(picture, name)
     if array is None:
         raise PictureError(f"{name} is a {type(picture).__name__}: {RULE}")
     raw = _bytes_of(_channels_last(array, name), name, pixel_range)
@@ -94,7 +94,7 @@ def list_pictures(pictures: Pictures) -> Sequence[Picture]:
     """Return one picture, several, or an array of several as a list."""
     if _is_source(pictures):
         return [pictures]
-    array = _as_array(pictures, "the picture")
+    array = as_array(pictures, "the picture")
     if array is not None:
         return list(array) if array.ndim == 4 else [array]
     if isinstance(pictures, Iterable) and not isinstance(pictures, Mapping):
@@ -132,7 +132,7 @@ def _is_open_file(picture: object) -> TypeGuard[BinaryIO]:
     return hasattr(picture, "read")
 
 
-def _as_array(picture: object, name: str) -> np.ndarray | None:
+def as_array(picture: object, name: str) -> np.ndarray | None:
     """Return an array or tensor of any library as a NumPy array, None for anything else."""
     torch = sys.modules.get("torch")  # whoever has a tensor has imported it
     try:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vitrail.config.settings import DataConfig, Dataset
+from vitrail.config.settings import ARRAYS, DataConfig, Dataset
 from vitrail.data.arrays import ArraySource
 from vitrail.data.hf import SAVED, is_on_hub, open_hf
 from vitrail.data.idx import has_idx, open_idx
@@ -17,6 +17,11 @@ def open_source(config: DataConfig) -> ArraySource:
         DataError: it is not what its name claims.
     """
     return {"idx": open_idx, "npz": open_npz, "hf": open_hf}[config.dataset](config.data_path)
+
+
+def is_gray(config: DataConfig) -> bool:
+    """Return whether the data set is one of arrays, all of them gray."""
+    return config.dataset in ARRAYS and open_source(config).gray
 
 
 def recognize(path: Path) -> Dataset:

@@ -1,5 +1,6 @@
 """Pictures -> predictions and explanations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Classifier(BaseClassifier):
     calibration: Calibration = UNCALIBRATED
     verdict: Verdict | None = None
     """Which maps to trust, if ``vitrail explain --score`` has stored it beside the weights."""
+    result: Mapping[str, Any] | None = None
+    """Of a model that ``vitrail.train`` made: scores and seconds, as in result.json."""
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -141,6 +144,13 @@ class Classifier(BaseClassifier):
             calibration=self.calibration,
             verdict=self.verdict,
         )
+
+    def features(self, pictures: Pictures, batch_size: int = 500) -> Tensor:
+        """Return what the head classifies, a vector for each picture: (B, D), on the CPU."""
+        with torch.inference_mode():
+            parts = self.prepare(pictures).split(batch_size)
+            vectors = [self.model.features(part).float().cpu() for part in parts]
+        return torch.cat(vectors) if vectors else torch.zeros(0, self.config.model.embed_dim)
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """Convert pictures of any kind and size to the model's input (B, C, H, W)."""

@@ -179,10 +179,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B, Y)."""
+        return self.head(self.features(images_BCHW))  # type: ignore[no-any-return]
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return the input of the head (B, D)."""
         tokens_BTD = self.embed(images_BCHW)
         for _, output_BTD, _ in self.run_blocks(tokens_BTD):
             tokens_BTD = output_BTD
-        return self.classify(tokens_BTD)
+        return self.summarize(tokens_BTD)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return the input of the first block: tokens (B, T, D) of the patches.
@@ -232,9 +236,13 @@ class VisionTransformer(nn.Module):
 
     def classify(self, tokens_BTD: Tensor) -> Tensor:
         """Return the logits (B, Y) for the tokens that a block returned."""
+        return self.head(self.summarize(tokens_BTD))  # type: ignore[no-any-return]
+
+    def summarize(self, tokens_BTD: Tensor) -> Tensor:
+        """Return the input of the head: what ``pool`` returns, normalized before or after."""
         if self.config.fc_norm:
-            return self.head(self.norm(self.pool(tokens_BTD)))  # type: ignore[no-any-return]
-        return self.head(self.pool(self.norm(tokens_BTD)))  # type: ignore[no-any-return]
+            return self.norm(self.pool(tokens_BTD))  # type: ignore[no-any-return]
+        return self.pool(self.norm(tokens_BTD))
 
     def pool(self, tokens_BTD: Tensor) -> Tensor:
         """Return what the head reads: one token or mean (B, D), or two side by side (B, 2 * D)."""

@@ -3,6 +3,7 @@
 output/NAME/
 ├── config.json  env.json          settings; software and hardware
 ├── manifest.json                  for a folder of pictures: every file with its split
+├── data.npz                       of vitrail.train: the arrays, unless they are a path
 ├── metrics.jsonl                  one line per epoch
 ├── result.json                    at the end: validation and test scores, seconds, parameters
 ├── test_uses.jsonl                one line for each use of the test split
@@ -46,6 +47,8 @@ from vitrail.weights.checkpoint import read_bytes
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
 
+DATA = "data.npz"
+"""The arrays that a run was given from Python."""
 LOCK = ".lock"
 """A file that the writing process locks; the system unlocks it when the process ends."""
 
@@ -111,7 +114,7 @@ def require_unused(folder: Path) -> None:
 def is_unused(path: Path) -> bool:
     """Return whether a folder is empty except for what a run that never began leaves."""
     return path.is_dir() and all(
-        entry.name == LOCK or entry.name.startswith(".partial-") for entry in path.iterdir()
+        entry.name in (LOCK, DATA) or entry.name.startswith(".partial-") for entry in path.iterdir()
     )
 
 

@@ -71,7 +71,7 @@ class Source:
 
 
 def load(
-    source: str | Path,
+    source: str | Path | None = None,
     *,
     n_attention_heads: int | None = None,
     device: str = "auto",
@@ -84,7 +84,7 @@ def load(
             paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
             of Vitrail; weights of the reference implementation (``.pt``), timm (``.safetensors``,
             ``.pth``, or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
-            ``hf:OWNER/NAME``.
+            ``hf:OWNER/NAME``. Default: the newest run in output/, else the bundled model.
         n_attention_heads: the head count, if the files do not contain it. Default: 4 for the
             reference's ``.pt``, the usual one for their width for timm's files.
         device: auto, cpu, cuda or mps.
@@ -100,6 +100,7 @@ def load(
         raise TypeError(f"load() has no argument {unknown.pop()!r}")
     given = {name: value for name, value in preparation.items() if value is not None}
     chosen = choose_device(device)
+    source = default_model(Path("output")) if source is None else source
     found = read(source, n_attention_heads=n_attention_heads, preparation=given)
     if not found.info.config.model.n_classes:
         raise CheckpointError(

@@ -1,0 +1,143 @@
+"""vitrail.train: arrays, tensors, Datasets and paths; the run folder; what the model then does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrail as package
+from vitrail.errors import ConfigError, DataError
+
+TINY: dict[str, Any] = {
+    "image_size": 16, "patch_size": 8, "embed_dim": 16, "n_layers": 1, "n_attention_heads": 2,
+    "stem": "patch", "epochs": 8, "batch_size": 10, "crop_padding": 0, "flip": "none",
+    "num_workers": 1,
+}  # fmt: skip
+LABELS = np.arange(60) % 2
+PICTURES = np.random.default_rng(0).uniform(0, 4, (60, 8, 8))
+PICTURES[LABELS == 1, 2:6, 2:6] += 12.0
+"""Gray values from 0 to 16; class 1 has a bright square."""
+
+
+class Pairs(torch.utils.data.Dataset[tuple[Any, int]]):
+    """Pictures in some form, with their labels and the names of the classes."""
+
+    classes = ("dark", "bright")
+
+    def __init__(self, convert: Callable[[np.ndarray], Any]) -> None:
+        self.convert = convert
+
+    def __len__(self) -> int:
+        return len(PICTURES)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.convert((PICTURES[index] * 15.9).astype(np.uint8)), int(LABELS[index])
+
+
+def test_arrays_train_a_model_that_reads_their_numbers(tmp_path: Path) -> None:
+    model = package.train((PICTURES, LABELS), **TINY)
+    assert model.result is not None
+    assert model.result["test"]["accuracy"] == 1.0
+    assert model.result["test"]["images"] == 6
+    assert model.classes == ("0", "1")
+    assert model.config.model.n_channels == 1
+    assert model.config.data.pixel_range[0] < 0.1 < 15 < model.config.data.pixel_range[1]
+    found = [ranking[0].name for ranking in model.predict(list(PICTURES[:20]), top_k=1)]
+    assert found == [str(label) for label in LABELS[:20]]
+    assert repr(model).startswith("Classifier('', 2 classes")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "channels"),
+    [
+        (Pairs(Image.fromarray), 1),
+        (Pairs(lambda raw: Image.fromarray(raw).convert("RGB")), 3),
+        (Pairs(lambda raw: torch.from_numpy(raw / 255).float().expand(3, 8, 8)), 3),
+        ((torch.from_numpy(PICTURES).unsqueeze(1), torch.from_numpy(LABELS)), 1),
+        ((list(PICTURES), LABELS.tolist()), 1),
+        ((PICTURES, np.array(["dark", "bright"], dtype=object)[LABELS]), 1),
+    ],
+    ids=["pillow", "color", "tensors", "tensor", "lists", "names"],
+)
+def test_data_of_every_form(form: Any, channels: int) -> None:
+    model = package.train(form, **TINY | {"epochs": 1})
+    assert model.config.model.n_channels == channels
+    assert model.result is not None
+    assert model.result["train_images"] == 49
+    assert set(model.classes) in ({"0", "1"}, {"dark", "bright"})
+    assert isinstance(form, tuple) or model.classes == ("dark", "bright")
+
+
+def test_given_splits_and_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vitrail: Callable[..., CompletedProcess[str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = package.train(
+        (PICTURES, LABELS), validation=(PICTURES[:8], LABELS[:8]), test=(PICTURES[:4], LABELS[:4]),
+        classes=["no", "yes"], folder_name="mine", **TINY,
+    )  # fmt: skip
+    folder = tmp_path / "output" / "mine"
+    result = json.loads((folder / "result.json").read_text())
+    assert result == model.result
+    assert result["train_images"] == 60
+    assert result["test"]["images"] == 4
+    assert model.classes == ("no", "yes")
+    tested = vitrail("test", folder, "--json", cwd=tmp_path)
+    assert json.loads(tested.stdout)["images"] == 4, tested.stderr
+    again = package.load()  # the newest run
+    assert again.source == "output/mine"
+    assert again.predict(PICTURES[0])[0][0].name == "no"
+    with pytest.raises(ConfigError, match="already exists"):
+        package.train((PICTURES, LABELS), folder_name="mine", **TINY)
+
+
+def test_a_path_trains_as_the_command_does(tmp_path: Path) -> None:
+    for number, (picture, label) in enumerate(zip(PICTURES, LABELS, strict=True)):
+        file = tmp_path / "files" / str(label) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 15.9).astype(np.uint8)).save(file)
+    np.savez(tmp_path / "data.npz", images=PICTURES, labels=LABELS)
+    for path, channels in ((tmp_path / "files", 3), (str(tmp_path / "data.npz"), 1)):
+        model = package.train(path, **TINY | {"epochs": 1})
+        assert model.config.model.n_channels == channels
+        assert model.result is not None
+        assert model.result["test"]["images"] == 6
+
+
+def test_features_are_what_the_head_classifies() -> None:
+    model = package.load("cifar10")
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 40, 40, 3), np.uint8)
+    vectors_BD = model.features(pictures, batch_size=2)
+    assert vectors_BD.shape == (3, model.config.model.embed_dim)
+    with torch.inference_mode():
+        logits_BY = model.model.head(vectors_BD)
+    assert torch.allclose(logits_BY, model.logits(model.prepare(pictures)), atol=1e-5)
+    assert model.features([]).shape == (0, model.config.model.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        ((PICTURES, LABELS), {"epoch": 3}, r"unknown setting 'epoch' \(did you mean 'epochs'"),
+        ((PICTURES, LABELS), {"preset": "quik"}, "unknown preset"),
+        ((PICTURES, LABELS[:-1]), {}, "60 pictures, but 59 labels"),
+        ((PICTURES.reshape(60, 64), LABELS), {}, "reshape it to"),
+        (PICTURES, {}, "the data is a ndarray: give"),
+        (5, {}, "the data is a int: give"),
+        ([(PICTURES[0], 0, 1)] * 3, {}, "pairs"),
+        (([PICTURES[0], PICTURES[1, 2:]], [0, 1]), {}, "2 shapes"),
+        ((PICTURES, np.where(LABELS, None, 1)), {}, "labels of type object"),
+        ("nothing/there", {}, "no such file or folder of data"),
+        ("nothing/there", {"test": (PICTURES, LABELS)}, "a path has its own splits"),
+    ],
+)
+def test_mistakes_are_explained(data: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        package.train(data, **settings)
