@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,10 +88,78 @@ def test_optional_keys_of_other_files_change_no_logit() -> None:
 
     timm = make_state("timm")
     plain = plain_logits("timm", timm)(noise())
+    timm |= {f"blocks.{i}.ls{branch}.gamma": torch.ones(D) for i in range(L) for branch in (1, 2)}
     timm["blocks.1.ls1.gamma"] = gamma_D = torch.linspace(0.5, 2, D)
     timm["blocks.1.attn.proj.weight"] = timm["blocks.1.attn.proj.weight"] / gamma_D[:, None]
     timm["blocks.1.attn.proj.bias"] = timm["blocks.1.attn.proj.bias"] / gamma_D
     assert difference(ours(timm)(noise()), plain) < 1e-5
+
+
+def timm_by_hand(state: dict[str, Tensor], images: Tensor, *, placed: int) -> Tensor:
+    """Logits of timm's variants, written from its code: ``placed`` tokens have a position, too."""
+    weight, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    patches = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).mT
+    before = [state[name] for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    first = torch.cat([token.expand(len(images), -1, -1) for token in before], dim=1)
+    places = state["pos_embed"]
+    x = torch.cat([first, patches + places[:, placed:]], dim=1)
+    x[:, :placed] += places[:, :placed]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (D,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    for at in (f"blocks.{index}." for index in range(L)):
+        qkv = linear(norm(x, at + "norm1"), at + "attn.qkv").unflatten(2, (3, 3, D // 3))
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        mixed = linear(mixed.transpose(1, 2).flatten(2), at + "attn.proj")
+        x = x + state.get(at + "ls1.gamma", 1) * mixed
+        hidden = linear(norm(x, at + "norm2"), at + "mlp.fc1")
+        gate, value = hidden.chunk(2, dim=-1)
+        wide = hidden.shape[-1] == state[at + "mlp.fc2.weight"].shape[1]
+        hidden = F.gelu(hidden) if wide else F.silu(gate) * value
+        x = x + state.get(at + "ls2.gamma", 1) * linear(hidden, at + "mlp.fc2")
+    x = norm(x, "norm")
+    if "head_dist.weight" not in state:
+        return linear(x[:, 0], "head")
+    return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["DeiT III", "registers with positions", "giant", "distilled"])
+def test_timms_variants_are_read_as_written_by_hand(variant: str) -> None:
+    state, noisy = make_state("timm"), torch.Generator().manual_seed(8)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noisy) * 0.3
+
+    rows = {"DeiT III": 0, "registers with positions": 4, "giant": 1, "distilled": 2}[variant]
+    state["pos_embed"] = draw(1, N + rows, D)
+    if variant == "distilled":
+        state |= {"dist_token": draw(1, 1, D), "head_dist.weight": draw(7, D)}
+        state["head_dist.bias"] = draw(7)
+    else:
+        state |= {f"blocks.{i}.ls{n}.gamma": draw(D) for i in range(L) for n in (1, 2)}
+        state["reg_token"] = draw(1, 3, D)
+    expected_of = dict(state)
+    if variant == "giant":
+        for index in range(L):
+            wide, gate = f"blocks.{index}.mlp.fc1", draw(84, D)
+            state |= {f"{wide}.weight": gate, f"{wide}.bias": draw(84)}
+        expected_of = dict(state)
+        state["mask_token"] = draw(1, D)
+        state = {  # the names of DINOv2's own code
+            key.replace("reg_token", "register_tokens")
+            .replace("fc1", "w12")
+            .replace("fc2", "w3"): t
+            for key, t in state.items()
+        }
+    expected_BY = timm_by_hand(expected_of, noise(), placed=rows)
+    largest = difference(ours(state)(noise()), expected_BY)
+    print(f"\ntimm in, {variant}: max |difference| {largest:.1e}")
+    assert largest < 1e-5
 
 
 @torch.no_grad()
@@ -177,7 +246,7 @@ def test_unknown_weights_name_their_first_keys() -> None:
 
 
 def test_what_vitrail_cannot_compute_is_refused_by_its_key() -> None:
-    for key in ("reg_token", "norm_pre.weight", "blocks.0.attn.q_norm.weight"):
+    for key in ("rope.periods", "norm_pre.bias", "blocks.0.attn.q_norm.weight"):
         with pytest.raises(CheckpointError, match=key):
             convert(make_state("timm") | {key: torch.ones(D)}, n_attention_heads=3)
 
@@ -314,20 +383,33 @@ def test_another_image_size_and_another_head(tmp_path: Path, capsys: Any) -> Non
     assert "image_size 34" in capsys.readouterr().err
 
 
-def test_weights_without_a_head_need_a_new_one(tmp_path: Path, capsys: Any) -> None:
+def test_weights_without_a_head_show_their_tokens_but_cannot_classify(
+    tmp_path: Path, capsys: Any
+) -> None:
     state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"without a head cannot classify.*--new_head"):
-        vitrail.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
+    network = vitrail.load(tmp_path / "a.safetensors", n_attention_heads=3, device="cpu")
+    picture_HWC = np.zeros((20, 20, 3), np.uint8)
+    with pytest.raises(ConfigError, match=r"no classes, so it cannot classify.*--new_head"):
+        network.predict(picture_HWC)
+    with pytest.raises(ConfigError, match="method relevance explains a class"):
+        network.explain(picture_HWC, method="relevance")
+    for method in ("features", "similarity", "norms", "attention", "rollout"):
+        assert network.explain(picture_HWC, method=method).frames[0].prediction == ""
+    assert network.explain(picture_HWC).settings.method == "features"
+    assert main(["predict", "--model_path", str(tmp_path / "a.safetensors"),
+                 "--n_attention_heads", "3", "examples"]) == 2  # fmt: skip
+    assert "has no classes" in capsys.readouterr().err
     found = convert(state, n_attention_heads=3)
     assert found.config.n_classes == 0
     assert found.weights["position_ND"].shape == (N, D)
     words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"),
              "--n_attention_heads", "3", "--image_size", "35"]  # fmt: skip
-    for more in ([], ["--new_head"]):
-        assert main([*words, *more]) == 2
-        assert "has no head: give --new_head and --n_classes N" in capsys.readouterr().err
+    assert main([*words, "--new_head"]) == 2
+    assert "has no head: give --n_classes N too" in capsys.readouterr().err
+    assert main(words) == 0
+    assert vitrail.load(tmp_path / "b.safetensors", device="cpu").config.model.image_size == 35
     assert main([*words, "--new_head", "--n_classes", "4"]) == 0
 
 

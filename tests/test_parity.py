@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vitrail
-from vitrail.config.settings import Config, ModelConfig
+from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.model.vit import VisionTransformer
 from vitrail.weights.checkpoint import CheckpointInfo
 from vitrail.weights.formats.convert import write_foreign
@@ -88,6 +88,9 @@ TIMM_CHANGES: dict[str, dict[str, Any]] = {
     "class token without position": {"no_embed_class": True},
     "no biases": {"qkv_bias": False},
     "layer scale": {"init_values": 0.1},
+    "DeiT III": {"init_values": 0.1, "no_embed_class": True, "reg_tokens": 4},
+    "registers with positions": {"reg_tokens": 3},
+    "pre-norm": {"pre_norm": True},
 }
 
 
@@ -108,6 +111,65 @@ def test_timm_in(tmp_path: Path, change: str) -> None:
         assert_equal_logits(f"timm in, {change}", ours.model, theirs, (20, 20))
 
 
+BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DINOv2": ("Dinov2", {}),
+    "DINOv2 with registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}),
+    "DINOv2 giant": ("Dinov2WithRegisters", {"use_swiglu_ffn": True}),
+    "CLIP": ("CLIPVision", {"intermediate_size": 42}),
+    "SigLIP": ("SiglipVision", {"intermediate_size": 42}),
+}
+SMALL = {
+    "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 20,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("hw", [(20, 20), (28, 36)], ids=str)
+def test_hugging_face_backbones_in(tmp_path: Path, family: str, hw: tuple[int, int]) -> None:
+    transformers = peer("transformers")
+    name, changes = BACKBONES[family]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **changes)
+    theirs = randomize(getattr(transformers, f"{name}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    network = vitrail.load(tmp_path, image_size=hw, device="cpu")
+    ours, images_BCHW = network.model, torch.randn(2, 3, *hw)
+    resizing = {} if "Dinov2" in name else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        out = theirs(images_BCHW, **resizing)
+        tokens_BTD = ours.embed(images_BCHW)
+        for _, output_BTD, _ in ours.run_blocks(tokens_BTD):
+            tokens_BTD = output_BTD
+    # CLIP applies its last norm to the class token only.
+    last_BTD = tokens_BTD if name == "CLIPVision" else ours.norm(tokens_BTD)
+    difference = float((last_BTD - out.last_hidden_state).abs().max())
+    print(
+        f"\n{family}, {hw}: max |difference| {difference:.1e}, values to {last_BTD.abs().max():.1f}"
+    )
+    assert difference < TOLERANCE * max(1, float(last_BTD.abs().max()))
+    if name != "SiglipVision":  # which pools by an attention
+        torch.testing.assert_close(ours(images_BCHW), out.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_dinov2_with_classes_reads_the_class_token_and_the_mean(tmp_path: Path) -> None:
+    transformers = peer("transformers")
+    config = transformers.Dinov2WithRegistersConfig(**SMALL, num_labels=7)
+    theirs = randomize(transformers.Dinov2WithRegistersForImageClassification(config))
+    theirs.save_pretrained(tmp_path)
+    ours = vitrail.load(tmp_path, device="cpu").model
+    assert_equal_logits("DINOv2 with classes in", ours, theirs, (20, 20))
+
+
+@pytest.mark.parametrize("head", ["", "WithTeacher"])
+def test_deit_in(tmp_path: Path, head: str) -> None:
+    transformers = peer("transformers")
+    config = transformers.DeiTConfig(**SMALL, intermediate_size=42, num_labels=7)
+    theirs = randomize(getattr(transformers, f"DeiTForImageClassification{head}")(config))
+    theirs.save_pretrained(tmp_path)
+    ours = vitrail.load(tmp_path, device="cpu").model
+    assert_equal_logits(f"DeiT{head} in", ours, theirs, (20, 20))
+
+
 def write(folder: Path, layout: str, **changes: Any) -> VisionTransformer:
     """Write a random Vitrail model in another layout."""
     model = ModelConfig(
@@ -116,7 +178,8 @@ def write(folder: Path, layout: str, **changes: Any) -> VisionTransformer:
     )  # fmt: skip
     model = dataclasses.replace(model, **changes)
     ours = randomize(VisionTransformer(model))
-    info = CheckpointInfo(Config(model=model), tuple("abcdefg"), {}, {})
+    config = Config(model=model, data=DataConfig(fit="squash"))
+    info = CheckpointInfo(config, tuple("abcdefg"), {}, {})
     write_foreign(folder, layout, info, ours.state_dict())
     return ours
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -58,17 +58,15 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     from vitrail.weights.pretrained import read, remodel, save
 
     heads, given = options.n_attention_heads, options.preparation
-    found = read(options.source, n_attention_heads=heads, preparation=given)
-    sizes = {"image_size": options.image_size, "n_classes": options.n_classes}
-    changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
-    if changes or options.new_head:
-        if not (found.info.config.model.n_classes or options.n_classes):
-            raise ConfigError(
-                f"{options.source} has no head: give --new_head and --n_classes N too, or none of "
-                "the flags that change the model"
-            )
-        model = dataclasses.replace(found.info.config.model, **changes)
-        found = remodel(found, model, new_head=options.new_head)
+    found = read(
+        options.source, n_attention_heads=heads, image_size=options.image_size, preparation=given
+    )
+    if options.new_head:
+        n_classes = options.n_classes or found.info.config.model.n_classes
+        if not n_classes:
+            raise ConfigError(f"{options.source} has no head: give --n_classes N too")
+        model = dataclasses.replace(found.info.config.model, n_classes=n_classes)
+        found = remodel(found, model, new_head=True)
     save(found, options.dest, options.layout)
     _report(found, options)
     return 0

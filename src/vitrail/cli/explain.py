@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -128,13 +128,39 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     options = take_model(parse(ExplainOptions, args, prog=prog))
     _check(options)
     names = list_pictures(options.pictures)
-    classifier = load_model(options, files=bool(names))
+    classifier = load_model(options, files=bool(names), needs_classes=options.score)
+    if not classifier.classes:
+        options = _for_no_classes(options)
     if options.score:
         from vitrail.cli.score import score
 
         methods = _list_methods(options.method)
         return score(classifier, methods, options.data, options.images, options.folder)
     return _draw_all(classifier, names, options)
+
+
+def _for_no_classes(options: ExplainOptions) -> ExplainOptions:
+    """Return the options for a network without classes: by default, views of its tokens.
+
+    Raises:
+        ConfigError: a class is named, or a page is asked for, which is about the prediction.
+    """
+    for name, value in (("class", options.class_name), ("against", options.against)):
+        if value is not None:
+            raise ConfigError(f"the model has no classes: leave out --{name}")
+    asked = options.output_path
+    if "html" in (options.format, asked and asked.suffix.lower().removeprefix(".")):
+        raise ConfigError(
+            "a page is about the prediction, but the model has no classes: give another format, "
+            "e.g. --format png"
+        )
+    if options.method is None and options.frames is None:
+        from vitrail.explain.map_settings import default_view
+
+        default = ExplainOptions()
+        given = [name for name in SETTINGS if getattr(options, name) != getattr(default, name)]
+        return replace(options, method=default_view(given, has_classes=False)[0])
+    return options
 
 
 def _check(options: ExplainOptions) -> None:
@@ -220,6 +246,8 @@ def _print_prediction(explanation: "Explanation") -> None:
     last = explanation.frames[-1]
     style = {True: "green", False: "bold red", None: ""}[last.correct]
     name = printable(explanation.subject.name)
+    if not last.prediction:
+        return
     print_out(f"{name}: {printable(last.prediction)}", style=style)
     if unlike := explanation.subject.unlike:
         print_out(f"{name}: {unlike}", style="yellow")

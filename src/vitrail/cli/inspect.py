@@ -54,7 +54,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
     options = parse(InspectOptions, args, prog=prog)
     check_images(options.images)
-    classifier = load_model(options)
+    classifier = load_model(options, needs_classes=False)
     images_BCHW, missing = _load_images(classifier, options)
     insides = inspect_model(classifier.model, images_BCHW)
     numbers = insides.to_json()

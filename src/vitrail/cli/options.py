@@ -41,6 +41,8 @@ class ModelOptions:
     starts with ./"""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not record it."""
+    image_size: int | tuple[int, int] | None = None
+    """Another image size for the model: learned positions are resized. Default: its own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto tries cuda, then mps, then cpu."""
     preparation: Preparation = field(default_factory=Preparation)
@@ -55,7 +57,11 @@ class ModelArgument(ModelOptions):
 
 
 def load_model(
-    options: ModelOptions, runs: Path = Path("output"), *, files: bool = False
+    options: ModelOptions,
+    runs: Path = Path("output"),
+    *,
+    files: bool = False,
+    needs_classes: bool = True,
 ) -> "Classifier":
     """Load the model that was named, or the newest run, and say which.
 
@@ -63,7 +69,8 @@ def load_model(
     knows the built-in shapes.
 
     Raises:
-        ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs.
+        ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs, or
+            the model has no classes, but the command needs them.
     """
     path = options.model_path
     if isinstance(options, ModelArgument) and options.model is not None:
@@ -81,7 +88,15 @@ def load_model(
 
     source = _choose_model(runs, files=files) if path is None else path
     heads, device = options.n_attention_heads, options.device
-    model = load(source, n_attention_heads=heads, device=device, **options.preparation)
+    model = load(
+        source,
+        n_attention_heads=heads,
+        image_size=options.image_size,
+        device=device,
+        **options.preparation,
+    )
+    if needs_classes:
+        model.require_classes()
     for note in model.notes:
         print_err(f"{source}: {note}")
     return model

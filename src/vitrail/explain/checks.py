@@ -4,6 +4,7 @@ from torch import Tensor
 
 from vitrail.config.settings import require
 from vitrail.errors import CheckpointError
+from vitrail.explain.map_settings import CLASSLESS, Method
 from vitrail.model.vit import VisionTransformer
 
 
@@ -44,6 +45,15 @@ def check_call(
         query is None or (0 <= query[0] < rows and 0 <= query[1] < columns),
         f"query {query} is outside the picture's {rows} x {columns} patches: "
         f"give a row from 0 to {rows - 1} and a column from 0 to {columns - 1}",
+    )
+
+
+def check_has_classes(model: VisionTransformer, method: Method) -> None:
+    """Refuse a method that explains a class if the model has none."""
+    require(
+        model.config.n_classes > 0 or method in CLASSLESS,
+        f"method {method} explains a class, but the model has none: choose one of "
+        f"{', '.join(CLASSLESS)}",
     )
 
 

@@ -68,6 +68,8 @@ class Subject:
     @property
     def unlike(self) -> str:
         """What to say of a picture that is unlike the training images, else ""."""
+        if not self.classes:
+            return ""
         with torch.inference_mode():
             logits_1Y = self.model(self.image_1CHW).float().cpu().numpy()
         return describe_unlike(self.calibration.familiarity(logits_1Y))
@@ -368,6 +370,8 @@ def _frame(
 
     The prediction also names the explained class if that is not the predicted one.
     """
+    if not subject.classes:
+        return Frame(map_GJ.numpy(), title, "", query)
     probabilities_Y = (maps.logits_BY[0] / subject.calibration.temperature).softmax(0)
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
     prediction = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"

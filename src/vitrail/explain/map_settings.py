@@ -27,6 +27,8 @@ TITLES: dict[Method, str] = {
     "norms": "Norms",
 }  # fmt: skip
 """The methods' names as people write them."""
+CLASSLESS: tuple[Method, ...] = ("attention", "rollout", *VIEWS)
+"""Methods whose maps are the same for every class, so that they need none."""
 ALL = "all"
 """Stands for every importance map."""
 SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", "occlusion", "shapley")
@@ -50,13 +52,16 @@ SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
 """The settings that have an effect on a method."""
 
 
-def default_view(given: Iterable[str]) -> tuple[Method, str | None]:
+def default_view(given: Iterable[str], *, has_classes: bool = True) -> tuple[Method, str | None]:
     """Return the method and the kind of frames where neither is given.
 
     The balanced gradient, traced back through the layers, has the best scores of the methods that
-    take one pass (docs/how-to/see-through-it.md). Settings of a rollout select that.
+    take one pass (docs/how-to/see-through-it.md). Settings of a rollout select that. A network
+    without classes shows its features or, for a query, its similarity.
     """
     given = set(given)
+    if not has_classes and not given - {"layers", "query"}:
+        return ("similarity" if "query" in given else "features"), None
     if given & set(SUPPORTED_SETTINGS["rollout"]):
         return "rollout", None
     return "balanced", None if given & {"points", "resolution"} else "layers"

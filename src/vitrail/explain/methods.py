@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.explain import balanced, formulas, removal, views
-from vitrail.explain.checks import check_call, check_classes, pick, require_finite
+from vitrail.explain.checks import (
+    check_call,
+    check_classes,
+    check_has_classes,
+    pick,
+    require_finite,
+)
 from vitrail.explain.formulas import HeadFusion
 from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, VIEWS, MapSettings, Method
 from vitrail.model.vit import Block, VisionTransformer
@@ -29,7 +35,7 @@ class Maps:
     Shapes:
         values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); of features a
         color from 0 to 1, (B, L, G, J, 3); logits_BY; classes_B, the class that each image's maps
-        explain.
+        explain (-1 if the model has none).
     """
 
     values_BLGJ: Tensor
@@ -67,6 +73,7 @@ def compute_maps(
         CheckpointError: the model's output is not finite.
     """
     check_call(model, chunk=settings.chunk, query=settings.query)
+    check_has_classes(model, settings.method)
     layers = pick("layer", settings.layers, model.config.n_layers)
     pick("head", settings.heads, model.config.n_attention_heads)
     if settings.against is not None:
@@ -86,6 +93,8 @@ def compute_maps(
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
     values_BLGJ, logits_BY, chosen_B = joined
     require_finite(values_BLGJ, logits_BY)
+    if model.config.n_classes == 0:  # what a head would read is no logits
+        logits_BY, chosen_B = logits_BY[:, :0], torch.full_like(chosen_B, PREDICTED)
     has_layers = "layers" in SUPPORTED_SETTINGS[settings.method]
     return Maps(
         values_BLGJ.float(),

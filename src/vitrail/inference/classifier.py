@@ -64,6 +64,19 @@ class Classifier(BaseClassifier):
             f"{height} x {width}, {self.device})"
         )
 
+    def require_classes(self) -> None:
+        """Refuse to classify with a network that has no classes.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        require(
+            bool(self.classes),
+            f"{self.source or 'the network'} has no classes, so it cannot classify: train a head "
+            f"with vitrail train --init {self.source or 'WEIGHTS'} --new_head, or look at its "
+            "tokens with vitrail explain",
+        )
+
     @property
     def mean(self) -> tuple[float, float, float]:
         """Per-channel mean the model was trained with, for pixels in [0, 1]."""
@@ -121,7 +134,7 @@ class Classifier(BaseClassifier):
             require(frames is None, f"method {ALL} has a frame for each method: leave out frames")
             return compare(subject, settings_of_all(**settings), class_name=class_name)
         if method is None and frames is None:
-            method, frames = default_view(settings)
+            method, frames = default_view(settings, has_classes=bool(self.classes))
         chosen, _ = choose(method, frames)
         asked = MapSettings(method=chosen, **settings)
         return explain(subject, asked, kind=frames, class_name=class_name)
@@ -168,6 +181,7 @@ class Classifier(BaseClassifier):
 
     def logits(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return the logits (B, Y) on the CPU; refuse weights that give no finite ones."""
+        self.require_classes()
         with torch.inference_mode():
             parts = [self.model(part).float().cpu() for part in images_BCHW.split(batch_size)]
         logits_BY = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))

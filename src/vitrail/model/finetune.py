@@ -22,7 +22,7 @@ def adapt(
     Raises:
         CheckpointError: the models differ otherwise, or in the classes without ``new_head``.
     """
-    target, notes, own = model.config, [], model.state_dict()
+    target, own = model.config, model.state_dict()
     free = {*ADAPTABLE_FIELDS, "head"} if new_head else set(ADAPTABLE_FIELDS)
     differing = [
         f"{name} {value}, not {getattr(target, name)}"
@@ -31,15 +31,7 @@ def adapt(
     ]
     if differing:
         raise CheckpointError(f"the weights are for another model: {', '.join(differing[:3])}")
-    weights = dict(weights)
-    if source.grid_GJ != target.grid_GJ and "position_ND" in weights:
-        weights["position_ND"] = resize_positions(
-            weights["position_ND"], source.grid_GJ, target.grid_GJ
-        )
-        notes.append(
-            f"positions resized from {source.grid_GJ[0]} x {source.grid_GJ[1]} patches to "
-            f"{target.grid_GJ[0]} x {target.grid_GJ[1]}"
-        )
+    weights, notes = resize(weights, source, target)
     if new_head:
         head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
         weights = {n: t for n, t in weights.items() if not n.startswith("head.")} | head
@@ -52,6 +44,20 @@ def adapt(
         )
     _load(model, weights)
     return notes
+
+
+def resize(
+    weights: dict[str, Tensor], source: ModelConfig, target: ModelConfig, *, antialias: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights with positions for another image size, and notes of what was changed."""
+    if source.grid_GJ == target.grid_GJ or "position_ND" not in weights:
+        return dict(weights), []
+    position_ND = resize_positions(
+        weights["position_ND"], source.grid_GJ, target.grid_GJ, antialias=antialias
+    )
+    before, after = (" x ".join(map(str, config.grid_GJ)) for config in (source, target))
+    note = f"positions resized from {before} patches to {after}"
+    return {**weights, "position_ND": position_ND}, [note]
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransformer:
@@ -91,14 +97,21 @@ def _load(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
 
 
 def resize_positions(
-    position_ND: Tensor, from_GJ: tuple[int, int], to_GJ: tuple[int, int]
+    position_ND: Tensor,
+    from_GJ: tuple[int, int],
+    to_GJ: tuple[int, int],
+    *,
+    antialias: bool = False,
 ) -> Tensor:
     """Return the positions for another grid of patches, by bicubic interpolation.
 
-    Both grids cover the same area (corners are not aligned); the border is replicated.
+    Both grids cover the same area (corners are not aligned); the border is replicated. With
+    ``antialias``, the filter widens where the grid shrinks, and a is -0.5.
 
     Source: Keys 1981, with a = -0.75; as in Dosovitskiy et al. 2021, section 3.2, for fine-tuning.
     """
     table_1DGJ = position_ND.T.unflatten(1, from_GJ)[None]
-    resized_1DGJ = F.interpolate(table_1DGJ, to_GJ, mode="bicubic", align_corners=False)
+    resized_1DGJ = F.interpolate(
+        table_1DGJ, to_GJ, mode="bicubic", align_corners=False, antialias=antialias
+    )
     return resized_1DGJ[0].flatten(1).T.contiguous()

@@ -96,6 +96,7 @@ class Shelf:
         if held is None or held.stamp != stamp:
             try:
                 classifier = load(source, device=self._device)
+                classifier.require_classes()
             except VitrailError as error:
                 log.warning("%s: %s", name, error)
                 if held is None:

@@ -25,7 +25,7 @@ from vitrail.config.settings import (
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.explain.badges import read_verdict
 from vitrail.inference.classifier import Classifier
-from vitrail.model.finetune import adapt, build_model
+from vitrail.model.finetune import adapt, build_model, resize
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 from vitrail.runtime.hardware import choose_device
@@ -74,26 +74,30 @@ def load(
     source: str | Path | None = None,
     *,
     n_attention_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
     **preparation: Unpack[Preparation],
 ) -> Classifier:
-    """Load a classifier from a file, folder, bundled name or hub id.
+    """Load a classifier, or a network without classes, from a file, folder, bundled name or hub id.
 
     Args:
         source: the name of a bundled model (``"cifar10"``; ``"./cifar10"`` and every ``Path`` are
             paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
             of Vitrail; weights of the reference implementation (``.pt``), timm (``.safetensors``,
-            ``.pth``, or a folder), Hugging Face (a folder), Google (``.npz``); or a hub id,
-            ``hf:OWNER/NAME``. Default: the newest run in output/, else the bundled model.
+            ``.pth``, or a folder), Hugging Face (a folder of ViT, DeiT, DINOv2, CLIP or SigLIP),
+            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``. Default: the newest run in output/,
+            else the bundled model.
         n_attention_heads: the head count, if the files do not contain it. Default: 4 for the
             reference's ``.pt``, the usual one for their width for timm's files.
+        image_size: another size of the pictures, side or height and width in pixels: learned
+            positions are resized.
         device: auto, cpu, cuda or mps.
         preparation: how pictures are prepared: ``mean``, ``std``, ``fit``, ``interpolation``,
             ``crop_pct``, ``pixel_range``, as in ``DataConfig``. Default: as the
             weights specify; the classifier's ``notes`` list what was assumed.
 
     Raises:
-        CheckpointError: nothing to load, or corrupt, unsupported, or without a head.
+        CheckpointError: nothing to load, or corrupt, or unsupported.
         ConfigError: the device is not available, or a setting is invalid.
     """
     if unknown := set(preparation) - set(PREPARATION):
@@ -101,12 +105,9 @@ def load(
     given = {name: value for name, value in preparation.items() if value is not None}
     chosen = choose_device(device)
     source = default_model(Path("output")) if source is None else source
-    found = read(source, n_attention_heads=n_attention_heads, preparation=given)
-    if not found.info.config.model.n_classes:
-        raise CheckpointError(
-            f"{source}: weights without a head cannot classify: train one with "
-            f"vitrail train --init {source} --new_head"
-        )
+    found = read(
+        source, n_attention_heads=n_attention_heads, image_size=image_size, preparation=given
+    )
     try:
         model = build_model(found.info.config.model, found.weights)
     except CheckpointError as error:
@@ -132,9 +133,10 @@ def read(
     source: str | Path,
     *,
     n_attention_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     preparation: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Return the weights, also without a head, that ``load`` would load, and their description.
+    """Return the weights that ``load`` would load, and their description.
 
     ``preparation`` has fields of PREPARATION that override the files.
     """
@@ -155,13 +157,33 @@ def read(
         raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")
     own = _read_own(path)
     if own is None:
-        return _read_other(path, str(source), n_attention_heads, given)
+        found, other = _read_other(path, str(source), n_attention_heads, given)
+        return _resize(found, image_size or other.image_hw, antialias=other.antialias)
     heads = own.info.config.model.n_attention_heads
     if n_attention_heads not in (None, heads):
         raise CheckpointError(f"{source} has {heads} attention heads, not {n_attention_heads}")
     data = replace_fields(own.info.config.data, given)
     config = dataclasses.replace(own.info.config, data=data)
-    return dataclasses.replace(own, info=dataclasses.replace(own.info, config=config))
+    own = dataclasses.replace(own, info=dataclasses.replace(own.info, config=config))
+    return _resize(own, image_size)
+
+
+def _resize(
+    source: Source, image_size: int | tuple[int, int] | None, *, antialias: bool = False
+) -> Source:
+    """Return the weights for another image size. Learned positions are resized, once."""
+    model = source.info.config.model
+    if image_size in (None, model.image_size, model.image_hw):
+        return source
+    resized = dataclasses.replace(model, image_size=image_size)
+    weights, notes = resize(source.weights, model, resized, antialias=antialias)
+    config = dataclasses.replace(source.info.config, model=resized)
+    return dataclasses.replace(
+        source,
+        info=dataclasses.replace(source.info, config=config),
+        weights=weights,
+        notes=(*source.notes, *notes),
+    )
 
 
 def _read_own(path: Path) -> Source | None:
@@ -184,8 +206,8 @@ def _read_own(path: Path) -> Source | None:
 
 def _read_other(
     path: Path, source: str, n_attention_heads: int | None, given: Mapping[str, Any]
-) -> Source:
-    """Read another system's weights, which the user calls ``source``, and convert them."""
+) -> tuple[Source, Converted]:
+    """Read and convert another system's weights, which the user calls ``source``."""
     found = read_foreign(path, n_attention_heads)
     for name, what in found.refused.items():
         if name not in given:
@@ -201,7 +223,8 @@ def _read_other(
     info = CheckpointInfo(Config(model=found.config, data=data), classes, {}, {})
     notes = (*found.notes, *_note_assumed(found, given))
     known = bool(found.classes)
-    return Source(info, dict(found.weights), found.layout, notes, found.tensors, known)
+    converted = Source(info, dict(found.weights), found.layout, notes, found.tensors, known)
+    return converted, found
 
 
 def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,10 @@ class Converted(NamedTuple):
     """Number of tensors that were read."""
     assumed: tuple[str, ...] = ()
     """The fields of ``data`` that the files do not specify."""
+    image_hw: tuple[int, int] | None = None
+    """Height and width of the pictures that the files make, if not the table of positions' own."""
+    antialias: bool = False
+    """Whether the other system resizes positions with antialiasing."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Layout:
     positions: str
     needs: Mapping[str, tuple[Any, ...]]
     """Values that settings must have in this layout, besides a patch stem and learned positions."""
+    registers: str = ""
+    """Name of the register tokens (1, R, D); empty if the layout has none."""
     class_row: bool = True
     """Whether a class token has a position of its own, the first row of the table."""
     pack: Callable[[State, ModelConfig], State] = lambda state, _: state
@@ -89,6 +95,8 @@ class Layout:
             written[self.class_token] = class_D[None, None]
             if self.class_row:
                 table_TD = torch.cat([torch.zeros_like(class_D)[None], table_TD])
+        if "registers_RD" in weights:
+            written[self.registers] = weights["registers_RD"][None]
         written[self.positions] = table_TD[None]
         return {key: t.contiguous() for key, t in self.pack(written, config).items()}
 
@@ -125,16 +133,21 @@ class Layout:
             if self.class_row:
                 class_D, table_TD = class_D + table_TD[0], table_TD[1:]
             converted["class_token_D"] = class_D
+        if "registers_RD" in template:
+            converted["registers_RD"] = plain[self.registers][0]
         return converted | {"position_ND": table_TD}
 
 
 def _parts(names: Names, n_layers: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name of each of our tensors, and of theirs."""
+    """Yield the name of each of our tensors, and of theirs.
+
+    A name that ends in ``.weight`` is that of a tensor; others are layers with weight and bias.
+    """
     for ours, theirs in names.items():
         for number in range(n_layers if "*" in ours else 1):
-            for part in ("weight", "bias"):
-                keys = [f"{layer}.{part}".replace("*", str(number)) for layer in theirs]
-                yield f"{ours}.{part}".replace("*", str(number)), keys
+            for part in ("",) if ours.endswith(".weight") else (".weight", ".bias"):
+                keys = [f"{layer}{part}".replace("*", str(number)) for layer in theirs]
+                yield f"{ours}{part}".replace("*", str(number)), keys
 
 
 def block_names(theirs: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -159,6 +172,9 @@ def read_shapes(plain: State, names: Names) -> dict[str, Any]:
     if not numbers:
         raise CheckpointError("no transformer block in it")
     hidden_dim = shape(plain, f"{mlp.replace('*', '0')}.weight", 2)[0]
+    fc2 = plain.get(f"{names['blocks.*.mlp.fc2'][0].replace('*', '0')}.weight")
+    gated = fc2 is not None and fc2.ndim == 2 and hidden_dim == 2 * fc2.shape[1]
+    (scale,) = names.get("blocks.*.scale1.weight", ("",))
     (head,) = names.get("head.fc2") or names["head"]
     return {
         "n_channels": n_channels,
@@ -166,7 +182,9 @@ def read_shapes(plain: State, names: Names) -> dict[str, Any]:
         "patch_size": height,
         "embed_dim": embed_dim,
         "n_layers": len(numbers),
-        "forward_mul": hidden_dim / embed_dim,
+        "forward_mul": hidden_dim / embed_dim / (2 if gated else 1),
+        **({"hidden_act": "swiglu"} if gated else {}),
+        **({"layer_scale": 1.0} if scale.replace("*", "0") in plain else {}),
     }
 
 
@@ -223,6 +241,23 @@ def fill_biases(plain: dict[str, Tensor], names: Names, notes: list[str]) -> Non
             filled.append(f"{layer}.bias")
     if filled:
         notes.append(f"{first_few(filled)}: missing, set to zeros")
+
+
+def merge_heads(
+    plain: dict[str, Tensor], names: tuple[str, str], merged: str, notes: list[str]
+) -> bool:
+    """Replace DeiT's two heads by one that reads both tokens side by side; return whether it did.
+
+    The mean of two linear layers is one linear layer of their inputs side by side.
+    """
+    if not all(f"{name}.weight" in plain for name in names):
+        return False
+    weights = [plain.pop(f"{name}.weight") for name in names]
+    biases = [plain.pop(f"{name}.bias") for name in names]
+    plain[f"{merged}.weight"] = torch.cat(weights, dim=1) / 2
+    plain[f"{merged}.bias"] = (biases[0] + biases[1]) / 2
+    notes.append(f"{' and '.join(names)}: their mean is one head, of both tokens")
+    return True
 
 
 def rgb_values(values: Any, what: str) -> tuple[float, float, float]:

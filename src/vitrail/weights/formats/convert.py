@@ -21,12 +21,15 @@ from vitrail.model.layers import sincos_table
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, read_json_object, unpack
-from vitrail.weights.formats import Converted, State, first_few, huggingface, timm
+from vitrail.weights.formats import Converted, State, backbones, first_few, huggingface, timm
 from vitrail.weights.formats.single_file import GOOGLE, REFERENCE
 
 LAYOUTS = {
-    layout.name: layout for layout in (REFERENCE, timm.TIMM, huggingface.HUGGINGFACE, GOOGLE)
-}
+    layout.name: layout
+    for layout in (
+        REFERENCE, timm.TIMM, huggingface.HUGGINGFACE, backbones.DINOV2, backbones.CLIP, GOOGLE,
+    )
+}  # fmt: skip
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights file in a folder, in order of preference."""
@@ -63,6 +66,11 @@ SAFE_GLOBALS: list[Any] = [
     (lambda *_: {}, "collections.defaultdict"),
 ]
 """What training scripts save with the weights and what runs no code when it is unpickled."""
+WRITABLE: dict[str, tuple[Any, ...]] = {
+    "stem": ("patch",), "position": ("learned",), "pool": ("cls", "mean"), "n_registers": (0,),
+    "layer_scale": (0,), "pre_norm": (False,), "hidden_act": ("gelu", "gelu_tanh"),
+}  # fmt: skip
+"""Values of settings that every layout can represent; each has its own besides."""
 REMEDY = "Save the state dict alone: torch.save(model.state_dict(), 'weights.pth')"
 
 
@@ -241,9 +249,7 @@ def convert(
 def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
     """Return the state dict of such a model as meta tensors (shapes without content)."""
     with torch.device("meta"):
-        model = VisionTransformer(dataclasses.replace(config, n_classes=config.n_classes or 1))
-    state = model.state_dict()
-    return {n: t for n, t in state.items() if config.n_classes or not n.startswith("head.")}
+        return VisionTransformer(config).state_dict()
 
 
 # --- to other systems -----------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:
     """Return our weights as another layout's state dict, if it can represent such a model."""
-    needs = {"stem": ("patch",), "position": ("learned",), **LAYOUTS[layout].needs}
+    needs = {**WRITABLE, **LAYOUTS[layout].needs}
     weights = dict(weights)
     if config.position == "sincos":
         weights["position_ND"] = sincos_table(config.grid_GJ, config.embed_dim)

@@ -1,6 +1,7 @@
-"""Hugging Face's ViTForImageClassification: its weights, config.json, preprocessor_config.json.
+"""Hugging Face's ViT and DeiT for classification: weights, config.json, preprocessor_config.json.
 
-Sources: https://github.com/huggingface/transformers, models/vit/modeling_vit.py and, for
+Sources: https://github.com/huggingface/transformers, models/vit/modeling_vit.py,
+models/deit/modeling_deit.py (read only; the distillation token is a register) and, for
 preprocessor_config.json, models/vit/image_processing_vit.py and
 models/clip/image_processing_clip.py: resize, center crop, rescale, normalize, in this order. Since
 version 5 its modules have shorter names than its files; both are read, the files' names written.
@@ -9,6 +10,7 @@ version 5 its modules have shorter names than its files; both are read, the file
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitrail.config.settings import DataConfig, ModelConfig
@@ -24,13 +26,15 @@ from vitrail.weights.formats import (
     choose_heads,
     fill_biases,
     first_few,
+    merge_heads,
     read_shapes,
     rgb_values,
     shape,
     square_image,
 )
 
-POSITIONS = "vit.embeddings.position_embeddings"
+POSITIONS, REGISTERS = "vit.embeddings.position_embeddings", "vit.embeddings.register_tokens"
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 NAMES = {
     "stem": ("vit.embeddings.patch_embeddings.projection",),
     "norm": ("vit.layernorm",),
@@ -81,16 +85,20 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     about = files.get("config.json", {})
     notes: list[str] = []
     plain = _standard_form(state, notes)
+    merged = merge_heads(plain, ("cls_classifier", "distillation_classifier"), "classifier", notes)
     shapes = read_shapes(plain, NAMES)
     act = about.get("hidden_act", "gelu")
     if act not in ACTS:
         raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
     heads = about.get("num_attention_heads")
+    registers = int(REGISTERS in plain)
     n_patches = shape(plain, POSITIONS, 3)[1] - 1
     size = about.get("image_size") or square_image(n_patches, shapes["patch_size"])
     config = ModelConfig(
         image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
         n_attention_heads=choose_heads(shapes["embed_dim"], n_attention_heads, heads, notes),
+        pool="cls_register" if merged else "cls",
+        n_registers=registers,
         head="linear",
         hidden_act=ACTS[act],  # type: ignore[arg-type]
         layer_norm_eps=float(about.get("layer_norm_eps", 1e-12)),
@@ -99,7 +107,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     labels = about.get("id2label", {})
     classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
     processor = files.get("preprocessor_config.json")
-    data = {} if processor is None else _read_processor(processor, config.image_hw, notes)
+    data = {} if processor is None else read_processor(processor, config.image_hw, notes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
 
@@ -108,7 +116,8 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     unused = []
     for key, tensor in state.items():
-        name = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
+        name = re.sub(r"^deit\.", "vit.", key)
+        name = name if name.startswith(("vit.", *HEADS)) else f"vit.{name}"
         for new, old in NEW_NAMES.items():
             name = name.replace(new, old)
         if UNUSED_WEIGHTS.match(name):
@@ -119,6 +128,12 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
         notes.append(f"{first_few(unused)}: ignored, the classifier does not use it")
     fill_biases(plain, NAMES, notes)
     notes.append("the class token's position is added to the class token")
+    token = plain.pop("vit.embeddings.distillation_token", None)
+    if token is not None:
+        table_1TD = plain[POSITIONS]
+        plain[REGISTERS] = token + table_1TD[:, 1:2]
+        plain[POSITIONS] = torch.cat([table_1TD[:, :1], table_1TD[:, 2:]], dim=1)
+        notes.append("the distillation token, with its position added, is a register")
     return plain
 
 
@@ -146,7 +161,14 @@ def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -
     return {"config.json": about, FILE: _write_processor(config, data)}
 
 
-def _read_processor(
+def made_size(about: dict[str, Any], image_hw: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of the pictures that preprocessor_config.json makes, else the given one."""
+    if about.get("do_center_crop"):
+        return _read_size(about.get("crop_size", image_hw), "ViT")[1]
+    return image_hw
+
+
+def read_processor(
     about: dict[str, Any], image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
     """Return the fields of DataConfig that preprocessor_config.json specifies, if supported."""
@@ -253,13 +275,15 @@ def _write_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
 HUGGINGFACE = Layout(
     "huggingface",
     re.compile(
-        r"(vit\.)?embeddings\.(patch_embeddings|position_embeddings|cls_token)"
-        r"|(vit\.)?encoder\.layer\.|vit\.layers\."
+        r"(vit\.|deit\.)?embeddings\.(patch_embeddings|position_embeddings|cls_token)"
+        r"|(vit\.|deit\.)?encoder\.layer\.\d+\.(layernorm_|attention|intermediate|output)"
+        r"|(vit|deit)\.layers\."
     ),
     _find,
     lambda _: NAMES,
     class_token="vit.embeddings.cls_token",
     positions=POSITIONS,
+    registers=REGISTERS,
     needs={"pool": ("cls",), "head": ("linear",)},
     describe=_describe,
 )

@@ -1,8 +1,9 @@
 """timm's VisionTransformer: one layer for queries, keys and values, as in ours.
 
 Source: Wightman, https://github.com/huggingface/pytorch-image-models,
-timm/models/vision_transformer.py. Also read: a class token without a position
-(``no_embed_class``), layers without qkv biases, and layer scale, multiplied into the layer before.
+timm/models/vision_transformer.py and deit.py. Also read: tokens without a position
+(``no_embed_class``), layers without qkv biases, registers, SwiGLU, a norm before the blocks, DeiT's
+distillation token, and the names of DINOv2's own code, https://github.com/facebookresearch/dinov2.
 """
 
 import math
@@ -24,7 +25,7 @@ from vitrail.weights.formats import (
     channel_values,
     choose_heads,
     fill_biases,
-    first_few,
+    merge_heads,
     read_shapes,
     rgb_values,
     shape,
@@ -32,7 +33,10 @@ from vitrail.weights.formats import (
 )
 from vitrail.weights.formats.huggingface import FILTERS
 
-CLASS, POSITIONS = "cls_token", "pos_embed"
+BOTH = "head of both tokens"
+CLASS, REGISTERS, POSITIONS = "cls_token", "reg_token", "pos_embed"
+DINOV2_NAMES = {"register_tokens": REGISTERS, ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+ACTS = ("gelu", "gelu_tanh", "quick_gelu")
 MODES = {"center": "crop", "squash": "squash"}
 """timm's crop_mode -> our fit; its third mode, border, pads with the mean color, not black."""
 TIMM_DEFAULTS = {
@@ -42,6 +46,7 @@ TIMM_DEFAULTS = {
 """timm's defaults for what config.json does not specify (timm/data/config.py)."""
 NAMES = {
     "stem": ("patch_embed.proj",),
+    "pre_norm": ("norm_pre",),
     "norm": ("norm",),
     "head": ("head",),
     **block_names(
@@ -50,9 +55,11 @@ NAMES = {
             "norm1": ("norm1",),
             "attention.qkv": ("attn.qkv",),
             "attention.out_projection": ("attn.proj",),
+            "scale1.weight": ("ls1.gamma",),
             "norm2": ("norm2",),
             "mlp.fc1": ("mlp.fc1",),
             "mlp.fc2": ("mlp.fc2",),
+            "scale2.weight": ("ls2.gamma",),
         },
     ),
 }
@@ -63,24 +70,27 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     about = files.get("config.json", {})
     args, pretrained = about.get("model_args", {}), about.get("pretrained_cfg") or about
     notes: list[str] = []
-    shapes = read_shapes(state, NAMES)
-    patch_size, size = shapes["patch_size"], _configured_size(args, pretrained)
+    state = _rename(state, notes)
+    patch_size, size = read_shapes(state, NAMES)["patch_size"], _configured_size(args, pretrained)
     configured_patches = size and math.prod(side // patch_size for side in size)
-    plain = _standard_form(dict(state), configured_patches, notes)
+    plain = _standard_form(state, configured_patches, notes)
+    shapes = read_shapes(plain, NAMES)
     n_patches = shape(plain, POSITIONS, 3)[1] - (CLASS in plain)
     if not size or configured_patches != n_patches:
         size = (square_image(n_patches, patch_size),) * 2
-    act = args.get("act_layer", "gelu")
-    if act not in ("gelu", "gelu_tanh"):
-        raise CheckpointError(f"act_layer is {act!r}: only gelu, gelu_tanh")
+    architecture = about.get("architecture", "")
+    act = args.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
+    if act not in ACTS and "hidden_act" not in shapes:
+        raise CheckpointError(f"act_layer is {act!r}: only {', '.join(ACTS)}")
     stored = args.get("num_heads")
     config = ModelConfig(
         image_size=size[0] if size[0] == size[1] else size,
         n_attention_heads=choose_heads(shapes["embed_dim"], n_attention_heads, stored, notes),
+        n_registers=plain[REGISTERS].shape[1] if REGISTERS in plain else 0,
+        pre_norm="norm_pre.weight" in plain,
         head="linear",
-        hidden_act=act,
-        layer_norm_eps=1e-5 if "clip" in about.get("architecture", "") else 1e-6,
-        **shapes,
+        layer_norm_eps=1e-5 if "clip" in architecture else 1e-6,
+        **{"hidden_act": act, **shapes},
         **_pooling(plain, args),
     )
     data, refused = _preparation(pretrained, config.image_hw)
@@ -115,6 +125,18 @@ def _preparation(
     return data, refused
 
 
+def _rename(state: State, notes: list[str]) -> dict[str, Tensor]:
+    """Return timm's names for those of DINOv2's own code, without what only training uses."""
+    plain = {}
+    for key, tensor in state.items():
+        for old, new in DINOV2_NAMES.items():
+            key = key.replace(old, new)
+        plain[key] = tensor
+    if plain.pop("mask_token", None) is not None:
+        notes.append("mask_token: ignored, of use in training only")
+    return plain
+
+
 def _standard_form(
     state: dict[str, Tensor], n_patches: int | None, notes: list[str]
 ) -> dict[str, Tensor]:
@@ -122,24 +144,36 @@ def _standard_form(
 
     ``n_patches`` follows from config.json; without it the image is assumed to be square.
     """
-    gammas = [key for key in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]
-    for key in gammas:
-        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        gamma_D = state.pop(key)
-        for part in ("weight", "bias"):
-            if (tensor := state.get(f"{layer}.{part}")) is not None:
-                state[f"{layer}.{part}"] = tensor * gamma_D.view(-1, *[1] * (tensor.ndim - 1))
-    if gammas:
-        notes.append(f"{first_few(gammas)}: multiplied into the layers before")
     fill_biases(state, NAMES, notes)
-    if CLASS in state and POSITIONS in state:
-        table_1TD = state[POSITIONS]
-        rows = table_1TD.shape[1] if table_1TD.ndim == 3 else 0
-        if rows == (n_patches or math.isqrt(rows) ** 2):  # the class token has no position
-            state[POSITIONS] = torch.cat([torch.zeros_like(table_1TD[:, :1]), table_1TD], dim=1)
-        else:
-            notes.append("the class token's position is added to the class token")
+    if "norm_pre.weight" in state and "patch_embed.proj.bias" not in state:
+        weight = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.bias"] = weight.new_zeros(len(weight))
+    if merge_heads(state, ("head", "head_dist"), "head", notes):
+        state[BOTH] = torch.empty(0)
+    extra = [state.pop(name) for name in ("dist_token", REGISTERS) if name in state]
+    if extra and all(tensor.ndim == 3 for tensor in extra):
+        state[REGISTERS] = torch.cat(extra, dim=1)
+    if state.get(POSITIONS, torch.empty(0)).ndim == 3:
+        _place(state, n_patches, notes)
     return state
+
+
+def _place(state: dict[str, Tensor], n_patches: int | None, notes: list[str]) -> None:
+    """Give the class token a position, and the registers none: where they have one, it is added."""
+    table_1TD, has_class = state[POSITIONS], int(CLASS in state)
+    registers_1RD = state.get(REGISTERS, table_1TD[:, :0])
+    rows, before = table_1TD.shape[1], has_class + registers_1RD.shape[1]
+    for placed in (0, before, has_class):  # the tokens before the patches that have a position
+        if rows - placed == (n_patches or math.isqrt(max(0, rows - placed)) ** 2):
+            break
+    class_row, register_rows = table_1TD[:, :has_class], table_1TD[:, has_class:placed]
+    if placed < has_class:  # the class token has no position
+        class_row = torch.zeros_like(class_row)
+    elif has_class:
+        notes.append("the class token's position is added to the class token")
+    if register_rows.shape[1]:
+        state[REGISTERS] = registers_1RD + register_rows
+    state[POSITIONS] = torch.cat([class_row, table_1TD[:, placed:]], dim=1)
 
 
 def _configured_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[int, int] | None:
@@ -149,13 +183,15 @@ def _configured_size(args: dict[str, Any], pretrained: dict[str, Any]) -> tuple[
     return (hw[0], hw[1]) if len(hw) == 2 else None
 
 
-def _pooling(state: State, args: dict[str, Any]) -> dict[str, Any]:
+def _pooling(state: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
     """Return pool, class_token and fc_norm.
 
     Without config.json, timm's defaults hold: the mean is normalized by ``fc_norm``, a class token
     by ``norm``.
     """
     has_class = CLASS in state
+    if state.pop(BOTH, None) is not None:
+        return {"pool": "cls_register"}
     fc_norm = "fc_norm.weight" in state
     pool = args.get("global_pool", "avg" if fc_norm or not has_class else "token")
     if pool not in ("avg", "token"):
@@ -235,6 +271,7 @@ TIMM = Layout(
     _names,
     CLASS,
     POSITIONS,
+    registers=REGISTERS,
     needs={"head": ("linear",), "layer_norm_eps": (1e-5, 1e-6)},
     describe=_describe,
 )
