@@ -93,14 +93,12 @@ def compute_maps(
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
     values_BLGJ, logits_BY, chosen_B = joined
     require_finite(values_BLGJ, logits_BY)
-    if model.config.n_classes == 0:  # what a head would read is no logits
-        logits_BY, chosen_B = logits_BY[:, :0], torch.full_like(chosen_B, PREDICTED)
     has_layers = "layers" in SUPPORTED_SETTINGS[settings.method]
     return Maps(
         values_BLGJ.float(),
         layers if has_layers else (0,),
-        logits_BY.float(),
-        chosen_B,
+        logits_BY[:, : model.config.n_classes].float(),  # without classes they are no logits
+        chosen_B if model.config.n_classes else classes_B,
         signed=settings.method in SIGNED,
         query=settings.query,
     )
