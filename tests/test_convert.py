@@ -485,3 +485,13 @@ def test_every_hidden_width_round_trips_even_if_timm_rounds_down() -> None:
             assert config.hidden_dim == hidden
             assert int(width * timm._ratio(hidden, width)) == hidden
             assert math.floor(width / timm._share(width, hidden)) == hidden
+
+
+def test_a_network_without_classes_is_drawn(tmp_path: Path) -> None:
+    state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
+    save_file(state, tmp_path / "a.safetensors")
+    words = ["explain", "examples/cat.jpg", "--model_path", str(tmp_path / "a.safetensors"),
+             "--n_attention_heads", "3", "--output_path", str(tmp_path / "a.png")]  # fmt: skip
+    assert main(words) == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert main([*words[:-1], str(tmp_path / "a.html")]) == 2

@@ -265,7 +265,7 @@ def _short_title(explanation: Explanation, number: int) -> str:
         below = explanation.columns is not None and number >= explanation.columns
         return "" if below else frame.title.partition(", ")[2]
     if explanation.kind == "training":
-        return f"{frame.title}: {frame.prediction}"
+        return f"{frame.title}: {frame.prediction}" if frame.prediction else frame.title
     if explanation.settings.method in ("similarity", "norms") and explanation.kind == "layers":
         return f"{frame.title}: {frame.map_GJ.min():.3g} to {frame.map_GJ.max():.3g}"
     return "" if explanation.kind == "queries" else frame.title

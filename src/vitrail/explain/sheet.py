@@ -384,12 +384,12 @@ def _draw_words(
         letters = min(0.9 * size, 1.75 * (width - 8.5 * size) / len(legend.words))
         sheet.text(x + 8.5 * size, y + 1.2 * size, legend.words, size=letters)
         y += 1.7 * size
-    if last is not None:
+    if last is not None and last.prediction:  # a network without classes predicts nothing
         headline = drawable(last.prediction, 100)
         letters = min(1.2 * size, 1.5 * width / len(headline))
         ink = INKS[last.correct][look.theme]
         sheet.text(x, y + 1.5 * size, headline, size=letters, weight="bold", color=ink)
-    y += (2.1 if last else 0.3) * size
+    y += (2.1 if last and last.prediction else 0.3) * size
     sheet.text(x, y, notes, size=0.8 * size, color=GRAY[look.theme], va="top")
 
 
