@@ -2,10 +2,10 @@
 
     python docs/pictures.py                         # those of examples/cat.jpg by the bundled model
     python docs/pictures.py bundled cifar10 data    # CIFAR-10 test images, from data/
-    python docs/pictures.py attention output/quick  # the built-in data set
+    vitrail inspect cifar10 --output_path docs/pictures    # insides.png; the data in data/
 
-benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``, and
-``vitrail inspect`` ``insides.png``; ``page.png`` is a screenshot of ``vitrail explain --format
+benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``;
+``page.png`` is a screenshot of ``vitrail explain --format
 html``; ``features.png`` and ``sheet.png`` are of ``vitrail explain``, as their how-to says.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 import vitrail
 from vitrail.config.look import Look
@@ -41,6 +42,9 @@ def draw_cat() -> None:
             explanation.save(PICTURES / name.format(suffix), theme=theme)
     heads = classifier.explain(CAT, method="attention", frames="heads")
     heads.save(PICTURES / "heads.png")
+    with Image.open(PICTURES / "heads.png") as sheet:  # as wide as pages show it
+        small = sheet.convert("RGB").resize((960, 960 * sheet.height // sheet.width))
+    small.save(PICTURES / "heads.png", optimize=True)
 
 
 def test_images(data_path: str | None) -> ImageSet:

@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 from rich.cells import cell_len
+from rich.console import Console
 
 from vitrail.cli import COMMANDS, main
-from vitrail.cli.console import out
+from vitrail.cli.console import out, progress_bar, waiting
 from vitrail.cli.options import ModelOptions, list_pictures, name_of
 from vitrail.cli.parsing import parse
 from vitrail.cli.predict import describe_classes, print_table
@@ -766,7 +767,46 @@ def test_info_shows_presets_runs_and_models(
     assert "reference12" in shown
     assert "torch" in shown
     assert f"{run_folder.name} " in shown
+    assert re.search(rf"{run_folder.name} +│ 2 +│( +[\d.]+% +│){{3}} shapes", shown)
     assert main(["info", str(weights)]) == 0
     shown = capsys.readouterr().out
     assert "köttur" in shown
     assert "(8, 12)" in shown
+    assert "class_token" not in shown  # None
+
+
+def test_info_prints_json(
+    run_folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--output_path", str(run_folder.parent), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown) == ["machine", "presets", "bundled", "runs"]
+    (run,) = shown["runs"]
+    result = json.loads((run_folder / "result.json").read_text())
+    assert (run["data"], run["test"]) == ("shapes", result["test"]["accuracy"])
+    assert main(["info", str(run_folder), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["test accuracy"] == result["test"]["accuracy"]
+    assert shown["training images"] == 80
+    assert shown["settings"]["model"]["embed_dim"] == 8
+
+
+def test_train_prints_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--epochs", "1", "--warmup_epochs", "0", "--json"]) == 0
+    (folder,) = (here / "output").iterdir()
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "result.json").read_text())
+
+
+def test_a_terminal_shows_at_once_that_something_is_done(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True)
+    monkeypatch.setattr("vitrail.cli.console.err", console)
+    with waiting("loading the model"):
+        pass
+    with progress_bar("testing", 2) as advance:
+        advance(2)
+    shown = screen.getvalue()
+    assert "loading the model …" in shown
+    assert re.search("testing.*100%", shown)

@@ -16,10 +16,12 @@ from torch import Tensor
 import vitrail
 from layouts import GRID, SIDE, D, L, N, make_state, plain_logits
 from vitrail.cli import main
-from vitrail.config.settings import ModelConfig
+from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
+from vitrail.evaluation.calibration import Calibration
 from vitrail.model.finetune import resize_positions
 from vitrail.model.vit import VisionTransformer
+from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
 from vitrail.weights.formats import timm
 from vitrail.weights.formats.convert import convert, convert_back, read_state
 
@@ -495,3 +497,21 @@ def test_a_network_without_classes_is_drawn(tmp_path: Path) -> None:
     assert main(words) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert main([*words[:-1], str(tmp_path / "a.html")]) == 2
+
+
+@pytest.mark.parametrize("layout", ["timm", "huggingface", "google", "reference", "vitrail"])
+def test_the_loss_of_the_temperature_is_said(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(
+        image_size=8, patch_size=4, embed_dim=8, n_layers=1, n_attention_heads=2, n_classes=3,
+        head="mlp" if layout == "reference" else "linear",
+    )  # fmt: skip
+    info = CheckpointInfo(Config(model=config), ("a", "b", "c"), {}, {}, Calibration(0.78))
+    save_weights_file(tmp_path / "a.safetensors", info, VisionTransformer(config).state_dict())
+    end = tmp_path / {"reference": "c.pt", "google": "c.npz", "vitrail": "c.safetensors"}.get(
+        layout, "c"
+    )
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(end), "--layout", layout]) == 0
+    lost = f"{layout} has no place for the temperature 0.78" in capsys.readouterr().out
+    assert lost == (layout != "vitrail")

@@ -507,6 +507,9 @@ def test_scores_are_printed_drawn_and_saved(
     ]  # fmt: skip
     assert scores["images"] == 12
     assert Path("s/scores.png").stat().st_size > 1000
+    assert main([*words, "--method", "rollout", "--output_path", "s", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(Path("s/scores.json").read_text())
 
 
 def test_a_verdict_on_all_methods_is_shown_with_the_model_until_it_is_trained_on(

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist, stdev
 
@@ -17,13 +18,14 @@ from vitrail.data import fills
 from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
 from vitrail.explain import curves
-from vitrail.explain.badges import Verdict
+from vitrail.explain.badges import Badge, Verdict
 from vitrail.explain.ceiling import Ceiling, best_orders, find_ceiling
 from vitrail.explain.correlation import faithfulness_correlation, hidden_sets, logit_drops
 from vitrail.explain.curves import deletion_insertion
 from vitrail.explain.map_metrics import (
     CONTROLS,
     MEASURES,
+    Estimate,
     Outcome,
     Score,
     center_maps,
@@ -37,6 +39,7 @@ from vitrail.explain.map_metrics import (
     t_quantile,
 )
 from vitrail.explain.map_report import plot_scores, score_table
+from vitrail.explain.map_settings import METHODS
 from vitrail.model.vit import VisionTransformer
 
 PLACE = (1, 3)
@@ -385,9 +388,24 @@ def test_the_table_states_its_intervals_and_tests(scores: list[Score]) -> None:
     table = text_of(scores)
     assert max(map(len, table.splitlines())) <= 80
     words = " ".join(table.split())
-    for expected in ("random (control)", "center (control)", "11 images", "95%", "paired t tests"):
+    for expected in ("random", "(control)", "center", "11 images", "95%", "paired t tests"):
         assert expected in words
     assert "does not beat the controls" in words
+
+
+def test_no_number_is_cut_beside_the_longest_name(scores: list[Score]) -> None:
+    longest = max(METHODS, key=len)
+    named = [replace(score, method=longest) if not score.is_control else score for score in scores]
+    estimates = {name: Estimate(0.5, -0.101, 0.899) for name in named[0].estimates}
+    named[0] = replace(named[0], estimates=estimates)
+    failing = Badge(longest, 0.5, 0.4, 0.6, False, False, False)
+    table = text_of(named, Verdict("validation", 11, (failing,), ""))
+    assert max(map(len, table.splitlines())) <= 80
+    assert "…" not in table
+    assert table.count("-0.101–0.899") == len(MEASURES) - 2
+    assert table.count("-10.1–89.9") == 2
+    assert f"{longest} ✗" in table
+    assert "\n(control)" in table
 
 
 def test_curves_are_drawn_with_and_without_masks(tmp_path: Path, scores: list[Score]) -> None:

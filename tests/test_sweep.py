@@ -270,6 +270,9 @@ def test_a_sweep_without_a_completed_trial_shows_the_reasons_and_fails(
     assert "embed_dim" in table
     assert "n_attention_heads" in table
     assert shown.err.splitlines()[-1].startswith("vitrail: no trial completed")
+    assert main([*words, "--trials", "2", "--json"]) == 1
+    trials = json.loads(capsys.readouterr().out)
+    assert [trial["n_attention_heads"] for trial in trials] in ([3, 5], [5, 3], [3, 3], [5, 5])
 
 
 def test_a_trial_whose_data_has_no_validation_images_ends_the_sweep(

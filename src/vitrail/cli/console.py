@@ -1,5 +1,7 @@
 """Where output goes: results to standard output, everything else to standard error."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -33,3 +35,18 @@ def number_table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def waiting(what: str) -> AbstractContextManager[object]:
+    """Show on a terminal, while the block runs, that the program is busy with something."""
+    return err.status(f"{what} …") if err.is_terminal else nullcontext()
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal while the block runs; yield a function that moves it by a number."""
+    from rich.progress import Progress  # here, since --help need not load it
+
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda number: progress.advance(task, number)

@@ -72,6 +72,8 @@ class ExplainOptions(PictureOptions):
     """Measure how far the maps can be trusted, on a data set: a table and a plot."""
     images: int = 200
     """Number of images for --score."""
+    json: bool = False
+    """Print the numbers of --score as JSON on standard output."""
     method: str | None = None
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
     occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
@@ -135,7 +137,8 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         from vitrail.cli.score import score
 
         methods = _list_methods(options.method)
-        return score(classifier, methods, options.data, options.images, options.folder)
+        folder, as_json = options.folder, options.json
+        return score(classifier, methods, options.data, options.images, folder, as_json=as_json)
     return _draw_all(classifier, names, options)
 
 
@@ -186,7 +189,7 @@ def _check(options: ExplainOptions) -> None:
                 "give a folder"
             )
     else:
-        _refuse_idle(options, ("images",), (), "the number of images is that of --score")
+        _refuse_idle(options, ("images", "json"), (), "only for --score")
 
 
 def _refuse_idle(

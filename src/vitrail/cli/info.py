@@ -1,5 +1,6 @@
 """``vitrail info``."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from vitrail.cli.console import out, print_err, print_out
+from vitrail.cli.console import out, print_err, print_out, waiting
 from vitrail.cli.parsing import parse
+from vitrail.config.files import to_json
 from vitrail.config.presets import PRESETS
 from vitrail.errors import CheckpointError, printable
 from vitrail.weights import bundled
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 PROG = "vitrail info"
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class InfoOptions:
     """Show the presets, the bundled models, the runs and this machine; or describe one model."""
@@ -31,121 +34,164 @@ class InfoOptions:
     """Number of attention heads, for weights whose files do not record it."""
     output_path: Path = Path("output")
     """Folder that contains the run folders."""
+    json: bool = False
+    """Print JSON on standard output."""
 
 
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail info``."""
     options = parse(InfoOptions, args, prog=prog)
     if options.model is None:
-        _show_machine()
-        _show_presets()
-        _show_bundled()
-        return _show_runs(options.output_path)
+        return _show_all(options)
     from vitrail.weights.pretrained import load, read
 
     heads = options.n_attention_heads
-    classifier = load(options.model, n_attention_heads=heads, device="cpu")
-    metrics = read(options.model, n_attention_heads=heads).info.metrics
-    _show_model(classifier, _read_facts(options.model, metrics))
+    with waiting("loading the model"):
+        classifier = load(options.model, n_attention_heads=heads, device="cpu")
+        metrics = read(options.model, n_attention_heads=heads).info.metrics
+    facts = _describe_model(classifier) | _read_facts(options.model, metrics)
+    if options.json:
+        print(json.dumps(facts | {"settings": to_json(classifier.config)}))
+    else:
+        _show_model(classifier, facts)
     return 0
 
 
-def _show_machine() -> None:
-    """Print versions, device and precision."""
+def _show_all(options: InfoOptions) -> int:
+    """Print the machine, the presets, the bundled models and the runs; return the exit code."""
+    with waiting("loading PyTorch"):
+        machine = _describe_machine()
+    presets = [
+        {"name": name, "what": preset.summary, "expect": preset.expect}
+        for name, preset in PRESETS.items()
+    ]
+    models = [_describe_bundled(name) for name in bundled.names()]
+    runs, corrupt = _list_runs(options.output_path)
+    if options.json:
+        parts = {"machine": machine, "presets": presets, "bundled": models, "runs": runs}
+        print(json.dumps(parts))
+    else:
+        _print_table("This machine", machine.items())
+        _print_rows("Presets (vitrail train --preset NAME)", presets)
+        _print_rows("Bundled models (vitrail predict NAME PICTURE)", models)
+        if runs:
+            _print_rows(f"Runs in {options.output_path}/", runs)
+        else:
+            print_out(f"No runs in {options.output_path}/ yet: vitrail train --preset quick")
+    for problem in corrupt:
+        print_err(f"vitrail: {problem}")
+    return 1 if corrupt else 0
+
+
+def _describe_machine() -> dict[str, Any]:
+    """Return versions, device and precision."""
     from vitrail.runtime.hardware import choose_device, choose_precision, describe_environment
 
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     about = describe_environment(device, precision)
     names = ("system", "processor", "threads", "device", "precision")
-    _print_table(
-        "This machine", [*about["versions"].items(), *((name, about[name]) for name in names)]
-    )
+    return {**about["versions"], **{name: about[name] for name in names}}
 
 
-def _show_presets() -> None:
-    """Print the presets with what to expect from each."""
-    rows = [(name, preset.summary, preset.expect) for name, preset in PRESETS.items()]
-    _print_table("Presets (vitrail train --preset NAME)", rows, "name", "what", "expect")
+def _describe_bundled(name: str) -> dict[str, Any]:
+    """Return what a bundled model's card says."""
+    card = bundled.read_card(name)
+    return {
+        "name": name,
+        "parameters": card.parameters,
+        "data": card.data,
+        "test": card.test_accuracy,
+        "recipe": card.recipe,
+        "record": card.record,
+    }
 
 
-def _show_bundled() -> None:
-    """Print the bundled models."""
-    columns = "name", "parameters", "data", "test accuracy", "recipe", "record"
-    rows = [
-        (name, f"{card.parameters:,}", card.data, f"{card.test_accuracy:.2%}", card.recipe,
-         card.record)
-        for name, card in ((name, bundled.read_card(name)) for name in bundled.names())
-    ]  # fmt: skip
-    _print_table("Bundled models (vitrail predict --model_path NAME)", rows, *columns)
-
-
-def _show_runs(output_path: Path) -> int:
-    """Print the runs in a folder with their scores; return 1 if one of them is corrupt, else 0."""
+def _list_runs(output_path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the runs in a folder with their scores, and what is wrong with corrupt ones."""
     from vitrail.training.run_folder import read_rows
+    from vitrail.weights.checkpoint import read_json_object
 
-    table: list[tuple[str, ...]] = []
+    runs: list[dict[str, Any]] = []
     corrupt: list[str] = []
     for folder in sorted(path.parent for path in output_path.glob("*/checkpoints")):
+        row: Mapping[str, Any] = {}
+        data: Mapping[str, Any] = {}
+        result: Mapping[str, Any] = {}
+        epochs: int | str = "corrupt"
         try:
             rows = read_rows(folder)
+            row = rows[-1] if rows else {}
+            files = {name: folder / f"{name}.json" for name in ("config", "result")}
+            found = {n: read_json_object(path) for n, path in files.items() if path.is_file()}
+            data, result = found.get("config", {}).get("data") or {}, found.get("result", {})
+            epochs = row.get("epoch", 0)
         except CheckpointError as error:
             corrupt.append(str(error))
-            table.append((folder.name, "corrupt", "-", "-", "-"))
-            continue
-        row: Mapping[str, Any] = rows[-1] if rows else {}
-        scores = [row.get(f"{split}_accuracy") for split in ("train", "validation", "test")]
-        cells = ["-" if score is None else f"{score:.2%}" for score in scores]
-        table.append((folder.name, str(row.get("epoch", 0)), *cells))
-    if table:
-        columns = "run", "epochs", "train", "validation", "test (--monitor test)"
-        _print_table(f"Runs in {output_path}/", table, *columns)
-    else:
-        print_out(f"No runs in {output_path}/ yet: vitrail train --preset quick")
-    for problem in corrupt:
-        print_err(f"vitrail: {problem}")
-    return 1 if corrupt else 0
+        tested = (result.get("test") or {}).get("accuracy", row.get("test_accuracy"))
+        runs.append({
+            "run": folder.name, "epochs": epochs, "train": row.get("train_accuracy"),
+            "validation": row.get("validation_accuracy"), "test": tested,
+            "data": data.get("dataset"),
+        })  # fmt: skip
+    return runs, corrupt
 
 
-def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's accuracy and length of training, as far as its files say."""
     from vitrail.weights.checkpoint import read_json_object
 
     if model in bundled.names():
         card = bundled.read_card(model)
         return {
-            "test accuracy": f"{card.test_accuracy:.2%}",
-            "validation accuracy": f"{card.validation_accuracy:.2%}",
+            "test accuracy": card.test_accuracy,
+            "validation accuracy": card.validation_accuracy,
             "recipe": card.recipe,
         }
-    facts: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     path = Path(model) / "result.json"
-    test = read_json_object(path).get("test") if path.is_file() else None
+    result = read_json_object(path) if path.is_file() else {}
+    test = result.get("test")
     if isinstance(test, dict) and isinstance(test.get("accuracy"), float):
-        facts["test accuracy"] = f"{test['accuracy']:.2%} of {test.get('images')} images"
+        facts |= {"test accuracy": test["accuracy"], "test images": test.get("images")}
     if isinstance(accuracy := metrics.get("validation_accuracy"), float):
-        facts["validation accuracy"] = f"{accuracy:.2%}"
+        facts["validation accuracy"] = accuracy
     if isinstance(epoch := metrics.get("epoch"), int):
-        facts["epochs"] = str(epoch)
-    return facts
+        facts["epochs"] = epoch
+    names = {"train_images": "training images", "finished": "finished"}
+    return facts | {title: result[name] for name, title in names.items() if name in result}
 
 
-def _show_model(classifier: "Classifier", facts: Mapping[str, str]) -> None:
-    """Print a model's scores, data and size, then all settings."""
+def _describe_model(classifier: "Classifier") -> dict[str, Any]:
+    """Return a model's data and size, and what was assumed about it."""
     config = classifier.config
-    height, width = config.model.image_hw
-    parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
-    first = {
-        **facts,
+    return {
+        "model": classifier.source,
         "data": config.data.dataset,
-        "classes": f"{len(classifier.classes)}: {', '.join(classifier.classes)}",
-        "image size": f"{height} x {width} pixels",
-        "parameters": f"{parameters:,}",
+        "classes": list(classifier.classes),
+        "image size": list(config.model.image_hw),
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "notes": list(classifier.notes),
     }
+
+
+def _show_model(classifier: "Classifier", facts: Mapping[str, Any]) -> None:
+    """Print a model's scores, data and size, then the settings that are set."""
+    config = classifier.config
+    classes = classifier.classes
+    shown = {
+        **facts,
+        "classes": f"{len(classes)}: {', '.join(classes)}",
+        "image size": "{} x {} pixels".format(*config.model.image_hw),
+    }
+    hidden = ("model", "notes")
     notes = (("note", note) for note in classifier.notes)
-    _print_table(classifier.source, [*first.items(), *notes])
+    rows = (pair for pair in shown.items() if pair[0] not in hidden)
+    _print_table(classifier.source, [*rows, *notes])
     _show_verdict(classifier)
-    _print_table("Settings", [*vars(config.model).items(), *vars(config.data).items()])
+    settings = {**vars(config.model), **vars(config.data)}.items()
+    given = [(name, str(value)) for name, value in settings if value not in (None, ())]
+    _print_table("Settings", given)
 
 
 def _show_verdict(classifier: "Classifier") -> None:
@@ -171,6 +217,11 @@ def _show_verdict(classifier: "Classifier") -> None:
     print_out(f"{verdict.trust}\n")
 
 
+def _print_rows(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print a table of rows with the same keys."""
+    _print_table(title, [tuple(row.values()) for row in rows], *rows[0])
+
+
 def _print_table(title: str, rows: Iterable[tuple[object, ...]], *columns: str) -> None:
     """Print a table without a frame; without columns, of names and values."""
     table = Table(
@@ -178,7 +229,16 @@ def _print_table(title: str, rows: Iterable[tuple[object, ...]], *columns: str) 
         show_header=bool(columns),
     )  # fmt: skip
     for column in columns or ("", ""):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(printable(_format(cell))) for cell in row))
     out.print(table, "")
+
+
+def _format(value: object) -> str:
+    """Return a value as text; a float is an accuracy."""
+    if isinstance(value, float):
+        return f"{value:.2%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)

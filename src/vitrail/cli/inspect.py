@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import number_table, out, print_err
+from vitrail.cli.console import number_table, out, print_err, waiting
 from vitrail.cli.options import (
     DataOptions,
     ModelArgument,
@@ -49,17 +49,18 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail inspect``."""
     import json
 
-    from vitrail.explain.inspection import draw_inspection, inspect_model
-    from vitrail.runtime.files import write_json
-
     options = parse(InspectOptions, args, prog=prog)
     check_images(options.images)
     classifier = load_model(options, needs_classes=False)
-    images_BCHW, missing = _load_images(classifier, options)
-    insides = inspect_model(classifier.model, images_BCHW)
-    numbers = insides.to_json()
-    write_json(options.output_path / "insides.json", numbers)
-    draw_inspection(insides, options.output_path / "insides.png")
+    from vitrail.explain.inspection import draw_inspection, inspect_model
+    from vitrail.runtime.files import write_json
+
+    with waiting("looking inside"):
+        images_BCHW, missing = _load_images(classifier, options)
+        insides = inspect_model(classifier.model, images_BCHW)
+        numbers = insides.to_json()
+        write_json(options.output_path / "insides.json", numbers)
+        draw_inspection(insides, options.output_path / "insides.png")
     if options.json:
         print(json.dumps(numbers))
     elif insides.heads:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from vitrail.cli.console import print_err
+from vitrail.cli.console import print_err, waiting
 from vitrail.config.settings import Dataset, Preparation
 from vitrail.errors import ConfigError, PictureError
 from vitrail.weights import bundled
@@ -84,17 +84,18 @@ def load_model(
             f"{path}: an ONNX file can only predict (vitrail predict): give the run folder or "
             "weights that it was exported from"
         )
-    from vitrail.weights.pretrained import load
+    with waiting("loading the model"):
+        from vitrail.weights.pretrained import load
 
-    source = _choose_model(runs, files=files) if path is None else path
-    heads, device = options.n_attention_heads, options.device
-    model = load(
-        source,
-        n_attention_heads=heads,
-        image_size=options.image_size,
-        device=device,
-        **options.preparation,
-    )
+        source = _choose_model(runs, files=files) if path is None else path
+        heads, device = options.n_attention_heads, options.device
+        model = load(
+            source,
+            n_attention_heads=heads,
+            image_size=options.image_size,
+            device=device,
+            **options.preparation,
+        )
     if needs_classes:
         model.require_classes()
     for note in model.notes:

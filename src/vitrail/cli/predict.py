@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import out, print_err, print_out
+from vitrail.cli.console import out, print_err, print_out, progress_bar
 from vitrail.cli.options import (
     STDIN,
     PictureOptions,
@@ -114,19 +114,21 @@ def _predict_all(
 
     answers: list[Answer] = []
     broken: list[str] = []
-    for start in range(0, len(names), CHUNK):
-        read: list[str] = []
-        raws: list[np.ndarray] = []
-        for name in names[start : start + CHUNK]:
-            source = sys.stdin.buffer.read() if name == STDIN else name
-            try:
-                raws.append(classifier.read(source, background=options.background))
-                read.append(name)
-            except PictureError as error:
-                broken.append(str(error))
-        if raws:
-            predictions = classifier.predict_raw(np.concatenate(raws), options.top_k)
-            answers += zip(read, predictions, strict=True)
+    with progress_bar("classifying", len(names)) as advance:
+        for start in range(0, len(names), CHUNK):
+            read: list[str] = []
+            raws: list[np.ndarray] = []
+            for name in names[start : start + CHUNK]:
+                source = sys.stdin.buffer.read() if name == STDIN else name
+                try:
+                    raws.append(classifier.read(source, background=options.background))
+                    read.append(name)
+                except PictureError as error:
+                    broken.append(str(error))
+                advance(1)
+            if raws:
+                predictions = classifier.predict_raw(np.concatenate(raws), options.top_k)
+                answers += zip(read, predictions, strict=True)
     return answers, broken
 
 

@@ -1,12 +1,13 @@
 """``vitrail explain --score``: which maps to trust, as tables, plots and numbers."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from vitrail.cli.console import err, out, print_err
+from vitrail.cli.console import out, print_err, progress_bar
 from vitrail.cli.options import DataOptions, log_test_use
 from vitrail.errors import OutputError
 
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
 
 
 def score(
-    classifier: "Classifier", chosen: Sequence[str], data: DataOptions, count: int, folder: Path
+    classifier: "Classifier",
+    chosen: Sequence[str],
+    data: DataOptions,
+    count: int,
+    folder: Path,
+    *,
+    as_json: bool = False,
 ) -> int:
-    """Score methods on images of the model's data; write numbers and plots, print tables.
+    """Score methods on images of the model's data; write numbers and plots, print tables or JSON.
 
     If all methods are scored (none is ``chosen``), the verdict is also stored beside the weights.
     """
-    from rich.progress import Progress
-
     from vitrail.data.images import normalize
     from vitrail.explain.ceiling import find_ceiling
     from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
@@ -41,12 +46,11 @@ def score(
     print_err(f"scoring on {len(images)} {data.split} images of {classifier.config.data.dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
-    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-        steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods) + 2
-        task = progress.add_task("scoring", total=steps)
+    steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods) + 2
+    with progress_bar("scoring", steps) as move:
 
         def advance() -> None:
-            progress.advance(task)
+            move(1)
 
         model, masks_BHW, labels_B = classifier.model, images.masks_BHW, images.labels_B
         scores = score_methods(model, images_BCHW, masks_BHW, methods, advance=advance)
@@ -58,7 +62,10 @@ def score(
     verdict = judge(data.split, scores, checks)
     numbers = _numbers(classifier, verdict, scores, checks, ceiling, shortcut)
     _write(folder, numbers, scores, checks)
-    out.print(_tables(verdict, scores, checks, ceiling, shortcut))
+    if as_json:
+        print(json.dumps(numbers))
+    else:
+        out.print(_tables(verdict, scores, checks, ceiling, shortcut))
     if not chosen:
         _store(classifier, verdict, folder)
     return 0

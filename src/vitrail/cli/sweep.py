@@ -1,5 +1,6 @@
 """``vitrail sweep``."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class SearchOptions:
     """A complete configuration by name (vitrail info lists them)."""
     config: Path | None = None
     """A TOML file of settings, which override the preset's."""
+    json: bool = False
+    """Print all trials as JSON on standard output."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,10 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
 
     trials = ranked(sweep.study)
     write_csv(trials, sweep.folder / "trials.csv")
-    out.print(trial_table(trials))
+    if options.json:
+        print(json.dumps(trials, default=str))
+    else:
+        out.print(trial_table(trials))
     print_err(f"all trials in {sweep.folder / 'trials.csv'}")
     plot = sweep.folder / "importance.png"
     if shares := plot_importances(sweep.study, plot):
@@ -142,7 +148,7 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
     else:
         print_err("no plot of the settings' importance: it takes two complete trials that differ")
     complete = [trial for trial in trials if trial["state"] == "complete"]
-    if complete:
+    if complete and not options.json:
         values = {name: value for name, value in complete[0].items() if name in sweep.space}
         best = flags(get_preset(options.preset), apply(settings, values))
         print_out(

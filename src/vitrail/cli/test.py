@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from vitrail.cli.console import out, print_err
+from vitrail.cli.console import out, print_err, progress_bar, waiting
 from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
@@ -84,7 +84,8 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
     changes = options.data.to_load() | {
         "num_workers": options.num_workers, "num_test_images": options.num_test_images,
     }  # fmt: skip
-    images = load_split(classifier, **changes)
+    with waiting("loading the data"):
+        images = load_split(classifier, **changes)
     dataset = options.data.dataset or classifier.config.data.dataset
     if images.classes != classifier.classes:
         raise ConfigError(
@@ -95,10 +96,13 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
     log_test_use(classifier, split, folder, purpose, len(images))
     print_err(f"{classifier.source}: {len(images):,} {split} images of {dataset}")
     model = SixViews(classifier.model) if options.tta else classifier.model
-    logits_BY = predict_logits(
-        model, images, mean=classifier.mean, std=classifier.std,
-        device=classifier.device, batch_size=options.batch_size,
-    )  # fmt: skip
+    with progress_bar("testing", len(images)) as advance:
+        hook = model.register_forward_hook(lambda _, inputs, __: advance(len(inputs[0])))
+        logits_BY = predict_logits(
+            model, images, mean=classifier.mean, std=classifier.std,
+            device=classifier.device, batch_size=options.batch_size,
+        )  # fmt: skip
+        hook.remove()
     metrics = measure(
         logits_BY, images.labels_B, classes=classifier.classes,
         temperature=classifier.calibration.temperature, tta=options.tta,

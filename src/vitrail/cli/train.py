@@ -1,6 +1,7 @@
 """``vitrail train``."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from vitrail.cli import STARTED, describe_error
-from vitrail.cli.console import err, number_table, out, print_err, print_out
+from vitrail.cli.console import err, number_table, out, print_err, print_out, waiting
 from vitrail.cli.parsing import parse, parse_known
 from vitrail.config.files import RESUME_OVERRIDES, from_json, read_json, toml_sections
 from vitrail.config.presets import get_preset
@@ -51,6 +52,8 @@ class StartOptions:
     """A TOML file of settings, which override the preset's."""
     resume: Path | None = None
     """Resume the run in this folder, with its own settings."""
+    json: bool = False
+    """Print the result as JSON on standard output."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,11 @@ def command(args: Sequence[str], *, prog: str = PROG, name: str = "") -> int:
     with _joined_processes() as on_leader:
         start, settings = on_leader(read, args, prog)
         if start.resume is not None:
-            return _resume(start.resume, settings)
-        manifest = on_leader(_list_data, settings)
-        return _begin(settings, name or start.preset, manifest)
+            run = _resume(start.resume, settings)
+        else:
+            manifest = on_leader(_list_data, settings)
+            run = _begin(settings, name or start.preset, manifest)
+        return follow(run, as_json=start.json) if run else 0
 
 
 @contextmanager
@@ -136,7 +141,7 @@ def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
         raise CheckpointError(f"{start.resume}: not a run folder (it has no config.json)")
     else:
         base = from_json(read_json(start.resume / "config.json"))
-    defaults = TrainOptions(start.preset, start.config, start.resume, **vars(base))
+    defaults = TrainOptions(start.preset, start.config, start.resume, start.json, **vars(base))
     options = parse(TrainOptions, args, prog=prog, default=defaults)
     settings = Config(**{name: getattr(options, name) for name in vars(base)})
     if start.resume is not None:
@@ -227,12 +232,13 @@ def _show_counts(
         print_err("There is no test split: the run will have no test score.")
 
 
-def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
+def _begin(settings: Config, name: str, manifest: "Manifest | None") -> "Run | None":
     """Start a run in a new folder, or resume it after a restart by torchrun."""
-    from vitrail.runtime import distributed
-    from vitrail.runtime.hardware import choose_rank_device
-    from vitrail.training.run import Run
-    from vitrail.training.run_folder import hold, is_unused, release
+    with waiting("loading PyTorch"):
+        from vitrail.runtime import distributed
+        from vitrail.runtime.hardware import choose_rank_device
+        from vitrail.training.run import Run
+        from vitrail.training.run_folder import hold, is_unused, release
 
     choose_rank_device(settings.run.device)
     folder, begun = distributed.on_leader(_choose_folder, settings, name)
@@ -240,7 +246,8 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
         return _resume(folder, settings)
     held = hold(folder)  # until the run holds it itself
     try:
-        run = Run.start(settings, folder, manifest)
+        with waiting(f"{folder}: loading the data and making the model"):
+            run = Run.start(settings, folder, manifest)
     except BaseException:
         if distributed.is_leader():
             release(folder)  # Windows removes no file that is open
@@ -248,7 +255,7 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> int:
                 shutil.rmtree(folder)
         raise
     del held
-    return follow(run)
+    return run
 
 
 def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
@@ -264,8 +271,8 @@ def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
     return folder, False
 
 
-def _resume(folder: Path, settings: Config) -> int:
-    """Resume a run; of a finished one, only report the result."""
+def _resume(folder: Path, settings: Config) -> "Run | None":
+    """Resume a run; of a finished one, only say so."""
     from vitrail.runtime import distributed
     from vitrail.training.run import Run
 
@@ -274,14 +281,15 @@ def _resume(folder: Path, settings: Config) -> int:
             f"{folder}: this run is finished, its result is in {folder / 'result.json'}; to train "
             f"longer, start another run from its weights: vitrail train --init {folder}"
         )
-        return 0
-    run = Run.resume(folder, settings)
+        return None
+    with waiting(f"{folder}: loading the data and the checkpoint"):
+        run = Run.resume(folder, settings)
     print_err(f"resuming at step {run.state.step:,}/{run.total_steps:,}")
-    return follow(run)
+    return run
 
 
-def follow(run: "Run") -> int:
-    """Train to the end, or stop at a signal and save; print the progress."""
+def follow(run: "Run", *, as_json: bool = False) -> int:
+    """Train to the end, or stop at a signal and save; print the progress, then the result."""
     from vitrail.runtime import distributed
 
     for notice in run.notices:
@@ -304,7 +312,10 @@ def follow(run: "Run") -> int:
     if stopped:
         print_err(f"stopped and saved; {resume}")
         return 128 + stopped
-    _conclude(run, result, startup)
+    if as_json:
+        print_out(json.dumps(result))
+    else:
+        _conclude(run, result, startup)
     if problems := distributed.on_leader(lambda: run.problems):
         raise TrainingError(f"{'; '.join(problems)}; everything else is in {run.folder}/")
     return 0

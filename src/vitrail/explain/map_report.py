@@ -174,6 +174,7 @@ def _table(
 ) -> Table:
     with_ceiling = "srg" in names and ceiling is not None
     table = make_table(title)
+    table.collapse_padding = True  # four columns of intervals then fit 80 characters
     table.add_column("method", no_wrap=True)
     for name in names:
         good = "high is good" if MEASURES[name].higher_is_better else "low is good"
@@ -182,7 +183,7 @@ def _table(
     for column in ("of the\nceiling", "ms per\nimage") if with_ceiling else ():
         table.add_column(column, justify="right", no_wrap=True)
     for score in scores:
-        label_text = Text(_label(score))
+        label_text = Text(_label(score).replace(" (", "\n("))
         if score.method in failed:
             label_text.append(f" {NO}", style="red")
         cells = [_cell(score, name) for name in names]

@@ -194,9 +194,9 @@ def _open_session(content: bytes) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the messages of torch's exporter about its internals."""
-    logger = logging.getLogger("torch.onnx")
+def _quiet(name: str = "torch.onnx") -> Iterator[None]:
+    """Suppress the warnings of a logger; by default, of torch's exporter about its internals."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -215,7 +215,7 @@ def quantize(proto: Any) -> Any:
     processors without VNNI instructions overflow within a product.
     """
     quantization = import_optional("onnxruntime.quantization")
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _quiet("root"):  # it recommends another program
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(proto.SerializeToString())
         quantization.quantize_dynamic(
