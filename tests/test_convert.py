@@ -506,6 +506,8 @@ def test_the_loss_of_the_temperature_is_said(
     config = ModelConfig(
         image_size=8, patch_size=4, embed_dim=8, n_layers=1, n_attention_heads=2, n_classes=3,
         head="mlp" if layout == "reference" else "linear",
+        hidden_act="gelu_tanh" if layout == "google" else "gelu",
+        layer_norm_eps=1e-6 if layout == "google" else 1e-5,
     )  # fmt: skip
     info = CheckpointInfo(Config(model=config), ("a", "b", "c"), {}, {}, Calibration(0.78))
     save_weights_file(tmp_path / "a.safetensors", info, VisionTransformer(config).state_dict())
