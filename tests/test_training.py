@@ -234,7 +234,7 @@ def test_clipping_bounds_the_gradient() -> None:
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
-    model = VisionTransformer(BASE.model)
+    model = VisionTransformer(dataclasses.replace(BASE.model, n_registers=2))
     names = {id(p): name for name, p in model.named_parameters()}
     (optimizer,) = make_optimizers(model, BASE.training)
     decayed, free = optimizer.param_groups
@@ -243,7 +243,7 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     assert {names[id(p)] for p in free["params"]} == {
         n
         for n in names.values()
-        if n.endswith("bias") or "norm" in n or n.startswith(("pos", "cl"))
+        if n.endswith("bias") or "norm" in n or n.startswith(("pos", "cl", "reg"))
     }
     (optimizer,) = make_optimizers(model, dataclasses.replace(BASE.training, decay="all"))
     assert len(optimizer.param_groups) == 1

@@ -103,7 +103,7 @@ def freeze_backbone(model: nn.Module) -> None:
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Return whether it is the weight of a linear or convolution layer."""
-    return parameter.ndim >= 2 and name != "position_ND"
+    return parameter.ndim >= 2 and name not in ("position_ND", "registers_RD")
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
