@@ -215,7 +215,8 @@ class VisionTransformer(nn.Module):
             tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
         before = [self.class_token_D[None]] if self.config.has_class_token else []
         before += [self.registers_RD] if self.config.n_registers else []
-        before = [t.to(tokens_BND.dtype).expand(len(tokens_BND), -1, -1) for t in before]
+        B = tokens_BND.shape[0]  # not len(), which torch.export takes for a constant
+        before = [t.to(tokens_BND.dtype).expand(B, -1, -1) for t in before]
         tokens_BTD = torch.cat([*before, tokens_BND], dim=1) if before else tokens_BND
         return self.dropout(tokens_BTD)  # type: ignore[no-any-return]
 

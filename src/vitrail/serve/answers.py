@@ -193,7 +193,7 @@ def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
     index = None if question.class_name is None else subject.find_class(question.class_name)
     maps = maps_of(subject, subject.model, settings, index)
     index = int(maps.classes_B[0])
-    random_RGJ = torch.rand(RANDOM_ORDERS, G, J, generator=rng.generator(0, "orders", 1))
+    random_RGJ = torch.rand(RANDOM_ORDERS, G, J, generator=rng.generator(0, "served", 1))
     maps_OGJ = torch.cat([maps.values_BLGJ[:, -1], center_maps((G, J)), random_RGJ])
     orders_ON = rank_patches(maps_OGJ).argsort(dim=1)
     counts = np.linspace(0, G * J, min(STEPS, G * J) + 1).round().astype(int).tolist()
