@@ -50,8 +50,9 @@ def faithfulness_correlation(maps_BGJ: Tensor, hidden_KN: Tensor, drops_BK: Tens
     """
     sums_BK = maps_BGJ.flatten(1).double() @ hidden_KN.double().T
     pair = [x_BK - x_BK.mean(1, keepdim=True) for x_BK in (sums_BK, drops_BK.double())]
-    scale_B = pair[0].norm(dim=1) * pair[1].norm(dim=1)
+    first_B, second_B = (torch.linalg.vector_norm(x_BK, dim=1) for x_BK in pair)
+    scale_B = first_B * second_B
     # What is left of a uniform map is a rounding error.
-    uniform_B = pair[0].norm(dim=1) <= 1e-6 * sums_BK.norm(dim=1)
+    uniform_B = first_B <= 1e-6 * torch.linalg.vector_norm(sums_BK, dim=1)
     found_B = (pair[0] * pair[1]).sum(1) / scale_B.clamp(min=1e-30)
     return torch.where(uniform_B, 0.0, found_B)

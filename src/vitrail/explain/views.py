@@ -160,7 +160,7 @@ def compute(
             asked_B1D = patches_BND[:, [row * grid_GJ[1] + column]]
             map_BN = F.cosine_similarity(patches_BND.float(), asked_B1D.float(), dim=-1)
         else:
-            map_BN = patches_BND.float().norm(dim=-1)
+            map_BN = torch.linalg.vector_norm(patches_BND.float(), dim=-1)
         maps.append(map_BN.unflatten(1, grid_GJ))
     return torch.stack(maps, dim=1), model.classify(tokens_BTD)
 
