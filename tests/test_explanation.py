@@ -68,17 +68,17 @@ def frames_of(path: Path) -> list[np.ndarray]:
     """The frames of an animation as arrays."""
     with Image.open(path) as image:
         frames = []
-        for number in range(image.n_frames):
+        for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             frames.append(np.asarray(image.convert("RGB")))
     return frames
 
 
-def explain(run_folder: Path, *words: str) -> list[np.ndarray]:
-    """Draw with the command line and read the animation back."""
-    command = ["explain", "--model_path", str(run_folder), *words, "--output_path", "out.gif"]
+def explain(run_folder: Path, *words: str, out: str = "out.gif") -> list[np.ndarray]:
+    """Draw with the command line and read the animation, or the picture, back."""
+    command = ["explain", "--model_path", str(run_folder), *words, "--output_path", out]
     assert main(command) == 0
-    return frames_of(Path("out.gif"))
+    return frames_of(Path(out))
 
 
 # --- in Python ------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_it_prints_what_it_drew_and_where(
 
 
 def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> None:
-    last = explain(run_folder, picture)[-1]
+    last = explain(run_folder, picture, out="out.png")[-1]
     changes = (
         "--method relevance", "--method attention", "--method gradcam", "--frames heads",
         "--query 0,3", "--heads 1", "--fusion max", "--discard_ratio 0.8", "--normalize picture",
@@ -310,7 +310,7 @@ def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> Non
     )  # fmt: skip
     seen = [last]
     for change in changes:
-        other = explain(run_folder, picture, *shlex.split(change))[-1]
+        other = explain(run_folder, picture, *shlex.split(change), out="out.png")[-1]
         for before in seen:
             assert before.shape != other.shape or not np.array_equal(before, other), change
         seen.append(other)
@@ -556,7 +556,7 @@ def test_scoring_shows_its_progress_on_a_terminal(
 ) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("vitrail.cli.score.err", console)
+    monkeypatch.setattr("vitrail.cli.console.err", console)
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     assert main([*words, "--method", "attention", "--output_path", "s"]) == 0
     assert "scoring" in screen.getvalue()

@@ -61,7 +61,8 @@ def test_info_starts_with_the_accuracy_of_a_model(
     first, _, rest = printed.partition("Settings")
     accuracy = result["test"]["accuracy"]
     words = (
-        f"{accuracy:.2%} of 20 images",
+        f"test accuracy       │ {accuracy:.2%}",
+        "test images         │ 20",
         "validation accuracy",
         "32 x 32 pixels",
         "shapes",

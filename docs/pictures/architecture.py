@@ -181,7 +181,7 @@ def _draw_block(d: Drawing) -> None:
     d.path(f"M810 310H846V{y - 16}")
     d.text(250, y + 46, "the token passes unchanged, and the branch", 15, "gray")
     d.text(250, y + 66, "adds to it: a residual connection", 15, "gray")
-    d.text(690, y + 46, "attention = softmax(Q Kᵀ / √K) V in each head:", 15, "gray")
+    d.text(690, y + 46, "attention = softmax(Q Kᵀ / √d) V in each head of width d:", 15, "gray")
     d.text(690, y + 66, "its rows are what attention maps show", 15, "gray")
 
 

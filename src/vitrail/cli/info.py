@@ -49,7 +49,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     with waiting("loading the model"):
         classifier = load(options.model, n_attention_heads=heads, device="cpu")
         metrics = read(options.model, n_attention_heads=heads).info.metrics
-    facts = _describe_model(classifier) | _read_facts(options.model, metrics)
+    facts = _read_facts(options.model, metrics) | _describe_model(classifier)
     if options.json:
         print(json.dumps(facts | {"settings": to_json(classifier.config)}))
     else:
