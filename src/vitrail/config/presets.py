@@ -136,7 +136,7 @@ PRESETS = {
     "fast": Preset(
         _fast(),
         "CIFAR-10, the fastest way past the reference's 78.31%",
-        "2 minutes on two AVX-512 cores; the former recipe had 81.7% (records/fast)",
+        "2 minutes on two AVX-512 cores: 85.8% (records/fast)",
     ),
     "small": Preset(
         _small(),
@@ -146,7 +146,7 @@ PRESETS = {
     "vit": Preset(
         _vit(),
         "CIFAR-10, the reference's architecture with a better recipe",
-        "not measured",
+        "2 hours on one AVX-512 core; accuracy not measured",
     ),
     "base": Preset(
         _base(),
