@@ -131,7 +131,7 @@ PRESETS = {
     "quick": Preset(
         _quick(),
         "generated shapes, a small model: try out all commands",
-        "2 to 4 minutes on a laptop; the former recipe had 99.1% on shapes (records/quick)",
+        "2 to 4 minutes on a laptop: 99.7% on shapes (records/quick)",
     ),
     "fast": Preset(
         _fast(),
