@@ -97,6 +97,7 @@ def test_pixels_are_those_of_a_folder(
     assert images.classes == files.classes == ("0", "1")
     assert recognize(path) == dataset
     assert recognize(tmp_path / "files") == "folder"
+    assert recognize(path.with_name("x.parquet")) == "hf"
 
 
 def test_emnist_is_transposed_and_named_by_its_mapping(tmp_path: Path) -> None:
@@ -206,6 +207,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     content[at] ^= 255
     path.write_bytes(content)
     with pytest.raises(DataError, match="train_images cannot be read"):
+        load("npz", path)
+    content = bytearray(write_npz(path).read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(header) + flags] |= 1  # encrypted
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train_images cannot be read: .*password"):
         load("npz", path)
 
 

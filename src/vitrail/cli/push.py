@@ -43,6 +43,7 @@ class PushOptions:
 def command(args: Sequence[str], *, prog: str = PROG) -> int:
     """Run ``vitrail push``."""
     options = parse(PushOptions, args, prog=prog)
+    from vitrail.data.hf import PREFIX
     from vitrail.weights import hub
     from vitrail.weights.checkpoint import read_json_object
     from vitrail.weights.pretrained import OWN, read
@@ -69,7 +70,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
             Path(folder), found.info, found.weights, options.hub_id, license=license, result=result
         )
         address = hub.upload(Path(folder), options.hub_id, private=options.private)
-    name = options.hub_id.removeprefix(hub.PREFIX)
+    name = options.hub_id.removeprefix(PREFIX)
     print_out(f"{address}  (license {license})")
-    print_out(f"Try next: vitrail info {hub.PREFIX}{name}")
+    print_out(f"Try next: vitrail info {PREFIX}{name}")
     return 0

@@ -85,6 +85,13 @@ def _fast() -> Config:
     return replace(recipe, augment=replace(recipe.augment, crop_padding=0))
 
 
+STRONG = AugmentConfig(
+    crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
+    random_erasing=0.25, strong_until=0.8,
+)  # fmt: skip
+"""Augmentation of tens of epochs on CIFAR-10."""
+
+
 def _small() -> Config:
     """Return the flagship: 64 tokens, most operations in the blocks, and more augmentation."""
     recipe = _recipe(
@@ -92,11 +99,7 @@ def _small() -> Config:
         patch_size=4, embed_dim=192, n_layers=4, n_attention_heads=6, init_std=0.05,
         stem_channels=(64, 64, 192, 192), stem_pools=(1, 3),
     )  # fmt: skip
-    augment = AugmentConfig(
-        crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
-        random_erasing=0.25, strong_until=0.8,
-    )  # fmt: skip
-    return replace(recipe, augment=augment)
+    return replace(recipe, augment=STRONG)
 
 
 def _vit() -> Config:
@@ -105,11 +108,7 @@ def _vit() -> Config:
         "cifar10", epochs=30, batch_size=256, rate=0.015,
         stem="patch", init_std=0.1,
     )  # fmt: skip
-    augment = AugmentConfig(
-        crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
-        random_erasing=0.25, strong_until=0.8,
-    )  # fmt: skip
-    return replace(recipe, augment=augment)
+    return replace(recipe, augment=STRONG)
 
 
 def _base() -> Config:

@@ -210,18 +210,11 @@ def is_wide(pictures: np.ndarray) -> bool:
     return pictures.dtype != np.uint8 and pictures.dtype != bool
 
 
-def infer_range(pictures: np.ndarray) -> tuple[PixelRange, str]:
-    """Return the range of pictures wider than bytes, and a description for the log."""
-    extent = formats.measure(pictures)
-    pixel_range = formats.choose_range(extent)
-    return pixel_range, formats.describe(extent, pixel_range)
-
-
 def to_bytes(pictures: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
     """Return pictures of any numbers as uint8; of four channels, over white."""
     if pictures.dtype == bool:
         pictures = pictures.astype(np.uint8) * np.uint8(255)
-    elif pictures.dtype != np.uint8:
+    elif is_wide(pictures):
         assert pixel_range is not None
         raw = np.empty(pictures.shape, np.uint8)
         for start in range(0, len(pictures), BLOCK):

@@ -25,7 +25,6 @@ from vitrail.data.arrays import (
     channels_last,
     choose_items,
     find_classes,
-    infer_range,
     is_wide,
     to_bytes,
 )
@@ -153,9 +152,10 @@ def _with_range(config: DataConfig, name: str, items: Items) -> DataConfig:
     """Return the settings with the range of training pictures wider than bytes, and log it."""
     pictures = items.part.read(items.indices_B)
     assert isinstance(pictures, np.ndarray)
-    pixel_range, text = infer_range(pictures)
+    extent = formats.measure(pictures)
+    pixel_range = formats.choose_range(extent)
     if pixel_range != (0.0, 1.0):
-        log.warning("%s: %s", name, text)
+        log.warning("%s: %s", name, formats.describe(extent, pixel_range))
     return replace(config, pixel_range=pixel_range)
 
 

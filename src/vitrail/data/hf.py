@@ -23,7 +23,7 @@ from vitrail.data.manifest import SPLIT_WORDS
 from vitrail.errors import DataError, import_optional
 
 PREFIX = "hf:"
-"""Prefix of a data set of the hub, as of a model there."""
+"""Prefix of a data set or a model of the hub."""
 HUB_NAME = re.compile(r"hf:(?P<path>[^:@]+)(?::(?P<name>[^@]+))?(?:@(?P<revision>.+))?")
 SAVED = ("dataset_dict.json", "state.json")
 """Files that save_to_disk writes, for several splits and for one."""
@@ -35,9 +35,9 @@ LOOKED_AT = 64
 """Number of pictures, evenly spaced, that are looked at to see whether a split is gray."""
 
 
-def is_on_hub(data_path: Path) -> bool:
-    """Return whether a path is the name of a data set of the hub."""
-    return str(data_path).startswith(PREFIX)
+def is_on_hub(name: str | Path) -> bool:
+    """Return whether this names a data set or a model of the hub, not a file or folder."""
+    return str(name).startswith(PREFIX)
 
 
 def open_hf(data_path: Path) -> ArraySource:

@@ -83,20 +83,20 @@ class ImageSet:
         if tuple(self.raw_BCHW.shape[-2:]) == size_hw and framing.crop_pct == 1:
             return self
 
-        def fit_all(raw_BHWC: np.ndarray) -> np.ndarray:
-            gray = raw_BHWC.shape[3] == 1  # of which Pillow knows no third axis
-            raw = raw_BHWC[..., 0] if gray else raw_BHWC
+        def fit_all(raw: np.ndarray) -> Tensor:
             fitted = np.empty((len(raw), *size_hw, *raw.shape[3:]), np.uint8)
             for number, picture in enumerate(raw):
                 fitted[number] = fit_picture(picture, size_hw, framing)
-            return fitted[..., None] if gray else fitted
+            return torch.from_numpy(fitted)
 
-        raw_BHWC = torch.from_numpy(fit_all(self.raw_BCHW.permute(0, 2, 3, 1).numpy()))
+        if self.raw_BCHW.shape[1] == 1:  # Pillow's gray pictures have no axis of channels
+            raw_BCHW = fit_all(self.raw_BCHW[:, 0].numpy())[:, None]
+        else:
+            raw_BHWC = fit_all(self.raw_BCHW.permute(0, 2, 3, 1).numpy())
+            raw_BCHW = raw_BHWC.permute(0, 3, 1, 2).contiguous()
         masks_BHW = self.masks_BHW
         if masks_BHW is not None:
-            gray_BHWC = masks_BHW.numpy()[..., None] * np.uint8(255)
-            masks_BHW = torch.from_numpy(fit_all(gray_BHWC)[..., 0] >= 128)
-        raw_BCHW = raw_BHWC.permute(0, 3, 1, 2).contiguous()
+            masks_BHW = fit_all(masks_BHW.numpy() * np.uint8(255)) >= 128
         return replace(self, raw_BCHW=raw_BCHW, masks_BHW=masks_BHW)
 
     def with_channels(self, n_channels: int) -> "ImageSet":

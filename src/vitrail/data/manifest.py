@@ -177,13 +177,14 @@ def find_layout(data_path: Path) -> Layout:
     folders = _subfolders(root)
     matches = [(SPLIT_NAME.fullmatch(folder.name), folder) for folder in folders]
     named = [(SPLIT_WORDS[match["split"].lower()], path) for match, path in matches if match]
-    exact = {SPLIT_WORDS[p.name.lower()] for _, p in named if p.name.lower() in SPLIT_WORDS}
+    exact = {split for split, path in named if path.name.lower() in SPLIT_WORDS}
     named = [  # train/ is used, old_train/ next to it is not
         (split, path)
         for split, path in named
         if split not in exact or path.name.lower() in SPLIT_WORDS
     ]
-    unused = tuple(path for path in folders if path not in [used for _, used in named])
+    used = {path for _, path in named}
+    unused = tuple(path for path in folders if path not in used)
     if len({split for split, _ in named}) < 2:  # a class may be called train
         lone = [path for _, path in named if _subfolders(path) and not _has_pictures(path)]
         if not lone:

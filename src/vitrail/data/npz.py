@@ -10,10 +10,10 @@ code, are never loaded. Source: Yang et al. 2023, arXiv:2110.14795 (MedMNIST).
 
 import functools
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from vitrail.config.settings import Split
 from vitrail.data.arrays import ArraySource, Part, check_arrays
@@ -27,8 +27,6 @@ NAMES: tuple[tuple[Split, str, str], ...] = (
 )  # fmt: skip
 """Names of the arrays of pictures and labels of a split."""
 CLASSES = "classes"
-HEADER_2 = np.lib.format.read_array_header_2_0
-READ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def open_npz(data_path: Path) -> ArraySource:
@@ -74,10 +72,9 @@ def _header(path: Path, key: str) -> tuple[tuple[int, ...], "np.dtype[np.generic
     """Return the shape and type of an array without reading it."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if old else HEADER_2
-            shape, _, kind = read(file)
-    except (*READ_ERRORS, KeyError) as error:
+            old = read_magic(file) == (1, 0)
+            shape, _, kind = (read_array_header_1_0 if old else read_array_header_2_0)(file)
+    except Exception as error:  # NumPy raises many kinds
         raise DataError(f"{path}: {key} cannot be read: {error}") from error
     return shape, kind
 
@@ -87,7 +84,7 @@ def _read(path: Path, key: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             array: np.ndarray = file[key]
-    except READ_ERRORS as error:
+    except Exception as error:  # NumPy raises many kinds
         raise DataError(f"{path}: {key} cannot be read: {error}") from error
     return array
 

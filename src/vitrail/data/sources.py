@@ -9,6 +9,8 @@ from vitrail.data.idx import has_idx, open_idx
 from vitrail.data.npz import open_npz
 from vitrail.errors import DataError
 
+SUFFIXES: dict[str, Dataset] = {".npz": "npz", ".parquet": "hf"}
+
 
 def open_source(config: DataConfig) -> ArraySource:
     """Return the data set that the settings name.
@@ -30,14 +32,13 @@ def recognize(path: Path) -> Dataset:
     Raises:
         DataError: there is no such path, or it is none.
     """
-    if path.suffix.lower() == ".npz":
-        return "npz"
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
     folder = path if path.is_dir() else path.parent
     if has_idx(folder) or has_idx(folder / "raw"):
         return "idx"
     saved = any((path / name).is_file() for name in SAVED)
-    parquet = path.suffix.lower() == ".parquet" or any(path.glob("*.parquet"))
-    if is_on_hub(path) or saved or parquet:
+    if is_on_hub(path) or saved or any(path.glob("*.parquet")):
         return "hf"
     if path.is_dir():
         return "folder"

@@ -170,9 +170,8 @@ def _stack(pictures: Any, name: str) -> np.ndarray:
 
 def _pixels(picture: Any, name: str) -> np.ndarray:
     """Return a picture as an array; a gray one of Pillow stays gray."""
+    if isinstance(picture, Image.Image):
+        rgb_HWC = read_picture(picture, name=name)
+        return rgb_HWC[:, :, 0] if picture.mode in ("1", "L") else rgb_HWC
     array = as_array(picture, name)
-    if array is not None and not isinstance(picture, Image.Image):
-        return array
-    rgb_HWC = read_picture(picture, name=name)
-    gray = isinstance(picture, Image.Image) and picture.mode in ("1", "L")
-    return rgb_HWC[:, :, 0] if gray else rgb_HWC
+    return read_picture(picture, name=name) if array is None else array

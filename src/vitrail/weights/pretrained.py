@@ -22,6 +22,7 @@ from vitrail.config.settings import (
     RunConfig,
     TrainingConfig,
 )
+from vitrail.data.hf import PREFIX, is_on_hub
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.explain.badges import read_verdict
 from vitrail.inference.classifier import Classifier
@@ -122,7 +123,7 @@ def load(
 
 def scores_path(source: str | Path) -> Path | None:
     """Return where the scores of a model's maps are stored: beside its weights; None on the hub."""
-    if hub.is_hub_id(source):
+    if is_on_hub(source):
         return None
     named = isinstance(source, str) and source in bundled.names()
     path = bundled.weights_path(str(source)) if named else Path(source)
@@ -144,14 +145,14 @@ def read(
         kind = type(source).__name__
         raise CheckpointError(f"a model is a name or path, not a {kind}: for example cifar10")
     path, given = Path(source), preparation or {}
-    if hub.is_hub_id(source):
+    if is_on_hub(source):
         path = hub.download(str(source))
     elif isinstance(source, str) and source in bundled.names():
         path = bundled.weights_path(source)
     if not path.exists():
         raise CheckpointError(
             f"{source}: no such model; give a run or checkpoint folder, a file or folder of "
-            f"weights (vitrail convert --help lists the formats), or {hub.PREFIX}OWNER/NAME"
+            f"weights (vitrail convert --help lists the formats), or {PREFIX}OWNER/NAME"
         )
     if path.is_file() and not path.name.endswith(FILES):
         raise CheckpointError(f"{path}: not a model file: give {', '.join(FILES)}")

@@ -236,11 +236,19 @@ def fill_biases(plain: dict[str, Tensor], names: Names, notes: list[str]) -> Non
     filled = []
     for key in list(plain):
         layer = key.removesuffix(".weight")
-        if re.fullmatch(layers, layer) and f"{layer}.bias" not in plain:
-            plain[f"{layer}.bias"] = plain[key].new_zeros(len(plain[key]))
+        if re.fullmatch(layers, layer) and fill_bias(plain, layer):
             filled.append(f"{layer}.bias")
     if filled:
         notes.append(f"{first_few(filled)}: missing, set to zeros")
+
+
+def fill_bias(plain: dict[str, Tensor], layer: str) -> bool:
+    """Add zeros for a missing bias of a layer; return whether it was missing."""
+    weight, name = plain.get(f"{layer}.weight"), f"{layer}.bias"
+    if weight is None or name in plain:
+        return False
+    plain[name] = weight.new_zeros(len(weight))
+    return True
 
 
 def merge_heads(

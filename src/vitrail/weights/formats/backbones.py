@@ -11,44 +11,25 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
-from vitrail.errors import CheckpointError
 from vitrail.weights.formats import (
     Converted,
     Layout,
-    Names,
     State,
     block_names,
-    choose_heads,
+    fill_bias,
     fill_biases,
     first_few,
-    read_shapes,
     shape,
     square_image,
 )
-from vitrail.weights.formats.huggingface import FILE, NEW_NAMES, made_size, read_processor
-
-ACTS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}  # fmt: skip
-
-
-def _settings(
-    plain: State, names: Names, about: dict[str, Any], asked: int | None, notes: list[str]
-) -> dict[str, Any]:
-    """Return the settings that shapes and config.json show in the same way for all of these."""
-    shapes = read_shapes(plain, names)
-    act = about["hidden_act"]
-    if act not in ACTS:
-        raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
-    heads = about.get("num_attention_heads")
-    return {
-        "n_attention_heads": choose_heads(shapes["embed_dim"], asked, heads, notes),
-        "head": "linear",
-        "hidden_act": ACTS[act],
-        "layer_norm_eps": float(about["layer_norm_eps"]),
-        **shapes,
-    }
+from vitrail.weights.formats.huggingface import (
+    FILE,
+    NEW_NAMES,
+    made_size,
+    read_classes,
+    read_processor,
+    read_settings,
+)
 
 
 def _image_size(plain: State, positions: str, patch_size: int, n_before: int) -> int:
@@ -103,7 +84,7 @@ def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | N
     if plain.pop(MASK, None) is not None:
         notes.append(f"{MASK}: ignored, of use in training only")
     fill_biases(plain, DINOV2_NAMES, notes)
-    settings = _settings(plain, DINOV2_NAMES, about, n_attention_heads, notes)
+    settings = read_settings(plain, DINOV2_NAMES, about, n_attention_heads, notes)
     registers = plain.get(DINOV2.registers)
     config = ModelConfig(
         image_size=_image_size(plain, DINOV2.positions, settings["patch_size"], 1),
@@ -111,8 +92,7 @@ def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | N
         n_registers=0 if registers is None else registers.shape[1],
         **settings,
     )
-    labels = about.get("id2label", {})
-    classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
+    classes = read_classes(about, config.n_classes)
     processor = files.get(FILE)
     image_hw = made_size(processor, config.image_hw) if processor else config.image_hw
     data = read_processor(processor, image_hw, notes) if processor else {}
@@ -187,10 +167,8 @@ def _find_clip(state: State, files: dict[str, Any], n_attention_heads: int | Non
         notes.append("the class token's position is added to the class token")
     table = f"{CLIP.positions}.weight"
     plain[CLIP.positions] = plain.pop(table)[None] if table in plain else torch.empty(0)
-    stem = CLIP_NAMES["stem"][0]
-    if f"{stem}.weight" in plain and f"{stem}.bias" not in plain:
-        plain[f"{stem}.bias"] = plain[f"{stem}.weight"].new_zeros(len(plain[f"{stem}.weight"]))
-    settings = _settings(plain, CLIP_NAMES, about, n_attention_heads, notes)
+    fill_bias(plain, CLIP_NAMES["stem"][0])
+    settings = read_settings(plain, CLIP_NAMES, about, n_attention_heads, notes)
     config = ModelConfig(
         image_size=_image_size(plain, CLIP.positions, settings["patch_size"], is_clip),
         pool="cls" if is_clip else "mean",

@@ -20,6 +20,7 @@ from vitrail.weights.formats import (
     Converted,
     Files,
     Layout,
+    Names,
     State,
     block_names,
     channel_values,
@@ -53,7 +54,10 @@ NAMES = {
         },
     ),
 }
-ACTS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}  # fmt: skip
 NEW_NAMES = {
     "vit.layers.": "vit.encoder.layer.",
     ".attention.q_proj.": ".attention.attention.query.",
@@ -82,33 +86,46 @@ REQUIRED = ("do_resize", "do_center_crop", "do_normalize", "size", "resample", "
 
 def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
     """Read the model's settings off its shapes and its config.json."""
-    about = files.get("config.json", {})
+    about = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, **files.get("config.json", {})}
     notes: list[str] = []
     plain = _standard_form(state, notes)
     merged = merge_heads(plain, ("cls_classifier", "distillation_classifier"), "classifier", notes)
-    shapes = read_shapes(plain, NAMES)
-    act = about.get("hidden_act", "gelu")
-    if act not in ACTS:
-        raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
-    heads = about.get("num_attention_heads")
-    registers = int(REGISTERS in plain)
+    settings = read_settings(plain, NAMES, about, n_attention_heads, notes)
     n_patches = shape(plain, POSITIONS, 3)[1] - 1
-    size = about.get("image_size") or square_image(n_patches, shapes["patch_size"])
+    size = about.get("image_size") or square_image(n_patches, settings["patch_size"])
     config = ModelConfig(
         image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
-        n_attention_heads=choose_heads(shapes["embed_dim"], n_attention_heads, heads, notes),
         pool="cls_register" if merged else "cls",
-        n_registers=registers,
-        head="linear",
-        hidden_act=ACTS[act],  # type: ignore[arg-type]
-        layer_norm_eps=float(about.get("layer_norm_eps", 1e-12)),
-        **shapes,
+        n_registers=int(REGISTERS in plain),
+        **settings,
     )
-    labels = about.get("id2label", {})
-    classes = tuple(str(labels[i]) for i in map(str, range(config.n_classes)) if i in labels)
-    processor = files.get("preprocessor_config.json")
+    processor = files.get(FILE)
     data = {} if processor is None else read_processor(processor, config.image_hw, notes)
+    classes = read_classes(about, config.n_classes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
+
+
+def read_settings(
+    plain: State, names: Names, about: dict[str, Any], asked: int | None, notes: list[str]
+) -> dict[str, Any]:
+    """Return the settings that shapes and config.json show in the same way for all models."""
+    shapes = read_shapes(plain, names)
+    act, heads = about["hidden_act"], about.get("num_attention_heads")
+    if act not in ACTS:
+        raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
+    return {
+        "n_attention_heads": choose_heads(shapes["embed_dim"], asked, heads, notes),
+        "head": "linear",
+        "hidden_act": ACTS[act],
+        "layer_norm_eps": float(about["layer_norm_eps"]),
+        **shapes,
+    }
+
+
+def read_classes(about: dict[str, Any], n_classes: int) -> tuple[str, ...]:
+    """Return the class names that config.json has."""
+    labels = about.get("id2label", {})
+    return tuple(str(labels[i]) for i in map(str, range(n_classes)) if i in labels)
 
 
 def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from vitrail.weights.formats import (
     block_names,
     channel_values,
     choose_heads,
+    fill_bias,
     fill_biases,
     merge_heads,
     read_shapes,
@@ -33,7 +34,6 @@ from vitrail.weights.formats import (
 )
 from vitrail.weights.formats.huggingface import FILTERS
 
-BOTH = "head of both tokens"
 CLASS, REGISTERS, POSITIONS = "cls_token", "reg_token", "pos_embed"
 DINOV2_NAMES = {"register_tokens": REGISTERS, ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
 ACTS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -74,6 +74,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     patch_size, size = read_shapes(state, NAMES)["patch_size"], _configured_size(args, pretrained)
     configured_patches = size and math.prod(side // patch_size for side in size)
     plain = _standard_form(state, configured_patches, notes)
+    merged = merge_heads(plain, ("head", "head_dist"), "head", notes)
     shapes = read_shapes(plain, NAMES)
     n_patches = shape(plain, POSITIONS, 3)[1] - (CLASS in plain)
     if not size or configured_patches != n_patches:
@@ -91,7 +92,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
         head="linear",
         layer_norm_eps=1e-5 if "clip" in architecture else 1e-6,
         **{"hidden_act": act, **shapes},
-        **_pooling(plain, args),
+        **({"pool": "cls_register"} if merged else _pooling(plain, args)),
     )
     data, refused = _preparation(pretrained, config.image_hw)
     names = about.get("label_names", pretrained.get("label_names"))
@@ -145,11 +146,8 @@ def _standard_form(
     ``n_patches`` follows from config.json; without it the image is assumed to be square.
     """
     fill_biases(state, NAMES, notes)
-    if "norm_pre.weight" in state and "patch_embed.proj.bias" not in state:
-        weight = state["patch_embed.proj.weight"]
-        state["patch_embed.proj.bias"] = weight.new_zeros(len(weight))
-    if merge_heads(state, ("head", "head_dist"), "head", notes):
-        state[BOTH] = torch.empty(0)
+    if "norm_pre.weight" in state:
+        fill_bias(state, "patch_embed.proj")
     extra = [state.pop(name) for name in ("dist_token", REGISTERS) if name in state]
     if extra and all(tensor.ndim == 3 for tensor in extra):
         state[REGISTERS] = torch.cat(extra, dim=1)
@@ -190,8 +188,6 @@ def _pooling(state: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
     by ``norm``.
     """
     has_class = CLASS in state
-    if state.pop(BOTH, None) is not None:
-        return {"pool": "cls_register"}
     fc_norm = "fc_norm.weight" in state
     pool = args.get("global_pool", "avg" if fc_norm or not has_class else "token")
     if pool not in ("avg", "token"):
