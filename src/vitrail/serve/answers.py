@@ -18,7 +18,7 @@ from vitrail.data.pictures import enough_side, fit_channels, framing, read_pictu
 from vitrail.errors import PictureError, printable
 from vitrail.evaluation.calibration import describe_unlike
 from vitrail.explain import removal
-from vitrail.explain.curves import rank_patches
+from vitrail.explain.curves import count_patches, rank_patches
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps
 from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
@@ -196,7 +196,7 @@ def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
     random_RGJ = torch.rand(RANDOM_ORDERS, G, J, generator=rng.generator(0, "served", 1))
     maps_OGJ = torch.cat([maps.values_BLGJ[:, -1], center_maps((G, J)), random_RGJ])
     orders_ON = rank_patches(maps_OGJ).argsort(dim=1)
-    counts = np.linspace(0, G * J, min(STEPS, G * J) + 1).round().astype(int).tolist()
+    counts = count_patches(G * J, STEPS).tolist()
     side = subject.model.config.patch_size
     raw_BHWC = np.stack(
         [

@@ -7,7 +7,7 @@ from typing import Any
 from vitrail.config.settings import require
 from vitrail.errors import ConfigError, nearest
 from vitrail.explain.explanation import Subject
-from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.map_settings import MapSettings, default_view
 
 MOST_PASSES, MOST_POINTS = 4096, 64
 """Limits of what one request may compute."""
@@ -48,7 +48,7 @@ class Question:
         Raises:
             ConfigError: a value that is invalid, too large, or has no effect on the method.
         """
-        given = {"method": "rollout", **self.settings}
+        given = {"method": default_view(self.settings)[0], **self.settings}
         if self.against is not None:
             given["against"] = subject.find_class(self.against)
         side = max(subject.model.config.grid_GJ)

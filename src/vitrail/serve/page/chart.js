@@ -11,8 +11,8 @@ function shape(tag, attributes, text = "") {
   return element;
 }
 
-// lines: [[name, kind, xs, ys], ...]; gaps where a y is null. mark: an x, or null.
-export function drawChart(box, {lines, xs: [first, last], ys: [low, high], format, label, mark = null}) {
+// lines: [[name, kind, xs, ys], ...]; gaps where a y is null. unit: of x. mark: an x, or null.
+export function drawChart(box, {lines, xs: [first, last], ys: [low, high], format, unit, label, mark = null}) {
   const x = value => LEFT + (value - first) / (last - first || 1) * (WIDTH - LEFT - 4);
   const y = value => TOP + (high - value) / (high - low || 1) * (HEIGHT - TOP - BOTTOM);
   const svg = shape("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "chart", role: "img", "aria-label": label});
@@ -21,6 +21,7 @@ export function drawChart(box, {lines, xs: [first, last], ys: [low, high], forma
     svg.append(shape("text", {x: LEFT - 5, y: y(value) + 4, "text-anchor": "end"}, format(value)));
   }
   svg.append(shape("text", {x: LEFT, y: HEIGHT - 3}, first), shape("text", {x: WIDTH - 4, y: HEIGHT - 3, "text-anchor": "end"}, last));
+  svg.append(shape("text", {x: (LEFT + WIDTH - 4) / 2, y: HEIGHT - 3, "text-anchor": "middle"}, unit));
   const key = make("div", "key");
   for (const [name, kind, xs, ys] of lines) {
     const points = xs.map((value, i) => [value, ys[i]]).filter(([, value]) => Number.isFinite(value));

@@ -19,7 +19,9 @@ export function percent(share) {
   return text === "0.0" && share > 0 ? "< 0.1%" : `${text}%`;
 }
 
-export const short = value => String(Number(value.toPrecision(3)));
+export const whole = share => `${Math.round(100 * share)}%`;
+
+export const short = value => (value && Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3))));
 
 export function fill(select, options, chosen) {
   select.replaceChildren(...options.map(([value, text]) => {

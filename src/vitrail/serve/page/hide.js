@@ -2,7 +2,7 @@
 
 import {pause} from "./api.js";
 import {drawChart} from "./chart.js";
-import {$, complain, percent, say} from "./dom.js";
+import {$, complain, percent, say, whole} from "./dom.js";
 
 export class Hide {
   // hide(patches): hide exactly these.
@@ -48,7 +48,7 @@ export class Hide {
     const lines = [["this map", "a"], ["center first", "b"], ["random", "c"]];
     drawChart($("curve"), {
       lines: lines.map(([name, kind], i) => [name, kind, counts, curves[["map", "center", "random"][i]]]),
-      xs: [0, order.length], ys: [0, 1], format: percent, mark: now || null,
+      xs: [0, order.length], ys: [0, 1], format: whole, unit: "patches hidden", mark: now || null,
       label: `Probability of ${this.curve.class} while patches are hidden: by this map it falls to ${percent(curves.map[Math.floor(counts.length / 4)])} with a quarter hidden, in random order to ${percent(curves.random[Math.floor(counts.length / 4)])}`,
     });
   }

@@ -16,7 +16,7 @@ export function tile(model, {kind = "pictures", index, label, text}, open) {
   button.title = `label: ${label}`;
   button.refresh = async () => {
     const {blob} = await openStored(model, kind, index, label);
-    const answer = await ask("explain", {params: {model, method: "balanced", prepared: 1}, body: blob});
+    const answer = await ask("explain", {params: {model, method: "balanced", resolution: "patch", prepared: 1}, body: blob});
     paint(canvas, answer.maps[0], true);
     return answer;
   };
@@ -32,7 +32,7 @@ export class Mistakes {
   }
 
   async show(model) {
-    this.model = model;
+    Object.assign(this, {model, opened: ""});
     $("cell-card").hidden = true;
     $("matrix").replaceChildren();
     say($("mistakes-state"), "Loading the validation images …");
@@ -53,7 +53,7 @@ export class Mistakes {
     const accuracy = evaluated ? `, ${percent(right / evaluated)} correct` : "";
     say($("mistakes-state"), `${evaluated.toLocaleString("en")} of ${images.toLocaleString("en")} validation images${accuracy}`);
     const head = make("tr");
-    head.append(make("th", "", "label \\ predicted"), ...classes.map(name => make("th", "", name)));
+    head.append(make("td"), ...classes.map(name => make("th", "", name)));
     $("matrix").replaceChildren(head, ...counts.map((row, i) => {
       const line = make("tr"), total = row.reduce((sum, count) => sum + count, 0);
       line.append(make("th", "", classes[i]), ...row.map((count, j) => this.cell(classes, i, j, count, total)));
@@ -68,6 +68,7 @@ export class Mistakes {
     if (strength > 55) button.style.color = "var(--card)";
     button.setAttribute("aria-label", `${count} images of ${classes[i]} predicted as ${classes[j]}`);
     button.disabled = count === 0;
+    if (this.opened === `${i},${j}`) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => this.openCell(classes, i, j, button));
     cell.append(button);
     return cell;
@@ -77,6 +78,7 @@ export class Mistakes {
     const {model} = this;
     for (const other of $("matrix").querySelectorAll("[aria-current]")) other.removeAttribute("aria-current");
     button.setAttribute("aria-current", "true");
+    this.opened = `${i},${j}`;  // the matrix is drawn again while images are evaluated
     try {
       const {pictures} = await ask(`models/${encoded(model)}/confusion/${i}/${j}`);
       $("cell-card").hidden = false;

@@ -2,7 +2,7 @@
 
 import {ask, encoded, pause} from "./api.js";
 import {drawChart} from "./chart.js";
-import {$, make, percent, say, short} from "./dom.js";
+import {$, make, percent, say, short, whole} from "./dom.js";
 import {tile} from "./mistakes.js";
 
 const PERIOD = 3000;
@@ -43,16 +43,16 @@ export class Training {
     const last = rows.at(-1);
     if (!last) return say($("training-state"), "no epoch yet");
     const left = last.seconds / last.epoch * (epochs - last.epoch);
-    say($("training-state"), `${finished ? "finished" : "epoch"} ${last.epoch} of ${epochs}${finished ? "" : `, about ${duration(left)} left`}`);
+    say($("training-state"), `epoch ${last.epoch} of ${epochs}, ${finished ? "finished" : `about ${duration(left)} left`}`);
     const xs = rows.map(row => row.epoch), held = last.validation_loss === undefined ? "test" : "validation";
-    const chart = (box, measure, format, ceiling) => {
+    const chart = (measure, format, axis, ceiling) => {
       const lines = [["training", "c", xs, rows.map(row => row[`train_${measure}`])], [held, "a", xs, rows.map(row => row[`${held}_${measure}`])]];
       const values = lines.flatMap(line => line[3]).filter(Number.isFinite);
-      drawChart(box, {lines, xs: [xs[0], Math.max(xs.at(-1), finished ? 0 : epochs)], ys: [0, ceiling ?? Math.max(...values)], format,
+      drawChart($(measure), {lines, xs: [xs[0], Math.max(xs.at(-1), finished ? 0 : epochs)], ys: [0, ceiling ?? Math.max(...values)], format: axis, unit: "epoch",
         label: `${measure} by epoch; now ${held} ${format(last[`${held}_${measure}`] ?? 0)}`});
     };
-    chart($("loss"), "loss", short);
-    chart($("accuracy"), "accuracy", percent, 1);
+    chart("loss", short, short);
+    chart("accuracy", percent, whole, 1);
   }
 
   async watch(model) {

@@ -79,14 +79,13 @@ export class View {
       input.addEventListener("change", () => this.useMethod(method));
       const score = this.model.scores?.methods[method];
       if (score) {
-        const {srg, failures} = score, {images, split} = this.model.scores, badge = make("b", failures.length ? "badge weak" : "badge", short(srg));
-        badge.title = `SRG ${short(srg)} on ${images} ${split} images${failures.length ? `: ${failures.join("; ")}` : ", and passes every test"}`;
-        face.append(badge);
+        face.append(make("small", "", `${score.failures.length ? "✗" : "✓"} ${score.srg.toFixed(2)}`));
       }
       label.append(input, face);
       return label;
     }));
-    say(this.find(".trust"), this.model.scores?.trust ?? "");
+    const {scores} = this.model;
+    say(this.find(".trust"), scores ? `${scores.trust} SRG: insertion minus deletion on ${scores.images} ${scores.split} images, higher is better; ✗ fails a test.` : "");
   }
 
   // ---- Asking the server ---------------------------------------------------------------------
@@ -305,12 +304,17 @@ export class View {
     paintRamp(this.find(".ramp"), signed);
     say(this.find(".low"), short(low));
     say(this.find(".high"), short(high));
-    say(this.find(".meaning"), METHODS[this.method][1].replace("{}", () => this.explained()));
+    say(this.find(".meaning"), METHODS[this.method][1].replace("{}", () => this.explained()) + this.tested());
     this.find(".layers").hidden = layers.length < 2;
     Object.assign(this.find(".layers input"), {max: layers.length, value: this.layer ?? layers.length});
     say(this.find(".layers output"), `${this.layer ?? layers.length} of ${layers.length}`);
     this.drawNote();
     this.drawBars();
+  }
+
+  tested() {
+    const score = this.model.scores?.methods[this.method];
+    return score ? ` Tested on this model: ${score.failures.join(", ") || "passes every test"}.` : "";
   }
 
   explained() {
