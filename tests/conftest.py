@@ -1,19 +1,23 @@
 """Fixtures shared by several test files."""
 
+import dataclasses
 import functools
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, ModelConfig
 from vitrail.data.shapes import load_shapes
+from vitrail.model.vit import VisionTransformer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +46,28 @@ def tiny_model() -> ModelConfig:
         n_attention_heads=3,
         forward_mul=1.5,
     )
+
+
+@pytest.fixture
+def make_model(tiny_model: ModelConfig) -> Callable[..., VisionTransformer]:
+    """A model of 5 x 7 patches and 3 blocks whose attention is far from uniform."""
+
+    def make(pool: str = "cls", **changes: Any) -> VisionTransformer:
+        config = dataclasses.replace(tiny_model, pool=pool, n_layers=3, **changes)
+        torch.manual_seed(4)
+        model = VisionTransformer(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def images_BCHW() -> Tensor:
+    """Five inputs of ``make_model``."""
+    return torch.randn(5, 3, 20, 28, generator=torch.Generator().manual_seed(6))
 
 
 @pytest.fixture

@@ -644,6 +644,7 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --method balanced --class ring --against ring", ["both 'ring'"]),
         ("cat.png --fusion max --class ring", ["same for every class"]),
         ("cat.png --method balanced --colormap viridis", ["colormap", "signed"]),
+        ("cat.png --method features --colormap viridis", ["colormap", "(features)"]),
         ("cat.png --format html --layers 1 --alpha 0.5", ["leave out --layers, --alpha"]),
         ("cat.png --method relevance --class rung", ["no class 'rung'", "did you mean 'ring'"]),
         ("cat.png --query 4,0", ["outside the picture's 4 x 4 patches"]),

@@ -32,27 +32,6 @@ ALONE: tuple[Method, ...] = (*METHODS, "similarity", "norms")
 ACCUMULATING: tuple[Method, ...] = ("rollout", "gradient_rollout", "relevance")
 
 
-@pytest.fixture
-def make_model(tiny_model: ModelConfig) -> MakeModel:
-    """A model of 5 x 7 patches and 3 blocks whose attention is far from uniform."""
-
-    def make(pool: str = "cls", **changes: Any) -> VisionTransformer:
-        config = dataclasses.replace(tiny_model, pool=pool, n_layers=3, **changes)
-        torch.manual_seed(4)
-        model = VisionTransformer(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(4)
-        return model
-
-    return make
-
-
-@pytest.fixture
-def images_BCHW() -> Tensor:
-    return torch.randn(5, 3, 20, 28, generator=torch.Generator().manual_seed(6))
-
-
 def head_row(flow_BTT: Tensor, pool: str) -> Tensor:
     """What the head reads of a flow, written independently: (B, 5, 7)."""
     row_BN = flow_BTT[:, 0, 1:] if pool == "cls" else flow_BTT.mean(1)

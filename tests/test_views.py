@@ -1,7 +1,6 @@
 """Views of the tokens: colors, similarity and norms against independent formulas; sheets."""
 
 import base64
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 import vitrail
 from vitrail.cli import main
 from vitrail.config.look import Look
-from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.explain.draw import draw_frames, draw_table, save
 from vitrail.explain.explanation import Explanation, Subject, compare, explain, share_colors
@@ -29,27 +27,6 @@ from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 
 MakeModel = Callable[..., VisionTransformer]
-
-
-@pytest.fixture
-def make_model(tiny_model: ModelConfig) -> MakeModel:
-    """A model of 5 x 7 patches and 3 blocks with large weights."""
-
-    def make(pool: str = "cls", **changes: Any) -> VisionTransformer:
-        config = dataclasses.replace(tiny_model, pool=pool, n_layers=3, **changes)
-        torch.manual_seed(4)
-        model = VisionTransformer(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(4)
-        return model
-
-    return make
-
-
-@pytest.fixture
-def images_BCHW() -> Tensor:
-    return torch.randn(5, 3, 20, 28, generator=torch.Generator().manual_seed(6))
 
 
 @pytest.fixture

@@ -1,18 +1,19 @@
 """``vitrail explain``."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
 from vitrail.cli.console import print_err, print_out
 from vitrail.cli.explain_files import (
     NUMBERS,
-    PLAIN_SETTINGS,
     SETTINGS,
+    given,
     is_file_name,
     name_files,
     name_table,
@@ -31,17 +32,26 @@ from vitrail.cli.options import (
 from vitrail.cli.parsing import parse
 from vitrail.config.look import Look
 from vitrail.errors import ConfigError, PictureError, nearest, printable
+from vitrail.explain.map_settings import (
+    ALL,
+    CLASSLESS,
+    METHODS,
+    SIGNED,
+    SUPPORTED_SETTINGS,
+    VIEWS,
+    MapSettings,
+    Method,
+    default_view,
+    require_importance,
+    settings_of_all,
+)
 
 if TYPE_CHECKING:
     from vitrail.explain.explanation import Explanation, Subject
-    from vitrail.explain.map_settings import MapSettings
     from vitrail.inference.classifier import Classifier
     from vitrail.model.vit import VisionTransformer
 
 PROG = "vitrail explain"
-ALL = "all"
-CLASSLESS = {"attention", "rollout", "features", "similarity", "norms"}
-"""Methods whose maps are the same for every class."""
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -158,25 +168,20 @@ def _for_no_classes(options: ExplainOptions) -> ExplainOptions:
             "e.g. --format png"
         )
     if options.method is None and options.frames is None:
-        from vitrail.explain.map_settings import default_view
-
-        default = ExplainOptions()
-        given = [name for name in SETTINGS if getattr(options, name) != getattr(default, name)]
-        return replace(options, method=default_view(given, has_classes=False)[0])
+        view, _ = default_view(given(options, SETTINGS), has_classes=False)
+        return replace(options, method=view)
     return options
 
 
 def _check(options: ExplainOptions) -> None:
     """Refuse flags that exclude each other."""
-    given = bool(options.pictures) + (options.index is not None) + options.score
-    if given == 0:
+    count = bool(options.pictures) + (options.index is not None) + options.score
+    if count == 0:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
-    if given > 1:
+    if count > 1:
         raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
     methods = _list_methods(options.method)  # also without --score: refused before a model loads
     if options.score:
-        from vitrail.explain.map_settings import require_importance
-
         require_importance(methods)
         chosen = ("frames", "format", "class_name", *SETTINGS)
         _refuse_idle(
@@ -196,10 +201,7 @@ def _refuse_idle(
     options: ExplainOptions, chosen: Iterable[str], drawing: Iterable[str], why: str
 ) -> None:
     """Refuse flags, by their fields' names, that were given but would have no effect."""
-    default = ExplainOptions()
-    idle = [name for name in chosen if getattr(options, name) != getattr(default, name)]
-    looks = vars(options.drawing), vars(default.drawing)
-    idle += [name for name in drawing if looks[0][name] != looks[1][name]]
+    idle = given(options, chosen) + given(options.drawing, drawing)
     if idle:
         flags = ", ".join(f"--{name.removesuffix('_name')}" for name in idle)
         raise ConfigError(f"{why}: leave out {flags}")
@@ -285,48 +287,41 @@ def _explain_one(
     """Compute the maps that the flags ask for."""
     from vitrail.explain.explanation import choose, compare, explain
 
-    methods = _list_methods(options.method)
+    methods, settings = _list_methods(options.method), _read_settings(options, subject)
     if len(methods) > 1:
         if options.frames is not None:
             raise ConfigError("with several methods each is one frame: leave out --frames")
-        settings = [_make_settings(options, method, subject) for method in methods]
-        return compare(subject, settings, class_name=options.class_name)
+        supported = [SUPPORTED_SETTINGS[method] for method in methods]
+        idle = set(SETTINGS).difference(*supported)
+        _refuse_idle(options, sorted(idle), (), f"no effect on {options.method}")
+        if all("resolution" in names for names in supported):
+            settings.setdefault("resolution", "pixel")
+        several = settings_of_all(methods, **settings)
+        return compare(subject, several, class_name=options.class_name)
     asked, frames = view_of(options)
     method, kind = choose(methods[0] if methods else asked, frames)  # type: ignore[arg-type]
-    settings_one = _make_settings(options, method, subject)
     checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
     return explain(
         subject,
-        settings_one,
+        MapSettings(method=method, **settings),
         kind=frames,
         class_name=options.class_name,
         checkpoints=checkpoints,
     )
 
 
-def _make_settings(options: ExplainOptions, method: str, subject: "Subject") -> "MapSettings":
-    """Return the settings of one method; of several, each gets those that it supports."""
-    from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings
-
-    asked = {
-        "fusion": options.fusion,
-        "discard_ratio": options.discard_ratio,
-        "query": _read_query(options.query),
-        "layers": _read_numbers("layers", options.layers),
-        "heads": _read_numbers("heads", options.heads),
-        "against": None if options.against is None else subject.find_class(options.against),
-        **{name: getattr(options, name) for name in PLAIN_SETTINGS},
+def _read_settings(options: ExplainOptions, subject: "Subject") -> dict[str, Any]:
+    """Return the settings that were given, as fields of ``MapSettings``."""
+    settings = {name: getattr(options, name) for name in given(options, SETTINGS)}
+    readers: dict[str, Callable[[str], object]] = {
+        "query": _read_query,
+        "layers": partial(_read_numbers, "layers"),
+        "heads": partial(_read_numbers, "heads"),
+        "against": subject.find_class,
     }
-    several = _list_methods(options.method)
-    if len(several) > 1:
-        supported = [SUPPORTED_SETTINGS[each] for each in several]  # type: ignore[index]
-        idle = set(SETTINGS).difference(*supported)
-        _refuse_idle(options, sorted(idle), (), f"no effect on {options.method}")
-        if not all("resolution" in each for each in supported):
-            asked["resolution"] = "patch"
-        own = SUPPORTED_SETTINGS[method]  # type: ignore[index]
-        asked = {name: value for name, value in asked.items() if name in own}
-    return MapSettings(method=method, **asked)  # type: ignore[arg-type]
+    for name in readers.keys() & settings:
+        settings[name] = readers[name](settings[name])
+    return settings
 
 
 def _list_checkpoints(
@@ -398,41 +393,35 @@ def _check_drawing(options: ExplainOptions, suffix: str) -> None:
         _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")
     elif suffix not in (".gif", ".webp"):
         _refuse_idle(options, (), ("duration", "loop"), f"{suffix} is not animated")
-    from vitrail.explain.map_settings import SIGNED
-
-    methods = set(_list_methods(options.method) or [view_of(options)[0] or "rollout"])
-    if options.class_name is not None and methods <= CLASSLESS:
+    methods: list[str] = [*_list_methods(options.method)] or [view_of(options)[0] or "rollout"]
+    if options.class_name is not None and set(methods) <= set(CLASSLESS):
         raise ConfigError(
             f"{', '.join(methods)} is the same for every class: leave out --class, or use "
             "--method relevance, balanced or another one"
         )
-    if options.drawing.colormap != ExplainOptions().drawing.colormap and methods <= set(SIGNED):
+    if given(options.drawing, ["colormap"]) and set(methods) <= {*SIGNED, "features"}:
         raise ConfigError(
-            f"--colormap has no effect on signed maps ({', '.join(methods)}): leave it out, or use "
-            "--method relevance, rollout or another one"
+            f"--colormap has no effect on signed maps or features ({', '.join(methods)}): leave it "
+            "out, or use --method relevance, rollout or another one"
         )
 
 
-def _list_methods(text: str | None) -> list[str]:
+def _list_methods(text: str | None) -> list[Method]:
     """Return the methods that --method names, each once; none without it."""
-    from vitrail.explain.map_settings import METHODS, VIEWS
-
     known = (*METHODS, *VIEWS)
-    names: list[str] = []
+    names: list[Method] = []
     for part in text.split(",") if text is not None else []:
         name = part.strip().replace("-", "_")
         if name not in (*known, ALL):
             raise ConfigError(
                 f"no method {name!r}{nearest(name, known)}: one of {', '.join(known)}, or {ALL}"
             )
-        names += METHODS if name == ALL else [name]
+        names += METHODS if name == ALL else [cast(Method, name)]
     return list(dict.fromkeys(names))
 
 
-def _read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+def _read_numbers(name: str, text: str) -> tuple[int, ...]:
     """Read 2,4-6 as 2, 4, 5, 6."""
-    if text is None:
-        return None
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -445,10 +434,8 @@ def _read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _read_query(text: str | None) -> tuple[int, int] | None:
+def _read_query(text: str) -> tuple[int, int]:
     """Read ROW,COLUMN."""
-    if text is None:
-        return None
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
         raise ConfigError(f"--query is {text!r:.60}: give ROW,COLUMN of a patch, from 0")

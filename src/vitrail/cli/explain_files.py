@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitrail.errors import ConfigError
+from vitrail.explain.map_settings import default_view
 
 if TYPE_CHECKING:
     from vitrail.cli.explain import ExplainOptions
@@ -17,9 +18,17 @@ UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
 """Extensions that people give to files, but that no explanation is written as."""
 NUMBERS = (".npz", ".csv")
 VECTORS = (".svg", ".pdf")
-PLAIN_SETTINGS = ("gradients", "points", "resolution", "window", "passes")
-SETTINGS = ("against", "query", "layers", "heads", "fusion", "discard_ratio", *PLAIN_SETTINGS)
+SETTINGS = (
+    "against", "query", "layers", "heads", "fusion", "discard_ratio", "gradients", "points",
+    "resolution", "window", "passes",
+)  # fmt: skip
 """Flags that choose a map, besides the method and the class."""
+
+
+def given(options: object, names: Iterable[str]) -> list[str]:
+    """Return the names of those fields that differ from the default."""
+    default = type(options)()
+    return [name for name in names if getattr(options, name) != getattr(default, name)]
 
 
 def is_file_name(path: Path) -> bool:
@@ -71,15 +80,11 @@ def name_table(options: "ExplainOptions") -> Path | None:
 
 def view_of(options: "ExplainOptions") -> tuple[str | None, str | None]:
     """Return method and frames, as given, or as the other flags need."""
-    from vitrail.explain.map_settings import default_view
-
     if options.method is not None or options.frames is not None:
         return options.method, options.frames
-    default = type(options)()
-    if options.drawing.style == "reference" or options.drawing.colormap != default.drawing.colormap:
+    if options.drawing.style == "reference" or given(options.drawing, ["colormap"]):
         return "rollout", None
-    given = [name for name in SETTINGS if getattr(options, name) != getattr(default, name)]
-    return default_view(given)
+    return default_view(given(options, SETTINGS))
 
 
 def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
@@ -89,13 +94,10 @@ def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
     with different settings never overwrite each other.
     """
     parts = [] if page else [part for part in view_of(options) if part]
-    default = type(options)()
-    for name in ("class_name", *SETTINGS):
-        value = getattr(options, name)
-        if value != getattr(default, name):
-            parts.append(f"{name.removesuffix('_name').removesuffix('_ratio')}-{value}")
+    for name in given(options, ("class_name", *SETTINGS)):
+        short = name.removesuffix("_name").removesuffix("_ratio")
+        parts.append(f"{short}-{getattr(options, name)}")
     parts += [f"{name}-{value}" for name, value in options.preparation.items()]
-    for name, value in vars(options.drawing).items():
-        if value != getattr(default.drawing, name):
-            parts.append(f"{name}-{value}")
+    drawing = options.drawing
+    parts += [f"{name}-{getattr(drawing, name)}" for name in given(drawing, vars(drawing))]
     return [re.sub(r"[^\w.]+", "-", part)[:60].strip("-") for part in parts]

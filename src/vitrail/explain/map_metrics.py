@@ -328,10 +328,9 @@ def _all_maps(
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each method's name and its maps (B, G, J), then the controls'."""
-    by_name = {settings.method: settings for settings in settings_of_all()}
-    for method in methods:
-        maps = compute_maps(model, images_BCHW, by_name[method], classes_B=classes_B)
-        yield method, maps.values_BLGJ[:, -1]
+    for settings in settings_of_all(methods):
+        maps = compute_maps(model, images_BCHW, settings, classes_B=classes_B)
+        yield settings.method, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
     random_BGJ = torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
     yield "random", random_BGJ

@@ -145,10 +145,10 @@ class MapSettings:
         )
 
 
-def settings_of_all(**settings: Any) -> list[MapSettings]:
-    """Return settings for every importance map, each with those of ``settings`` it supports.
+def settings_of_all(methods: Iterable[Method] = METHODS, **settings: Any) -> list[MapSettings]:
+    """Return settings for several methods, each with those of ``settings`` it supports.
 
-    All maps have one value per patch, so that they can be compared.
+    All maps have one value per patch, so that they can be compared, unless a resolution is given.
     """
     settings = {"resolution": "patch", **settings}
     return [
@@ -160,7 +160,7 @@ def settings_of_all(**settings: Any) -> list[MapSettings]:
                 if name in ("chunk", *SUPPORTED_SETTINGS[method])
             },
         )
-        for method in METHODS
+        for method in methods
     ]
 
 

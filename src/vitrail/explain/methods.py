@@ -387,17 +387,15 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
     for block in model.blocks:
         assert isinstance(block, Block)
         attention, (B, T, D) = block.attention, tokens_BTD.shape
-        normed_BTD = block.norm1(tokens_BTD)
-        _, attention_BATT = attention(normed_BTD, model.rotation, keep_attention=True)
-        assert attention_BATT is not None
-        values_BTD = attention.qkv(normed_BTD)[:, :, 2 * D :]
+        output_BTD, attention_BATT = block(tokens_BTD, model.rotation, keep_attention=True)
+        values_BTD = attention.qkv(block.norm1(tokens_BTD))[:, :, 2 * D :]
         A = attention.n_attention_heads
         values_BTAK = values_BTD.reshape(B, T, A, D // A)
         projection_DD = attention.out_projection.weight
         norms.append(
             formulas.contribution_norms(tokens_BTD, attention_BATT, values_BTAK, projection_DD)
         )
-        tokens_BTD, _ = block(tokens_BTD, model.rotation)
+        tokens_BTD = output_BTD
     return model.classify(tokens_BTD), norms
 
 

@@ -78,17 +78,16 @@ def check_methods(
         DataError: there are fewer than ten images.
     """
     require_importance(methods)
-    by_name = {settings.method: settings for settings in settings_of_all(passes=128)}
     few_BCHW = images_BCHW[:CHECKED]
     mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
-    for method in methods:
-        settings, in_tile = by_name[method], None
+    for settings in settings_of_all(methods, passes=128):
+        in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if len(mosaics[0]) >= FEWEST_IMAGES:
             shares_M4 = shares_in_tiles(model, *mosaics, settings)
             in_tile = estimate_mean(shares_M4.mean(1))
-        found.append(Sanity(method, similarity, in_tile))
+        found.append(Sanity(settings.method, similarity, in_tile))
         advance()
     return found
 
@@ -281,11 +280,10 @@ def check_shortcut(
     accuracies = {name: (p == labels_B).double().mean().item() for name, p in predicted.items()}
     decided_B = predicted["another"] == others_B
     mark_HW = mark_mask(model.config.image_hw).float()
+    shown_BCHW = inputs["another"][decided_B.to(inputs["another"].device)]
     shares: dict[str, Estimate] = {}
-    for settings in settings_of_all() if decided_B.sum() >= FEWEST_IMAGES else ():
-        if settings.method in methods:
-            shown_BCHW = inputs["another"][decided_B.to(inputs["another"].device)]
-            maps = compute_maps(model, shown_BCHW, settings)
-            share_B = _share_inside(maps.values_BLGJ[:, -1], mark_HW)
-            shares[settings.method] = estimate_mean(share_B)
-    return Shortcut(accuracies, int(decided_B.sum()), shares, mark_HW.mean().item())
+    for settings in settings_of_all(methods) if len(shown_BCHW) >= FEWEST_IMAGES else ():
+        maps = compute_maps(model, shown_BCHW, settings)
+        share_B = _share_inside(maps.values_BLGJ[:, -1], mark_HW)
+        shares[settings.method] = estimate_mean(share_B)
+    return Shortcut(accuracies, len(shown_BCHW), shares, mark_HW.mean().item())

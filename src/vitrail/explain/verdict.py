@@ -6,13 +6,11 @@ import torch
 
 from vitrail.explain.badges import Badge, Verdict
 from vitrail.explain.map_metrics import Score, significantly_above_zero
+from vitrail.explain.map_settings import CLASSLESS
 from vitrail.explain.sanity import Sanity
 
 TIE_ERROR = 0.05
 """A method is on a par with the best one unless a paired test with this error rate rejects it."""
-
-CLASSLESS = ("attention", "rollout")
-"""Methods whose maps are the same for every class, whether or not there were mosaics to show it."""
 
 
 def judge(split: str, scores: Sequence[Score], checks: Sequence[Sanity]) -> Verdict:
@@ -26,6 +24,7 @@ def judge(split: str, scores: Sequence[Score], checks: Sequence[Sanity]) -> Verd
             *score.estimates["srg"],
             score.beats["srg"],
             by_method[score.method].depends_on_model,
+            # Also if there were no mosaics to show it.
             score.method not in CLASSLESS and by_method[score.method].depends_on_class,
         )
         for score in methods
