@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.explain.removal import Score
-from vitrail.model.layers import ACTIVATIONS, ConvStem, Rotation, rotate
+from vitrail.model.layers import ACTIVATIONS, ConvStem, Rotation
 from vitrail.model.vit import Attention, Block, MLPHead, VisionTransformer
 
 
@@ -124,16 +124,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Mix the values by an attention that does not depend on the tokens."""
     (B, T, D), A = normed_BTD.shape, attention.n_attention_heads
-    weight, bias = attention.qkv.weight, attention.qkv.bias
+    weight_DD, bias_D = attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :]
     with torch.no_grad():
-        qk_BT2D = F.linear(normed_BTD, weight[: 2 * D], bias[: 2 * D])
-        q_BATK, k_BATK = qk_BT2D.view(B, T, 2, A, D // A).permute(2, 0, 3, 1, 4)
-        if rotation is not None:
-            q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
-        attention_BATT = (q_BATK * (D // A) ** -0.5 @ k_BATK.mT).softmax(dim=-1)
+        _, attention_BATT = attention(normed_BTD, rotation, keep_attention=True)
     attention_BATT.requires_grad_(torch.is_grad_enabled())
-    values_BTD = F.linear(normed_BTD, weight[2 * D :], bias[2 * D :])
-    values_BATK = values_BTD.view(B, T, A, D // A).transpose(1, 2)
+    values_BATK = F.linear(normed_BTD, weight_DD, bias_D).view(B, T, A, D // A).transpose(1, 2)
     mixed_BTD = (attention_BATT @ values_BATK).transpose(1, 2).reshape(B, T, D)
     return attention.out_projection(mixed_BTD), attention_BATT
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vitrail.explain.removal import scores_shown
+from vitrail.explain.removal import class_score, scores_shown
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
@@ -28,15 +28,10 @@ def logit_drops(
     chunk: int = 64,
 ) -> Tensor:
     """Return how much the class's logit drops when a set is painted in the mean color: drops_BK."""
-    classes_B = classes_B.to(images_BCHW.device)
-
-    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
-        return logits_XY.gather(1, classes_B[image_X, None]).squeeze(1)
-
     nothing_1N = torch.zeros_like(hidden_KN[:1])
     shown_RN = ~torch.cat([nothing_1N, hidden_KN]).to(images_BCHW.device)
     with torch.inference_mode():
-        scores_BR = scores_shown(model, images_BCHW, shown_RN, score, chunk).cpu()
+        scores_BR = scores_shown(model, images_BCHW, shown_RN, class_score(classes_B), chunk).cpu()
     return scores_BR[:, :1] - scores_BR[:, 1:]
 
 

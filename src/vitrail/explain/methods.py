@@ -22,6 +22,7 @@ from vitrail.explain.checks import (
 )
 from vitrail.explain.formulas import HeadFusion
 from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, VIEWS, MapSettings, Method
+from vitrail.explain.removal import class_score
 from vitrail.model.vit import Block, VisionTransformer
 
 PREDICTED = -1
@@ -169,7 +170,7 @@ def _gradient_maps(
         else:
             logits_BY, attentions_L = _run(model, tokens_BTD, range(1, layers[-1] + 1))
         chosen_B = _choose(logits_BY, classes_B)
-        score_B = _score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
+        score_B = class_score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
         gradients_L = torch.autograd.grad(score_B.sum(), attentions_L)
     attentions_L = [attention_BATT.detach() for attention_BATT in attentions_L]
     if settings.method == "relevance":
@@ -205,7 +206,7 @@ def _gradcam_maps(
         tokens_BTD = tokens_BTD.detach().requires_grad_()
         logits_BY = model.classify(model.blocks[-1](tokens_BTD, model.rotation)[0])
         chosen_B = _choose(logits_BY, classes_B)
-        score_B = _score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
+        score_B = class_score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
         (gradient_BTD,) = torch.autograd.grad(score_B.sum(), tokens_BTD)
     first = model.config.n_prefix_tokens
     weights_B1D = gradient_BTD[:, first:].mean(dim=1, keepdim=True)
@@ -222,7 +223,7 @@ def _pixel_maps(
 
     def score(logits_BY: Tensor, image_B: Tensor) -> Tensor:
         own.append(logits_BY.detach())  # the first are those of the images themselves
-        return _score(_choose(own[0], classes_B), settings.against)(logits_BY, image_B)
+        return class_score(_choose(own[0], classes_B), settings.against)(logits_BY, image_B)
 
     if settings.method == "balanced":
         pixels_BHW = balanced.contributions(model, images_BCHW, score, points=settings.points or 1)
@@ -244,7 +245,7 @@ def _removal_maps(
     chosen_B = _choose(logits_BY, classes_B)
 
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
-        return _take(logits_XY.softmax(dim=1), chosen_B[image_X])
+        return class_score(chosen_B)(logits_XY.softmax(dim=1), image_X)
 
     values_BGJ = removal.compute(model, images_BCHW, score, settings)
     return values_BGJ[:, None], logits_BY, chosen_B
@@ -308,7 +309,7 @@ def contributions_by_layer(
     check_call(model, chunk=chunk)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> tuple[Tensor]:
-        return (balanced.by_layer(model, images_BCHW, _score(classes_B, against)),)
+        return (balanced.by_layer(model, images_BCHW, class_score(classes_B, against)),)
 
     terms_BLT = _in_chunks(model, chunk, compute, images_BCHW, classes_B)[0]
     terms_BLN = terms_BLT[:, :, model.config.n_prefix_tokens :].float()
@@ -441,18 +442,3 @@ def read_maps(model: VisionTransformer, flow_BxTT: Tensor, query: tuple[int, int
 def _choose(logits_BY: Tensor, classes_B: Tensor) -> Tensor:
     """Return each image's class (B,), the predicted one where none is given."""
     return torch.where(classes_B == PREDICTED, logits_BY.argmax(dim=1), classes_B)
-
-
-def _score(chosen_B: Tensor, against: int | None) -> removal.Score:
-    """Return the function that is explained: the class's logit, less that of another class."""
-
-    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
-        score_X = _take(logits_XY, chosen_B[image_X.to(chosen_B.device)])
-        return score_X if against is None else score_X - logits_XY[:, against]
-
-    return score
-
-
-def _take(values_BY: Tensor, classes_B: Tensor) -> Tensor:
-    """Return each image's value for its class (B,)."""
-    return values_BY.gather(1, classes_B[:, None]).squeeze(1)

@@ -20,6 +20,17 @@ Score = Callable[[Tensor, Tensor], Tensor]
 Occlusion and Shapley values can explain several values of the same passes, (X, K)."""
 
 
+def class_score(classes_B: Tensor, against: int | None = None) -> Score:
+    """Return the score of each image's class: its value, less that of the class ``against``."""
+
+    def score(values_XY: Tensor, image_X: Tensor) -> Tensor:
+        classes_X1 = classes_B[image_X.to(classes_B.device), None].to(values_XY.device)
+        score_X = values_XY.gather(1, classes_X1).squeeze(1)
+        return score_X if against is None else score_X - values_XY[:, against]
+
+    return score
+
+
 def compute(
     model: VisionTransformer, images_BCHW: Tensor, score: Score, settings: MapSettings
 ) -> Tensor:
