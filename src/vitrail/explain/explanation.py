@@ -372,7 +372,7 @@ def _frame(
     """
     if not subject.classes:
         return Frame(map_GJ.numpy(), title, "", query)
-    probabilities_Y = (maps.logits_BY[0] / subject.calibration.temperature).softmax(0)
+    probabilities_Y = subject.calibration.probabilities(maps.logits_BY[0].numpy())
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
     prediction = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
     correct = subject.classes[top] == subject.label if subject.label else None

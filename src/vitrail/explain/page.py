@@ -22,6 +22,7 @@ from PIL import Image
 
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
+from vitrail.evaluation.calibration import UNCALIBRATED
 from vitrail.explain.badges import Badge
 from vitrail.explain.explanation import Explanation, maps_of
 from vitrail.explain.map_settings import MapSettings, settings_of_all
@@ -199,8 +200,7 @@ def describe(data: PageData) -> dict[str, Any]:
 
 def _top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the most probable classes, in descending order."""
-    powers_Y = np.exp(logits_Y.astype(np.float64) - logits_Y.max())
-    probabilities_Y = powers_Y / powers_Y.sum()
+    probabilities_Y = UNCALIBRATED.probabilities(logits_Y.astype(np.float64))  # calibrated already
     best = np.argsort(-probabilities_Y, kind="stable")[:SHOWN_CLASSES]
     return [
         {"index": int(i), "name": printable(classes[i]), "probability": float(probabilities_Y[i])}
