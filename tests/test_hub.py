@@ -16,12 +16,13 @@ from safetensors.torch import save
 import vitrail
 from layouts import make_state
 from vitrail.cli import main
-from vitrail.config.settings import Config, ModelConfig
+from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
 from vitrail.evaluation.calibration import Calibration
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import write_json
 from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
+from vitrail.weights.hub import without_paths
 
 hub_library = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -104,6 +105,12 @@ def run(tmp_path: Path, tiny_model: ModelConfig) -> Path:
     result = {"test": test, "epochs": 3, "train_images": 90, "seconds": 4.0, "parameters": 123}
     write_json(tmp_path / "run" / "result.json", result)
     return tmp_path / "run"
+
+
+def test_local_paths_are_not_published_but_names_of_the_hub_are() -> None:
+    for given, kept in ((Path("/home/me/secret"), Path("data")), (Path("hf:me/birds"),) * 2):
+        config = Config(data=DataConfig(dataset="hf", data_path=given))
+        assert without_paths(config).data.data_path == kept
 
 
 def test_a_pushed_model_can_be_loaded(

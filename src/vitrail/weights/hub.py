@@ -132,11 +132,11 @@ def write_hub_folder(
 def without_paths(config: Config) -> Config:
     """Return the settings without local paths, which must not be published."""
     run = RunConfig(seed=config.run.seed, monitor=config.run.monitor)
-    data = dataclasses.replace(config.data, data_path=type(config.data)().data_path)
-    init = config.training.init
-    if init and not is_on_hub(init):
-        init = Path(init).name
-    training = dataclasses.replace(config.training, init=init)
+    data, training = config.data, config.training
+    if not is_on_hub(data.data_path):
+        data = dataclasses.replace(data, data_path=type(data)().data_path)
+    if training.init and not is_on_hub(training.init):
+        training = dataclasses.replace(training, init=Path(training.init).name)
     return dataclasses.replace(config, run=run, data=data, training=training)
 
 
