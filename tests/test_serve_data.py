@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from test_serve import open_client, picture
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.explain.badges import Badge, Verdict
+from vitrail.explain.map_settings import METHODS, SUPPORTED_SETTINGS, TITLES
 from vitrail.serve import answers
+from vitrail.serve.questions import SLOW
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
@@ -185,3 +188,16 @@ def test_badges_are_those_of_the_stored_scores() -> None:
         "trust": "Trust occlusion.",
         "methods": {"occlusion": {"srg": 0.5, "failures": ["does not depend on the model"]}},
     }
+
+
+def test_the_page_knows_what_the_methods_of_the_library_can() -> None:
+    script = (resources.files("vitrail.serve") / "page" / "view.js").read_text(encoding="utf-8")
+    titles = dict(re.findall(r"^  (\w+): \[\"([^\"]+)\"", script, re.MULTILINE))
+    assert titles == {method: TITLES[method] for method in METHODS}
+    lists = {
+        name: set(json.loads(text))
+        for name, text in re.findall(r"const (\w+) = (\[\"[^]]+\])", script)
+    }
+    for name, setting in (("CONTRASTS", "against"), ("PIXELS", "resolution")):
+        assert lists[name] == {each for each in METHODS if setting in SUPPORTED_SETTINGS[each]}
+    assert lists["SLOW"] == set(SLOW)
