@@ -489,7 +489,7 @@ def test_every_hidden_width_round_trips_even_if_timm_rounds_down() -> None:
             assert math.floor(width / timm._share(width, hidden)) == hidden
 
 
-def test_a_network_without_classes_is_drawn(tmp_path: Path) -> None:
+def test_a_network_without_classes_is_drawn(tmp_path: Path, capsys: Any) -> None:
     state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
     save_file(state, tmp_path / "a.safetensors")
     words = ["explain", "examples/cat.jpg", "--model_path", str(tmp_path / "a.safetensors"),
@@ -497,6 +497,9 @@ def test_a_network_without_classes_is_drawn(tmp_path: Path) -> None:
     assert main(words) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert main([*words[:-1], str(tmp_path / "a.html")]) == 2
+    for drawing in ("--colormap viridis", "--style reference"):  # features have neither
+        assert main([*words, *drawing.split()]) == 0
+        assert "through layer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["timm", "huggingface", "google", "reference", "vitrail"])

@@ -41,7 +41,6 @@ from vitrail.explain.map_settings import (
     VIEWS,
     MapSettings,
     Method,
-    default_view,
     require_importance,
     settings_of_all,
 )
@@ -167,10 +166,7 @@ def _for_no_classes(options: ExplainOptions) -> ExplainOptions:
             "a page is about the prediction, but the model has no classes: give another format, "
             "e.g. --format png"
         )
-    if options.method is None and options.frames is None:
-        view, _ = default_view(given(options, SETTINGS), has_classes=False)
-        return replace(options, method=view)
-    return options
+    return replace(options, method=view_of(options, has_classes=False)[0])
 
 
 def _check(options: ExplainOptions) -> None:

@@ -78,13 +78,15 @@ def name_table(options: "ExplainOptions") -> Path | None:
     return name_files(replace(options, format=options.format or ending), ["sheet"])[0]
 
 
-def view_of(options: "ExplainOptions") -> tuple[str | None, str | None]:
+def view_of(
+    options: "ExplainOptions", *, has_classes: bool = True
+) -> tuple[str | None, str | None]:
     """Return method and frames, as given, or as the other flags need."""
     if options.method is not None or options.frames is not None:
         return options.method, options.frames
     if options.drawing.style == "reference" or given(options.drawing, ["colormap"]):
         return "rollout", None
-    return default_view(given(options, SETTINGS))
+    return default_view(given(options, SETTINGS), has_classes=has_classes)
 
 
 def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
