@@ -47,13 +47,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="trainings of each kind")
     parser.add_argument("--spins", nargs="*", default=[], help="values of GOMP_SPINCOUNT")
     parser.add_argument("--package", type=Path, help="src folder of another checkout")
-    parser.add_argument("--package_name", default="vitrail", help="its name")
     options = parser.parse_args()
     kinds: dict[str, tuple[dict[str, str], str]] = {"chosen": ({}, "vitrail")}
     kinds |= {f"spin {n}": ({"GOMP_SPINCOUNT": n}, "vitrail") for n in options.spins}
     if options.package:
-        path = {"PYTHONPATH": str(options.package)}
-        kinds["other checkout"] = (path, options.package_name)
+        (package,) = (path.parent.name for path in options.package.glob("*/__init__.py"))
+        kinds["other checkout"] = ({"PYTHONPATH": str(options.package)}, package)
     rows: dict[str, list[float]] = {f"{w}, {k}": [] for w in ("idle", "busy") for k in kinds}
     for _ in range(options.rounds):
         for name, kind in kinds.items():

@@ -1,12 +1,11 @@
 """Draw the pictures of the README and the how-tos, each for light and for dark pages.
 
     python docs/pictures.py                         # those of examples/cat.jpg by the bundled model
-    python docs/pictures.py bundled cifar10 data    # CIFAR-10 test images, from data/
+    python docs/pictures.py bundled cifar10 data    # from test images in data/; sheet.png
     vitrail inspect cifar10 --output_path docs/pictures    # insides.png; the data in data/
 
 benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``;
-``page.png`` is a screenshot of ``vitrail explain --format
-html``; ``features.png`` and ``sheet.png`` are of ``vitrail explain``, as their how-to says.
+``page.png`` is a screenshot of ``vitrail explain cifar10 examples/cat.jpg --format html``.
 """
 
 import sys
@@ -22,12 +21,16 @@ from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
 from vitrail.data.shapes import load_shapes
+from vitrail.explain.draw import save_table
+from vitrail.explain.explanation import compare
+from vitrail.explain.map_settings import MapSettings, Method
 from vitrail.explain.sheet import BLACK, INKS, PAPER, scales, show_map
 
 PICTURES = Path(__file__).parent / "pictures"
 CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"
 THEMES = {"light": "", "dark": "-dark"}
 COLUMNS = 7
+SHEET: tuple[Method, ...] = ("relevance", "balanced", "occlusion", "shapley")
 
 
 def draw_cat() -> None:
@@ -45,6 +48,7 @@ def draw_cat() -> None:
     with Image.open(PICTURES / "heads.png") as sheet:  # as wide as pages show it
         small = sheet.convert("RGB").resize((960, 960 * sheet.height // sheet.width))
     small.save(PICTURES / "heads.png", optimize=True)
+    classifier.explain(CAT, method="features").save(PICTURES / "features.png")
 
 
 def test_images(data_path: str | None) -> ImageSet:
@@ -79,6 +83,19 @@ def draw_images(name: str, model: str, data_path: str | None = None) -> None:
             norm = scales(map_GJ[None], look, shares=True)[0]
             show_map(lower[column], raw_HWC, map_GJ, look=look, norm=norm)
         figure.savefig(PICTURES / f"{name}{suffix}.png", dpi=90)
+    pictures = zip(
+        images.raw_BCHW[1:4].permute(0, 2, 3, 1).numpy(), images.labels_B[1:4], strict=True
+    )
+    subjects = [
+        classifier.subject(raw_HWC, name=images.classes[int(label)]) for raw_HWC, label in pictures
+    ]
+    settings = [
+        MapSettings(method=method, resolution="patch")
+        if method == "balanced"
+        else MapSettings(method=method)
+        for method in SHEET
+    ]
+    save_table([compare(subject, settings) for subject in subjects], PICTURES / "sheet.png", Look())
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
         Figure, "savefig", lambda *_, **__: None
     )  # plots do not depend on the device, and take long
     few = "--num_train_images 60 --validation_images 20 --num_test_images 12 --batch_size 30"
+    few += " --patch_size 8"  # a quarter of the passes to score
     assert main(["train", *few.split(), "--preset", "quick", "--epochs", "1"]) == 0
     assert json.loads(Path("output/quick/env.json").read_text())["device"].startswith("mps")
     assert json.loads(Path("output/quick/result.json").read_text())["test"]["images"] == 12
@@ -91,8 +92,9 @@ def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
     assert all(isinstance(weight, DeviceTensor) for weight in classifier.model.parameters())
     picture = np.zeros((9, 7, 3), np.uint8)
     assert len(classifier.predict(picture)[0]) == 3
+    fewer = {"shapley": {"passes": 6}, "integrated_gradients": {"points": 2}}
     for method in (*METHODS, *VIEWS):
-        assert classifier.explain(picture, method=method).frames
+        assert classifier.explain(picture, method=method, **fewer.get(method, {})).frames
 
 
 def test_every_other_part_of_training_runs_and_resumes(

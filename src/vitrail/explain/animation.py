@@ -81,11 +81,13 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
     """
     pixels_P3 = np.concatenate([np.asarray(frame)[::2, ::2].reshape(-1, 3) for frame in frames])
     # One pixel of each color, to six bits: else large areas would leave too few to small ones.
-    _, first = np.unique(
-        (pixels_P3 >> 2).astype(np.int32) @ (1 << 12, 1 << 6, 1), return_index=True
-    )
+    red_P, green_P, blue_P = (pixels_P3 >> 2).astype(np.int32).T
+    one_of = np.full(1 << 18, -1)
+    one_of[red_P << 12 | green_P << 6 | blue_P] = np.arange(len(pixels_P3))
     method = Image.Quantize.MAXCOVERAGE
-    chosen = Image.fromarray(pixels_P3[first][None]).quantize(COLORS, method, kmeans=2)
+    chosen = Image.fromarray(pixels_P3[one_of[one_of >= 0]][None]).quantize(
+        COLORS, method, kmeans=2
+    )
     paper_3 = np.asarray(frames[0])[0, 0]
     grays = [level for level in range(0, 256, 17) for _ in range(3)]
     palette = Image.new("P", (1, 1))
@@ -96,7 +98,8 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
         frame_HWC = np.asarray(frame)
         dithered = Image.fromarray((frame_HWC + noise_HWC).clip(0, 255).astype(np.uint8))
         entries = dithered.quantize(palette=palette, dither=Image.Dither.NONE)
-        entries.paste(0, mask=Image.fromarray((frame_HWC == paper_3).all(axis=2)))
+        red, green, blue = (frame_HWC[:, :, channel] == paper_3[channel] for channel in range(3))
+        entries.paste(0, mask=Image.fromarray(red & green & blue))
         shared.append(entries)
     return shared
 
@@ -112,4 +115,4 @@ def _dither(height: int, width: int) -> np.ndarray:
         52.9829189 * ((0.06711056 * (x + move) + 0.00583715 * (y + move)) % 1) % 1
         for move in (0, 47, 17)
     ]
-    return STRENGTH * (np.stack(channels, axis=2) - 0.5)
+    return (STRENGTH * (np.stack(channels, axis=2) - 0.5)).astype(np.float32)
