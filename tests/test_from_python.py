@@ -58,13 +58,14 @@ def test_arrays_train_a_model_that_reads_their_numbers(tmp_path: Path) -> None:
     ("form", "channels"),
     [
         (Pairs(Image.fromarray), 1),
+        (Pairs(lambda raw: Image.fromarray(raw.astype(np.uint16) * 99)), 1),
         (Pairs(lambda raw: Image.fromarray(raw).convert("RGB")), 3),
         (Pairs(lambda raw: torch.from_numpy(raw / 255).float().expand(3, 8, 8)), 3),
         ((torch.from_numpy(PICTURES).unsqueeze(1), torch.from_numpy(LABELS)), 1),
         ((list(PICTURES), LABELS.tolist()), 1),
         ((PICTURES, np.array(["dark", "bright"], dtype=object)[LABELS]), 1),
     ],
-    ids=["pillow", "color", "tensors", "tensor", "lists", "names"],
+    ids=["pillow", "wide", "color", "tensors", "tensor", "lists", "names"],
 )
 def test_data_of_every_form(form: Any, channels: int) -> None:
     model = package.train(form, **TINY | {"epochs": 1})

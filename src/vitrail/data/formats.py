@@ -182,12 +182,17 @@ def _extract_pixels(image: Image.Image, background: Color) -> np.ndarray:
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if is_wide_gray(image):
         return np.asarray(image)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
+
+
+def is_wide_gray(image: Image.Image) -> bool:
+    """Return whether a picture is gray with values that are wider than bytes."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _too_large(size: tuple[int, int], limit: int) -> PictureError:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vitrail.config.settings import Split
 from vitrail.data.arrays import ArraySource, Part, check_labels
-from vitrail.data.formats import DECODE_ERRORS
+from vitrail.data.formats import DECODE_ERRORS, is_wide_gray
 from vitrail.data.manifest import SPLIT_WORDS
 from vitrail.errors import DataError, import_optional
 
@@ -129,5 +129,5 @@ def _only(
 def _is_gray(content: bytes) -> bool:
     """Return whether the content of a file is a gray picture."""
     with contextlib.suppress(*DECODE_ERRORS), Image.open(io.BytesIO(content)) as image:
-        return image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+        return image.mode in ("1", "L") or is_wide_gray(image)
     return False

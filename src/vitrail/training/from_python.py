@@ -16,6 +16,7 @@ from vitrail.config.files import by_section, from_json
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.data.arrays import check_arrays
+from vitrail.data.formats import is_wide_gray
 from vitrail.data.pictures import as_array, read_picture
 from vitrail.data.sources import is_gray, recognize
 from vitrail.errors import ConfigError, DataError
@@ -171,6 +172,8 @@ def _stack(pictures: Any, name: str) -> np.ndarray:
 def _pixels(picture: Any, name: str) -> np.ndarray:
     """Return a picture as an array; a gray one of Pillow stays gray."""
     if isinstance(picture, Image.Image):
+        if is_wide_gray(picture):
+            return np.asarray(picture)  # unchanged, as all pictures have one range
         rgb_HWC = read_picture(picture, name=name)
         return rgb_HWC[:, :, 0] if picture.mode in ("1", "L") else rgb_HWC
     array = as_array(picture, name)
