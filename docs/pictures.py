@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import vitrail
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
@@ -24,7 +24,7 @@ from vitrail.data.shapes import load_shapes
 from vitrail.explain.draw import save_table
 from vitrail.explain.explanation import compare
 from vitrail.explain.map_settings import MapSettings, Method
-from vitrail.explain.sheet import BLACK, INKS, PAPER, scales, show_map
+from vitrail.explain.panels import BLACK, INKS, PAPER, scales, show_map
 
 PICTURES = Path(__file__).parent / "pictures"
 CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 from torch.nn import functional
 
-from vitrail.config.look import Colormap, Look
+from vitrail.config.drawing import Colormap, Look
 from vitrail.config.settings import FitMode, ModelConfig
 from vitrail.data.pictures import Fit, fit_picture, seen_box
 from vitrail.errors import ConfigError, OutputError
@@ -22,7 +22,7 @@ from vitrail.explain.animation import encode_animation
 from vitrail.explain.draw import draw_animation, draw_frames, draw_sheet, save
 from vitrail.explain.explanation import Explanation, Frame, Subject
 from vitrail.explain.map_settings import MapSettings
-from vitrail.explain.sheet import drawn_size, scales, show_map
+from vitrail.explain.panels import drawn_size, scales, show_map
 from vitrail.model.vit import VisionTransformer
 
 RANDOM = np.random.default_rng(8)

@@ -20,7 +20,7 @@ from vitrail.cli.explain import ExplainOptions
 from vitrail.cli.explain_files import name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.draw import caption
 from vitrail.explain.explanation import compare
@@ -28,7 +28,7 @@ from vitrail.explain.explanation import explain as draw
 from vitrail.explain.map_settings import METHODS, MapSettings
 from vitrail.explain.methods import attention_by_head, compute_maps, contributions_by_layer
 from vitrail.explain.page import describe, page_data
-from vitrail.explain.sheet import BLACK, GREEN, RED, scales
+from vitrail.explain.panels import BLACK, GREEN, RED, scales
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.convert import FILES

@@ -17,11 +17,9 @@ from vitrail.config.settings import ModelConfig
 from vitrail.data import fills
 from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
-from vitrail.explain import curves
-from vitrail.explain.badges import Badge, Verdict
-from vitrail.explain.ceiling import Ceiling, best_orders, find_ceiling
-from vitrail.explain.correlation import faithfulness_correlation, hidden_sets, logit_drops
-from vitrail.explain.curves import deletion_insertion
+from vitrail.explain.best_order import Ceiling, best_orders, find_ceiling
+from vitrail.explain.deletion_insertion import deletion_insertion, rank_patches
+from vitrail.explain.faithfulness import faithfulness_correlation, hidden_sets, logit_drops
 from vitrail.explain.map_metrics import (
     CONTROLS,
     MEASURES,
@@ -40,6 +38,7 @@ from vitrail.explain.map_metrics import (
 )
 from vitrail.explain.map_report import plot_scores, score_table
 from vitrail.explain.map_settings import METHODS
+from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.model.vit import VisionTransformer
 
 PLACE = (1, 3)
@@ -195,10 +194,10 @@ def test_images_do_not_depend_on_their_batch_and_batches_stay_small() -> None:
 
 def test_equal_patches_follow_in_a_shuffled_order() -> None:
     """Row by row would favor the top left corner."""
-    ranks_BN = curves.rank_patches(torch.zeros(2, 3, 5))
+    ranks_BN = rank_patches(torch.zeros(2, 3, 5))
     assert ranks_BN[0].tolist() == ranks_BN[1].tolist() != list(range(15))
     assert sorted(ranks_BN[0].tolist()) == list(range(15))
-    ranked_N = curves.rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
+    ranked_N = rank_patches(torch.arange(15.0).view(1, 3, 5))[0]
     assert ranked_N.tolist() == list(reversed(range(15)))
 
 
@@ -218,7 +217,7 @@ def test_fills_are_the_mean_color_and_a_blur() -> None:
 
 def test_maps_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
-        curves.rank_patches(torch.full((1, 3, 5), math.nan))
+        rank_patches(torch.full((1, 3, 5), math.nan))
 
 
 # Controls

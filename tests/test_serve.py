@@ -24,9 +24,9 @@ import vitrail
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.model.vit import VisionTransformer
-from vitrail.serve import answers, guard
+from vitrail.serve import responses, security
 from vitrail.serve.app import build_app
-from vitrail.serve.lanes import Batcher, BusyError, Lane
+from vitrail.serve.batching import Batcher, BusyError, Lane
 from vitrail.serve.models import MissingError, Shelf
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
 
@@ -213,8 +213,8 @@ def test_hostile_requests_are_refused_in_a_line(client: Client, name: str, model
 def test_pictures_with_too_many_pixels_are_refused_before_they_are_decoded(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "MOST_PIXELS", 1000)
-    monkeypatch.setattr(answers, "MOST_JPEG_PIXELS", 3000)
+    monkeypatch.setattr(responses, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(responses, "MOST_JPEG_PIXELS", 3000)
     for kind, side, status in (("PNG", 40, 400), ("JPEG", 40, 200), ("JPEG", 60, 400)):
         answer = client.post("/api/predict", content=picture(side, side, kind))
         assert answer.status_code == status, answer.text
@@ -223,28 +223,28 @@ def test_pictures_with_too_many_pixels_are_refused_before_they_are_decoded(
 def test_large_bodies_are_refused_declared_or_not(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "MOST_BYTES", 2000)
+    monkeypatch.setattr(security, "MOST_BYTES", 2000)
     assert client.post("/api/predict", content=picture()).status_code == 413
     assert client.post("/api/predict", content=iter([picture()] * 3)).status_code == 413
 
 
 def test_slow_senders_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SECONDS_TO_SEND", 0.01)
+    monkeypatch.setattr(security, "SECONDS_TO_SEND", 0.01)
 
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(0.1)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     request = requests.Request({"type": "http", "headers": []}, receive)
-    with pytest.raises(guard.RefusedError, match="too slowly") as caught:
-        asyncio.run(guard.Bodies().read(request))
+    with pytest.raises(security.RefusedError, match="too slowly") as caught:
+        asyncio.run(security.Bodies().read(request))
     assert caught.value.status == 408
 
 
 def test_bodies_that_need_too_much_memory_together_are_refused(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "MOST_BYTES_TOGETHER", 100)
+    monkeypatch.setattr(security, "MOST_BYTES_TOGETHER", 100)
     answer = client.post("/api/predict", content=picture())
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
@@ -404,7 +404,7 @@ def test_an_unexpected_error_is_an_answer_without_details(
     def fail(*_: object) -> None:
         raise RuntimeError("/home/secret")
 
-    monkeypatch.setattr("vitrail.serve.answers.predictions", fail)
+    monkeypatch.setattr("vitrail.serve.responses.predictions", fail)
     answer = client.post("/api/predict", content=picture())
     assert answer.status_code == 500
     assert "secret" not in answer.text
@@ -420,7 +420,7 @@ def test_slow_work_is_not_begun_for_a_client_that_has_gone(
         gate.wait(10)
         return {}
 
-    monkeypatch.setattr("vitrail.serve.answers.removal_curves", work)
+    monkeypatch.setattr("vitrail.serve.responses.removal_curves", work)
     app = build_app(Shelf([str(model)], Path()), "127.0.0.1")
 
     async def ask(name: str, leave: asyncio.Event) -> None:

@@ -19,10 +19,10 @@ import vitrail
 from test_serve import open_client, picture
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
-from vitrail.explain.badges import Badge, Verdict
 from vitrail.explain.map_settings import METHODS, SUPPORTED_SETTINGS, TITLES
-from vitrail.serve import answers
-from vitrail.serve.questions import SLOW
+from vitrail.explain.stored_scores import Badge, Verdict
+from vitrail.serve import responses
+from vitrail.serve.parameters import SLOW
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
@@ -166,7 +166,7 @@ def test_the_page_has_only_its_own_files_and_no_inline_script() -> None:
             names += new
             scripts |= new
         assert len(names) >= 10
-        for path in ("../answers.py", "..%2Fanswers.py", "answers.py", "cifar10.png", "%00"):
+        for path in ("../responses.py", "..%2Fresponses.py", "responses.py", "cifar10.png", "%00"):
             assert client.get(f"/page/{path}").status_code == 404
 
 
@@ -182,7 +182,7 @@ def test_badges_are_those_of_the_stored_scores() -> None:
     badge = Badge("occlusion", 0.5, 0.4, 0.6, True, False, None)
     verdict = Verdict("validation", 40, (badge,), "Trust occlusion.")
     classifier = dataclasses.replace(vitrail.load("cifar10"), verdict=verdict)
-    assert answers.describe("it", classifier)["scores"] == {
+    assert responses.describe("it", classifier)["scores"] == {
         "images": 40,
         "split": "validation",
         "trust": "Trust occlusion.",

@@ -16,7 +16,7 @@ from vitrail.config.settings import Config
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import read_picture
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrail.explain.sheet import GREEN, RED
+from vitrail.explain.panels import GREEN, RED
 from vitrail.explain.training_pictures import choose_images, draw_attention
 from vitrail.model.vit import VisionTransformer
 from vitrail.training.run import Run

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vitrail.config.settings import ModelConfig
-from vitrail.explain.badges import FORMAT, fingerprint, read_verdict, to_json
 from vitrail.explain.map_metrics import Estimate, Score
 from vitrail.explain.map_report import trust_text
+from vitrail.explain.recommendation import judge
 from vitrail.explain.sanity import Sanity
-from vitrail.explain.verdict import judge
+from vitrail.explain.stored_scores import FORMAT, fingerprint, read_verdict, to_json
 from vitrail.model.vit import VisionTransformer
 
 NOISE_B = torch.linspace(-0.1, 0.1, 20)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vitrail
 from vitrail.cli import main
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.errors import ConfigError
 from vitrail.explain.draw import draw_frames, draw_table, save
 from vitrail.explain.explanation import Explanation, Subject, compare, explain, share_colors
@@ -21,8 +21,8 @@ from vitrail.explain.map_metrics import score_methods
 from vitrail.explain.map_settings import TITLES, VIEWS, MapSettings, Method
 from vitrail.explain.methods import compute_maps
 from vitrail.explain.page import describe, page_data
-from vitrail.explain.sheet import COLORS, SIGNS
-from vitrail.explain.views import fit_colors
+from vitrail.explain.panels import COLORS, SIGNS
+from vitrail.explain.token_views import fit_colors
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 

@@ -30,7 +30,7 @@ from vitrail.cli.options import (
     take_model,
 )
 from vitrail.cli.parsing import parse
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.errors import ConfigError, PictureError, nearest, printable
 from vitrail.explain.map_settings import (
     ALL,

@@ -12,10 +12,10 @@ from vitrail.cli.options import DataOptions, log_test_use
 from vitrail.errors import OutputError
 
 if TYPE_CHECKING:
-    from vitrail.explain.badges import Verdict
-    from vitrail.explain.ceiling import Ceiling
+    from vitrail.explain.best_order import Ceiling
     from vitrail.explain.map_metrics import Score
     from vitrail.explain.sanity import Sanity, Shortcut
+    from vitrail.explain.stored_scores import Verdict
     from vitrail.inference.classifier import Classifier
 
 
@@ -33,11 +33,11 @@ def score(
     If all methods are scored (none is ``chosen``), the verdict is also stored beside the weights.
     """
     from vitrail.data.images import normalize
-    from vitrail.explain.ceiling import find_ceiling
+    from vitrail.explain.best_order import find_ceiling
     from vitrail.explain.map_metrics import CONTROLS, STEPS, score_methods
     from vitrail.explain.map_settings import METHODS
+    from vitrail.explain.recommendation import judge
     from vitrail.explain.sanity import check_methods
-    from vitrail.explain.verdict import judge
     from vitrail.training.run_folder import load_split
 
     methods: Any = chosen or METHODS
@@ -98,7 +98,7 @@ def _numbers(
     shortcut: "Shortcut | None",
 ) -> dict[str, Any]:
     """Return everything that was measured as JSON values."""
-    from vitrail.explain.badges import to_json
+    from vitrail.explain.stored_scores import to_json
 
     return {
         "model": classifier.source,
@@ -140,7 +140,7 @@ def _tables(
 
 def _store(classifier: "Classifier", verdict: "Verdict", folder: Path) -> None:
     """Store the verdict beside the weights, where it is not there yet and can be written."""
-    from vitrail.explain.badges import to_json
+    from vitrail.explain.stored_scores import to_json
     from vitrail.runtime.files import write_json
     from vitrail.weights import bundled
     from vitrail.weights.pretrained import scores_path

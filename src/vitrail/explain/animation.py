@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 
 COLORS = 238

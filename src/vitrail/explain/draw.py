@@ -15,13 +15,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 from vitrail.explain.animation import encode_animation, fade
 from vitrail.explain.explanation import Explanation, Frame
 from vitrail.explain.map_settings import TITLES
 from vitrail.explain.page import make_page, page_data
-from vitrail.explain.sheet import Panel, compose, make_legends, scales_of
+from vitrail.explain.panels import Panel, compose, make_legends, scales_of
 from vitrail.runtime.files import replace_file
 
 SUFFIXES = (".gif", ".webp", ".png", ".svg", ".pdf", ".html", ".npz", ".csv")

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 from vitrail.data.pictures import Fit
 from vitrail.errors import ConfigError, nearest, printable
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike
-from vitrail.explain.badges import Verdict
 from vitrail.explain.checks import pick
 from vitrail.explain.map_settings import METHODS, TITLES, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
@@ -24,7 +23,8 @@ from vitrail.explain.methods import (
     compute_maps,
     contributions_by_layer,
 )
-from vitrail.explain.views import ColorBasis, fit_colors
+from vitrail.explain.stored_scores import Verdict
+from vitrail.explain.token_views import ColorBasis, fit_colors
 from vitrail.model.vit import VisionTransformer
 
 Kind = Literal["rollout", "layers", "heads", "queries", "training", "methods", "single"]

@@ -22,8 +22,8 @@ from vitrail.config.settings import require
 from vitrail.data.fills import FILLS
 from vitrail.errors import DataError
 from vitrail.evaluation.metrics import wilson_interval
-from vitrail.explain.correlation import faithfulness_correlation, hidden_sets, logit_drops
-from vitrail.explain.curves import BATCH_SIZE, deletion_insertion
+from vitrail.explain.deletion_insertion import BATCH_SIZE, deletion_insertion
+from vitrail.explain.faithfulness import faithfulness_correlation, hidden_sets, logit_drops
 from vitrail.explain.map_settings import (
     METHODS,
     Method,

@@ -22,10 +22,10 @@ from vitrail.evaluation.report import (
     tidy,
     write_title,
 )
-from vitrail.explain.badges import Verdict
-from vitrail.explain.ceiling import Ceiling
+from vitrail.explain.best_order import Ceiling
 from vitrail.explain.map_metrics import MEASURES, Score
 from vitrail.explain.sanity import TOO_SIMILAR, Sanity, Shortcut
+from vitrail.explain.stored_scores import Verdict
 
 YES, NO = "✓", "✗"
 COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#44AA99")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.explain import balanced, formulas, removal, views
+from vitrail.explain import balanced, formulas, removal, token_views
 from vitrail.explain.checks import (
     check_call,
     check_classes,
@@ -60,7 +60,7 @@ def compute_maps(
     settings: MapSettings,
     *,
     classes_B: Tensor | None = None,
-    basis: views.ColorBasis | None = None,
+    basis: token_views.ColorBasis | None = None,
 ) -> Maps:
     """Return the maps of each image for the given classes. Default: the predicted ones.
 
@@ -83,12 +83,12 @@ def compute_maps(
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
         check_classes(classes_B, len(images_BCHW), model.config.n_classes)
-    settings, basis = views.complete(model, images_BCHW, settings, basis)
+    settings, basis = token_views.complete(model, images_BCHW, settings, basis)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> _Explained:
         if settings.method in VIEWS:
-            values_BLGJ, logits_BY = views.compute(model, images_BCHW, settings, layers, basis)
-            return values_BLGJ, logits_BY, _choose(logits_BY, classes_B)
+            maps_BLGJ, logits_BY = token_views.compute(model, images_BCHW, settings, layers, basis)
+            return maps_BLGJ, logits_BY, _choose(logits_BY, classes_B)
         return _COMPUTE[settings.method](model, images_BCHW, classes_B, settings)
 
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())

@@ -23,11 +23,11 @@ from PIL import Image
 from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
 from vitrail.evaluation.calibration import UNCALIBRATED
-from vitrail.explain.badges import Badge
 from vitrail.explain.explanation import Explanation, maps_of
 from vitrail.explain.map_settings import MapSettings, settings_of_all
 from vitrail.explain.methods import early_logits
-from vitrail.explain.views import CHANNELS, similarities
+from vitrail.explain.stored_scores import Badge
+from vitrail.explain.token_views import CHANNELS, similarities
 
 SHOWN_CLASSES = 5
 """Number of classes with a bar."""

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from vitrail.config.look import Look
+from vitrail.config.drawing import Look
 from vitrail.config.settings import Config, require
 from vitrail.data.images import ImageSet, normalize
 from vitrail.evaluation.metrics import evaluating
@@ -16,7 +16,7 @@ from vitrail.evaluation.report import drawable, save_figure
 from vitrail.explain.explanation import CORRECT, WRONG
 from vitrail.explain.map_settings import MapSettings
 from vitrail.explain.methods import compute_maps
-from vitrail.explain.sheet import GREEN, RED, show_map
+from vitrail.explain.panels import GREEN, RED, show_map
 
 TRAINING_IMAGES = 8
 """Number of images that are drawn during training."""

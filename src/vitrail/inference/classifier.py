@@ -21,7 +21,6 @@ from vitrail.data.pictures import (
     source_name,
 )
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
-from vitrail.explain.badges import Verdict
 from vitrail.explain.checks import require_finite
 from vitrail.explain.explanation import Explanation, Subject, choose, compare, explain
 from vitrail.explain.map_settings import (
@@ -31,7 +30,8 @@ from vitrail.explain.map_settings import (
     default_view,
     settings_of_all,
 )
-from vitrail.explain.views import ColorBasis
+from vitrail.explain.stored_scores import Verdict
+from vitrail.explain.token_views import ColorBasis
 from vitrail.inference.predictions import BaseClassifier
 from vitrail.model.vit import VisionTransformer
 

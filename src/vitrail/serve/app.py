@@ -17,13 +17,13 @@ from starlette.routing import Route
 
 from vitrail.data.formats import register_heif
 from vitrail.errors import ConfigError, PictureError, VitrailError
-from vitrail.serve import answers
-from vitrail.serve.answers import Seen
-from vitrail.serve.gallery import Gallery
-from vitrail.serve.guard import Bodies, Guard, RefusedError
-from vitrail.serve.lanes import Batcher, BusyError, Lane
+from vitrail.serve import responses
+from vitrail.serve.batching import Batcher, BusyError, Lane
+from vitrail.serve.model_data import Gallery
 from vitrail.serve.models import MissingError, Shelf
-from vitrail.serve.questions import Question, read_question
+from vitrail.serve.parameters import Question, read_question
+from vitrail.serve.responses import Seen
+from vitrail.serve.security import Bodies, Guard, RefusedError
 
 log = logging.getLogger("vitrail")
 
@@ -73,7 +73,7 @@ class Server:
         return JSONResponse(await self._reading.run(self._describe, name))
 
     def _describe(self, name: str) -> dict[str, Any]:
-        described = answers.describe(name, self._shelf.get(name))
+        described = responses.describe(name, self._shelf.get(name))
         return described | {"steps": self._shelf.steps(name)}
 
     async def predict(self, request: Request) -> Response:
@@ -86,21 +86,21 @@ class Server:
         question, seen = await self._look(request)
         answer = await self._predict(question, seen)
         if question.slow:
-            found = await self._run_slowly(request, answers.explanation, seen, question)
+            found = await self._run_slowly(request, responses.explanation, seen, question)
         else:
-            found = await self._quick.run(answers.explanation, seen, question)
+            found = await self._quick.run(responses.explanation, seen, question)
         return JSONResponse(answer | found)
 
     async def curve(self, request: Request) -> Response:
         """Answer POST /api/curve: the probability while a map's highest patches are hidden."""
         question, seen = await self._look(request)
-        found = await self._run_slowly(request, answers.removal_curves, seen, question)
+        found = await self._run_slowly(request, responses.removal_curves, seen, question)
         return JSONResponse(found)
 
     async def page(self, request: Request) -> Response:
         """Answer POST /api/page: everything about one picture as one HTML file."""
         question, seen = await self._look(request)
-        html = await self._run_slowly(request, answers.page, seen, question)
+        html = await self._run_slowly(request, responses.page, seen, question)
         # The page has a policy of its own, which allows its own script only.
         headers = {"Content-Disposition": 'attachment; filename="explanation.html"'}
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
@@ -157,7 +157,7 @@ class Server:
 
     async def _predict(self, question: Question, seen: Seen) -> dict[str, Any]:
         logits_Y = await self._batcher.logits(seen.classifier, seen.raw_HWC)
-        return answers.predictions(seen, logits_Y, question)
+        return responses.predictions(seen, logits_Y, question)
 
     async def _run_slowly(
         self, request: Request, work: Callable[[Seen, Question], T], seen: Seen, question: Question
@@ -193,7 +193,7 @@ class Server:
 
     def _open(self, body: bytes, question: Question) -> Seen:
         name = question.model or self._shelf.names()[0]
-        return answers.look(self._shelf.get(name, question.step), body, question)
+        return responses.look(self._shelf.get(name, question.step), body, question)
 
 
 def build_app(shelf: Shelf, host: str) -> Starlette:

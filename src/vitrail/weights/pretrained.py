@@ -24,7 +24,7 @@ from vitrail.config.settings import (
 )
 from vitrail.data.hf import PREFIX, is_on_hub
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.explain.badges import read_verdict
+from vitrail.explain.stored_scores import read_verdict
 from vitrail.inference.classifier import Classifier
 from vitrail.model.finetune import adapt, build_model, resize
 from vitrail.model.vit import VisionTransformer

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from vitrail.data.fills import FILLS, fill_images
-from vitrail.explain.curves import BATCH_SIZE, count_patches, deletion_insertion, probabilities
+from vitrail.explain.deletion_insertion import (
+    BATCH_SIZE,
+    count_patches,
+    deletion_insertion,
+    probabilities,
+)
 from vitrail.explain.map_metrics import Estimate, Score, estimate_mean, predict_classes
 from vitrail.model.vit import VisionTransformer
 

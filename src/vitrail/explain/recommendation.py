@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vitrail.explain.badges import Badge, Verdict
 from vitrail.explain.map_metrics import Score, significantly_above_zero
 from vitrail.explain.map_settings import CLASSLESS
 from vitrail.explain.sanity import Sanity
+from vitrail.explain.stored_scores import Badge, Verdict
 
 TIE_ERROR = 0.05
 """A method is on a par with the best one unless a paired test with this error rate rejects it."""

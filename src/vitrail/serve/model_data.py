@@ -19,8 +19,8 @@ from vitrail.data.pictures import framing
 from vitrail.data.shapes import draw_shapes
 from vitrail.errors import VitrailError, printable
 from vitrail.inference.classifier import Classifier
-from vitrail.serve.answers import to_png
 from vitrail.serve.models import MissingError, Shelf
+from vitrail.serve.responses import to_png
 from vitrail.training.run_folder import load_split, read_rows
 
 log = logging.getLogger("vitrail")

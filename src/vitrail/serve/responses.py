@@ -18,14 +18,14 @@ from vitrail.data.pictures import enough_side, fit_channels, framing, read_pictu
 from vitrail.errors import PictureError, printable
 from vitrail.evaluation.calibration import describe_unlike
 from vitrail.explain import removal
-from vitrail.explain.curves import count_patches, rank_patches
+from vitrail.explain.deletion_insertion import count_patches, rank_patches
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps
 from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
 from vitrail.explain.page import make_page, page_data
 from vitrail.inference.classifier import Classifier
 from vitrail.runtime import rng
-from vitrail.serve.questions import Question
+from vitrail.serve.parameters import Question
 from vitrail.weights.pretrained import of_model_size
 
 MOST_PIXELS, MOST_JPEG_PIXELS = 25_000_000, 64_000_000

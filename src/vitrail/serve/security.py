@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitrail.serve.lanes import BusyError
+from vitrail.serve.batching import BusyError
 
 MOST_BYTES = 16 * 2**20
 """Size of a picture's file."""

@@ -27,7 +27,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 
-from vitrail.config.look import Look, Normalization
+from vitrail.config.drawing import Look, Normalization
 from vitrail.data.pictures import Fit, seen_box
 from vitrail.evaluation.report import drawable
 from vitrail.explain.explanation import Frame, Subject
