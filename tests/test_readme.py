@@ -107,7 +107,7 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     there = {
         (path.parent.name, path.name.removesuffix(".py"))
         for path in source.glob("*/*")
-        if path.parent.name != "cli" and path.name[0] not in "_."
+        if path.parent.name not in ("cli", "__pycache__") and path.name[0] not in "_."
     }
     assert listed ^ there == set()
     assert {path.name for path in source.iterdir() if path.is_dir()} - {"__pycache__"} == {
