@@ -253,6 +253,44 @@ def test_what_vitrail_cannot_compute_is_refused_by_its_key() -> None:
             convert(make_state("timm") | {key: torch.ones(D)}, n_attention_heads=3)
 
 
+def make_dinov3(*, gated: bool = False) -> dict[str, Tensor]:
+    """Random weights with the names of DINOv3 on Hugging Face: one layer, patches of 8 pixels."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, 24), "embeddings.register_tokens": (1, 4, 24),
+        "embeddings.patch_embeddings.weight": (24, 3, 8, 8),
+        "embeddings.patch_embeddings.bias": (24,),
+        "norm.weight": (24,), "norm.bias": (24,),
+    }  # fmt: skip
+    sizes = {"attention.q_proj": (24, 24), "attention.k_proj": (24, 24),
+             "attention.v_proj": (24, 24), "attention.o_proj": (24, 24), "mlp.up_proj": (40, 24),
+             "mlp.down_proj": (24, 40), "norm1": (24,), "norm2": (24,)}  # fmt: skip
+    if gated:
+        sizes["mlp.gate_proj"] = (40, 24)
+    for name, size in sizes.items():
+        shapes |= {f"layer.0.{name}.weight": size, f"layer.0.{name}.bias": size[:1]}
+    shapes |= {f"layer.0.layer_scale{n}.lambda1": (24,) for n in (1, 2)}
+    return {name: torch.randn(size) for name, size in shapes.items()}
+
+
+def test_dinov3_has_positions_at_every_size_and_is_refused_where_it_differs() -> None:
+    about = {"config.json": {"image_size": [16, 24], "num_attention_heads": 3}}
+    found = convert(make_dinov3(gated=True), about)
+    assert found.layout == "dinov3"
+    assert found.config.position == "rope_centered"
+    assert (found.config.image_hw, found.config.hidden_act) == ((16, 24), "swiglu")
+    assert convert(make_dinov3(), n_attention_heads=3).config.image_hw == (224, 224)
+    with pytest.raises(CheckpointError, match="rope_theta is 10000: only 100"):
+        convert(make_dinov3(), {"config.json": {"rope_theta": 10_000}}, n_attention_heads=3)
+    with pytest.raises(CheckpointError, match="'gelu' with a gate: only silu"):
+        convert(make_dinov3(gated=True), {"config.json": {"hidden_act": "gelu"}})
+    with pytest.raises(CheckpointError, match=r"unknown to layout dinov3: layer\.0\.q_norm"):
+        convert(make_dinov3() | {"layer.0.q_norm.weight": torch.ones(8)}, n_attention_heads=3)
+    state = make_dinov3()
+    del state["layer.0.mlp.down_proj.bias"]
+    with pytest.raises(CheckpointError, match=r"dinov3: layer\.0\.mlp\.down_proj\.bias is missing"):
+        convert(state, n_attention_heads=3)
+
+
 def test_a_guessed_head_count_is_reported() -> None:
     with pytest.raises(CheckpointError, match=r"\(width 24\): give n_attention_heads"):
         convert(make_state("timm"))

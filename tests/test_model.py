@@ -99,7 +99,7 @@ def test_gradients_reach_the_attention_that_was_used(tiny_model: ModelConfig) ->
 def test_a_model_depends_on_the_position_of_a_patch(tiny_model: ModelConfig) -> None:
     images_BCHW = torch.randn(1, 3, 20, 28)
     turned_BCHW = images_BCHW.roll(4, dims=3)
-    for position in ("learned", "sincos", "rope"):
+    for position in ("learned", "sincos", "rope", "rope_centered"):
         torch.manual_seed(1)
         model = VisionTransformer(dataclasses.replace(tiny_model, position=position)).eval()
         with torch.no_grad():
@@ -108,8 +108,9 @@ def test_a_model_depends_on_the_position_of_a_patch(tiny_model: ModelConfig) -> 
         assert not torch.allclose(model(images_BCHW), model(turned_BCHW), atol=1e-4), position
 
 
-def test_rotary_products_depend_on_differences_only() -> None:
-    rotation = rotation_tables((5, 7), 8, n_prefix_tokens=0)
+@pytest.mark.parametrize("centered", [False, True])
+def test_rotary_products_depend_on_differences_only(centered: bool) -> None:
+    rotation = rotation_tables((5, 7), 8, n_prefix_tokens=0, centered=centered)
     q_K, k_K = torch.randn(8), torch.randn(8)
     q_NK, k_NK = rotate(q_K.expand(35, 8), rotation), rotate(k_K.expand(35, 8), rotation)
     products_NN = q_NK @ k_NK.T

@@ -115,6 +115,18 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "DINOv2": ("Dinov2", {}),
     "DINOv2 with registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}),
     "DINOv2 giant": ("Dinov2WithRegisters", {"use_swiglu_ffn": True}),
+    "DINOv3": ("DINOv3ViT", {"intermediate_size": 42, "num_register_tokens": 2}),
+    "DINOv3 gated": (
+        "DINOv3ViT",
+        {
+            "intermediate_size": 42,
+            "num_register_tokens": 2,
+            "use_gated_mlp": True,
+            "hidden_act": "silu",
+            "query_bias": False,
+            "value_bias": False,
+        },
+    ),
     "CLIP": ("CLIPVision", {"intermediate_size": 42}),
     "SigLIP": ("SiglipVision", {"intermediate_size": 42}),
 }
@@ -134,7 +146,7 @@ def test_hugging_face_backbones_in(tmp_path: Path, family: str, hw: tuple[int, i
     theirs.save_pretrained(tmp_path)
     network = vitrail.load(tmp_path, image_size=hw, device="cpu")
     ours, images_BCHW = network.model, torch.randn(2, 3, *hw)
-    resizing = {} if "Dinov2" in name else {"interpolate_pos_encoding": True}
+    resizing = {} if "DINO" in name.upper() else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         out = theirs(images_BCHW, **resizing)
         tokens_BTD = ours.embed(images_BCHW)

@@ -76,8 +76,9 @@ class ModelConfig(Checked):
     stem_pools: tuple[int, ...] = ()
     """Convolutions of stem conv that are followed by max pooling, which halves the image, counted
     from 1. Default: the first ones."""
-    position: Literal["learned", "sincos", "rope"] = "learned"
-    """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block)."""
+    position: Literal["learned", "sincos", "rope", "rope_centered"] = "learned"
+    """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block), by
+    the number of the patch, or from -1 to 1 across the picture (for DINOv3's weights)."""
     head: Literal["mlp", "linear"] = "mlp"
     """Classifier: Linear, Tanh, Linear (as in the reference), or one Linear."""
     fc_norm: bool = False
@@ -133,10 +134,10 @@ class ModelConfig(Checked):
             self.hidden_dim >= 1,
             f"forward_mul {self.forward_mul} gives the MLP no hidden units: raise it",
         )
-        if self.position == "rope":
+        if self.is_rotary:
             require(
                 (width // heads) % 4 == 0,
-                f"position rope needs a head width divisible by 4, not {width // heads} "
+                f"position {self.position} needs a head width divisible by 4, not {width // heads} "
                 f"(embed_dim {width} / {heads} heads): "
                 f"give embed_dim {heads * 4 * max(1, round(width / heads / 4))}",
             )
@@ -183,6 +184,11 @@ class ModelConfig(Checked):
     def has_class_token(self) -> bool:
         """Whether token 0 is a class token."""
         return self.pool != "mean" if self.class_token is None else self.class_token
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys, instead of a table that is added."""
+        return self.position in ("rope", "rope_centered")
 
     @property
     def n_prefix_tokens(self) -> int:

@@ -35,6 +35,7 @@ POSITION_TITLES = {
     "learned": "Position embeddings: cosine similarity",
     "sincos": "Fixed sine positions: cosine similarity",
     "rope": "Rotary positions: mean cosine between patches",
+    "rope_centered": "Rotary positions: mean cosine between patches",
 }
 
 
@@ -78,7 +79,7 @@ class Inspection:
     filters: PatchFilters
     similarity_GJGJ: Tensor
     position: str
-    """How the model encodes positions: learned, sincos or rope."""
+    """How the model encodes positions: learned, sincos, rope or rope_centered."""
     tokens: int
     patch_size: int
     distance_uniform: float

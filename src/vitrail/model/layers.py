@@ -188,17 +188,23 @@ class ConvStem(nn.Sequential):
         white.whiten(images_BCHW)
 
 
-def _grid_angles(grid_GJ: tuple[int, int], width: int, base: float) -> tuple[Tensor, Tensor]:
+def _grid_angles(
+    grid_GJ: tuple[int, int], width: int, base: float, *, centered: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return row angles and column angles of all patches, row by row, each of shape (N, width).
 
-    The angle is index / base^(f / width) for frequency f.
+    The angle is place / base^(f / width) for frequency f. The place is the index or, if
+    ``centered``, the angle that goes from -2 pi to 2 pi across the picture.
     """
     rows, columns = grid_GJ
     # On the CPU even if the default device is "meta", on which models are built for loading.
     with torch.device("cpu"):
+        places = [torch.arange(side) for side in grid_GJ]
+        if centered:
+            places = [2 * torch.pi * ((2 * x_X + 1) / len(x_X) - 1) for x_X in places]
         frequencies_F = base ** (-torch.arange(width) / width)
-        row_NF = torch.arange(rows).repeat_interleave(columns)[:, None] * frequencies_F
-        column_NF = torch.arange(columns).repeat(rows)[:, None] * frequencies_F
+        row_NF = places[0].repeat_interleave(columns)[:, None] * frequencies_F
+        column_NF = places[1].repeat(rows)[:, None] * frequencies_F
     return row_NF, column_NF
 
 
@@ -211,15 +217,18 @@ def sincos_table(grid_GJ: tuple[int, int], embed_dim: int) -> Tensor:
     return torch.cat([row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()], dim=1)
 
 
-def rotation_tables(grid_GJ: tuple[int, int], head_dim: int, *, n_prefix_tokens: int) -> Rotation:
+def rotation_tables(
+    grid_GJ: tuple[int, int], head_dim: int, *, n_prefix_tokens: int, centered: bool
+) -> Rotation:
     """Return cosines and sines (T, K) of rotary positions; tokens before the patches have none.
 
     Half of the angles depend on the row, half on the column. The base is 100 instead of 10,000, as
     images have few positions.
 
-    Source: Su et al. 2021, arXiv:2104.09864; Heo et al. 2024, arXiv:2403.13298 (axial, in 2-D).
+    Source: Su et al. 2021, arXiv:2104.09864; Heo et al. 2024, arXiv:2403.13298 (axial, in 2-D);
+    centered: Siméoni et al. 2025, arXiv:2508.10104, section 3.2.
     """
-    row_NF, column_NF = _grid_angles(grid_GJ, head_dim // 4, base=100.0)
+    row_NF, column_NF = _grid_angles(grid_GJ, head_dim // 4, base=100.0, centered=centered)
     angles_TK = torch.cat([row_NF, column_NF], dim=1).repeat(1, 2)
     angles_TK = F.pad(angles_TK, (0, 0, n_prefix_tokens, 0))
     return angles_TK.cos(), angles_TK.sin()

@@ -154,8 +154,9 @@ class VisionTransformer(nn.Module):
             self.register_buffer("position_ND", sincos_table(grid_GJ, D), persistent=False)
         else:
             cosines_TK, sines_TK = rotation_tables(
-                grid_GJ, D // config.n_attention_heads, n_prefix_tokens=config.n_prefix_tokens
-            )
+                grid_GJ, D // config.n_attention_heads, n_prefix_tokens=config.n_prefix_tokens,
+                centered=config.position == "rope_centered",
+            )  # fmt: skip
             self.register_buffer("cosines_TK", cosines_TK, persistent=False)
             self.register_buffer("sines_TK", sines_TK, persistent=False)
         if config.has_class_token:
@@ -211,7 +212,7 @@ class VisionTransformer(nn.Module):
     def add_positions(self, grid_BDGJ: Tensor) -> Tensor:
         """Return the tokens (B, T, D) of a grid of patches: class token, registers, patches."""
         tokens_BND = grid_BDGJ.flatten(2).transpose(1, 2)
-        if self.config.position != "rope":
+        if not self.config.is_rotary:
             tokens_BND = tokens_BND + self.position_ND.to(tokens_BND.dtype)
         before = [self.class_token_D[None]] if self.config.has_class_token else []
         before += [self.registers_RD] if self.config.n_registers else []
@@ -274,7 +275,7 @@ class VisionTransformer(nn.Module):
     @property
     def rotation(self) -> Rotation | None:
         """Cosines and sines (T, K) of rotary positions, or None."""
-        return (self.cosines_TK, self.sines_TK) if self.config.position == "rope" else None  # type: ignore[return-value]
+        return (self.cosines_TK, self.sines_TK) if self.config.is_rotary else None  # type: ignore[return-value]
 
 
 def initialize(module: nn.Module, std: float) -> None:

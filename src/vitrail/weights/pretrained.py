@@ -85,9 +85,9 @@ def load(
         source: the name of a bundled model (``"cifar10"``; ``"./cifar10"`` and every ``Path`` are
             paths); a run folder (its BEST checkpoint), a checkpoint folder, a ``.safetensors`` file
             of Vitrail; weights of the reference implementation (``.pt``), timm (``.safetensors``,
-            ``.pth``, or a folder), Hugging Face (a folder of ViT, DeiT, DINOv2, CLIP or SigLIP),
-            Google (``.npz``); or a hub id, ``hf:OWNER/NAME``. Default: the newest run in output/,
-            else the bundled model.
+            ``.pth``, or a folder), Hugging Face (a folder of ViT, DeiT, DINOv2, DINOv3, CLIP or
+            SigLIP), Google (``.npz``); or a hub id, ``hf:OWNER/NAME``. Default: the newest run in
+            output/, else the bundled model.
         n_attention_heads: the head count, if the files do not contain it. Default: 4 for the
             reference's ``.pt``, the usual one for their width for timm's files.
         image_size: another size of the pictures, side or height and width in pixels: learned

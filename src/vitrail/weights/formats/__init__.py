@@ -70,6 +70,7 @@ class Layout:
     """The names of layers with a weight and a bias."""
     class_token: str
     positions: str
+    """Name of the table of positions (1, T, D); empty if they are rotary."""
     needs: Mapping[str, tuple[Any, ...]]
     """Values that settings must have in this layout, besides a patch stem and learned positions."""
     registers: str = ""
@@ -89,15 +90,15 @@ class Layout:
         for ours, theirs in _parts(self.names(config), config.n_layers):
             if ours in weights:
                 written.update(zip(theirs, weights[ours].chunk(len(theirs)), strict=True))
-        table_TD = weights["position_ND"]
         if "class_token_D" in weights:
-            class_D = weights["class_token_D"]
-            written[self.class_token] = class_D[None, None]
-            if self.class_row:
-                table_TD = torch.cat([torch.zeros_like(class_D)[None], table_TD])
+            written[self.class_token] = weights["class_token_D"][None, None]
         if "registers_RD" in weights:
             written[self.registers] = weights["registers_RD"][None]
-        written[self.positions] = table_TD[None]
+        if self.positions:
+            table_TD = weights["position_ND"]
+            if "class_token_D" in weights and self.class_row:
+                table_TD = torch.cat([torch.zeros_like(table_TD[:1]), table_TD])
+            written[self.positions] = table_TD[None]
         return {key: t.contiguous() for key, t in self.pack(written, config).items()}
 
     def to_ours(self, config: ModelConfig, state: State, template: State) -> dict[str, Tensor]:
@@ -127,15 +128,17 @@ class Layout:
             for ours, theirs in _parts(self.names(config), config.n_layers)
             if ours in template
         }
-        table_TD = plain[self.positions][0]
         if "class_token_D" in template:
-            class_D = plain[self.class_token].flatten()
-            if self.class_row:
-                class_D, table_TD = class_D + table_TD[0], table_TD[1:]
-            converted["class_token_D"] = class_D
+            converted["class_token_D"] = plain[self.class_token].flatten()
         if "registers_RD" in template:
             converted["registers_RD"] = plain[self.registers][0]
-        return converted | {"position_ND": table_TD}
+        if self.positions:
+            table_TD = plain[self.positions][0]
+            if "class_token_D" in template and self.class_row:
+                token_D, table_TD = table_TD[0], table_TD[1:]
+                converted["class_token_D"] = converted["class_token_D"] + token_D
+            converted["position_ND"] = table_TD
+        return converted
 
 
 def _parts(names: Names, n_layers: int) -> Iterator[tuple[str, list[str]]]:

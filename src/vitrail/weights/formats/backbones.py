@@ -1,7 +1,8 @@
-"""Networks without classes on Hugging Face: DINOv2, the vision towers of CLIP and SigLIP.
+"""Networks without classes on Hugging Face: DINOv2, DINOv3, the vision towers of CLIP and SigLIP.
 
 Read only. Sources: https://github.com/huggingface/transformers, models/dinov2/modeling_dinov2.py,
-models/dinov2_with_registers, models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
+models/dinov2_with_registers, models/dinov3_vit/modeling_dinov3_vit.py,
+models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
 """
 
 import re
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
+from vitrail.errors import CheckpointError
 from vitrail.weights.formats import (
     Converted,
     Layout,
@@ -116,6 +118,75 @@ DINOV2 = Layout(
     lambda _: DINOV2_NAMES,
     class_token="embeddings.cls_token",
     positions="embeddings.position_embeddings",
+    registers="embeddings.register_tokens",
+    needs={},
+)
+
+# --- DINOv3 ---------------------------------------------------------------------------------------
+
+DINOV3_NAMES = {
+    "stem": ("embeddings.patch_embeddings",),
+    "norm": ("norm",),
+    "head": ("classifier",),
+    **block_names(
+        "layer.*.",
+        {
+            "norm1": ("norm1",),
+            "attention.qkv": tuple(f"attention.{name}_proj" for name in "qkv"),
+            "attention.out_projection": ("attention.o_proj",),
+            "scale1.weight": ("layer_scale1.lambda1",),
+            "norm2": ("norm2",),
+            "mlp.fc1": ("mlp.up_proj",),
+            "mlp.fc2": ("mlp.down_proj",),
+            "scale2.weight": ("layer_scale2.lambda1",),
+        },
+    ),
+}
+DINOV3_GATED_NAMES = DINOV3_NAMES | block_names(
+    "layer.*.", {"mlp.fc1": ("mlp.gate_proj", "mlp.up_proj")}
+)
+ROTARY_BASE = 100.0
+"""That of our rotary positions, and of all published weights."""
+
+
+def _find_dinov3(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
+    """Read the model's settings off its shapes, its config.json and preprocessor_config.json."""
+    notes: list[str] = []
+    plain = {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    gated = "layer.0.mlp.gate_proj.weight" in plain
+    about = {
+        "hidden_act": "silu" if gated else "gelu", "layer_norm_eps": 1e-5, "image_size": 224,
+        "rope_theta": ROTARY_BASE, **files.get("config.json", {}),
+    }  # fmt: skip
+    if float(about["rope_theta"]) != ROTARY_BASE:
+        raise CheckpointError(f"rope_theta is {about['rope_theta']}: only {ROTARY_BASE:g}")
+    if gated and about["hidden_act"] != "silu":
+        raise CheckpointError(f"hidden_act is {about['hidden_act']!r} with a gate: only silu")
+    if plain.pop(MASK, None) is not None:
+        notes.append(f"{MASK}: ignored, of use in training only")
+    fill_biases(plain, DINOV3_NAMES, notes)
+    act = {"hidden_act": "gelu"} if gated else {}
+    settings = read_settings(plain, DINOV3_NAMES, about | act, n_attention_heads, notes)
+    settings |= {"hidden_act": "swiglu"} if gated else {}
+    size = about["image_size"]
+    config = ModelConfig(
+        image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
+        n_registers=plain[DINOV3.registers].shape[1] if DINOV3.registers in plain else 0,
+        position="rope_centered",
+        **settings,
+    )
+    processor = files.get(FILE)
+    data = read_processor(processor, config.image_hw, notes) if processor else {}
+    return Converted(config, plain, notes, (), data, IMAGENET)
+
+
+DINOV3 = Layout(
+    "dinov3",
+    re.compile(r"(model\.)?layer\.\d+\.|embeddings\.(cls|register)_token|norm\."),
+    _find_dinov3,
+    lambda config: DINOV3_GATED_NAMES if config.hidden_act == "swiglu" else DINOV3_NAMES,
+    class_token="embeddings.cls_token",
+    positions="",
     registers="embeddings.register_tokens",
     needs={},
 )

@@ -27,7 +27,8 @@ from vitrail.weights.formats.single_file import GOOGLE, REFERENCE
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        REFERENCE, timm.TIMM, huggingface.HUGGINGFACE, backbones.DINOV2, backbones.CLIP, GOOGLE,
+        REFERENCE, timm.TIMM, huggingface.HUGGINGFACE, backbones.DINOV2, backbones.DINOV3,
+        backbones.CLIP, GOOGLE,
     )
 }  # fmt: skip
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
