@@ -112,16 +112,15 @@ def _vit() -> Config:
 
 
 def _base() -> Config:
-    """Return a recipe for hundreds of epochs on a GPU: a larger model, and more augmentation."""
+    """Return a recipe for minutes on a large GPU: ten times as large, and more augmentation."""
     recipe = _recipe(
-        "cifar10", epochs=300, batch_size=512, rate=0.02,
-        patch_size=4, embed_dim=256, n_layers=8, n_attention_heads=8, drop_path=0.1,
-        stem_channels=(128, 256, 256),
+        "cifar10", epochs=300, batch_size=512, rate=0.01,
+        patch_size=4, embed_dim=384, n_layers=8, n_attention_heads=6, forward_mul=4,
+        drop_path=0.1, stem_channels=(128, 128, 384, 384), stem_pools=(1, 3),
     )  # fmt: skip
-    augment = AugmentConfig(
-        crop_padding=4, randaugment_ops=2, randaugment_magnitude=9, random_erasing=0.25,
-        cutmix=1.0, strong_until=0.9, mix_until=0.8,
-    )  # fmt: skip
+    augment = replace(
+        STRONG, randaugment_ops=2, cutmix=1.0, mixup=0.2, mix_until=0.8, strong_until=0.9
+    )
     training = replace(recipe.training, warmup_epochs=10.0, schedule="cosine", ema_decay=0.999)
     return replace(recipe, augment=augment, training=training)
 
@@ -149,8 +148,8 @@ PRESETS = {
     ),
     "base": Preset(
         _base(),
-        "CIFAR-10, for ten minutes on a large GPU",
-        "not measured (no GPU was available)",
+        "CIFAR-10, for a large GPU: 16 million parameters",
+        "97 PFLOP; time and accuracy not measured (no GPU was available)",
     ),
     "reference": Preset(
         _reference(n_layers=6),
