@@ -41,6 +41,7 @@ from vitrail.explain.map_settings import (
     VIEWS,
     MapSettings,
     Method,
+    read_variant,
     require_importance,
     settings_of_all,
 )
@@ -86,7 +87,8 @@ class ExplainOptions(PictureOptions):
     method: str | None = None
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
     occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
-    norms. Default: balanced, traced back through the layers; with --score, all."""
+    norms. Default: balanced, traced back through the layers; with --score, all. With --score also
+    variants: occlusion:window=1,rollout:fusion=norm."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
@@ -145,7 +147,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     if options.score:
         from vitrail.cli.score import score
 
-        methods = _list_methods(options.method)
+        methods = _list_variants(options.method)
         folder, as_json = options.folder, options.json
         return score(classifier, methods, options.data, options.images, folder, as_json=as_json)
     return _draw_all(classifier, names, options)
@@ -176,12 +178,15 @@ def _check(options: ExplainOptions) -> None:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
     if count > 1:
         raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
-    methods = _list_methods(options.method)  # also without --score: refused before a model loads
+    # Also without --score: refused before a model loads.
+    (_list_variants if options.score else _list_methods)(options.method)
     if options.score:
-        require_importance(methods)
         chosen = ("frames", "format", "class_name", *SETTINGS)
         _refuse_idle(
-            options, chosen, vars(options.drawing), "--score measures the methods as they are"
+            options,
+            chosen,
+            vars(options.drawing),
+            "--score measures the methods as they are, or --method METHOD:NAME=VALUE",
         )
         check_images(options.images)
         if options.output_path is not None and is_file_name(options.output_path):
@@ -408,12 +413,30 @@ def _list_methods(text: str | None) -> list[Method]:
     names: list[Method] = []
     for part in text.split(",") if text is not None else []:
         name = part.strip().replace("-", "_")
+        if ":" in name:
+            flag, _, value = name.partition(":")[2].partition("=")
+            raise ConfigError(
+                f"--method {name} is a variant, which only --score takes: give --{flag} {value}"
+            )
         if name not in (*known, ALL):
             raise ConfigError(
                 f"no method {name!r}{nearest(name, known)}: one of {', '.join(known)}, or {ALL}"
             )
         names += METHODS if name == ALL else [cast(Method, name)]
     return list(dict.fromkeys(names))
+
+
+def _list_variants(text: str | None) -> list[Method | MapSettings]:
+    """Return the methods to score, and variants such as occlusion:window=1, each once."""
+    found: dict[str, Method | MapSettings] = {}
+    for part in text.split(",") if text is not None else []:
+        if ":" in part:
+            settings = read_variant(part)
+            found.setdefault(settings.variant, settings)
+        else:
+            found |= {method: method for method in _list_methods(part) if method not in found}
+    require_importance(each if isinstance(each, str) else each.method for each in found.values())
+    return list(found.values())
 
 
 def _read_numbers(name: str, text: str) -> tuple[int, ...]:

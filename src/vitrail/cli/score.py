@@ -14,6 +14,7 @@ from vitrail.errors import OutputError
 if TYPE_CHECKING:
     from vitrail.explain.best_order import Ceiling
     from vitrail.explain.map_metrics import Score
+    from vitrail.explain.map_settings import MapSettings, Method
     from vitrail.explain.sanity import Sanity, Shortcut
     from vitrail.explain.stored_scores import Verdict
     from vitrail.inference.classifier import Classifier
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def score(
     classifier: "Classifier",
-    chosen: Sequence[str],
+    chosen: "Sequence[Method | MapSettings]",
     data: DataOptions,
     count: int,
     folder: Path,
@@ -30,7 +31,7 @@ def score(
 ) -> int:
     """Score methods on images of the model's data; write numbers and plots, print tables or JSON.
 
-    If all methods are scored (none is ``chosen``), the verdict is also stored beside the weights.
+    If all methods are scored (by default they are), the verdict is also stored beside the weights.
     """
     from vitrail.data.images import normalize
     from vitrail.explain.best_order import find_ceiling
@@ -40,7 +41,7 @@ def score(
     from vitrail.explain.sanity import check_methods
     from vitrail.training.run_folder import load_split
 
-    methods: Any = chosen or METHODS
+    methods = chosen or METHODS
     images = load_split(classifier, **data.to_load()).sample(count)
     log_test_use(classifier, data.split, folder, "vitrail explain --score", len(images))
     print_err(f"scoring on {len(images)} {data.split} images of {classifier.config.data.dataset}")
@@ -66,13 +67,16 @@ def score(
         print(json.dumps(numbers))
     else:
         out.print(_tables(verdict, scores, checks, ceiling, shortcut))
-    if not chosen:
+    if set(METHODS) <= set(methods):
         _store(classifier, verdict, folder)
     return 0
 
 
 def _check_shortcut(
-    classifier: "Classifier", data: DataOptions, count: int, methods: Any
+    classifier: "Classifier",
+    data: DataOptions,
+    count: int,
+    methods: "Sequence[Method | MapSettings]",
 ) -> "Shortcut | None":
     """Return how the maps show the mark, if the model was trained with one."""
     from vitrail.data.images import normalize
@@ -98,14 +102,20 @@ def _numbers(
     shortcut: "Shortcut | None",
 ) -> dict[str, Any]:
     """Return everything that was measured as JSON values."""
+    from vitrail.explain.map_metrics import paired_differences
     from vitrail.explain.stored_scores import to_json
 
+    differences = paired_differences(scores)
     return {
         "model": classifier.source,
         **to_json(verdict, classifier.model),
         "ceiling": ceiling.to_json(),
         "shortcut": shortcut and shortcut.to_json(),
         "scores": [each.to_json() for each in scores],
+        "differences": {
+            name: {lower: difference._asdict() for lower, difference in found.items()}
+            for name, found in differences.items()
+        },
         "checks": [each.to_json() for each in checks],
     }
 

@@ -26,6 +26,7 @@ from vitrail.explain.deletion_insertion import BATCH_SIZE, deletion_insertion
 from vitrail.explain.faithfulness import faithfulness_correlation, hidden_sets, logit_drops
 from vitrail.explain.map_settings import (
     METHODS,
+    MapSettings,
     Method,
     require_importance,
     settings_of_all,
@@ -242,6 +243,20 @@ class Score:
         }
 
 
+def paired_difference(one: Score, other: Score) -> Estimate:
+    """Return the SRG of one method less that of another, image by image."""
+    return estimate_mean(torch.tensor(one.srg_B) - torch.tensor(other.srg_B))
+
+
+def paired_differences(scores: Sequence[Score]) -> dict[str, dict[str, Estimate]]:
+    """Return by how much each method's SRG is above that of all that have a lower one."""
+    ranked = sorted(scores, key=lambda score: -score.estimates["srg"].mean)
+    return {
+        score.method: {lower.method: paired_difference(score, lower) for lower in ranked[rank:]}
+        for rank, score in enumerate(ranked[:-1], start=1)
+    }
+
+
 class Outcome(NamedTuple):
     """The measures of one method, image by image, and its curves."""
 
@@ -256,7 +271,7 @@ def score_methods(
     model: VisionTransformer,
     images_BCHW: Tensor,
     masks_BHW: Tensor | None,
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method | MapSettings] = METHODS,
     *,
     steps: int = 16,
     seed: int = 0,
@@ -272,7 +287,7 @@ def score_methods(
     Args:
         model, images_BCHW: in evaluation mode; normalized, on the model's device.
         masks_BHW: the objects' pixels, or None where they are not known.
-        methods: the methods to score, in order.
+        methods: the methods, or settings of variants of them, to score, in order.
         steps: points of a curve after the first; at most one per patch.
         seed: of the random maps and the sets that are hidden.
         advance: called ``STEPS`` times per method and control, to report progress.
@@ -282,7 +297,8 @@ def score_methods(
         ConfigError: a method is a view, or does not work on the model.
     """
     require(steps >= 1, f"steps is {steps}: give at least 1")
-    require_importance(methods)
+    settings = settings_of_all(methods)
+    require_importance(each.method for each in settings)
     require_enough(len(images_BCHW))
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
@@ -290,7 +306,7 @@ def score_methods(
     hidden_KN = hidden_sets(math.prod(model.config.grid_GJ), seed=seed)
     drops_BK = logit_drops(model, images_BCHW, classes_B, hidden_KN)
     outcomes, start = {}, time.perf_counter()
-    for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed):
+    for name, maps_BGJ in _all_maps(model, images_BCHW, settings, classes_B, seed):
         seconds = time.perf_counter() - start
         values = _measure_on_objects(maps_BGJ, masks_BHW)
         values["correlation"] = faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)
@@ -323,14 +339,14 @@ def _measure_on_objects(maps_BGJ: Tensor, masks_BHW: Tensor | None) -> dict[str,
 def _all_maps(
     model: VisionTransformer,
     images_BCHW: Tensor,
-    methods: Sequence[Method],
+    settings: Sequence[MapSettings],
     classes_B: Tensor,
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each method's name and its maps (B, G, J), then the controls'."""
-    for settings in settings_of_all(methods):
-        maps = compute_maps(model, images_BCHW, settings, classes_B=classes_B)
-        yield settings.method, maps.values_BLGJ[:, -1]
+    for each in settings:
+        maps = compute_maps(model, images_BCHW, each, classes_B=classes_B)
+        yield each.variant, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
     random_BGJ = torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
     yield "random", random_BGJ

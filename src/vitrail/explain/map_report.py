@@ -1,6 +1,7 @@
 """Scores of explanation methods as a table for the terminal and as a picture."""
 
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ from vitrail.evaluation.report import (
     write_title,
 )
 from vitrail.explain.best_order import Ceiling
-from vitrail.explain.map_metrics import MEASURES, Score
+from vitrail.explain.map_metrics import MEASURES, Score, paired_difference
 from vitrail.explain.sanity import TOO_SIMILAR, Sanity, Shortcut
 from vitrail.explain.stored_scores import Verdict
 
@@ -50,6 +51,7 @@ def score_table(
     scores = sorted(scores, key=lambda score: (score.is_control, -score.estimates["srg"].mean))
     failed = {badge.method for badge in verdict.badges if badge.failures} if verdict else set()
     tables = _tables(scores, failed, ceiling)
+    tables += [_difference_table(scores)] if scores else []
     words = _how_to_read(scores, failed, ceiling)
     return Group(*tables, Text(words, style="dim"), "", _verdicts(scores))
 
@@ -141,8 +143,8 @@ def plot_randomization(path: Path, checks: Sequence[Sanity]) -> None:
     axes = figure.add_subplot()
     for index, check in enumerate(checks):
         means = [estimate.mean for estimate in check.similarity.values()]
-        color = COLORS[index % len(COLORS)]
-        axes.plot(list(check.similarity), means, "o-", color=color, label=check.method)
+        color, style = _line(index)
+        axes.plot(list(check.similarity), means, f"o{style}", color=color, label=check.method)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.set(xlabel="randomized, from left to right", ylabel="rank correlation", ylim=(-0.3, 1.02))
     write_title(axes, "Similarity of the maps with those of the trained model: lower is better")
@@ -197,6 +199,27 @@ def _table(
         cells = [srg if name == "srg" else Text("") for name in names]
         table.add_row(f"ceiling, {ceiling.n} images", *cells, percent(1), style="dim")
     return table
+
+
+def _difference_table(scores: Sequence[Score]) -> Table:
+    """Return the paired differences of each method's SRG to the next method, and best control."""
+    methods = [score for score in scores if not score.is_control]
+    controls = [score for score in scores if score.is_control]
+    table = make_table("Differences of SRG, image by image")
+    table.add_column("method", no_wrap=True)
+    for column in ("above the next\nmethod", "above the best\ncontrol"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for score, following in zip_longest(methods, methods[1:]):
+        others = [following, *controls[:1]]
+        table.add_row(score.method, *(_difference(score, other) for other in others))
+    return table
+
+
+def _difference(one: Score, other: Score | None) -> Text:
+    if other is None:
+        return Text("")
+    mean, low, high = paired_difference(one, other)
+    return Text(f"{mean:.3f}", style="bold").append(f"\n{low:.3f} to {high:.3f}", "not bold dim")
 
 
 def _label(score: Score) -> str:
@@ -261,9 +284,14 @@ def _styles(scores: Sequence[Score]) -> list[tuple[str, str]]:
     return [
         ("#888888", CONTROL_STYLES[score.method])
         if score.is_control
-        else (COLORS[methods.index(score.method) % len(COLORS)], "-")
+        else _line(methods.index(score.method))
         for score in scores
     ]
+
+
+def _line(index: int) -> tuple[str, str]:
+    """Return the color and line style of the method with this number."""
+    return COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
 
 
 def _draw_curves(axes: Axes, name: str, scores: Sequence[Score]) -> None:

@@ -3,8 +3,8 @@
 Most methods are importance maps: what the prediction depends on. Views show the tokens themselves.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from vitrail.config.settings import require, require_range
@@ -50,6 +50,11 @@ SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
     "norms": ("layers",),
 }
 """The settings that have an effect on a method."""
+VARIED: dict[str, Callable[[str], Any]] = {
+    "fusion": str, "discard_ratio": float, "gradients": str, "points": int, "window": int,
+    "passes": int,
+}  # fmt: skip
+"""The settings that make a variant of a method, with the type of each."""
 
 
 def default_view(given: Iterable[str], *, has_classes: bool = True) -> tuple[Method, str | None]:
@@ -144,24 +149,56 @@ class MapSettings:
             "fusion norm needs method rollout and all heads: leave out heads, or give another",
         )
 
+    @property
+    def variant(self) -> str:
+        """The method, with the settings that make a variant of it: ``occlusion:window=1``."""
+        given = (f for f in fields(self) if f.name in VARIED and getattr(self, f.name) != f.default)
+        return ":".join([self.method, *(f"{f.name}={getattr(self, f.name)}" for f in given)])
 
-def settings_of_all(methods: Iterable[Method] = METHODS, **settings: Any) -> list[MapSettings]:
+
+def read_variant(text: str) -> MapSettings:
+    """Return the settings that ``MapSettings.variant`` names.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value that it cannot have.
+    """
+    method, *parts = text.split(":")
+    settings: dict[str, Any] = {"method": method.strip().replace("-", "_")}
+    for part in parts:
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        require(
+            equals == "=" and name in VARIED,
+            f"{text!r:.80} is no variant of a method{nearest(name, VARIED)}: give "
+            f"METHOD:NAME=VALUE with one of {', '.join(VARIED)}; for example, occlusion:window=1",
+        )
+        try:
+            settings[name] = VARIED[name](value)
+        except ValueError as error:
+            raise ConfigError(f"{text!r:.80}: {name} is {value!r:.20}, not a number") from error
+    return MapSettings(**settings)
+
+
+def settings_of_all(
+    methods: Iterable[Method | MapSettings] = METHODS, **settings: Any
+) -> list[MapSettings]:
     """Return settings for several methods, each with those of ``settings`` it supports.
 
-    All maps have one value per patch, so that they can be compared, unless a resolution is given.
+    A variant, given as settings, keeps its own. All maps have one value per patch, so that they can
+    be compared, unless a resolution is given.
     """
     settings = {"resolution": "patch", **settings}
-    return [
-        MapSettings(
-            method=method,
-            **{
-                name: value
-                for name, value in settings.items()
-                if name in ("chunk", *SUPPORTED_SETTINGS[method])
-            },
-        )
-        for method in methods
-    ]
+    found = []
+    for method in methods:
+        own = method if isinstance(method, MapSettings) else MapSettings(method=method)
+        used = {
+            field.name: settings[field.name]
+            for field in fields(own)
+            if field.name in settings
+            and field.name in ("chunk", *SUPPORTED_SETTINGS[own.method])
+            and getattr(own, field.name) == field.default
+        }
+        found.append(replace(own, **used))
+    return found
 
 
 def require_importance(methods: Iterable[str]) -> None:

@@ -65,7 +65,7 @@ def check_methods(
     model: VisionTransformer,
     images_BCHW: Tensor,
     labels_B: Tensor,
-    methods: Sequence[Method],
+    methods: Sequence[Method | MapSettings],
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Sanity]:
@@ -77,17 +77,18 @@ def check_methods(
         ConfigError: a method is a view.
         DataError: there are fewer than ten images.
     """
-    require_importance(methods)
+    several = settings_of_all(methods, passes=128)
+    require_importance(each.method for each in several)
     few_BCHW = images_BCHW[:CHECKED]
     mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
-    for settings in settings_of_all(methods, passes=128):
+    for settings in several:
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if len(mosaics[0]) >= FEWEST_IMAGES:
             shares_M4 = shares_in_tiles(model, *mosaics, settings)
             in_tile = estimate_mean(shares_M4.mean(1))
-        found.append(Sanity(settings.method, similarity, in_tile))
+        found.append(Sanity(settings.variant, similarity, in_tile))
         advance()
     return found
 
@@ -253,7 +254,7 @@ def check_shortcut(
     model: VisionTransformer,
     images: ImageSet,
     prepare: Callable[[Tensor], Tensor],
-    methods: Sequence[Method],
+    methods: Sequence[Method | MapSettings],
     *,
     seed: int = 0,
 ) -> Shortcut:
@@ -285,5 +286,5 @@ def check_shortcut(
     for settings in settings_of_all(methods) if len(shown_BCHW) >= FEWEST_IMAGES else ():
         maps = compute_maps(model, shown_BCHW, settings)
         share_B = _share_inside(maps.values_BLGJ[:, -1], mark_HW)
-        shares[settings.method] = estimate_mean(share_B)
+        shares[settings.variant] = estimate_mean(share_B)
     return Shortcut(accuracies, len(shown_BCHW), shares, mark_HW.mean().item())
