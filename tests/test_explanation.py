@@ -230,6 +230,43 @@ def test_numbers_are_saved_as_they_are(
         assert row["title"] == rolled.titles[place[0]]
 
 
+def test_shapley_values_are_saved_and_shown_with_their_errors(
+    classifier: Classifier, picture: str, tmp_path: Path
+) -> None:
+    explained = classifier.explain(picture, method="shapley", passes=100)
+    errors_FGJ = explained.errors_FGJ
+    assert errors_FGJ is not None
+    assert errors_FGJ.shape == explained.maps_FGJ.shape
+    assert errors_FGJ.min() > 0
+    explained.save(tmp_path / "x.npz")
+    assert np.array_equal(np.load(tmp_path / "x.npz")["errors_FGJ"], errors_FGJ)
+    explained.save(tmp_path / "x.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+    found = [float(row["standard_error"]) for row in rows]
+    assert found == pytest.approx(errors_FGJ.ravel().tolist(), rel=1e-6)
+    assert f"92 passes, standard error <= {errors_FGJ.max():.2g}" in caption(explained)
+    assert len(describe(page_data(explained))["errors"]["shapley"]) == errors_FGJ.size
+    single = classifier.explain(picture, method="shapley", passes=2)
+    assert "standard error unknown" in caption(single)
+    several = classifier.explain(picture, method="all")
+    assert several.errors_FGJ is not None
+    assert np.isnan(several.errors_FGJ[:-1]).all(), "other methods are no estimates"
+    assert classifier.explain(picture, method="balanced").errors_FGJ is None
+
+
+def test_hiding_patches_shows_its_progress_on_a_terminal(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["explain", "--model_path", str(run_folder), picture, "--method"]
+    for method in ("shapley", "occlusion", "rollout,occlusion"):
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=True, width=100)
+        monkeypatch.setattr("vitrail.cli.console.err", console)
+        assert main([*words, method, "--output_path", "x.npz"]) == 0
+        assert "hiding patches" in screen.getvalue()
+        assert "100%" in screen.getvalue()
+
+
 def test_signed_maps_have_zero_in_the_middle(classifier: Classifier, picture: str) -> None:
     signed = classifier.explain(picture, method="balanced")
     assert signed.frames[0].signed
@@ -512,6 +549,20 @@ def test_scores_are_printed_drawn_and_saved(
     assert printed == json.loads(Path("s/scores.json").read_text())
 
 
+def test_variants_are_scored_and_compared(run_folder: Path, picture: str) -> None:
+    words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
+    names = "occlusion,occlusion:window=1,occlusion:window=2,rollout:fusion=norm"
+    assert main([*words, "--method", names, "--output_path", "s"]) == 0
+    found = json.loads(Path("s/scores.json").read_text())
+    expected = {"occlusion", "occlusion:window=1", "rollout:fusion=norm"}
+    assert {each["method"] for each in found["checks"]} == expected
+    failures = {badge["method"]: badge["depends_on_class"] for badge in found["badges"]}
+    assert failures["rollout:fusion=norm"] is False
+    pairs = {name for high, lower in found["differences"].items() for name in (high, *lower)}
+    assert pairs == {score["method"] for score in found["scores"]}
+    assert not (run_folder / "scores.json").exists(), "only a verdict on all methods is stored"
+
+
 def test_a_verdict_on_all_methods_is_shown_with_the_model_until_it_is_trained_on(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -635,8 +686,15 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --images 20", ["--score", "leave out --images"]),
         (
             "--score --window 3 --class ring --alpha 0.5",
-            ["as they are", "leave out --class, --window, --alpha"],
+            ["--method METHOD:NAME=VALUE", "leave out --class, --window, --alpha"],
         ),
+        ("--score --method occlusion:windows=1", ["did you mean 'window'", "occlusion:window=1"]),
+        ("--score --method occlusion:window=x", ["window is 'x', not a number"]),
+        ("--score --method rollout:window=1", ["window has no effect on method rollout"]),
+        ("--score --method oclusion:window=1", ["did you mean 'occlusion'"]),
+        ("--score --method norms:layers=1", ["norms:layers=1"]),
+        ("--score --method norms", ["norms shows the tokens"]),
+        ("cat.png --method occlusion:window=1", ["only --score", "give --window 1"]),
         ("cat.png --format npz --alpha 0.5", [".npz holds the numbers", "leave out --alpha"]),
         ("cat.png --format png --duration 90", [".png is not animated", "leave out --duration"]),
         ("cat.png --method rollout,gradcam --window 3", ["leave out --window"]),

@@ -30,6 +30,7 @@ from vitrail.explain.map_metrics import (
     estimate_mean,
     half_width,
     mass_inside,
+    paired_differences,
     pointing_game,
     score_methods,
     significantly_above_zero,
@@ -37,7 +38,7 @@ from vitrail.explain.map_metrics import (
     t_quantile,
 )
 from vitrail.explain.map_report import plot_scores, score_table
-from vitrail.explain.map_settings import METHODS
+from vitrail.explain.map_settings import METHODS, MapSettings
 from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.model.vit import VisionTransformer
 
@@ -328,6 +329,37 @@ def test_methods_then_controls_are_scored_by_every_measure(scores: list[Score]) 
         gains = [mean[f"insertion_{fill}"] - mean[f"deletion_{fill}"] for fill in FILLS]
         assert mean["srg"] == pytest.approx(sum(gains) / 2, abs=1e-6)
     json.dumps([score.to_json() for score in scores], allow_nan=False)
+
+
+def test_variants_of_a_method_are_scored_beside_each_other(
+    model: VisionTransformer, scores: list[Score]
+) -> None:
+    images_BCHW = torch.randn(11, 3, 12, 20, generator=torch.Generator().manual_seed(5))
+    masks_BHW = torch.zeros(11, 12, 20, dtype=torch.bool)
+    variant = MapSettings(method="rollout", fusion="max")
+    plain, other = score_methods(model, images_BCHW, masks_BHW, ("rollout", variant), steps=4)[:2]
+    assert (plain.method, other.method) == ("rollout", "rollout:fusion=max")
+    assert plain.srg_B == scores[0].srg_B != other.srg_B
+
+
+def test_differences_are_paired_and_downwards() -> None:
+    """The images vary much more than the methods differ on each of them."""
+    noise_B = torch.linspace(-0.5, 0.5, 20)
+    wiggle_B = 0.01 * torch.tensor([1.0, -1.0] * 10)
+
+    def values(method: str, measure: str) -> Tensor:
+        level = {"rollout": 0.2, "gradcam": 0.3, "center": 0.1}.get(method, 0.0)
+        return level + noise_B + wiggle_B * (method == "gradcam")
+
+    found = paired_differences(made_scores(values))
+    assert list(found) == ["gradcam", "rollout", "center", "random"]
+    assert list(found["rollout"]) == ["center", "random", "blurred random"]
+    mean, low, high = found["gradcam"]["rollout"]
+    half = 2.093 * stdev(wiggle_B.tolist()) / math.sqrt(20)
+    assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-5)
+    text = text_of(made_scores(values))
+    assert f"{low:.3f} to {high:.3f}" in text
+    assert "0.100 to 0.100" in text, "rollout above the center, the best control"
 
 
 def test_areas_agree_with_the_curves(scores: list[Score]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from test_page import HOSTILE, make_data
 from vitrail.explain.page import PageData, make_page
+from vitrail.explain.stored_scores import Badge
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -101,6 +102,29 @@ def rollout_of(attention_LATT: np.ndarray, layers: int) -> np.ndarray:
     for attention_ATT in attention_LATT[:layers]:
         flow_TT = (attention_ATT.mean(0) + np.eye(len(flow_TT))) / 2 @ flow_TT
     return flow_TT
+
+
+def test_the_page_opens_on_the_best_method_that_passes_every_test(open_page: Open) -> None:
+    good = {"beats_controls": True, "depends_on_model": True, "depends_on_class": True}
+    badges = (
+        Badge("rollout", 0.5, 0.4, 0.6, **good | {"depends_on_class": False}),
+        Badge("relevance:gradients=balanced", 0.5, 0.4, 0.6, **good),
+        Badge("relevance", 0.4, 0.3, 0.5, **good),
+        Badge("gradcam", 0.3, 0.2, 0.4, **good),
+    )
+    checked = "document.querySelector('input[name=method]:checked').value"
+    assert open_page(make_data(badges=badges)).evaluate(checked) == "relevance"
+    assert open_page(make_data(badges=badges[:1])).evaluate(checked) == "attention"
+    assert open_page(make_data()).evaluate(checked) == "attention"
+
+
+def test_the_standard_errors_of_a_map_are_beside_its_values(open_page: Open) -> None:
+    values_GJ = np.array([[0.1, 0.2, -0.3], [0.4, 0.0, 0.25]])
+    data = make_data(maps={"shapley": values_GJ[None]}, errors={"shapley": values_GJ / 100})
+    page = open_page(data)
+    page.evaluate("document.querySelector('input[value=shapley]').click()")
+    text = page.inner_text("#answer")
+    assert "row 2, column 1: 0.4 ± 0.004 (± standard error)" in text
 
 
 def test_it_opens_on_the_prediction_and_the_class_token(open_page: Open) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vitrail.config.settings import ModelConfig
-from vitrail.explain.removal import occlusion, shapley
+from vitrail.explain.map_settings import MapSettings
+from vitrail.explain.removal import compute, count_passes, occlusion, shapley
 from vitrail.model.vit import VisionTransformer
 
 CONFIG = ModelConfig(
@@ -113,3 +114,23 @@ def test_images_do_not_depend_on_each_other(images_BCHW: Tensor) -> None:
                     found = shapley(model, images, first_logit, passes=40, chunk=5)[0]
             parts.append(found)
         torch.testing.assert_close(parts[0][1:2], parts[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MapSettings(method="occlusion", window=1), MapSettings(method="occlusion", window=3),
+        MapSettings(method="shapley", passes=1), MapSettings(method="shapley", passes=45),
+    ],
+    ids=lambda settings: settings.variant,
+)  # fmt: skip
+def test_passes_are_counted_in_advance(images_BCHW: Tensor, settings: MapSettings) -> None:
+    model, passes = Additive(CONFIG).eval(), 0
+
+    def count(_: object, __: object, logits_XY: Tensor) -> None:
+        nonlocal passes
+        passes += len(logits_XY)
+
+    model.register_forward_hook(count)
+    compute(model, images_BCHW[:1], first_logit, settings)
+    assert passes == count_passes(CONFIG.grid_GJ, settings)

@@ -191,7 +191,7 @@ def test_several_classes_take_the_same_passes_as_one(model: VisionTransformer) -
         MapSettings(method="shapley", passes=40, chunk=7),
     ):
         with torch.no_grad():
-            both_BKGJ = removal.compute(model, images_BCHW, score, settings)
+            both_BKGJ = removal.compute(model, images_BCHW, score, settings)[0]
         for k, classes_B in enumerate(classes_BK.T):
             alone = compute_maps(model, images_BCHW, settings, classes_B=classes_B)
             torch.testing.assert_close(both_BKGJ[:, k], alone.values_BLGJ[:, 0])

@@ -1,7 +1,8 @@
 """``vitrail explain``."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from vitrail.cli.console import print_err, print_out
+from vitrail.cli.console import print_err, print_out, progress_bar
 from vitrail.cli.explain_files import (
     NUMBERS,
     SETTINGS,
@@ -298,17 +299,40 @@ def _explain_one(
         if all("resolution" in names for names in supported):
             settings.setdefault("resolution", "pixel")
         several = settings_of_all(methods, **settings)
-        return compare(subject, several, class_name=options.class_name)
+        with _show_passes([subject.model], several):
+            return compare(subject, several, class_name=options.class_name)
     asked, frames = view_of(options)
     method, kind = choose(methods[0] if methods else asked, frames)  # type: ignore[arg-type]
     checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
-    return explain(
-        subject,
-        MapSettings(method=method, **settings),
-        kind=frames,
-        class_name=options.class_name,
-        checkpoints=checkpoints,
-    )
+    chosen = MapSettings(method=method, **settings)
+    models = [model for _, model in checkpoints] or [subject.model]
+    with _show_passes(models, [chosen]):
+        return explain(
+            subject, chosen, kind=frames, class_name=options.class_name, checkpoints=checkpoints
+        )
+
+
+@contextmanager
+def _show_passes(
+    models: "Sequence[VisionTransformer]", several: Sequence[MapSettings]
+) -> Iterator[None]:
+    """Show a progress bar of the passes that hide patches, for occlusion and Shapley values."""
+    from vitrail.explain.removal import count_passes
+
+    slow = [each for each in several if each.method in ("occlusion", "shapley")]
+    total = sum(count_passes(model.config.grid_GJ, each) for model in models for each in slow)
+    with progress_bar("hiding patches", total) if slow else nullcontext() as move:
+        # Only this command has these models, so hooks disturb nobody.
+        hooks = [
+            model.register_forward_hook(lambda _, __, logits_BY: move(len(logits_BY)))
+            for model in models
+            if move
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _read_settings(options: ExplainOptions, subject: "Subject") -> dict[str, Any]:

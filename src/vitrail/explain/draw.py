@@ -7,8 +7,10 @@ import base64
 import csv
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import Normalize
@@ -22,6 +24,7 @@ from vitrail.explain.explanation import Explanation, Frame
 from vitrail.explain.map_settings import TITLES
 from vitrail.explain.page import make_page, page_data
 from vitrail.explain.panels import Panel, compose, make_legends, scales_of
+from vitrail.explain.removal import count_passes
 from vitrail.runtime.files import replace_file
 
 SUFFIXES = (".gif", ".webp", ".png", ".svg", ".pdf", ".html", ".npz", ".csv")
@@ -99,19 +102,25 @@ def _to_numbers(explanation: Explanation, suffix: str) -> bytes:
     """Return the maps as numbers, not scaled: an archive of arrays, or a table.
 
     ``.npz`` has ``maps_FGJ`` and ``titles_F``; ``.csv`` one line per frame, row and column, and
-    per channel of a color.
+    per channel of a color. Of Shapley values, both have the standard errors, too.
     """
     maps_FGJ, titles = explanation.maps_FGJ, explanation.titles
+    errors_FGJ = explanation.errors_FGJ
     if suffix == ".npz":
+        arrays: dict[str, Any] = {"maps_FGJ": maps_FGJ, "titles_F": np.array(titles)}
+        if errors_FGJ is not None:
+            arrays["errors_FGJ"] = errors_FGJ
         file = io.BytesIO()
-        np.savez_compressed(file, maps_FGJ=maps_FGJ, titles_F=np.array(titles))
+        np.savez_compressed(file, **arrays)
         return file.getvalue()
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     place = ["row", "column", "channel"][: maps_FGJ.ndim - 1]
-    table.writerow(["frame", "title", *place, "value"])
+    measured = ["value"] if errors_FGJ is None else ["value", "standard_error"]
+    table.writerow(["frame", "title", *place, *measured])
     for (f, *at), value in np.ndenumerate(maps_FGJ):
-        table.writerow([f, titles[f], *at, value])
+        error = [] if errors_FGJ is None else [errors_FGJ[(f, *at)]]
+        table.writerow([f, titles[f], *at, value, *error])
     return text.getvalue().encode()
 
 
@@ -297,6 +306,11 @@ def caption(explanation: Explanation, *, table: bool = False) -> str:
         parts.append(f"against {subject.classes[settings.against]}")
     if settings.method == "occlusion" and explanation.kind != "methods":
         parts.append(f"squares of {settings.window} x {settings.window} patches")
+    if settings.method == "shapley" and explanation.errors_FGJ is not None:
+        parts.append(f"{count_passes(subject.model.config.grid_GJ, settings)} passes")
+        largest = float(explanation.errors_FGJ.max())
+        unknown = math.isnan(largest)
+        parts.append("standard error unknown" if unknown else f"standard error <= {largest:.2g}")
     if subject.label and not table:
         parts.append(f"label: {subject.label}")
     return ", ".join(parts)

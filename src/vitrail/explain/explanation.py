@@ -102,6 +102,8 @@ class Frame:
     """Whether the predicted class is the label; None if the label is not known."""
     signed: bool = False
     """Whether negative values of the map count against the class."""
+    errors_GJ: np.ndarray | None = None
+    """Standard errors of Shapley values; NaN of a single pair of orders."""
 
     def __repr__(self) -> str:
         return f"Frame({self.title!r}, {self.prediction!r})"
@@ -133,6 +135,15 @@ class Explanation:
         shapes = {frame.map_GJ.shape for frame in self.frames}
         require(len(shapes) == 1, "features has a color per patch: ask for it separately")
         return np.stack([frame.map_GJ for frame in self.frames])
+
+    @property
+    def errors_FGJ(self) -> np.ndarray | None:
+        """The standard errors of Shapley values, NaN of other methods; None without any."""
+        if all(frame.errors_GJ is None for frame in self.frames):
+            return None
+        errors = [frame.errors_GJ for frame in self.frames]
+        none_GJ = np.full_like(self.maps_FGJ[0], np.nan)
+        return np.stack([none_GJ if errors_GJ is None else errors_GJ for errors_GJ in errors])
 
     @property
     def about(self) -> str:
@@ -372,6 +383,7 @@ def _frame(
     """
     if not subject.classes:
         return Frame(map_GJ.numpy(), title, "", query)
+    errors_GJ = None if maps.errors_BLGJ is None else maps.errors_BLGJ[0, -1].numpy()
     probabilities_Y = subject.calibration.probabilities(maps.logits_BY[0].numpy())
     top, explained = int(probabilities_Y.argmax()), int(maps.classes_B[0])
     prediction = f"{subject.classes[top]} {probabilities_Y[top]:.1%}"
@@ -381,4 +393,4 @@ def _frame(
     if explained != top:
         name = subject.classes[explained]
         prediction += f"   (explained: {name} {probabilities_Y[explained]:.1%})"
-    return Frame(map_GJ.numpy(), title, prediction, query, correct, maps.signed)
+    return Frame(map_GJ.numpy(), title, prediction, query, correct, maps.signed, errors_GJ)

@@ -48,10 +48,12 @@ class Maps:
     """Whether negative values count against the class."""
     query: tuple[int, int] | None = None
     """The patch (row, column) that was asked for; of similarity, by default the central one."""
+    errors_BLGJ: Tensor | None = None
+    """Standard errors of Shapley values: NaN of a single pair of orders; None of other methods."""
 
 
-_Explained = tuple[Tensor, Tensor, Tensor]
-"""What a method returns for one chunk of images: values_BLGJ, logits_BY, classes_B."""
+_Explained = tuple[Tensor, ...]
+"""What a method returns for some images: values_BLGJ, logits_BY, classes_B, maybe errors_BLGJ."""
 
 
 def compute_maps(
@@ -92,7 +94,7 @@ def compute_maps(
         return _COMPUTE[settings.method](model, images_BCHW, classes_B, settings)
 
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
-    values_BLGJ, logits_BY, chosen_B = joined
+    values_BLGJ, logits_BY, chosen_B, *errors = joined
     require_finite(values_BLGJ, logits_BY)
     has_layers = "layers" in SUPPORTED_SETTINGS[settings.method]
     return Maps(
@@ -102,6 +104,7 @@ def compute_maps(
         chosen_B if model.config.n_classes else classes_B,
         signed=settings.method in SIGNED,
         query=settings.query,
+        errors_BLGJ=errors[0].float() if errors else None,
     )
 
 
@@ -247,8 +250,9 @@ def _removal_maps(
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
         return class_score(chosen_B)(logits_XY.softmax(dim=1), image_X)
 
-    values_BGJ = removal.compute(model, images_BCHW, score, settings)
-    return values_BGJ[:, None], logits_BY, chosen_B
+    maps = removal.compute(model, images_BCHW, score, settings)
+    values_B1GJ, *errors = (map_BGJ[:, None] for map_BGJ in maps)
+    return values_B1GJ, logits_BY, chosen_B, *errors
 
 
 _COMPUTE: dict[Method, Callable[[VisionTransformer, Tensor, Tensor, MapSettings], _Explained]] = {

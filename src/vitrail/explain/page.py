@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -78,6 +78,8 @@ class PageData:
     """What to say if the picture is unlike the training images."""
     badges: tuple[Badge, ...] = ()
     """What the stored scores say about the methods on this model."""
+    errors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Standard errors (G, J) of the maps that are estimates."""
 
     def __post_init__(self) -> None:
         n_layers, n_classes = len(self.attention_LATT), len(self.classes)
@@ -89,6 +91,8 @@ class PageData:
             layers = 1 if len(map_LGJ) == 1 else n_layers
             channels = (CHANNELS,) if name == "features" else ()
             _check(f"the map {name}", map_LGJ, (layers, *self.grid_GJ, *channels))
+        for name, errors_GJ in self.errors.items():
+            _check(f"the errors of {name}", errors_GJ, self.grid_GJ)
         if self.similarity_LNN is not None:
             n_patches = self.grid_GJ[0] * self.grid_GJ[1]
             _check("similarity_LNN", self.similarity_LNN, (n_layers, n_patches, n_patches))
@@ -136,6 +140,11 @@ def page_data(explanation: Explanation) -> PageData:
         similarity_LNN=similarities(model, subject.image_1CHW)[0].numpy(),
         unlike=subject.unlike,
         badges=subject.verdict.badges if subject.verdict else (),
+        errors={
+            name: each.errors_BLGJ[0, 0].numpy()
+            for name, each in maps.items()
+            if each.errors_BLGJ is not None and each.errors_BLGJ.isfinite().all()
+        },
         explained=None if index == int(logits_Y.argmax()) else index,
     )
 
@@ -186,6 +195,7 @@ def describe(data: PageData) -> dict[str, Any]:
             name: {"layers": len(map_LGJ), "values": _encode_bytes(map_LGJ.astype("<f4"))}
             for name, map_LGJ in data.maps.items()
         },
+        "errors": {name: e_GJ.ravel().tolist() for name, e_GJ in data.errors.items()},
         "similarity": None if data.similarity_LNN is None else _encode_cosines(data.similarity_LNN),
         "badges": {
             badge.method: {"srg": badge.srg, "failures": badge.failures} for badge in data.badges

@@ -33,12 +33,25 @@ def class_score(classes_B: Tensor, against: int | None = None) -> Score:
 
 def compute(
     model: VisionTransformer, images_BCHW: Tensor, score: Score, settings: MapSettings
-) -> Tensor:
-    """Return the maps of occlusion or Shapley values, as the settings say: (B, G, J)."""
+) -> tuple[Tensor, ...]:
+    """Return maps (B, G, J): of occlusion, or Shapley values and then their standard errors."""
     chunk = settings.chunk
     if settings.method == "occlusion":
-        return occlusion(model, images_BCHW, score, window=settings.window, chunk=chunk)
-    return shapley(model, images_BCHW, score, passes=settings.passes, chunk=chunk)[0]
+        return (occlusion(model, images_BCHW, score, window=settings.window, chunk=chunk),)
+    return shapley(model, images_BCHW, score, passes=settings.passes, chunk=chunk)
+
+
+def count_passes(grid_GJ: tuple[int, int], settings: MapSettings) -> int:
+    """Return the forward passes that hide patches of one image, for one map."""
+    (G, J), more = grid_GJ, settings.window - 1
+    if settings.method == "occlusion":
+        return 1 + (G + more) * (J + more)
+    return 2 + 2 * _count_pairs(G * J, settings.passes) * (G * J - 1)
+
+
+def _count_pairs(patches: int, passes: int) -> int:
+    """Return the orders, each with its reverse, that take at most so many passes; at least one."""
+    return max(1, (passes - 2) // (2 * max(1, patches - 1)))
 
 
 def occlusion(
@@ -84,7 +97,7 @@ def shapley(
     """
     (G, J), device = model.config.grid_GJ, images_BCHW.device
     N = G * J
-    pairs = max(1, (passes - 2) // (2 * max(1, N - 1)))
+    pairs = _count_pairs(N, passes)
     generator = rng.generator(0, "orders")
     ranks = [torch.randperm(N, generator=generator) for _ in range(pairs)]
     ranks_ON = torch.stack([rank for r in ranks for rank in (r, N - 1 - r)]).to(device)

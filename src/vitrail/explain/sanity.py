@@ -215,7 +215,7 @@ def _maps_of_classes(
         return logits_XY.softmax(1).gather(1, classes_BK[image_X])
 
     with torch.no_grad():
-        return removal.compute(model, images_BCHW, score, settings).cpu()
+        return removal.compute(model, images_BCHW, score, settings)[0].cpu()
 
 
 def _share_inside(maps_BGJ: Tensor, inside_HW: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from vitrail.data.formats import DECODE_ERRORS, JPEG, gray_to_rgb
 from vitrail.data.pictures import enough_side, fit_channels, framing, read_picture, seen_box
 from vitrail.errors import PictureError, printable
 from vitrail.evaluation.calibration import describe_unlike
-from vitrail.explain import removal
 from vitrail.explain.deletion_insertion import count_patches, rank_patches
 from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps
@@ -141,42 +140,21 @@ def explanation(seen: Seen, question: Question) -> dict[str, Any]:
     settings = question.map_settings(subject)
     index = None if question.class_name is None else subject.find_class(question.class_name)
     answer: dict[str, Any] = {}
-    layers: tuple[int, ...] = (0,)
-    signed = True
-    if settings.method == "shapley":
-        values_LGJ, errors_GJ, index = _shapley(subject, settings, index)
-        finite = bool(errors_GJ.isfinite().all())  # one pair of orders has no spread
-        answer["errors"] = _numbers(errors_GJ) if finite else None
-    else:
-        maps = maps_of(subject, subject.model, settings, index)
-        values_LGJ, index = maps.values_BLGJ[0], int(maps.classes_B[0])
-        layers, signed = maps.layers, maps.signed
+    maps = maps_of(subject, subject.model, settings, index)
+    values_LGJ, index = maps.values_BLGJ[0], int(maps.classes_B[0])
+    if maps.errors_BLGJ is not None:
+        finite = bool(maps.errors_BLGJ.isfinite().all())  # one pair of orders has no spread
+        answer["errors"] = _numbers(maps.errors_BLGJ[0, 0]) if finite else None
     return answer | {
         "method": settings.method,
         "class": printable(subject.classes[index]),
         "against": question.against and printable(question.against),
-        "signed": signed,
-        "layers": list(layers),
+        "signed": maps.signed,
+        "layers": list(maps.layers),
         "rows": values_LGJ.shape[1],
         "columns": values_LGJ.shape[2],
         "maps": _numbers(values_LGJ),
     }
-
-
-def _shapley(
-    subject: Subject, settings: MapSettings, index: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """Return Shapley values (1, G, J), their standard errors (G, J), and the explained class."""
-    with torch.inference_mode():
-        chosen = int(subject.model(subject.image_1CHW).argmax()) if index is None else index
-        values_1GJ, errors_1GJ = removal.shapley(
-            subject.model,
-            subject.image_1CHW,
-            lambda logits_XY, _: logits_XY.softmax(dim=1)[:, chosen],
-            passes=settings.passes,
-            chunk=settings.chunk,
-        )
-    return values_1GJ.cpu(), errors_1GJ[0].cpu(), chosen
 
 
 def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
