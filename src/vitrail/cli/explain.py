@@ -459,7 +459,7 @@ def _list_variants(text: str | None) -> list[Method | MapSettings]:
             found.setdefault(settings.variant, settings)
         else:
             found |= {method: method for method in _list_methods(part) if method not in found}
-    require_importance(each if isinstance(each, str) else each.method for each in found.values())
+    require_importance(found.values())
     return list(found.values())
 
 

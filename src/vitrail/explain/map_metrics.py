@@ -297,8 +297,7 @@ def score_methods(
         ConfigError: a method is a view, or does not work on the model.
     """
     require(steps >= 1, f"steps is {steps}: give at least 1")
-    settings = settings_of_all(methods)
-    require_importance(each.method for each in settings)
+    require_importance(methods)
     require_enough(len(images_BCHW))
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
@@ -306,7 +305,7 @@ def score_methods(
     hidden_KN = hidden_sets(math.prod(model.config.grid_GJ), seed=seed)
     drops_BK = logit_drops(model, images_BCHW, classes_B, hidden_KN)
     outcomes, start = {}, time.perf_counter()
-    for name, maps_BGJ in _all_maps(model, images_BCHW, settings, classes_B, seed):
+    for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed):
         seconds = time.perf_counter() - start
         values = _measure_on_objects(maps_BGJ, masks_BHW)
         values["correlation"] = faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)
@@ -314,7 +313,7 @@ def score_methods(
         outcome = _measure_order(
             model, images_BCHW, maps_BGJ, classes_B, values, steps=steps, advance=advance
         )
-        outcomes[name] = outcome._replace(milliseconds=1000 * seconds / len(images_BCHW))
+        outcomes[name] = outcome._replace(milliseconds=1000 * seconds / len(maps_BGJ))
         start = time.perf_counter()
     marks = len(methods) * len(next(iter(outcomes.values())).values)
     return [summarize(name, outcomes, ERROR_RATE / max(1, marks)) for name in outcomes]
@@ -339,14 +338,14 @@ def _measure_on_objects(maps_BGJ: Tensor, masks_BHW: Tensor | None) -> dict[str,
 def _all_maps(
     model: VisionTransformer,
     images_BCHW: Tensor,
-    settings: Sequence[MapSettings],
+    methods: Sequence[Method | MapSettings],
     classes_B: Tensor,
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each method's name and its maps (B, G, J), then the controls'."""
-    for each in settings:
-        maps = compute_maps(model, images_BCHW, each, classes_B=classes_B)
-        yield each.variant, maps.values_BLGJ[:, -1]
+    for settings in settings_of_all(methods):
+        maps = compute_maps(model, images_BCHW, settings, classes_B=classes_B)
+        yield settings.variant, maps.values_BLGJ[:, -1]
     images, grid_GJ = len(images_BCHW), model.config.grid_GJ
     random_BGJ = torch.rand((images, *grid_GJ), generator=rng.generator(seed, "explain"))
     yield "random", random_BGJ

@@ -201,13 +201,14 @@ def settings_of_all(
     return found
 
 
-def require_importance(methods: Iterable[str]) -> None:
+def require_importance(methods: Iterable[Method | MapSettings]) -> None:
     """Refuse to score views.
 
     Raises:
         ConfigError: a method is a view.
     """
-    for method in methods:
+    for each in methods:
+        method = each.method if isinstance(each, MapSettings) else each
         require(
             method not in VIEWS,
             f"{method} shows the tokens, not what the prediction depends on, so it has no score: "

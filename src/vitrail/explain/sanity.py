@@ -77,12 +77,11 @@ def check_methods(
         ConfigError: a method is a view.
         DataError: there are fewer than ten images.
     """
-    several = settings_of_all(methods, passes=128)
-    require_importance(each.method for each in several)
+    require_importance(methods)
     few_BCHW = images_BCHW[:CHECKED]
     mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
-    for settings in several:
+    for settings in settings_of_all(methods, passes=128):
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if len(mosaics[0]) >= FEWEST_IMAGES:
