@@ -388,6 +388,12 @@ def test_requests_at_once_share_batches_and_get_their_own_answers() -> None:
     assert sizes == [4, 4, 2]
 
 
+def test_enough_pictures_do_not_wait_for_those_that_are_being_read() -> None:
+    began = time.monotonic()
+    assert batch_of([1, 2, 3], enough=3, patience=5)[1] == [3]
+    assert time.monotonic() - began < 4
+
+
 def test_an_error_reaches_every_request_of_the_batch_and_no_other() -> None:
     found, _ = batch_of([1, 250, 3], largest=2)
     assert [isinstance(each, ValueError) for each in found] == [True, True, False]

@@ -56,12 +56,16 @@ class _Request:
 class Batcher:
     """Predictions of pictures from several requests in one forward pass.
 
-    A batch is whatever arrived while the last one was computed. If more pictures are being read,
-    it waits for them, but at most ``patience`` seconds; a single client never waits.
+    A batch is whatever arrived while the last one was computed. A batch of fewer than ``enough``
+    pictures waits for those that are being read, but at most ``patience`` seconds; a single client
+    never waits. A larger one would gain little by waiting, and the processor would be idle.
     """
 
-    def __init__(self, limit: int = 256, largest: int = 32, patience: float = 0.003) -> None:
-        self._limit, self._largest, self._patience = limit, largest, patience
+    def __init__(
+        self, limit: int = 256, largest: int = 32, enough: int = 8, patience: float = 0.003
+    ) -> None:
+        self._limit, self._largest = limit, largest
+        self._enough, self._patience = enough, patience
         self._lane, self._waiting = Lane(limit=1), list[_Request]()
         self._work: asyncio.Task[None] | None = None
         self.reading = 0
@@ -84,7 +88,7 @@ class Batcher:
     async def _run(self) -> None:
         """Compute batches until nothing waits."""
         while self._waiting:
-            if self.reading and len(self._waiting) < self._largest:
+            if self.reading and len(self._waiting) < self._enough:
                 await asyncio.sleep(self._patience)
             classifier = self._waiting[0].classifier
             batch = [each for each in self._waiting if each.classifier.model is classifier.model]

@@ -98,8 +98,9 @@ def read_question(parameters: Sequence[tuple[str, str]]) -> Question:
     """
     values: dict[str, Any] = {}
     for name, text in parameters:
-        hint = nearest(name, _PARSERS)
-        require(name in _PARSERS, f"no parameter {name!r:.60}{hint}: one of {', '.join(_PARSERS)}")
+        if name not in _PARSERS:
+            hint, known = nearest(name, _PARSERS), ", ".join(_PARSERS)
+            raise ConfigError(f"no parameter {name!r:.60}{hint}: one of {known}")
         key = "class_name" if name == "class" else name
         require(key not in values, f"{name} is given twice")
         try:
