@@ -23,6 +23,8 @@ def make_data(
     """A page of random numbers: 3 classes, a class token, a picture of 20 x 28 pixels."""
     random = np.random.default_rng(3)
     n_tokens = grid_GJ[0] * grid_GJ[1] + changes.get("class_token", True)
+    if "attention_LATT" in changes:
+        n_tokens = 1  # those are replaced
     raw_LATT = random.exponential(size=(layers, heads, n_tokens, n_tokens)) ** 3
     values: dict[str, Any] = {
         "picture": Image.fromarray(random.integers(0, 256, (20, 28, 3), dtype=np.uint8)),

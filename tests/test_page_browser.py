@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from test_large_page import SMALL, make_page_data
 from test_page import HOSTILE, make_data
 from vitrail.explain.page import PageData, make_page
 from vitrail.explain.stored_scores import Badge
@@ -419,3 +420,33 @@ def test_a_page_without_tokens_has_no_views(open_page: Open) -> None:
     page = open_page(make_data())
     assert page.get_by_role("radio", name="Similarity").count() == 0
     assert page.get_by_role("radio", name="Norms").count() == 0
+
+
+def test_a_large_network_without_classes(open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, attention_LATT = make_page_data(monkeypatch, SMALL, layers=(2,))
+    attention_LTT = attention_LATT.mean(1).numpy()
+    page = open_page(data)
+    first, patches = 3, slice(3, None)  # after the class token and two registers
+    assert not page.locator("#prediction, #bars-box, #ends").first.is_visible()
+    assert page.locator("#methods").inner_text().split("\n") == [
+        "Attention", "Rollout", "Features", "Similarity", "Norms",
+    ]  # fmt: skip
+    choose(page, "Attention")
+    assert_shows(page, attention_LTT[2, 0, patches])
+    hover(page, 8)  # the last layer has the class token's row only
+    assert_shows(page, attention_LTT[2, 0, patches])
+    assert "allows that in layer 2" in page.inner_text("#partly")
+    page.locator("#layer").fill("2")
+    hover(page, 8)
+    assert_shows(page, attention_LTT[1, first + 8, patches])
+    choose(page, "2")
+    hover(page, 8)
+    assert_shows(page, attention_LATT[1, 1, first + 8, patches].numpy())
+    page.keyboard.press("d")
+    assert_shows(page, attention_LATT[1, 1, patches, first + 8].numpy())
+    choose(page, "Similarity")
+    page.hover("h1")
+    middle = data.maps["similarity"][1].ravel()
+    assert shown_map(page).ravel() == pytest.approx(middle, abs=0.015)
+    choose(page, "Rollout")
+    assert_shows(page, data.maps["rollout"][1].ravel())

@@ -158,17 +158,14 @@ def _for_no_classes(options: ExplainOptions) -> ExplainOptions:
     """Return the options for a network without classes: by default, views of its tokens.
 
     Raises:
-        ConfigError: a class is named, or a page is asked for, which is about the prediction.
+        ConfigError: a class is named.
     """
     for name, value in (("class", options.class_name), ("against", options.against)):
         if value is not None:
             raise ConfigError(f"the model has no classes: leave out --{name}")
     asked = options.output_path
     if "html" in (options.format, asked and asked.suffix.lower().removeprefix(".")):
-        raise ConfigError(
-            "a page is about the prediction, but the model has no classes: give another format, "
-            "e.g. --format png"
-        )
+        return options  # a page has every method
     return replace(options, method=view_of(options, has_classes=False)[0])
 
 
@@ -223,7 +220,7 @@ def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOp
     several = len(subjects) > 1 and len(_list_methods(options.method)) > 1
     table = name_table(options) if several else None
     paths = [table] if table else name_files(options, [subject.name for subject in subjects])
-    _check_drawing(options, paths[0].suffix.lower())  # all have the same
+    _check_drawing(classifier, options, paths[0].suffix.lower())  # all have the same
     if table:
         _draw_table(classifier, subjects, table, options)
     else:
@@ -301,7 +298,7 @@ def _explain_one(
         several = settings_of_all(methods, **settings)
         with _show_passes([subject.model], several):
             return compare(subject, several, class_name=options.class_name)
-    asked, frames = view_of(options)
+    asked, frames = view_of(options, has_classes=bool(subject.classes))
     method, kind = choose(methods[0] if methods else asked, frames)  # type: ignore[arg-type]
     checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
     chosen = MapSettings(method=method, **settings)
@@ -407,12 +404,17 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
 # --- reading flags --------------------------------------------------------------------------------
 
 
-def _check_drawing(options: ExplainOptions, suffix: str) -> None:
+def _check_drawing(classifier: "Classifier", options: ExplainOptions, suffix: str) -> None:
     """Refuse flags that would have no effect on the drawing."""
     drawing = vars(options.drawing)
     if suffix == ".html":
+        from vitrail.explain.large_page import is_large
+
+        # The page of a large network has single patches in some layers only, which can be chosen.
+        effective = {"layers"} if is_large(classifier.model.config) else set()
+        idle = [name for name in ("method", "frames", *SETTINGS) if name not in effective]
         words = "a page contains every method, layer and head to choose from"
-        _refuse_idle(options, ("method", "frames", *SETTINGS), drawing, words)
+        _refuse_idle(options, idle, drawing, words)
         return
     if suffix in NUMBERS:
         _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")

@@ -2,7 +2,8 @@
 
 ``page.html`` beside this file is the whole page: structure, style and script. This module encodes
 the numbers compactly and inserts them. The page computes the maps of any patch itself, from the
-attention of every layer and head; maps that need gradients or more forward passes are stored.
+attention of every layer and head, or of the layers that fit (see large_page); maps that need
+gradients or more forward passes are stored.
 """
 
 import base64
@@ -24,8 +25,23 @@ from vitrail.data.pictures import seen_box
 from vitrail.errors import ConfigError, printable
 from vitrail.evaluation.calibration import UNCALIBRATED
 from vitrail.explain.explanation import Explanation, maps_of
-from vitrail.explain.map_settings import MapSettings, settings_of_all
-from vitrail.explain.methods import early_logits
+from vitrail.explain.large_page import (
+    LayerDetail,
+    choose_layers,
+    encode_bytes,
+    encode_detail,
+    is_large,
+    read_layers,
+)
+from vitrail.explain.map_settings import (
+    CLASSLESS,
+    METHODS,
+    VIEWS,
+    MapSettings,
+    Method,
+    settings_of_all,
+)
+from vitrail.explain.methods import Maps, early_logits
 from vitrail.explain.stored_scores import Badge
 from vitrail.explain.token_views import CHANNELS, similarities
 
@@ -35,6 +51,8 @@ LARGEST_SIDE = 1200
 """A larger picture is reduced."""
 LARGEST_PNG = 400_000
 """A PNG with more bytes is replaced by a JPEG."""
+REMOVAL: tuple[Method, ...] = ("occlusion", "shapley")
+"""Methods that take a pass per patch or more, so that the page of a large network lacks them."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +63,13 @@ class PageData:
     and rollout are optional, since the page computes them for every patch and head from the
     attention. ``features`` has a color per patch. ``box`` is what the model saw, (left, top, right,
     bottom) in the picture's pixels; with padding it is larger than the picture. ``explained`` is
-    the class that the maps explain, or None for the predicted one.
+    the class that the maps explain, or None for the predicted one. There may be no classes.
 
     Shapes:
         attention_LATT, rows are queries and sum to 1; each of maps (L, G, J), or (1, G, J) where
         the method has no layers, and (L, G, J, 3) of features; similarity_LNN, the cosine of
-        every patch (column) to every patch.
+        every patch (column) to every patch. Of a large network, instead of those two: rows_LAT,
+        the rows that the head reads, and details of some layers.
 
     Raises:
         ConfigError: the shapes do not match.
@@ -63,7 +82,7 @@ class PageData:
     classes: tuple[str, ...]
     logits_Y: np.ndarray
     early_logits_LY: np.ndarray
-    attention_LATT: np.ndarray
+    attention_LATT: np.ndarray | None
     maps: Mapping[str, np.ndarray]
     title: str
     explained: int | None = None
@@ -74,6 +93,8 @@ class PageData:
     n_registers: int = 0
     """Tokens between the class token and the patches."""
     similarity_LNN: np.ndarray | None = None
+    rows_LAT: np.ndarray | None = None
+    details: tuple[LayerDetail, ...] = ()
     unlike: str = ""
     """What to say if the picture is unlike the training images."""
     badges: tuple[Badge, ...] = ()
@@ -82,11 +103,15 @@ class PageData:
     """Standard errors (G, J) of the maps that are estimates."""
 
     def __post_init__(self) -> None:
-        n_layers, n_classes = len(self.attention_LATT), len(self.classes)
+        (n_layers, n_heads), n_classes = self.layers_heads, len(self.classes)
         n_tokens = self.grid_GJ[0] * self.grid_GJ[1] + self.class_token + self.n_registers
         _check("logits_Y", self.logits_Y, (n_classes,))
         _check("early_logits_LY", self.early_logits_LY, (n_layers, n_classes))
-        _check("each head's attention", self.attention_LATT[:, 0], (n_layers, n_tokens, n_tokens))
+        if self.attention_LATT is not None:
+            one_LTT = self.attention_LATT[:, 0]
+            _check("each head's attention", one_LTT, (n_layers, n_tokens, n_tokens))
+        if self.rows_LAT is not None:
+            _check("rows_LAT", self.rows_LAT, (n_layers, n_heads, n_tokens))
         for name, map_LGJ in self.maps.items():
             layers = 1 if len(map_LGJ) == 1 else n_layers
             channels = (CHANNELS,) if name == "features" else ()
@@ -96,6 +121,13 @@ class PageData:
         if self.similarity_LNN is not None:
             n_patches = self.grid_GJ[0] * self.grid_GJ[1]
             _check("similarity_LNN", self.similarity_LNN, (n_layers, n_patches, n_patches))
+
+    @property
+    def layers_heads(self) -> tuple[int, int]:
+        """Number of layers and of heads."""
+        found = self.rows_LAT if self.attention_LATT is None else self.attention_LATT
+        assert found is not None
+        return found.shape[0], found.shape[1]
 
 
 def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -109,15 +141,18 @@ def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def page_data(explanation: Explanation) -> PageData:
-    """Compute everything that the page shows, whatever the explanation's method."""
+    """Compute everything that the page shows, whatever the explanation's method.
+
+    Of a large network, single patches can be asked about in the explanation's layers, if it has
+    any, else in as many as fit.
+    """
     subject, index = explanation.subject, explanation.class_index
     model, config = subject.model, subject.model.config
-    shown = [*settings_of_all(), MapSettings(method="features"), MapSettings(method="norms")]
-    maps = {each.method: maps_of(subject, model, each, index) for each in shown}
-    logits_Y = maps["attention"].logits_BY[0]
-    with torch.inference_mode():
-        _, attentions = model.forward_with_attention(subject.image_1CHW)
+    large, image_1CHW = is_large(config), subject.image_1CHW
+    maps = _compute_maps(explanation, large=large)
+    logits_Y, n_layers = maps["attention"].logits_BY[0], config.n_layers
     temperature = subject.calibration.temperature
+    early_LY = early_logits(model, image_1CHW)[0] if subject.classes else torch.zeros(n_layers, 0)
     height, width = subject.picture_HWC.shape[:2]
     picture = Image.fromarray(subject.picture_HWC)
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
@@ -132,12 +167,10 @@ def page_data(explanation: Explanation) -> PageData:
         n_registers=config.n_registers,
         classes=subject.classes,
         logits_Y=(logits_Y / temperature).numpy(),
-        early_logits_LY=(early_logits(model, subject.image_1CHW)[0] / temperature).numpy(),
-        attention_LATT=torch.cat(attentions).cpu().numpy(),
+        early_logits_LY=(early_LY / temperature).numpy(),
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
         label=subject.label,
-        similarity_LNN=similarities(model, subject.image_1CHW)[0].numpy(),
         unlike=subject.unlike,
         badges=subject.verdict.badges if subject.verdict else (),
         errors={
@@ -145,8 +178,39 @@ def page_data(explanation: Explanation) -> PageData:
             for name, each in maps.items()
             if each.errors_BLGJ is not None and each.errors_BLGJ.isfinite().all()
         },
-        explained=None if index == int(logits_Y.argmax()) else index,
+        explained=None if not subject.classes or index == int(logits_Y.argmax()) else index,
+        **(_large_attention if large else _whole_attention)(explanation),
     )
+
+
+def _compute_maps(explanation: Explanation, *, large: bool) -> dict[str, Maps]:
+    """Return the maps of the methods that the page shows, by method."""
+    subject = explanation.subject
+    methods = METHODS if subject.classes else [m for m in METHODS if m in CLASSLESS]
+    methods = [method for method in methods if not (large and method in REMOVAL)]
+    views = [view for view in VIEWS if large or view != "similarity"]
+    shown = [*settings_of_all(methods), *(MapSettings(method=view) for view in views)]
+    index = explanation.class_index if subject.classes else None
+    return {each.method: maps_of(subject, subject.model, each, index) for each in shown}
+
+
+def _whole_attention(explanation: Explanation) -> dict[str, Any]:
+    """Return the attention of every layer and head, and the cosines of all patches."""
+    model, image_1CHW = explanation.subject.model, explanation.subject.image_1CHW
+    with torch.inference_mode():
+        _, attentions = model.forward_with_attention(image_1CHW)
+    return {
+        "attention_LATT": torch.cat(attentions).cpu().numpy(),
+        "similarity_LNN": similarities(model, image_1CHW)[0].numpy(),
+    }
+
+
+def _large_attention(explanation: Explanation) -> dict[str, Any]:
+    """Return the rows that the head reads, and details of the asked layers or those that fit."""
+    model, asked = explanation.subject.model, explanation.settings.layers
+    layers = asked or choose_layers(model.config)
+    rows_LAT, details = read_layers(model, explanation.subject.image_1CHW, layers)
+    return {"attention_LATT": None, "rows_LAT": rows_LAT, "details": details}
 
 
 def make_page(data: PageData) -> bytes:
@@ -177,8 +241,8 @@ def _content_policy(template: str) -> str:
 
 def describe(data: PageData) -> dict[str, Any]:
     """Return everything that the script needs, as JSON values."""
-    n_layers, n_heads = data.attention_LATT.shape[:2]
-    predicted = int(data.logits_Y.argmax())
+    n_layers, n_heads = data.layers_heads
+    predicted = int(data.logits_Y.argmax()) if data.classes else -1
     explained = predicted if data.explained is None else data.explained
     logits_SY = np.concatenate([data.early_logits_LY, data.logits_Y[None]])
     return {
@@ -190,9 +254,11 @@ def describe(data: PageData) -> dict[str, Any]:
         "meanPool": data.mean_pool or not data.class_token,
         "layers": n_layers,
         "heads": n_heads,
-        "attention": encode_attention(data.attention_LATT),
+        "attention": None if data.attention_LATT is None else encode_attention(data.attention_LATT),
+        "rows": None if data.rows_LAT is None else encode_attention(data.rows_LAT),
+        "details": [encode_detail(detail) for detail in data.details],
         "maps": {
-            name: {"layers": len(map_LGJ), "values": _encode_bytes(map_LGJ.astype("<f4"))}
+            name: {"layers": len(map_LGJ), "values": encode_bytes(map_LGJ.astype("<f4"))}
             for name, map_LGJ in data.maps.items()
         },
         "errors": {name: e_GJ.ravel().tolist() for name, e_GJ in data.errors.items()},
@@ -200,11 +266,13 @@ def describe(data: PageData) -> dict[str, Any]:
         "badges": {
             badge.method: {"srg": badge.srg, "failures": badge.failures} for badge in data.badges
         },
-        "explained": printable(data.classes[explained]),
+        "explained": printable(data.classes[explained]) if data.classes else "",
         "label": printable(data.label),
         "unlike": data.unlike,
-        "right": data.classes[predicted] == data.label,
-        "predictions": [_top_classes(logits_Y, data.classes) for logits_Y in logits_SY],
+        "right": bool(data.classes) and data.classes[predicted] == data.label,
+        "predictions": [
+            _top_classes(logits_Y, data.classes) if data.classes else [] for logits_Y in logits_SY
+        ],
     }
 
 
@@ -218,25 +286,20 @@ def _top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[st
     ]
 
 
-def encode_attention(attention_LATT: np.ndarray) -> str:
+def encode_attention(attention_xT: np.ndarray) -> str:
     """Return the attention in bytes: the square root of each entry's ratio to its row's maximum.
 
     The root separates small entries. Row sums need not be stored: they are 1, so that a row is its
     squared bytes divided by their sum.
     """
-    largest_LAT1 = attention_LATT.max(axis=-1, keepdims=True)
-    roots_LATT = np.sqrt(attention_LATT / largest_LAT1)
-    return _encode_bytes(np.rint(255 * roots_LATT).astype(np.uint8))
+    largest_x1 = attention_xT.max(axis=-1, keepdims=True)
+    roots_xT = np.sqrt(attention_xT / largest_x1)
+    return encode_bytes(np.rint(255 * roots_xT).astype(np.uint8))
 
 
 def _encode_cosines(cosines_LNN: np.ndarray) -> str:
     """Return numbers from -1 to 1 in two bytes each."""
-    return _encode_bytes(np.rint(32767 * cosines_LNN.clip(-1, 1)).astype("<i2"))
-
-
-def _encode_bytes(array: np.ndarray) -> str:
-    """Return an array's bytes in base64."""
-    return base64.b64encode(array.tobytes()).decode()
+    return encode_bytes(np.rint(32767 * cosines_LNN.clip(-1, 1)).astype("<i2"))
 
 
 def _encode_picture(picture: Image.Image) -> str:
