@@ -1,6 +1,6 @@
-"""Put a finished run's best model into the package: weights in float16, and its card.
+"""Put a finished run's best model into the package: weights in float16, calibrated, and its card.
 
-python benchmarks/bundle.py RUN_FOLDER NAME RECORD_FOLDER
+python benchmarks/bundle.py RUN_FOLDER NAME RECORD_FOLDER [DATA_FOLDER]
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from calibrate import calibrate
 from vitrail.runtime.files import write_json
 from vitrail.weights import bundled
 from vitrail.weights.checkpoint import save_weights_file
@@ -39,6 +40,7 @@ def main() -> None:
         parameters=result["parameters"],
         record=record,
     )
+    calibrate(name, Path(*sys.argv[4:5] or ["data"]))  # of the weights in float16
     write_json(bundled.FOLDER / f"{name}.json", dataclasses.asdict(card))
     size = sum(path.stat().st_size for path in bundled.FOLDER.iterdir())
     print(f"{bundled.weights_path(name)}: all bundled files together {size / 2**20:.2f} MiB")

@@ -9,20 +9,27 @@ from pathlib import Path
 
 import vitrail
 from vitrail.evaluation.calibration import fit
-from vitrail.evaluation.metrics import measure, predict_logits
+from vitrail.evaluation.metrics import Features, measure, predict_logits
 from vitrail.training.run_folder import load_split
 from vitrail.weights import bundled
 from vitrail.weights.checkpoint import load_weights_file, save_weights_file
 
 
 def main() -> None:
-    name, folder = sys.argv[1], Path(*sys.argv[2:3] or ["data"])
+    calibrate(sys.argv[1], Path(*sys.argv[2:3] or ["data"]))
+
+
+def calibrate(name: str, folder: Path) -> None:
+    """Fit the calibration of a bundled model to the validation images of the data in a folder."""
     classifier = vitrail.load(name)
     images = load_split(classifier, "validation", data_path=folder)
-    logits_BY = predict_logits(
-        classifier.model, images, mean=classifier.mean, std=classifier.std, device=classifier.device
+    logits_BY, features_BD = (
+        predict_logits(
+            model, images, mean=classifier.mean, std=classifier.std, device=classifier.device
+        )
+        for model in (classifier.model, Features(classifier.model))
     )
-    calibration = fit(logits_BY, images.labels_B)
+    calibration = fit(logits_BY, images.labels_B, features_BD)
     path = bundled.weights_path(name)
     info, weights = load_weights_file(path)
     save_weights_file(path, dataclasses.replace(info, calibration=calibration), weights)

@@ -20,7 +20,7 @@ def test_a_bundled_model_loads_by_name_and_matches_its_card(name: str) -> None:
     assert 0.5 < card.test_accuracy < 1
     assert abs(card.test_accuracy - card.validation_accuracy) < 0.03
     assert classifier.calibration.temperature != 1
-    assert len(classifier.calibration.energies) == 101
+    assert len(classifier.calibration.distances) == 101
 
 
 CIFAR10_LOGITS = [

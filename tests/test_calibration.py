@@ -1,5 +1,6 @@
 """The temperature, and pictures unlike the training data: fitted, kept and used everywhere."""
 
+import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -13,7 +14,13 @@ import vitrail
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import CheckpointError, ConfigError
-from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, describe_unlike, fit
+from vitrail.evaluation.calibration import (
+    UNCALIBRATED,
+    Calibration,
+    describe_unlike,
+    distance,
+    fit,
+)
 from vitrail.evaluation.metrics import measure
 from vitrail.explain.page import describe, page_data
 from vitrail.inference.classifier import Classifier
@@ -26,7 +33,10 @@ CLASSES = ("a", "b", "c")
 MODEL = ModelConfig(
     image_size=8, n_classes=3, patch_size=4, embed_dim=12, n_layers=1, n_attention_heads=3
 )
-FITTED = Calibration(2.5, tuple(np.linspace(1, 2, 101).tolist()))
+ONE, TWELVE = (base64.b64encode(bytes(2 * count)).decode() for count in (1, 12))
+"""As many zeros in float16; a picture's distance from such a mean is the norm of its features."""
+PERCENTILES = tuple(np.linspace(1, 9, 101).tolist())
+FITTED = Calibration(2.5, TWELVE, TWELVE, PERCENTILES)
 
 
 def sampled(count: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +76,7 @@ def expected_of(classifier: Classifier, picture_HWC: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("scale", [0.2, 1, 6])
 def test_the_temperature_undoes_a_factor_of_the_logits(scale: float) -> None:
     logits_BY, labels_B = sampled(20_000, scale)
-    temperature = fit(logits_BY, labels_B).temperature
+    temperature = fit(logits_BY, labels_B, logits_BY).temperature
     assert temperature == pytest.approx(scale, rel=0.05)
     before, after = (
         measure(logits_BY, labels_B, classes="abcde", temperature=t) for t in (1, temperature)
@@ -82,33 +92,79 @@ def test_images_that_are_all_right_or_all_wrong_leave_a_finite_temperature(image
     labels_B = torch.arange(images) % 5
     for right in (True, False):
         logits_BY = 5 * torch.eye(5)[labels_B if right else (labels_B + 1) % 5]
-        calibration = fit(logits_BY, labels_B)
+        calibration = fit(logits_BY, labels_B, logits_BY)
         assert 0.01 < calibration.temperature < 200
         # Never surer than the number of images allows.
         assert calibration.probabilities(logits_BY.numpy()).max() < 1 - 0.5 / (images + 2)
 
 
-def test_a_twentieth_of_the_validation_images_counts_as_unlike() -> None:
-    logits_BY, labels_B = sampled(1_000, 1)
-    familiarity_B = fit(logits_BY, labels_B).familiarity(logits_BY.numpy())
-    assert familiarity_B is not None
-    assert np.mean([bool(describe_unlike(f)) for f in familiarity_B]) == pytest.approx(0.05)
-    assert "(2.0% of validation images score lower)" in describe_unlike(0.02)
-    assert describe_unlike(None) == ""
-    assert fit(logits_BY[:99], labels_B[:99]).energies == ()
+def alike(count: int, seed: int) -> Tensor:
+    """Features of 40 numbers, most of whose variance is in 5 of them, far from 0."""
+    scale_D = torch.tensor([3.0] * 5 + [0.1] * 35)
+    return 2 + scale_D * torch.randn(count, 40, generator=torch.Generator().manual_seed(seed))
+
+
+def test_new_features_of_the_same_kind_are_unlike_in_one_of_20_cases() -> None:
+    logits_BY, labels_B = sampled(2_000, 1)
+    calibration = fit(logits_BY, labels_B, alike(2_000, 1))
+
+    def unlike(features_BD: Tensor) -> float:
+        familiarity_B = calibration.familiarity(features_BD.numpy())
+        assert familiarity_B is not None
+        return float(np.mean([bool(describe_unlike(f)) for f in familiarity_B]))
+
+    assert unlike(alike(2_000, 2)) == pytest.approx(0.05, abs=0.02)
+    further = 9 * (torch.arange(40) == 1) * torch.ones(100, 1)
+    assert unlike(alike(100, 3) + further) < 0.15  # along a direction in which images differ
+    assert unlike(alike(100, 3) + further.roll(20, 1)) == 1  # along one in which they do not
+
+
+def test_the_distance_is_that_from_the_subspace_and_the_same_for_tensors() -> None:
+    features_BD = np.array([[4.0, 2, 3], [1, 1, 1]], np.float32)
+    mean_D, directions_KD = np.ones(3, np.float32), np.eye(3, dtype=np.float32)[:1]
+    assert distance(features_BD, mean_D, directions_KD) == pytest.approx([5**0.5, 0])
+    tensors = map(torch.from_numpy, (features_BD, mean_D, directions_KD))
+    assert distance(*tensors).tolist() == pytest.approx([5**0.5, 0])
+
+
+def test_what_is_said_of_unlike_pictures() -> None:
+    assert "(more so than 98.0% of the validation images)" in describe_unlike(0.02)
+    assert "than 99.9%" in describe_unlike(0.0)
+    assert describe_unlike(0.05) == describe_unlike(None) == ""
+    logits_BY, labels_B = sampled(199, 1)
+    assert fit(logits_BY, labels_B, logits_BY).familiarity(logits_BY.numpy()) is None
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": 0}, {"temperature": "hot"}, {"energies": [1, 2]}, {"heat": 1}, [3]],
+    [
+        {"temperature": 0},
+        {"temperature": "hot"},
+        {"distances": [1, 2]},
+        {"mean": TWELVE},
+        {"mean": "no base64", "distances": PERCENTILES},
+        {"mean": ONE[:-2], "distances": PERCENTILES},
+        {"mean": "AHw=", "distances": PERCENTILES},
+        {"mean": TWELVE, "directions": ONE, "distances": PERCENTILES},
+        {"heat": 1},
+        [3],
+    ],
     ids=str,
 )
 def test_a_corrupt_calibration_is_refused(weights_file: Path, wrong: object) -> None:
     info, _ = load_weights_file(weights_file)
     assert info.calibration == FITTED
     content = {**info.to_json(), "calibration": wrong}
-    with pytest.raises(CheckpointError, match=r"temperature|energies|heat|calibration"):
+    with pytest.raises(
+        CheckpointError, match=r"temperature|distances|base64|finite|wide|heat|calib"
+    ):
         CheckpointInfo.from_json(content, weights_file)
+
+
+def test_files_of_former_versions_keep_their_temperature(weights_file: Path) -> None:
+    content = load_weights_file(weights_file)[0].to_json()
+    content["calibration"] = {"temperature": 2.5, "energies": PERCENTILES}
+    assert CheckpointInfo.from_json(content, weights_file).calibration == Calibration(2.5)
 
 
 def test_files_without_a_calibration_load_with_temperature_1(weights_file: Path) -> None:
@@ -152,7 +208,7 @@ def test_an_exported_file_has_it_in_its_graph(
     assert [p.probability for p in top] == pytest.approx(
         [p.probability for p in expected], rel=1e-4
     )
-    assert top.familiarity == (None if raw else pytest.approx(expected.familiarity, abs=1e-4))
+    assert top.familiarity == pytest.approx(expected.familiarity, abs=1e-4)
 
 
 @pytest.mark.parametrize("unlike", [True, False])
@@ -168,10 +224,11 @@ def test_a_picture_unlike_the_training_images_is_said_to_be_so(
 
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture_HWC).save("x.png")
-    energies = tuple(np.linspace(90, 99, 101) if unlike else np.linspace(-99, -90, 101))
-    info = CheckpointInfo(classifier.config, CLASSES, {}, {}, Calibration(2.5, energies))
+    distances = tuple(np.linspace(0, 0.01, 101) if unlike else np.linspace(90, 99, 101))
+    calibration = dataclasses.replace(FITTED, distances=distances)
+    info = CheckpointInfo(classifier.config, CLASSES, {}, {}, calibration)
     save_weights_file(Path("m.safetensors"), info, classifier.model.state_dict())
-    sentence = "x.png: unlike the training images (less than 0.1% of validation images score lower)"
+    sentence = "x.png: unlike the training images (more so than 99.9% of the validation images)"
     for words in (["predict", "x.png"], ["explain", "x.png", "--format", "html"]):
         assert main([*words, "--model_path", "m.safetensors"]) == 0
         assert (sentence in " ".join(capsys.readouterr().out.split())) == unlike

@@ -82,7 +82,7 @@ def test_a_file_with_uint8_input_gets_bytes(tmp_path: Path) -> None:
     metadata = write_metadata(CONFIG, CLASSES, raw=True)
     classifier = load_onnx(write_model(tmp_path / "raw.onnx", "raw", metadata), threads=1)
     raw_BHWC = np.random.default_rng(4).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
-    found_BY = classifier.raw_logits(raw_BHWC, batch_size=3)
+    found_BY, _ = classifier.raw_outputs(raw_BHWC, batch_size=3)
     np.testing.assert_allclose(np.exp(found_BY), raw_BHWC.mean(axis=(1, 2)), rtol=1e-5)
     assert classifier.predict([]) == []
 

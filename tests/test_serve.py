@@ -362,11 +362,11 @@ class Recorder:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
+    def raw_outputs(self, raw_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.sizes.append(len(raw_BHWC))
         if raw_BHWC.max() > 200:
             raise ValueError("too bright")
-        return raw_BHWC[:, :1, 0, 0]
+        return raw_BHWC[:, :1, 0, 0], raw_BHWC[:, 0, 0, 0] / 255
 
 
 def batch_of(values: list[int], **settings: Any) -> tuple[list[Any], list[int]]:
@@ -374,7 +374,7 @@ def batch_of(values: list[int], **settings: Any) -> tuple[list[Any], list[int]]:
         batcher, recorder = Batcher(**settings), Recorder()
         batcher.reading = 1
         pictures = [np.full((2, 2, 1), value, np.uint8) for value in values]
-        asked = [batcher.logits(recorder, each) for each in pictures]  # type: ignore[arg-type]
+        asked = [batcher.outputs(recorder, each) for each in pictures]  # type: ignore[arg-type]
         found = await asyncio.gather(*asked, return_exceptions=True)
         return [found, recorder.sizes]
 
@@ -384,7 +384,8 @@ def batch_of(values: list[int], **settings: Any) -> tuple[list[Any], list[int]]:
 
 def test_requests_at_once_share_batches_and_get_their_own_answers() -> None:
     found, sizes = batch_of(list(range(10)), largest=4)
-    assert [int(each[0]) for each in found] == list(range(10))
+    assert [int(logits_Y[0]) for logits_Y, _ in found] == list(range(10))
+    assert [round(255 * familiarity) for _, familiarity in found] == list(range(10))
     assert sizes == [4, 4, 2]
 
 

@@ -1,13 +1,17 @@
 """What validation images teach about a model: how sure to be, and which pictures are unlike them.
 
 The logits are divided by one temperature, fitted on validation, before they become probabilities:
-neither their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). A picture whose
-energy is lower than that of nearly all validation images is unlike the training images (Liu et al.
-2020, arXiv:2010.03759, with the opposite sign: high is familiar). Imports torch only to fit.
+neither their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). The features of
+validation images, which the head reads, lie near a subspace: a picture is unlike the training
+images if its features are farther from it than those of nearly all validation images ("Residual"
+in Wang et al. 2022, arXiv:2203.10807). Imports torch only to fit.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import base64
+import binascii
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,26 +23,33 @@ if TYPE_CHECKING:
 
 FALSE_ALARMS = 0.05
 """Share of the validation images that counts as unlike the training images."""
-FEWEST_IMAGES = 100
-"""With fewer validation images, the threshold would rest on less than five of them."""
+FEWEST_IMAGES = 200
+"""With fewer validation images, half of which set the threshold, it would rest on less than 5."""
 SHARES = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
 class Calibration(Checked):
-    """How a model's logits become probabilities and a familiarity; kept with its weights."""
+    """How a model's logits become probabilities, and its features a familiarity."""
 
     temperature: float = 1.0
     """What the logits are divided by; 1 if it was not fitted."""
-    energies: tuple[float, ...] = ()
-    """Percentiles 0 to 100 of the energy of validation images; none if there were too few."""
+    mean: str = ""
+    """Mean (D,) of the features of validation images, float16 in base64; empty if too few."""
+    directions: str = ""
+    """Their principal directions (K, D), likewise."""
+    distances: tuple[float, ...] = ()
+    """Percentiles 0 to 100 of the distance from them of other validation images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < np.inf:
             raise ConfigError(f"temperature is {self.temperature}: give a positive number")
-        if len(self.energies) not in (0, len(SHARES)) or not np.isfinite(self.energies).all():
-            raise ConfigError(f"energies must be {len(SHARES)} finite numbers, or none")
+        numbers = (len(SHARES),) if self.mean else (0, len(SHARES))
+        if len(self.distances) not in numbers or not np.isfinite(self.distances).all():
+            raise ConfigError(f"distances must be {len(SHARES)} finite numbers, or none")
+        if len(_unpack(self.directions)) % max(1, len(_unpack(self.mean))):
+            raise ConfigError("directions are not as wide as the mean")
 
     def probabilities(self, logits_BY: np.ndarray) -> np.ndarray:
         """Return the probabilities (B, Y)."""
@@ -46,42 +57,49 @@ class Calibration(Checked):
         powers_BY = np.exp(logits_BY - logits_BY.max(axis=-1, keepdims=True))
         return powers_BY / powers_BY.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
 
-    def familiarity(self, logits_BY: np.ndarray) -> np.ndarray | None:
-        """Return the share (B,) of validation images with a lower energy; None if not known."""
-        if not self.energies:
-            return None
-        familiarity_B: np.ndarray = np.interp(
-            energy(logits_BY, self.temperature), self.energies, SHARES
-        )
+    @cached_property
+    def subspace(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean (D,) and the directions (K, D)."""
+        mean_D = _unpack(self.mean)
+        return mean_D, _unpack(self.directions).reshape(-1, max(1, len(mean_D)))
+
+    def familiarity(self, features_BD: np.ndarray) -> np.ndarray | None:
+        """Return the share (B,) of validation images that are farther away; None if not known."""
+        return self.rank(distance(features_BD, *self.subspace)) if self.mean else None
+
+    def rank(self, distance_B: np.ndarray) -> np.ndarray:
+        """Return the share (B,) of validation images that are farther away than distances."""
+        familiarity_B: np.ndarray = np.interp(distance_B, self.distances, 1 - SHARES)
         return familiarity_B
 
 
-UNCALIBRATED = Calibration()
-
-
-def energy(logits_BY: np.ndarray, temperature: float) -> np.ndarray:
-    """Return log(sum(exp(logits / temperature))), (B,)."""
-    energy_B: np.ndarray = np.logaddexp.reduce(logits_BY.astype(np.float64) / temperature, axis=-1)
-    return energy_B
+def distance(features_BD: Any, mean_D: Any, directions_KD: Any) -> Any:
+    """Return how far features are from a subspace, (B,), of arrays or of tensors."""
+    centered_BD = features_BD - mean_D
+    outside_BD = centered_BD - centered_BD @ directions_KD.T @ directions_KD
+    return (outside_BD**2).sum(1) ** 0.5
 
 
 def describe_unlike(familiarity: np.ndarray | float | None) -> str:
     """Return what to say of a picture that is unlike the training images, else ""."""
     if familiarity is None or (familiarity := np.asarray(familiarity).item()) >= FALSE_ALARMS:
         return ""
-    share = f"{familiarity:.1%}" if familiarity >= 0.001 else "less than 0.1%"
-    return f"unlike the training images ({share} of validation images score lower)"
+    share = min(1 - familiarity, 0.999)
+    return f"unlike the training images (more so than {share:.1%} of the validation images)"
 
 
-def fit(logits_BY: "Tensor", labels_B: "Tensor") -> Calibration:
-    """Fit temperature and energies to the logits of validation images.
+def fit(logits_BY: "Tensor", labels_B: "Tensor", features_BD: "Tensor") -> Calibration:
+    """Fit temperature and subspace to the logits and features of validation images.
 
     The temperature minimizes the cross-entropy. Its targets are smoothed as in Platt 1999, as if
     two further images had been seen, one right and one wrong: so a few images that are all right
-    do not make a model certain.
+    do not make a model certain. The subspace is fitted to half of the images, and its distances
+    are those of the other half, which are as far away as new images.
     """
     import torch
     from torch.nn import functional as F
+
+    from vitrail.runtime import rng
 
     logits_BY = logits_BY.double()
     log_temperature = torch.zeros((), dtype=torch.double, requires_grad=True)
@@ -98,5 +116,29 @@ def fit(logits_BY: "Tensor", labels_B: "Tensor") -> Calibration:
     temperature = log_temperature.clamp(-5, 5).exp().item()
     if len(labels_B) < FEWEST_IMAGES:
         return Calibration(temperature)
-    energies = np.quantile(energy(logits_BY.numpy(), temperature), SHARES)
-    return Calibration(temperature, tuple(energies.tolist()))
+    order_B = torch.randperm(len(labels_B), generator=rng.generator(0, "calibration"))
+    half_BD, others_BD = np.array_split(features_BD[order_B].numpy(), 2)
+    *_, directions_DD = np.linalg.svd(half_BD - half_BD.mean(0), full_matrices=False)
+    subspace = _pack(half_BD.mean(0)), _pack(directions_DD[: features_BD.shape[1] // 4])
+    fitted = Calibration(temperature, *subspace, tuple(SHARES.tolist()))
+    far_B = distance(others_BD, *fitted.subspace)
+    return replace(fitted, distances=tuple(np.quantile(far_B, SHARES).tolist()))
+
+
+def _pack(values: np.ndarray) -> str:
+    """Return numbers as base64 of float16."""
+    return base64.b64encode(values.astype("<f2").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    """Return the finite numbers of a text made by ``_pack``, flat, as float32."""
+    try:
+        values = np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float32)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError(f"{text!r:.40} is not base64 of float16: {error}") from error
+    if not np.isfinite(values).all():
+        raise ConfigError(f"{text!r:.40} contains numbers that are not finite")
+    return values
+
+
+UNCALIBRATED = Calibration()

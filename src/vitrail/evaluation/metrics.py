@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
+from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed
 
 TOP5_CLASSES = 10
@@ -136,6 +137,18 @@ def predict_logits(
             chunks.append(model(normalize(raw_BCHW.to(device), mean, std)))
     # Outside of inference mode, so that the result is an ordinary tensor.
     return distributed.join_rows(torch.cat(chunks).float().cpu())
+
+
+class Features(nn.Module):
+    """What the head of a model reads, (B, D), in place of its logits."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the features of images, (B, D)."""
+        return self.model.features(images_BCHW)
 
 
 class SixViews(nn.Module):

@@ -68,11 +68,11 @@ class Subject:
     @property
     def unlike(self) -> str:
         """What to say of a picture that is unlike the training images, else ""."""
-        if not self.classes:
+        if not self.calibration.mean:
             return ""
         with torch.inference_mode():
-            logits_1Y = self.model(self.image_1CHW).float().cpu().numpy()
-        return describe_unlike(self.calibration.familiarity(logits_1Y))
+            features_1D = self.model.features(self.image_1CHW).float().cpu().numpy()
+        return describe_unlike(self.calibration.familiarity(features_1D))
 
     def find_class(self, name: str) -> int:
         """Return a class's index.

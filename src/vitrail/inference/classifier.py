@@ -92,9 +92,10 @@ class Classifier(BaseClassifier):
         """Device of the model."""
         return next(self.model.parameters()).device
 
-    def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Return the logits (B, Y) of pictures returned by ``read``."""
-        return self.logits(self.normalize(raw_BHWC)).numpy()
+    def raw_outputs(self, raw_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the logits (B, Y) of pictures returned by ``read``, and their familiarity (B,)."""
+        logits_BY, features_BD = self._run(self.normalize(raw_BHWC), batch_size=500)
+        return logits_BY.numpy(), self.calibration.familiarity(features_BD.numpy())
 
     def explain(
         self,
@@ -181,9 +182,17 @@ class Classifier(BaseClassifier):
 
     def logits(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return the logits (B, Y) on the CPU; refuse weights that give no finite ones."""
+        return self._run(images_BCHW, batch_size)[0]
+
+    def _run(self, images_BCHW: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return logits (B, Y) and features (B, D), float32, on the CPU."""
         self.require_classes()
+        logits, features = [], []
         with torch.inference_mode():
-            parts = [self.model(part).float().cpu() for part in images_BCHW.split(batch_size)]
-        logits_BY = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+            for part_BCHW in images_BCHW.split(batch_size):
+                features_BD = self.model.features(part_BCHW)
+                logits.append(self.model.head(features_BD).float().cpu())
+                features.append(features_BD.float().cpu())
+        logits_BY = torch.cat(logits)
         require_finite(logits_BY)
-        return logits_BY
+        return logits_BY, torch.cat(features)

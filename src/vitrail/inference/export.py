@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from vitrail.data.images import normalize
 from vitrail.errors import ConfigError, ExportError, import_optional
+from vitrail.evaluation.calibration import distance
 from vitrail.inference.classifier import Classifier
 from vitrail.inference.onnx_classifier import OUTPUT_OF_INPUT, OnnxClassifier, write_metadata
 from vitrail.runtime import rng
@@ -38,6 +39,7 @@ class Graph(nn.Module):
 
     Shapes:
         images_BCHW or raw_BHWC -> logits_BY or probabilities_BY, and optionally L attention_BATT
+        and distance_B
     """
 
     def __init__(self, classifier: Classifier, *, attention: bool = False, raw: bool = False):
@@ -46,18 +48,28 @@ class Graph(nn.Module):
         self.mean, self.std = classifier.mean, classifier.std
         self.temperature = classifier.calibration.temperature
         self.attention, self.raw = attention, raw
+        self.measures_distance = bool(classifier.calibration.mean)
+        mean_D, directions_KD = map(torch.from_numpy, classifier.calibration.subspace)
+        self.register_buffer("mean_D", mean_D)
+        self.register_buffer("directions_KD", directions_KD)
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return scores, and attention if requested."""
-        attentions: tuple[Tensor, ...] = ()
+        """Return scores, attention if requested, and the distance if it is known."""
         if self.raw:
             batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
-        if self.attention:
-            scores_BY, attentions = self.model.forward_with_attention(batch)
-        else:
-            scores_BY = self.model(batch)
-        scores_BY = scores_BY / self.temperature
-        return (scores_BY.softmax(1) if self.raw else scores_BY, *attentions)
+        layers = range(1, len(self.model.blocks) + 1) if self.attention else ()
+        tokens_BTD, attentions = self.model.embed(batch), []
+        blocks = self.model.run_blocks(tokens_BTD, keep_attention=layers)
+        for _, output_BTD, attention_BATT in blocks:
+            tokens_BTD = output_BTD
+            if attention_BATT is not None:
+                attentions.append(attention_BATT)
+        features_BD = self.model.summarize(tokens_BTD)
+        scores_BY = self.model.head(features_BD) / self.temperature
+        outputs = [scores_BY.softmax(1) if self.raw else scores_BY, *attentions]
+        if self.measures_distance:
+            outputs.append(distance(features_BD, self.mean_D, self.directions_KD))
+        return tuple(outputs)
 
     def batch(self, images: int) -> Tensor:
         """Return N noise images in the input's format, always the same."""
@@ -141,12 +153,14 @@ def to_onnx(
         import_optional(module)
     input_name = "raw" if raw else "images"
     layers = range(1, len(graph.model.blocks) + 1) if attention else ()
+    outputs = [OUTPUT_OF_INPUT[input_name], *(f"attention_{n}" for n in layers)]
+    outputs += ["distance"] * graph.measures_distance
     with _quiet():
         program = torch.onnx.export(
             graph,
             (graph.batch(EXAMPLE_BATCH),),
             input_names=[input_name],
-            output_names=[OUTPUT_OF_INPUT[input_name], *(f"attention_{n}" for n in layers)],
+            output_names=outputs,
             dynamic_shapes=({0: Dim("batch")},),
             dynamo=True,
             verbose=False,
@@ -164,8 +178,8 @@ def to_onnx(
 
 def _metadata(classifier: Classifier, *, raw: bool) -> dict[str, str]:
     """Return a file's metadata."""
-    energies = () if raw else classifier.calibration.energies  # probabilities have no energy
-    return write_metadata(classifier.config, classifier.classes, raw=raw, energies=energies)
+    distances = classifier.calibration.distances
+    return write_metadata(classifier.config, classifier.classes, raw=raw, distances=distances)
 
 
 def _label(proto: Any, metadata: dict[str, str]) -> None:
@@ -227,7 +241,9 @@ def quantize(proto: Any) -> Any:
             weight_type=quantization.QuantType.QInt8,
         )
         small = import_optional("onnx").load(str(after))
-    _label(small, {entry.key: entry.value for entry in proto.metadata_props})
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    metadata.pop("distances", None)  # features of 7-bit weights are farther away
+    _label(small, metadata)
     return small
 
 

@@ -1,13 +1,13 @@
 """Pictures -> predictions with an exported ONNX file. Does not import torch, so it starts fast.
 
 A file's metadata contain all that reading pictures needs, as JSON: ``model`` (its settings),
-``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words); with
-logits also ``energies`` (see ``Calibration``), if they are known.
+``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words);
+``distances`` (see ``Calibration``), if they are known.
 
 It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
 (B, Y), already divided by the temperature; input ``raw`` (B, H, W, C), uint8, gives
 ``probabilities`` (B, Y). Further outputs ``attention_1`` ... ``attention_L`` (B, A, T, T) are the
-blocks' attention.
+blocks' attention; ``distance`` (B,) is that of the features from those of validation images.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ PREPROCESSING = {
 
 
 def write_metadata(
-    config: Config, classes: Sequence[str], *, raw: bool, energies: Sequence[float] = ()
+    config: Config, classes: Sequence[str], *, raw: bool, distances: Sequence[float] = ()
 ) -> dict[str, str]:
     """Return a file's metadata; nothing in it identifies the machine that wrote it."""
     sections = to_json(config)
@@ -50,7 +50,7 @@ def write_metadata(
         "fit": config.data.fit,
         "interpolation": config.data.interpolation,
         "preprocessing": PREPROCESSING["raw" if raw else "images"],
-        **({"energies": json.dumps(list(energies))} if energies else {}),
+        **({"distances": json.dumps(list(distances))} if distances else {}),
     }
 
 
@@ -68,8 +68,8 @@ def read_metadata(
         words = ("fit", "interpolation")
         data = {n: metadata[n] if n in words else json.loads(metadata[n]) for n in PREPARATION}
         config = from_json({"model": json.loads(metadata["model"]), "data": data})
-        # The temperature is part of the graph.
-        calibration = Calibration(energies=json.loads(metadata.get("energies", "[]")))
+        # Temperature and subspace are part of the graph.
+        calibration = Calibration(distances=json.loads(metadata.get("distances", "[]")))
     except (json.JSONDecodeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{where}: its metadata is corrupt: {error}") from error
     return config, check_classes(classes, config, where), calibration
@@ -99,21 +99,29 @@ class OnnxClassifier(BaseClassifier):
         data = dataclasses.replace(self.config.data, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
 
-    def raw_logits(self, raw_BHWC: np.ndarray, batch_size: int = 100) -> np.ndarray:
-        """Return logits (B, Y), float32, of pictures at the model's size.
+    def raw_outputs(
+        self, raw_BHWC: np.ndarray, batch_size: int = 100
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return logits (B, Y), float32, of pictures at the model's size, and familiarity (B,).
 
-        Those of a graph that gives probabilities are their logarithms.
+        The logits of a graph that gives probabilities are their logarithms.
         """
         chunks = range(0, len(raw_BHWC), batch_size)
         parts = [self._run(raw_BHWC[start : start + batch_size]) for start in chunks]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
+        if not parts:
+            return np.zeros((0, len(self.classes)), np.float32), None
+        logits_BY = np.concatenate([logits for logits, *_ in parts])
+        if not self.calibration.distances:
+            return logits_BY, None
+        return logits_BY, self.calibration.rank(np.concatenate([far for _, far in parts]))
 
-    def _run(self, raw_BHWC: np.ndarray) -> np.ndarray:
-        """Return the logits (B, Y) of one batch."""
+    def _run(self, raw_BHWC: np.ndarray) -> list[np.ndarray]:
+        """Return the logits (B, Y) of one batch and, if known, the distance (B,)."""
         input_name = self.session.get_inputs()[0].name
         batch = raw_BHWC if input_name == "raw" else self._normalize(raw_BHWC)
+        names = [OUTPUT_OF_INPUT[input_name], *["distance"] * bool(self.calibration.distances)]
         try:
-            (scores_BY,) = self.session.run([OUTPUT_OF_INPUT[input_name]], {input_name: batch})
+            scores_BY, *distance = self.session.run(names, {input_name: batch})
         except Exception as error:  # its exceptions have no common base class
             raise CheckpointError(f"{self.source}: cannot be run: {_first_line(error)}") from error
         if scores_BY.shape != (len(raw_BHWC), len(self.classes)):
@@ -122,8 +130,8 @@ class OnnxClassifier(BaseClassifier):
                 f"{len(self.classes)} classes"
             )
         if input_name == "raw":
-            return np.log(np.maximum(scores_BY, np.finfo(np.float32).tiny))  # type: ignore[no-any-return]
-        return scores_BY  # type: ignore[no-any-return]
+            scores_BY = np.log(np.maximum(scores_BY, np.finfo(np.float32).tiny))
+        return [scores_BY, *distance]
 
     def _normalize(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Convert uint8 to the model's input (B, C, H, W), float32."""

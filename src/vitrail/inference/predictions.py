@@ -97,8 +97,12 @@ class BaseClassifier(ABC):
     calibration: Calibration
 
     @abstractmethod
+    def raw_outputs(self, raw_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the logits (B, Y) of pictures returned by ``read``, and their familiarity (B,)."""
+
     def raw_logits(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Return the logits (B, Y) of pictures returned by ``read``."""
+        return self.raw_outputs(raw_BHWC)[0]
 
     def raw_probabilities(self, raw_BHWC: np.ndarray) -> np.ndarray:
         """Return the class probabilities (B, Y) of pictures returned by ``read``."""
@@ -121,9 +125,9 @@ class BaseClassifier(ABC):
 
     def predict_raw(self, raw_BHWC: np.ndarray, top_k: int = 3) -> Rankings:
         """Return what ``predict`` returns, for pictures returned by ``read``."""
-        logits_BY = self.raw_logits(raw_BHWC)
+        logits_BY, familiarity_B = self.raw_outputs(raw_BHWC)
         rankings = rank(self.calibration.probabilities(logits_BY), self.classes, top_k)
-        if (familiarity_B := self.calibration.familiarity(logits_BY)) is not None:
+        if familiarity_B is not None:
             for ranking, familiarity in zip(rankings, familiarity_B, strict=True):
                 ranking.familiarity = float(familiarity)
         return rankings

@@ -156,8 +156,8 @@ class Server:
         return JSONResponse(found)
 
     async def _predict(self, question: Question, seen: Seen) -> dict[str, Any]:
-        logits_Y = await self._batcher.logits(seen.classifier, seen.raw_HWC)
-        return responses.predictions(seen, logits_Y, question)
+        outputs = await self._batcher.outputs(seen.classifier, seen.raw_HWC)
+        return responses.predictions(seen, *outputs, question)
 
     async def _run_slowly(
         self, request: Request, work: Callable[[Seen, Question], T], seen: Seen, question: Question

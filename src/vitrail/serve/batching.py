@@ -13,6 +13,8 @@ from vitrail.inference.classifier import Classifier
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Outputs = tuple[np.ndarray, float | None]
+"""Logits (Y,), and the familiarity if it is known."""
 
 
 class BusyError(VitrailError):
@@ -50,7 +52,7 @@ class Lane:
 class _Request:
     classifier: Classifier
     raw_HWC: np.ndarray
-    answer: "asyncio.Future[np.ndarray]"
+    answer: "asyncio.Future[Outputs]"
 
 
 class Batcher:
@@ -71,8 +73,8 @@ class Batcher:
         self.reading = 0
         """Pictures that will be asked for in a moment; the caller counts them."""
 
-    async def logits(self, classifier: Classifier, raw_HWC: np.ndarray) -> np.ndarray:
-        """Return the logits (Y,) of one picture (H, W, C), bytes at the model's size.
+    async def outputs(self, classifier: Classifier, raw_HWC: np.ndarray) -> Outputs:
+        """Return logits (Y,) and familiarity of one picture (H, W, C), bytes at the model's size.
 
         Raises:
             BusyError: too many pictures are waiting.
@@ -96,13 +98,14 @@ class Batcher:
             self._waiting = [each for each in self._waiting if each not in batch]
             try:
                 raw_BHWC = np.stack([each.raw_HWC for each in batch])
-                found_BY = await self._lane.run(classifier.raw_logits, raw_BHWC)
+                found_BY, known_B = await self._lane.run(classifier.raw_outputs, raw_BHWC)
             except Exception as error:  # noqa: BLE001 (each request reports it)
                 for each in batch:
                     each.answer.set_exception(error)
             else:
-                for each, found_Y in zip(batch, found_BY, strict=True):
-                    each.answer.set_result(found_Y)
+                for row, each in enumerate(batch):
+                    familiarity = None if known_B is None else float(known_B[row])
+                    each.answer.set_result((found_BY[row], familiarity))
 
     def close(self) -> None:
         """Wait for the batch that is being computed."""

@@ -100,11 +100,11 @@ def _hide(
     return hidden_HWC
 
 
-def predictions(seen: Seen, logits_Y: np.ndarray, question: Question) -> dict[str, Any]:
+def predictions(
+    seen: Seen, logits_Y: np.ndarray, familiarity: float | None, question: Question
+) -> dict[str, Any]:
     """Return the most probable classes, and what the model sees if that was asked for."""
-    calibration, logits_BY = seen.classifier.calibration, logits_Y[None]
-    probabilities_Y = calibration.probabilities(logits_BY)[0]
-    familiarity_B = calibration.familiarity(logits_BY)
+    probabilities_Y = seen.classifier.calibration.probabilities(logits_Y[None])[0]
     best = np.argsort(-probabilities_Y, kind="stable")[: question.top].tolist()
     names = seen.classifier.classes
     answer: dict[str, Any] = {
@@ -113,9 +113,9 @@ def predictions(seen: Seen, logits_Y: np.ndarray, question: Question) -> dict[st
             for y in best
         ]
     }
-    if familiarity_B is not None:
-        answer["familiarity"] = float(familiarity_B[0])
-        answer["note"] = describe_unlike(float(familiarity_B[0]))
+    if familiarity is not None:
+        answer["familiarity"] = familiarity
+        answer["note"] = describe_unlike(familiarity)
     if question.seen:
         height, width = seen.subject.picture_HWC.shape[:2]
         box = seen_box((height, width), seen.classifier.config.model.image_hw, seen.subject.fit)

@@ -18,7 +18,13 @@ from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from vitrail.evaluation.calibration import Calibration, fit
-from vitrail.evaluation.metrics import Metrics, measure, predict_logits, quick_scores
+from vitrail.evaluation.metrics import (
+    Features,
+    Metrics,
+    measure,
+    predict_logits,
+    quick_scores,
+)
 from vitrail.evaluation.report import draw_each, plot_run
 from vitrail.explain.training_pictures import choose_images, draw_attention
 from vitrail.inference.classifier import Classifier
@@ -391,8 +397,10 @@ class Run:
         validation = self.monitored.get("validation")
         if validation is None:
             return None
-        logits_BY = self._logits(best.model.to(self.device), validation)
-        calibration = fit(logits_BY, validation.labels_B)
+        model = best.model.to(self.device)
+        features_BD = self._logits(Features(model), validation)
+        logits_BY = self._logits(model, validation)
+        calibration = fit(logits_BY, validation.labels_B, features_BD)
         distributed.on_leader(save_calibration, Path(best.source), calibration)
         return calibration
 

@@ -83,7 +83,8 @@ class CheckpointInfo:
                 raise CheckpointError(f"{where}: {name} is not an object")
         try:
             config = from_json(content["config"])
-            calibration = replace_fields(UNCALIBRATED, content.get("calibration", {}))
+            fitted = {k: v for k, v in content.get("calibration", {}).items() if k != "energies"}
+            calibration = replace_fields(UNCALIBRATED, fitted)  # energies: of former versions
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
         classes = check_classes(content["classes"], config, where)
