@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,20 @@ from rich.console import Console
 import vitrail
 from vitrail.cli import main
 from vitrail.cli.explain import ExplainOptions
+from vitrail.cli.explain import _print_failures as print_failures
 from vitrail.cli.explain_files import name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
 from vitrail.config.drawing import Look
 from vitrail.errors import ConfigError, DataError
-from vitrail.explain.draw import caption
+from vitrail.explain.draw import caption, draw_sheet
 from vitrail.explain.explanation import compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.map_settings import METHODS, MapSettings
 from vitrail.explain.methods import attention_by_head, compute_maps, contributions_by_layer
 from vitrail.explain.page import describe, page_data
 from vitrail.explain.panels import BLACK, GREEN, RED, scales
+from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.convert import FILES
@@ -252,6 +255,32 @@ def test_shapley_values_are_saved_and_shown_with_their_errors(
     assert several.errors_FGJ is not None
     assert np.isnan(several.errors_FGJ[:-1]).all(), "other methods are no estimates"
     assert classifier.explain(picture, method="balanced").errors_FGJ is None
+
+
+def test_methods_that_fail_a_test_on_the_model_are_marked(
+    classifier: Classifier, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = Badge("relevance", 0.4, 0.3, 0.5, True, True, True)
+    bad = Badge("rollout", 0.3, 0.2, 0.4, False, True, False)
+    verdict = Verdict("validation", 300, (good, bad), "Trust relevance.")
+    subject = replace(classifier.subject(picture), verdict=verdict)
+    failing = draw(subject, MapSettings(method="rollout"))
+    words = "no better than a control, does not depend on the class"
+    assert caption(failing).endswith(f"rollout, fails a test on this model: {words}")
+    assert "fails" not in caption(draw(subject, MapSettings(method="relevance")))
+    unscored = MapSettings(method="rollout", fusion="max")
+    assert "fails" not in caption(draw(subject, unscored)), "the score is of other settings"
+    several = [MapSettings(method="rollout"), MapSettings(method="relevance")]
+    both = compare(subject, several)
+    titles = [axes.get_title(loc="left") for axes in draw_sheet(both, Look()).axes[1:3]]
+    assert titles == ["✗ Rollout", "Relevance"]
+    assert "✗: fails a test on this model" in caption(both)
+    print_failures(both)
+    print_failures(failing)
+    assert capsys.readouterr().err.splitlines() == [
+        "fail a test on this model, see vitrail info: Rollout",
+        f"rollout fails a test on this model: {words}",
+    ]
 
 
 def test_hiding_patches_shows_its_progress_on_a_terminal(

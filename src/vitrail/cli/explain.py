@@ -240,6 +240,7 @@ def _draw_table(
     for subject in subjects:
         explanations.append(_explain_one(classifier, subject, options))
         _print_prediction(explanations[-1])
+    _print_failures(explanations[0])
     save_table(explanations, path, options.drawing)
     shape = f"{len(explanations)} pictures, {len(explanations[0].frames)} methods"
     print_out(f"{printable(str(path))}: {shape}, {path.stat().st_size / 1000:,.0f} kB")
@@ -266,8 +267,20 @@ def _draw(
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, options.drawing)
     _print_prediction(explanation)
+    if path.suffix.lower() != ".html":  # a page has badges
+        _print_failures(explanation)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
     print_out(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
+
+
+def _print_failures(explanation: "Explanation") -> None:
+    """Name the methods that fail a test on this model, by its stored scores."""
+    failing = {frame.title: frame.failures for frame in explanation.frames if frame.failures}
+    if failing and explanation.kind == "methods":
+        print_err(f"fail a test on this model, see vitrail info: {', '.join(failing)}")
+    elif failing:
+        words = ", ".join(next(iter(failing.values())))
+        print_err(f"{explanation.settings.method} fails a test on this model: {words}")
 
 
 def _describe(explanation: "Explanation", path: Path) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 from vitrail.explain.animation import encode_animation, fade
-from vitrail.explain.explanation import Explanation, Frame
+from vitrail.explain.explanation import WRONG, Explanation, Frame
 from vitrail.explain.map_settings import TITLES
 from vitrail.explain.page import make_page, page_data
 from vitrail.explain.panels import Panel, compose, make_legends, scales_of
@@ -236,8 +236,8 @@ def draw_table(explanations: Sequence[Explanation], look: Look) -> Figure:
         subject, scaled = explanation.subject, scales_of(explanation.frames, look)
         last = explanation.frames[-1]
         panels = [
-            Panel(subject, frame.title, frame.map_GJ, norm, frame.query)
-            for frame, norm in zip(explanation.frames, scaled, strict=True)
+            Panel(subject, _short_title(explanation, number), frame.map_GJ, norm, frame.query)
+            for number, (frame, norm) in enumerate(zip(explanation.frames, scaled, strict=True))
         ]
         rows.append([Panel(subject, last.prediction, correct=last.correct), *panels])
         frames += explanation.frames
@@ -277,6 +277,8 @@ def _short_title(explanation: Explanation, number: int) -> str:
         return f"{frame.title}: {frame.prediction}" if frame.prediction else frame.title
     if explanation.settings.method in ("similarity", "norms") and explanation.kind == "layers":
         return f"{frame.title}: {frame.map_GJ.min():.3g} to {frame.map_GJ.max():.3g}"
+    if explanation.kind == "methods" and frame.failures:
+        return f"{WRONG} {frame.title}"
     return "" if explanation.kind == "queries" else frame.title
 
 
@@ -313,4 +315,9 @@ def caption(explanation: Explanation, *, table: bool = False) -> str:
         parts.append("standard error unknown" if unknown else f"standard error <= {largest:.2g}")
     if subject.label and not table:
         parts.append(f"label: {subject.label}")
+    failures = list(dict.fromkeys(w for frame in explanation.frames for w in frame.failures))
+    if failures and explanation.kind == "methods":
+        parts.append(f"{WRONG}: fails a test on this model ({' or '.join(failures)})")
+    elif failures:
+        parts.append(f"fails a test on this model: {', '.join(failures)}")
     return ", ".join(parts)

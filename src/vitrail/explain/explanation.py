@@ -74,6 +74,11 @@ class Subject:
             features_1D = self.model.features(self.image_1CHW).float().cpu().numpy()
         return describe_unlike(self.calibration.familiarity(features_1D))
 
+    def failures(self, settings: MapSettings) -> tuple[str, ...]:
+        """Return the tests that a method fails on this model, by the stored scores."""
+        badges = self.verdict.badges if self.verdict else ()
+        return next((b.failures for b in badges if b.method == settings.variant), ())
+
     def find_class(self, name: str) -> int:
         """Return a class's index.
 
@@ -104,6 +109,8 @@ class Frame:
     """Whether negative values of the map count against the class."""
     errors_GJ: np.ndarray | None = None
     """Standard errors of Shapley values; NaN of a single pair of orders."""
+    failures: tuple[str, ...] = ()
+    """The tests that the method fails on this model, by the stored scores, in words."""
 
     def __repr__(self) -> str:
         return f"Frame({self.title!r}, {self.prediction!r})"
@@ -245,6 +252,7 @@ def explain(
         _frame(subject, maps, map_GJ, titles[chosen].format(layer), maps.query)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
     )
+    frames = tuple(replace(frame, failures=subject.failures(settings)) for frame in frames)
     return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
 
 
@@ -255,7 +263,10 @@ def compare(
     index = None if class_name is None else subject.find_class(class_name)
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
-        _frame(subject, maps, maps.values_BLGJ[0, -1], TITLES[each.method], maps.query)
+        replace(
+            _frame(subject, maps, maps.values_BLGJ[0, -1], TITLES[each.method], maps.query),
+            failures=subject.failures(each),
+        )
         for each, maps in zip(settings, all_maps, strict=True)
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))

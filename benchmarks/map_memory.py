@@ -1,0 +1,90 @@
+"""Peak memory of explaining many images, for every method: how it grows with their number.
+
+    python benchmarks/map_memory.py cifar10 --images 10000
+
+Every method is measured in processes of its own, at two numbers of images, each the peak above the
+memory in use once the model and the images are there. What grows is the result; the last column is
+the peak of the whole process, with model and images, extrapolated to ``--images``. (Methods that
+hide patches take many passes: fewer images, and a single pair of orders for Shapley values.)
+"""
+
+import json
+import subprocess
+import sys
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import vitrail
+from speed.worker import peak_mib
+from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
+from vitrail.explain.methods import compute_maps
+from vitrail.runtime.hardware import describe_environment
+
+COUNTS = (600, 1200)
+SLOW: dict[Method, tuple[int, int]] = {
+    "integrated_gradients": (200, 400), "occlusion": (100, 200), "shapley": (100, 200),
+}  # fmt: skip
+
+
+def measure(source: str, method: Method, images: int) -> dict[str, float]:
+    """Return MiB: the process before the maps, its peak with them, and the maps themselves."""
+    model = vitrail.load(source, device="cpu").model
+    images_BCHW = torch.randn(images, model.config.n_channels, *model.config.image_hw)
+    more = {"passes": 2} if method == "shapley" else {}
+    compute_maps(model, images_BCHW[:1], MapSettings(method=method, **more))
+    before = peak_mib("cpu")
+    maps = compute_maps(model, images_BCHW, MapSettings(method=method, **more))
+    return {
+        "before": before, "peak": peak_mib("cpu"), "maps": maps.values_BLGJ.nbytes / 2**20
+    }  # fmt: skip
+
+
+def main(
+    source: tyro.conf.Positional[str] = "cifar10",
+    images: int = 10_000,
+    only: Literal["", Method] = "",
+    count: int = 0,
+) -> None:
+    """Measure every method, and print a table and a line of JSON.
+
+    Args:
+        source: the model.
+        images: the number of images to extrapolate to.
+        only: measure this method in this process, on ``count`` images.
+        count: number of images, with ``only``.
+    """
+    if only:
+        print(json.dumps(measure(source, only, count)))
+        return
+    table = Table("method", "images", "MiB above the start", f"process at {images:,}")
+    rows = []
+    for method in (*METHODS, *VIEWS):
+        found = []
+        for number in SLOW.get(method, COUNTS):
+            words = [source, "--only", method, "--count", str(number)]
+            run = subprocess.run(
+                [sys.executable, __file__, *words], check=True, capture_output=True, text=True
+            )
+            found.append({"images": number, **json.loads(run.stdout)})
+        few, many = found
+        per_image = (many["peak"] - few["peak"]) / (many["images"] - few["images"])
+        total = many["peak"] + max(0.0, per_image) * (images - many["images"])
+        rows.append({"method": method, "runs": found, "extrapolated": round(total)})
+        table.add_row(
+            method,
+            " and ".join(f"{run['images']}" for run in found),
+            " and ".join(f"{run['peak'] - run['before']:.0f}" for run in found),
+            f"{total:,.0f} MiB",
+        )
+    Console().print(table)
+    machine = describe_environment(torch.device("cpu"), "")
+    kept = {name: machine[name] for name in ("versions", "system", "processor", "threads")}
+    print(json.dumps({"model": source, "images": images, "methods": rows, "machine": kept}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
