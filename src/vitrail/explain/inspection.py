@@ -354,11 +354,8 @@ def _draw_heads(axes: Axes, values_BLA: Tensor) -> None:
 
 def _draw_limit(axes: Axes, limit: float, words: str) -> None:
     """Mark the value of a head with uniform attention."""
-    axes.axhline(limit, color=DARK, linewidth=1, linestyle="--")
-    axes.annotate(
-        words, (0.99, limit), (0, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", size=8, color=DARK,
-    )  # fmt: skip
+    axes.axhline(limit, color=DARK, linewidth=1, linestyle="--", label=words)
+    axes.legend(loc="best", frameon=False, fontsize=9)
     axes.set_ylim(0, 1.12 * max(limit, axes.dataLim.y1) or 1)
 
 
