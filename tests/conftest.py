@@ -70,7 +70,7 @@ def images_BCHW() -> Tensor:
     return torch.randn(5, 3, 20, 28, generator=torch.Generator().manual_seed(6))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_run() -> Config:
     """A run on generated shapes that takes a second."""
     return from_json(

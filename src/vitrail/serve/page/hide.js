@@ -24,13 +24,13 @@ export class Hide {
     this.stop = new AbortController();
     const {signal} = this.stop;
     if (this.shared.picture.live) $("curve").replaceChildren();
+    this.draw();
     await pause(400);  // of moving pictures only the last
     if (this.key !== key) return;
     try {
       const curve = await view.ask("curve", {...view.question(), passes: view.method === "shapley" ? 514 : "", resolution: ""}, signal);
       if (this.key !== key) return;
       this.curve = curve;
-      $("hide").max = curve.order.length;
       this.draw();
     } catch (error) {
       if (error.name !== "AbortError") complain(error);
@@ -38,13 +38,13 @@ export class Hide {
   }
 
   draw() {
-    const {hidden} = this.shared;
-    $("show-all").disabled = hidden.size === 0;
-    $("hide").value = hidden.size;
+    const {hidden, grid: [rows, columns]} = this.shared, now = hidden.size, state = `${now} of ${rows * columns} patches hidden`;
+    $("show-all").disabled = now === 0;
+    Object.assign($("hide"), {max: rows * columns, value: now, disabled: !this.curve});
+    $("hide").setAttribute("aria-valuetext", state);
+    say($("hide-now"), now ? state : "");
     if (!this.curve) return;
-    const {counts, curves, order} = this.curve, now = hidden.size;
-    say($("hide-now"), now ? `${now} of ${order.length} patches hidden` : "");
-    $("hide").setAttribute("aria-valuetext", `${now} of ${order.length} patches hidden`);
+    const {counts, curves, order} = this.curve;
     const lines = [["this map", "a"], ["center first", "b"], ["random", "c"]];
     drawChart($("curve"), {
       lines: lines.map(([name, kind], i) => [name, kind, counts, curves[["map", "center", "random"][i]]]),
