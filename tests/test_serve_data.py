@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import threading
 import time
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,10 @@ from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.explain.map_settings import METHODS, SUPPORTED_SETTINGS, TITLES
 from vitrail.explain.stored_scores import Badge, Verdict
-from vitrail.serve import responses
+from vitrail.inference.classifier import Classifier
+from vitrail.serve import model_data, responses
+from vitrail.serve.model_data import Data, Gallery
+from vitrail.serve.models import Shelf
 from vitrail.serve.parameters import SLOW
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
@@ -111,6 +115,28 @@ def test_missing_data_are_an_answer_without_a_path(run: Path, tmp_path: Path) ->
             assert answer.status_code == 404 or answer.json() == {"pictures": []}
             assert "secret" not in answer.text
         assert client.get("/api/models/away/examples").json() == {"examples": []}
+
+
+def test_data_that_take_long_to_load_do_not_delay_other_models(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, begun, gate = model_data._load, threading.Event(), threading.Event()
+
+    def slow(name: str, classifier: Classifier) -> Data:
+        begun.set()
+        assert name != "short" or gate.wait(30)
+        return load(name, classifier)
+
+    monkeypatch.setattr(model_data, "_load", slow)
+    gallery = Gallery(Shelf([str(run), "cifar10"], Path()))
+    waiting = threading.Thread(target=gallery.confusion, args=("short",))
+    waiting.start()
+    assert begun.wait(30)
+    assert len(gallery.examples("cifar10")) == 10
+    assert waiting.is_alive()
+    gate.set()
+    waiting.join()
+    assert gallery.confusion("short")["images"] == 1000
 
 
 def test_a_run_shows_its_epochs_and_checkpoints(run: Path) -> None:

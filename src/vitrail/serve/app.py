@@ -43,7 +43,7 @@ class Server:
         # A map of many passes must not delay a cheap one, nor a large file a small one.
         self._reading = Lane(limit=256, threads=2)
         self._quick, self._slow = Lane(limit=64), Lane(limit=16)
-        self._data, self._evaluating = Lane(limit=64, threads=2), Lane(limit=16)
+        self._data, self._evaluating = Lane(limit=64, threads=4), Lane(limit=16)
         self._gallery = Gallery(shelf)
         self._evaluations: dict[str, asyncio.Task[None]] = {}
         folder = resources.files("vitrail.serve") / "page"

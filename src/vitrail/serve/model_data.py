@@ -51,6 +51,7 @@ class Gallery:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf, self._lock = shelf, threading.Lock()
         self._open: OrderedDict[str, Data] = OrderedDict()
+        self._opening: dict[str, threading.Lock] = {}
         self._shown: dict[str, ImageSet | None] = {}
 
     def examples(self, name: str) -> list[str]:
@@ -151,15 +152,18 @@ class Gallery:
         """Return a model's validation images; those evaluated by older weights do not count."""
         classifier = self._shelf.get(name)
         with self._lock:
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:  # a download must not delay other models
             data = self._open.get(name)
             if data is None:
                 data = _load(name, classifier)
             elif data.classifier is not classifier:
                 data = Data(classifier, data.images)
-            self._open[name] = data
-            self._open.move_to_end(name)
-            while len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
+            with self._lock:
+                self._open[name] = data
+                self._open.move_to_end(name)
+                while len(self._open) > MOST_OPEN:
+                    self._open.popitem(last=False)
         return data
 
 

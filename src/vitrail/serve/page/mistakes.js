@@ -35,7 +35,7 @@ export class Mistakes {
     Object.assign(this, {model, opened: ""});
     $("cell-card").hidden = true;
     $("matrix").replaceChildren();
-    say($("mistakes-state"), "Loading the validation images …");
+    say($("mistakes-state"), "Loading the validation images; CIFAR is downloaded if it is missing …");
     try {
       while (this.model === model) {
         const found = await ask(`models/${encoded(model)}/confusion`);
@@ -63,9 +63,8 @@ export class Mistakes {
 
   cell(classes, i, j, count, total) {
     const cell = make("td"), button = make("button", "", count || "·");
-    const share = total ? count / total : 0, strength = count ? 12 + 70 * Math.sqrt(share) : 0;
+    const share = total ? count / total : 0, strength = count ? 12 + 36 * Math.sqrt(share) : 0;  // text stands out from each
     button.style.background = `color-mix(in srgb, var(${i === j ? "--right" : "--wrong"}) ${strength}%, var(--paper))`;
-    if (strength > 55) button.style.color = "var(--card)";
     button.setAttribute("aria-label", `${count} images of ${classes[i]} predicted as ${classes[j]}`);
     button.disabled = count === 0;
     if (this.opened === `${i},${j}`) button.setAttribute("aria-current", "true");
