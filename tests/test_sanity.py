@@ -117,7 +117,8 @@ def test_rounding_is_no_dependence_on_the_class(model: VisionTransformer) -> Non
         assert check.depends_on_class is False
     above = Estimate(0.25 + 2e-8, 0.25 + 1e-8, 0.25 + 3e-8)
     assert Sanity("rollout", {}, above).depends_on_class is False
-    few = check_methods(model, images_BCHW[:12], torch.arange(12) % 5, ("attention",))
+    few = check_methods(model, images_BCHW[:12], torch.arange(12) % 5, ("attention", "shapley"))
+    assert [check.method for check in few] == ["attention", "shapley"]
     assert few[0].in_tile is None
 
 

@@ -81,13 +81,14 @@ def check_methods(
     few_BCHW = images_BCHW[:CHECKED]
     mosaics = make_mosaics(images_BCHW, labels_B)
     found = []
-    for settings in settings_of_all(methods, passes=128):
+    for method in settings_of_all(methods):
+        (settings,) = settings_of_all([method], passes=128)
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if len(mosaics[0]) >= FEWEST_IMAGES:
             shares_M4 = shares_in_tiles(model, *mosaics, settings)
             in_tile = estimate_mean(shares_M4.mean(1))
-        found.append(Sanity(settings.variant, similarity, in_tile))
+        found.append(Sanity(method.variant, similarity, in_tile))
         advance()
     return found
 
