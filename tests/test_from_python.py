@@ -13,6 +13,8 @@ from PIL import Image
 
 import vitrail as package
 from vitrail.errors import ConfigError, DataError
+from vitrail.training.run import Run
+from vitrail.training.run_folder import load_split
 
 TINY: dict[str, Any] = {
     "image_size": 16, "patch_size": 8, "embed_dim": 16, "n_layers": 1, "n_attention_heads": 2,
@@ -97,6 +99,30 @@ def test_given_splits_and_the_run_folder(
     assert again.predict(PICTURES[0])[0][0].name == "no"
     with pytest.raises(ConfigError, match="already exists"):
         package.train((PICTURES, LABELS), folder_name="mine", **TINY)
+
+
+def test_a_run_refuses_other_arrays_and_finds_its_own_where_it_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.train((PICTURES, LABELS), test=(PICTURES[:4], LABELS[:4]), folder_name="mine", **TINY)
+    moved = (tmp_path / "output" / "mine").rename(tmp_path / "moved")
+    known = json.loads((moved / "data.json").read_text())
+    assert set(known) == {"train", "test"}
+    assert known["train"].startswith("60-")
+    model = package.load(moved)
+    assert len(load_split(model, "validation")) == 6
+    with np.load(moved / "data.npz") as file:
+        arrays = dict(file)
+    for name, change in (("labels", lambda x: 1 - x), ("images", lambda x: x[::-1])):
+        np.savez(moved / "data.npz", **arrays | {f"train_{name}": change(arrays[f"train_{name}"])})
+        assert len(load_split(model, "test")) == 4  # unchanged
+        with pytest.raises(DataError, match="the train images or labels changed since the run"):
+            load_split(model, "validation")
+        with pytest.raises(DataError, match="the train images or labels changed since the run"):
+            Run.resume(moved, model.config)
+    np.savez(moved / "data.npz", **arrays)
+    assert Run.resume(moved, model.config).rows[-1]["epoch"] == 8
 
 
 def test_a_path_trains_as_the_command_does(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ but only if the source is not split at all.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
@@ -20,6 +20,8 @@ from vitrail.errors import DataError
 
 BLOCK = 4096
 """Number of pictures whose values are converted to bytes at a time."""
+HASHED = 1000
+"""Number of pictures, evenly spaced, that a fingerprint covers."""
 SHAPES = "give (N, H, W) for gray, (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4"
 
 
@@ -150,6 +152,39 @@ def _cut(items: Items, counts: Sequence[int], purpose: str) -> tuple[Items, Item
     chosen = choose(items.labels_B.tolist(), counts, ranks)
     rest = np.setdiff1d(np.arange(len(ranks)), chosen)
     return items.take(rest.tolist()), items.take(chosen)
+
+
+# --- whether the data are still the same ----------------------------------------------------------
+
+
+def fingerprints(source: ArraySource) -> dict[str, str]:
+    """Return a string for each part that changes with its labels and its pictures."""
+    return {split: _fingerprint(part) for split, part in source.parts.items()}
+
+
+def require_same(source: ArraySource, known: Mapping[str, str], splits: Iterable[Split]) -> None:
+    """Refuse data whose fingerprints are not the known ones; what was cut from train is train.
+
+    Raises:
+        DataError: a part of the source that these splits are from has changed.
+    """
+    parts: set[Split] = {split if split in source.parts else "train" for split in splits}
+    found = {part: _fingerprint(source.parts[part]) for part in sorted(parts & set(source.parts))}
+    changed = [part for part, text in found.items() if text != known.get(part)]
+    if changed:
+        raise DataError(
+            f"{source.name}: the {' and '.join(changed)} images or labels changed since the run "
+            "started: restore them, set --data_path to their new location, or start a new run"
+        )
+
+
+def _fingerprint(part: Part) -> str:
+    """Return the number of pictures, and a hash of all labels and HASHED pictures."""
+    count = len(part.labels_B)
+    digest = hashlib.blake2b("\n".join(map(str, part.labels_B.tolist())).encode(), digest_size=8)
+    for picture in part.read(np.unique(np.linspace(0, count - 1, HASHED).astype(np.int64))):
+        digest.update(picture if isinstance(picture, bytes) else picture.tobytes())
+    return f"{count}-{digest.hexdigest()}"
 
 
 # --- the pixels -----------------------------------------------------------------------------------

@@ -46,11 +46,13 @@ from vitrail.training.run_folder import (
     hold,
     list_files,
     load_on_all_ranks,
+    locate_arrays,
     log_test_use,
     read_rows,
     require_run_folder,
     require_unused,
     restore_files,
+    write_fingerprints,
 )
 from vitrail.training.state import TrainingState, first_not_finite, prune, quality, recover
 from vitrail.training.trackers import Trackers, check_trackers
@@ -174,6 +176,7 @@ class Run:
             OutputError: another process is writing to the folder.
         """
         distributed.on_leader(require_run_folder, folder)  # the lock would create the folder
+        config = dataclasses.replace(config, data=locate_arrays(config.data, folder))
         held = hold(folder)  # until the run itself holds it
         saved, rows = distributed.on_leader(lambda: (recover(folder, config), read_rows(folder)))
         manifest, added = distributed.on_leader(restore_files, config, folder)
@@ -324,6 +327,7 @@ class Run:
         """Write the settings, the files of the data, and the software and hardware."""
         if self.manifest is not None:
             self.manifest.save(self.folder)
+        write_fingerprints(self.config, self.folder)
         write_json(self.folder / "config.json", to_json(self.config))
         write_json(self.folder / "env.json", describe_environment(self.device, self.precision))
 

@@ -3,6 +3,7 @@
 output/NAME/
 ├── config.json  env.json          settings; software and hardware
 ├── manifest.json                  for a folder of pictures: every file with its split
+├── data.json                      for arrays: the fingerprint of each part
 ├── data.npz                       of vitrail.train: the arrays, unless they are a path
 ├── metrics.jsonl                  one line per epoch
 ├── result.json                    at the end: validation and test scores, seconds, parameters
@@ -21,12 +22,12 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_args
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from vitrail.config.settings import ARRAYS, Config, Split
-from vitrail.data.arrays import choose_items
+from vitrail.config.settings import ARRAYS, Config, DataConfig, Split
+from vitrail.data.arrays import choose_items, fingerprints, require_same
 from vitrail.data.datasets import Loaded, load_data
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import (
@@ -41,14 +42,15 @@ from vitrail.data.manifest import (
 from vitrail.data.sources import open_source
 from vitrail.errors import CheckpointError, ConfigError, OutputError
 from vitrail.runtime import distributed
-from vitrail.runtime.files import replace_file
-from vitrail.weights.checkpoint import read_bytes
+from vitrail.runtime.files import replace_file, write_json
+from vitrail.weights.checkpoint import read_bytes, read_json_object
 
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
 
 DATA = "data.npz"
 """The arrays that a run was given from Python."""
+FINGERPRINTS = "data.json"
 LOCK = ".lock"
 """A file that the writing process locks; the system unlocks it when the process ends."""
 
@@ -181,8 +183,9 @@ def _run_of(source: str) -> Path | None:
 def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageSet:
     """Load a split of the data that a model was trained on, or of other data.
 
-    If the model comes from a run, the run's manifest determines the splits. All of another folder
-    is its test split. ``changes`` are data settings that differ, such as ``data_path``.
+    If the model comes from a run, the run's manifest determines the splits, and arrays must be
+    those of the run. All of another folder is its test split. ``changes`` are data settings that
+    differ, such as ``data_path``.
 
     Raises:
         DataError: data are missing, or changed since the training.
@@ -190,10 +193,12 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
     config = classifier.config
     if changes.get("dataset", "shapes") != "shapes":
         changes["shortcut"] = 0.0
-    data = dataclasses.replace(config.data, **changes)
+    data, run = dataclasses.replace(config.data, **changes), _run_of(classifier.source)
+    data = locate_arrays(data, run) if run else data
     manifest = None
+    if run and data.dataset in ARRAYS and "data_path" not in changes:
+        _verify_arrays(data, run, [split])
     if data.dataset == "folder":
-        run = _run_of(classifier.source)
         known = load_manifest(run) if run and (run / FILE).is_file() else None
         manifest = choose_manifest(data, config.data, known, split, classifier.classes)
     changed = dataclasses.replace(config, data=data)
@@ -216,6 +221,25 @@ def _load(
     )
 
 
+def write_fingerprints(config: Config, folder: Path) -> None:
+    """Write data.json into the folder of a run on arrays."""
+    if config.data.dataset in ARRAYS:
+        write_json(folder / FINGERPRINTS, fingerprints(open_source(config.data)))
+
+
+def locate_arrays(data: DataConfig, folder: Path) -> DataConfig:
+    """Return the settings with the path of the arrays in a run folder that was moved."""
+    moved = data.data_path.name == DATA and not data.data_path.exists()
+    return dataclasses.replace(data, data_path=(folder / DATA).absolute()) if moved else data
+
+
+def _verify_arrays(data: DataConfig, folder: Path, splits: Sequence[Split]) -> None:
+    """Refuse arrays that are not those of the run, if it has recorded them."""
+    path = folder / FINGERPRINTS
+    if path.is_file():
+        require_same(open_source(data), read_json_object(path), splits)
+
+
 def has_test(config: Config, manifest: Manifest | None) -> bool:
     """Return whether the data set has a test split."""
     if config.data.dataset in ARRAYS:
@@ -233,6 +257,8 @@ def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
 
 def restore_files(config: Config, folder: Path) -> tuple[Manifest | None, int]:
     """Return the files that a run started with, after verifying them, and how many were added."""
+    if config.data.dataset in ARRAYS:
+        _verify_arrays(config.data, folder, get_args(Split))
     if config.data.dataset != "folder" or not (folder / FILE).is_file():
         return list_files(config, None), 0  # it was stopped before its settings were written
     manifest = dataclasses.replace(load_manifest(folder), root=config.data.data_path)
