@@ -231,7 +231,7 @@ def test_explains_what_to_do_if_the_download_fails(
     message = str(refused.value)
     assert message.startswith("no cifar-10-batches-py or cifar-10-python.tar.gz in nowhere or ")
     assert "http://127.0.0.1:1/x (ConnectionError)" in message
-    assert message.endswith("Put either into nowhere, or train without data: --dataset shapes")
+    assert message.endswith("Put either into nowhere (vitrail train --preset quick needs no data)")
     assert "\n" not in message
 
 

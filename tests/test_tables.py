@@ -4,6 +4,7 @@ import pytest
 import torch
 from rich.console import Console, RenderableType
 
+from vitrail.data.shapes import CLASSES
 from vitrail.errors import printable
 from vitrail.evaluation.metrics import Metrics, measure
 from vitrail.evaluation.report import confusion_table, metrics_table, percent
@@ -44,6 +45,12 @@ def test_ten_classes_fit_eighty_columns_uncut() -> None:
     assert rows["bird"] == ["·", "·", "1008", "1", *"······"]
     assert rows["truck"] == ["1", *"········", "1008"]
     assert all(len(rows[name]) == 10 for name in CIFAR10)
+
+
+def test_short_names_are_not_broken() -> None:
+    names = tuple(CLASSES)
+    words = printed(confusion_table(scored(names, 20))).split()
+    assert words.count("circle") == words.count("square") == 2
 
 
 def test_many_classes_show_the_most_common_confusions_and_the_lowest_recalls() -> None:

@@ -402,7 +402,7 @@ def plot_importances(study: Any, path: Path) -> dict[str, float]:
 
 
 def flags(start: Config, best: Config) -> str:
-    """Return the flags that turn one configuration into another."""
+    """Return the flags that turn one configuration into another, numbers with four digits."""
     words: list[str] = []
     before = start.flat()
     for name, value in best.flat().items():
@@ -411,5 +411,7 @@ def flags(start: Config, best: Config) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) else (value,)
+            shown = (f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
+            words += [f"--{name}", *shown]
     return shlex.join(words)

@@ -211,8 +211,11 @@ def _show_verdict(classifier: "Classifier") -> None:
         )
         for badge in verdict.badges
     ]
-    title = f"Maps (vitrail explain --score, {verdict.images} {verdict.split} images)"
-    columns = "method", "SRG", "beats the controls", "depends on the model", "on the class"
+    title = (
+        f"Maps (vitrail explain --score, {verdict.images} {verdict.split} images): does a method "
+        "beat the controls, and depend on the model and on the class?"
+    )
+    columns = "method", "SRG", "controls", "model", "class"
     _print_table(title, rows, *columns)
     print_out(f"{verdict.trust}\n")
 

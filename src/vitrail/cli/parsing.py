@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
@@ -149,13 +149,14 @@ def _show_field(field: StructFieldSpec, text: Any) -> StructFieldSpec:
     kind, *annotations = (
         get_args(field.type) if get_origin(field.type) is Annotated else (field.type,)
     )
+    kinds = tuple(each for each in get_args(kind) if each is not NoneType)
     metavar = None
-    if NoneType in get_args(kind):
-        kinds = tuple(each for each in get_args(kind) if each is not NoneType)
+    if get_origin(kind) in (Union, UnionType):
         others: Any = Union[kinds]  # noqa: UP007 (of a tuple)
         primitive = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(others, set()))
-        metavar = getattr(primitive, "metavar", None)
-    shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=_show_default)
+        # Of one number or two, INT|{INT INT} is hard to read.
+        metavar = re.sub(r"^(\w+)\|\{\1 \1\}$", r"\1 [\1]", getattr(primitive, "metavar", ""))
+    shown = tyro.conf.arg(metavar=metavar or None, help_behavior_hint=_show_default)
     annotated: Any = Annotated[(kind, shown, *annotations)]
     return dataclasses.replace(field, type=annotated, helptext=partial(_one_paragraph, text))
 

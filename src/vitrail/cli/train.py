@@ -363,10 +363,14 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
             f"in {seconds:,.1f} s of training ({epochs})"
         )
     print_out(f"\n{folder}", style="bold")
-    table = number_table("", "accuracy", "loss")
+    table = number_table("", "accuracy", "loss", "images", "95% interval")
     for split in ("validation", "test"):
-        if result[split]:
-            table.add_row(split, f"{result[split]['accuracy']:.2%}", f"{result[split]['loss']:.4f}")
+        if scores := result[split]:
+            row = [split, f"{scores['accuracy']:.2%}", f"{scores['loss']:.4f}"]
+            if "accuracy_interval" in scores:
+                low, high = scores["accuracy_interval"]
+                row += [f"{scores['images']:,}", f"{low:.1%} to {high:.1%}"]
+            table.add_row(*row)
     if table.row_count:
         out.print(table)
     if not result["test"]:

@@ -295,7 +295,7 @@ class DataConfig(Checked):
 
 
 class Preparation(TypedDict, total=False):
-    """The settings in DataConfig that define how an image becomes the model's input."""
+    """How an image becomes the model's input; DataConfig has the same settings."""
 
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None

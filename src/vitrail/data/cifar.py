@@ -134,7 +134,7 @@ def _read_files(
     except DataError as error:
         raise DataError(
             f"no {archive.folder} or {archive.tar} in {data_path} or {cache}, and {error}. "
-            f"Put either into {data_path}, or train without data: --dataset shapes"
+            f"Put either into {data_path} (vitrail train --preset quick needs no data)"
         ) from error
     return _read_tar(tar, archive, files)
 

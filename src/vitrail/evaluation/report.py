@@ -17,6 +17,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -117,7 +118,9 @@ def _matrix(metrics: Metrics) -> Table:
     table.padding = 0  # the box already separates the columns by a space
     table.add_column("", max_width=14, no_wrap=True)
     digits = len(str(max(map(max, metrics.confusion_YY))))
-    width = max(digits, min(14, 64 // len(metrics.classes) - 1))
+    lengths = [cell_len(printable(name)) for name in metrics.classes]
+    free = 79 - min(14, max(lengths))
+    width = max(digits, min(14, max(lengths), free // len(lengths) - 1))
     for name in metrics.classes:
         # A long name wraps instead of widening its column.
         header = Text(printable(name), overflow="fold")
