@@ -57,7 +57,7 @@ SLOW = (
     "torchrun", "vitrail export", "vitrail predict --model_path quick.onnx",
     "vitrail sweep --search",
     "vitrail explain photos/", "vitrail explain cat.png dog.png", "vitrail explain cat.jpg",
-    "vitrail explain cat.png --method similarity", "vitrail explain --model_path cifar10",
+    "vitrail explain cat.png --method similarity", "vitrail explain cifar10 examples/cat.jpg",
     "vitrail train --dataset folder --data_path my_pictures --init", "vitrail train --tensorboard",
     "curl --data-binary @cat.jpg http://127.0.0.1:8000/api/page",
     "curl --data-binary @cat.jpg 'http://127.0.0.1:8000/api/curve",
