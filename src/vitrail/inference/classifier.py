@@ -115,8 +115,8 @@ class Classifier(BaseClassifier):
                 what fits the method; without a method, the evidence after each layer.
             class_name: the class to explain. Default: the predicted one.
             name: the picture's name. Default: its file name.
-            basis: the colors of features, from ``explain.token_views.fit_colors`` of several pictures.
-                Default: fitted to this picture.
+            basis: the colors of features of several pictures, from
+                ``explain.token_views.fit_colors``. Default: fitted to this picture.
             settings: fields of ``explain.map_settings.MapSettings``: method, fusion, query, layers
                 and more; ``against`` may be the name of a class. method "all" shows every method,
                 one frame each.
