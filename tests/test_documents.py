@@ -75,6 +75,8 @@ SCORE = "--images 10 --method rollout,attention"
 SMALLER = {
     "vitrail train": f"{TRAIN} {MODEL}",
     "vitrail train --init": TRAIN,
+    "vitrail train --preset fast": TRAIN,
+    "vitrail train --preset small": TRAIN,
     "vitrail train --dataset folder --data_path my_pictures --init": TRAIN,
     "vitrail train --resume": "",
     "torchrun --nproc-per-node 2": f"{TRAIN} {MODEL} --folder_name ranks",
