@@ -1,4 +1,9 @@
-"""Fixtures shared by several test files."""
+"""Fixtures shared by several test files.
+
+PyTorch is imported by those who use it: the process that hands out the tests needs none.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -7,28 +12,32 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, ModelConfig
-from vitrail.data.shapes import load_shapes
-from vitrail.model.vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitrail.model.vit import VisionTransformer
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tiny tensors are faster on one thread, and sums are then the same everywhere."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cached_shapes() -> Iterator[None]:
     """Generate the shapes once for all tests: they are always the same bytes."""
+    from vitrail.data.shapes import load_shapes
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrail.data.datasets.load_shapes", functools.cache(load_shapes))
         yield
@@ -51,6 +60,9 @@ def tiny_model() -> ModelConfig:
 @pytest.fixture
 def make_model(tiny_model: ModelConfig) -> Callable[..., VisionTransformer]:
     """A model of 5 x 7 patches and 3 blocks whose attention is far from uniform."""
+    import torch
+
+    from vitrail.model.vit import VisionTransformer
 
     def make(pool: str = "cls", **changes: Any) -> VisionTransformer:
         config = dataclasses.replace(tiny_model, pool=pool, n_layers=3, **changes)
@@ -67,6 +79,8 @@ def make_model(tiny_model: ModelConfig) -> Callable[..., VisionTransformer]:
 @pytest.fixture
 def images_BCHW() -> Tensor:
     """Five inputs of ``make_model``."""
+    import torch
+
     return torch.randn(5, 3, 20, 28, generator=torch.Generator().manual_seed(6))
 
 
@@ -109,6 +123,8 @@ def reference() -> Path:
 @pytest.fixture
 def cifar_folder(tmp_path: Path) -> Path:
     """Noise in CIFAR-10's layout, pickled by Python 3: 60 images to train, 23 to test."""
+    import numpy as np
+
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     random = np.random.default_rng(5)

@@ -6,12 +6,6 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_precision,
-    multiclass_recall,
-)
 
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
@@ -100,6 +94,13 @@ def test_every_module_gets_its_mode_back_even_after_an_error() -> None:
 
 @pytest.mark.parametrize("n_classes", [3, 11])
 def test_scores_agree_with_torchmetrics(n_classes: int) -> None:
+    from torchmetrics.functional.classification import (  # takes seconds: imported by one worker
+        multiclass_accuracy,
+        multiclass_calibration_error,
+        multiclass_precision,
+        multiclass_recall,
+    )
+
     logits, labels = answers(n_classes)
     metrics = measure(logits, labels, classes=names(n_classes))
     given = {"preds": logits, "target": labels, "num_classes": n_classes}
