@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from vitrail.model.vit import VisionTransformer
 
 
+SLOWEST = (
+    "test_explanation", "test_tutorial", "test_documents", "test_faults", "test_cli",
+    "test_page_browser", "test_methods", "test_reference_commands", "test_run",
+    "test_limited_device", "test_draw", "test_views", "test_plots", "test_process", "test_ranks",
+    "test_serve", "test_bench",
+)  # fmt: skip
+"""The files that take longest; one that is missing here costs time only."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest files, so that no worker is left with one at the end."""
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOWEST)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tiny tensors are faster on one thread, and sums are then the same everywhere."""
@@ -40,6 +55,27 @@ def cached_shapes() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitrail.data.datasets.load_shapes", functools.cache(load_shapes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rough_plots() -> Iterator[None]:
+    """For tests of something else: plots are drawn at once, with few dots and unfitted margins.
+
+    Else plots are most of the time of a short training. Sheets of maps are drawn as ever.
+    """
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def draw_roughly(figure: Figure, file: Any, **settings: Any) -> None:
+        if settings.pop("bbox_inches", None):
+            settings |= {"dpi": 40}
+            figure.set_layout_engine("none")
+        draw(figure, file, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draw_roughly)
         yield
 
 

@@ -133,11 +133,6 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_loading_a_model_brings_no_downloader() -> None:
-    code = "import sys, vitrail.weights.pretrained; sys.exit('requests' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_public_names_are_sorted_and_there() -> None:
     assert vitrail.__all__ == sorted(vitrail.__all__) == dir(vitrail)
     for name in vitrail.__all__:

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,8 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.training.run_folder import lock_of
 from vitrail.weights.checkpoint import CheckpointInfo, read_pointer, save_weights_file
 from vitrail.weights.pretrained import load
+
+pytestmark = pytest.mark.usefixtures("rough_plots")
 
 TINY = shlex.split(
     "--patch_size 16 --embed_dim 8 --n_layers 1 --n_attention_heads 2 --batch_size 40 "
@@ -142,12 +143,6 @@ def test_without_arguments_the_help_is_printed_as_an_error(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("vitrail 0.")
-
-
-def test_a_closed_pipe_causes_no_traceback(here: Path) -> None:
-    shell = f"{sys.executable} -m vitrail info | head -c 1 >/dev/null"
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
@@ -713,13 +708,15 @@ def test_many_classes_are_not_all_listed() -> None:
     assert line.endswith(", class 19, … (1,000 classes)")
 
 
-def test_a_picture_from_standard_input(weights: Path, pictures: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vitrail", "predict", "-", "--model_path", weights, "--json"],
-        input=(pictures / "a.png").read_bytes(), capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["picture"] == "-"
+def test_a_picture_from_standard_input(
+    weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    content = io.BytesIO((pictures / "a.png").read_bytes())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content))
+    capsys.readouterr()
+    assert main(["predict", "-", "--model_path", str(weights), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["picture"] == "-"
 
 
 def test_fit_and_background_change_the_prediction(

@@ -21,6 +21,8 @@ from vitrail.cli.reference import run_test, run_train
 from vitrail.config.files import from_json
 from vitrail.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "docs/index.md", "docs/tutorial/README.md", *sorted(
     str(path.relative_to(ROOT)) for path in ROOT.glob("docs/how-to/*.md")

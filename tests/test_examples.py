@@ -1,7 +1,6 @@
 """The scripts in examples/ are short, and run."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,23 +17,26 @@ def test_an_example_has_at_most_25_lines(path: Path) -> None:
     assert path.read_text().count("\n") <= 25
 
 
-def test_classify(tiny_run: object, tmp_path: Path) -> None:
+def test_classify(
+    tiny_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     (tmp_path / "run").mkdir()
     run = Run.start(from_json({}, tiny_run), tmp_path / "run")  # type: ignore[arg-type]
     run.save()
     Image.effect_noise((50, 40), 90).save(tmp_path / "a.png")
     script = Path(__file__).parents[1] / "examples/classify.py"
-    command = [sys.executable, script, tmp_path / "run", tmp_path / "a.png"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, last = done.stdout.splitlines()
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "run"), str(tmp_path / "a.png")])
+    capsys.readouterr()
+    runpy.run_path(str(script), run_name="__main__")
+    first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(str(tmp_path / "a.png"))
     assert first.count("%") == 3
     assert "(1, 3, 17, 17)" in last
 
 
-def test_classify_without_words_says_how_to_call_it() -> None:
+def test_classify_without_words_says_how_to_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "examples/classify.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Classify pictures in Python: ``python examples/classify.py")
+    monkeypatch.setattr("sys.argv", [""])
+    with pytest.raises(SystemExit, match=r"^Classify pictures in Python: ``python examples/cl"):
+        runpy.run_path(str(script), run_name="__main__")

@@ -36,8 +36,10 @@ from vitrail.inference.classifier import Classifier
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.convert import FILES
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 TINY = shlex.split(
-    "--patch_size 8 --embed_dim 16 --n_layers 3 --n_attention_heads 2 --batch_size 40 "
+    "--patch_size 8 --stem patch --embed_dim 16 --n_layers 3 --n_attention_heads 2 --batch_size 40 "
     "--num_train_images 80 --num_test_images 30 --validation_images 50 --device cpu --epochs 2 "
     "--keep_checkpoints 0"
 )
@@ -65,6 +67,12 @@ def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     small.resize((175, 125)).save(tmp_path / "cat.png")
     return "cat.png"
+
+
+@pytest.fixture
+def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn with a third of their height and width: for tests of something else."""
+    monkeypatch.setattr("vitrail.explain.panels.SMALLEST_SIDE", 128)
 
 
 def frames_of(path: Path) -> list[np.ndarray]:
@@ -199,6 +207,7 @@ def test_a_caption_keeps_the_underscores_of_file_names(
     assert caption(explained) == "IMG_2041.JPG: gradient rollout"
 
 
+@pytest.mark.usefixtures("small_sheets")
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "svg", "pdf", "html"])
 def test_saving_writes_the_format_of_the_extension(
     ending: str, classifier: Classifier, picture: str, tmp_path: Path
@@ -350,6 +359,7 @@ def test_unknown_extensions_and_styles_are_refused(
 # --- on the command line --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_it_prints_what_it_drew_and_where(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,6 +375,7 @@ def test_it_prints_what_it_drew_and_where(
         assert image.info["loop"] == 0
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> None:
     last = explain(run_folder, picture, out="out.png")[-1]
     changes = (
@@ -382,6 +393,7 @@ def test_every_flag_changes_what_is_drawn(run_folder: Path, picture: str) -> Non
         seen.append(other)
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_frames_durations_and_loops_are_as_asked(run_folder: Path, picture: str) -> None:
     assert len(explain(run_folder, picture, "--frames", "heads")) == 7
     assert len(explain(run_folder, picture, "--frames", "queries")) == 17
@@ -500,6 +512,7 @@ def test_a_search_skips_the_plots_of_runs(
     assert main(["predict", "all/runs/a/plot.png", "--model_path", str(run_folder)]) == 0
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_a_picture_on_standard_input_is_explained(
     run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -548,6 +561,7 @@ def test_an_output_path_is_a_file_only_by_a_known_ending(
     assert options.folder == (Path(path).parent if file else Path(path))
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_what_was_drawn_is_counted(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

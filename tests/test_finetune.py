@@ -28,6 +28,8 @@ from vitrail.weights import pretrained
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
 from vitrail.weights.formats.convert import convert
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 TINY = shlex.split(
     "--batch_size 40 --num_train_images 80 --num_test_images 30 --validation_images 50 "
     "--device cpu --epochs 1 --folder_name a"

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,12 @@ import torch
 from PIL import Image
 
 import vitrail as package
+from vitrail.cli import main
 from vitrail.errors import ConfigError, DataError
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
+
+pytestmark = pytest.mark.usefixtures("rough_plots")
 
 TINY: dict[str, Any] = {
     "image_size": 16, "patch_size": 8, "embed_dim": 16, "n_layers": 1, "n_attention_heads": 2,
@@ -79,7 +81,7 @@ def test_data_of_every_form(form: Any, channels: int) -> None:
 
 
 def test_given_splits_and_the_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vitrail: Callable[..., CompletedProcess[str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = package.train(
@@ -92,8 +94,9 @@ def test_given_splits_and_the_run_folder(
     assert result["train_images"] == 60
     assert result["test"]["images"] == 4
     assert model.classes == ("no", "yes")
-    tested = vitrail("test", folder, "--json", cwd=tmp_path)
-    assert json.loads(tested.stdout)["images"] == 4, tested.stderr
+    capsys.readouterr()
+    assert main(["test", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 4
     again = package.load()  # the newest run
     assert again.source == "output/mine"
     assert again.predict(PICTURES[0])[0][0].name == "no"

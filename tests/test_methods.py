@@ -187,16 +187,22 @@ def test_occlusion_is_the_drop_of_the_probability(
             )
 
 
+def few_passes(method: Method, **changes: Any) -> MapSettings:
+    """The settings of a method; Shapley values by two orders of the patches, not seven."""
+    passes = {"passes": 140} if method == "shapley" else {}
+    return MapSettings(method, **passes, **changes)
+
+
 @pytest.mark.parametrize("method", ALONE)
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_a_batch_equals_single_calls(
     make_model: MakeModel, images_BCHW: Tensor, pool: str, method: Method
 ) -> None:
     model = make_model(pool)
-    batch = compute_maps(model, images_BCHW, MapSettings(method=method, chunk=3))
+    batch = compute_maps(model, images_BCHW, few_passes(method, chunk=3))
     for index in range(5):
         image_BCHW = images_BCHW[index : index + 1]
-        single = compute_maps(model, image_BCHW, MapSettings(method=method))
+        single = compute_maps(model, image_BCHW, few_passes(method))
         fields = (batch.values_BLGJ, batch.logits_BY, batch.classes_B)
         values_BLGJ, logits_BY, classes_B = (field[index : index + 1] for field in fields)
         assert_same(Maps(values_BLGJ, batch.layers, logits_BY, classes_B), single)
@@ -206,7 +212,7 @@ def test_a_batch_equals_single_calls(
 def test_a_named_class_is_the_one_explained(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
-    model, settings = make_model(), MapSettings(method=method)
+    model, settings = make_model(), few_passes(method)
     predicted = compute_maps(model, images_BCHW, settings)
     same = compute_maps(model, images_BCHW, settings, classes_B=predicted.classes_B)
     assert_same(predicted, same)
@@ -237,7 +243,7 @@ def test_threads_give_exactly_the_serial_result(make_model: MakeModel) -> None:
 def test_the_callers_gradient_mode_does_not_matter(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
-    model, settings = make_model(position="rope", pool="mean"), MapSettings(method=method)
+    model, settings = make_model(position="rope", pool="mean"), few_passes(method)
     plain = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
     model.requires_grad_(False)
     with torch.inference_mode():
@@ -282,7 +288,7 @@ def test_no_more_images_than_the_chunk_are_in_the_model_at_once(
 ) -> None:
     model, sizes = make_model(), []
     model.stem.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
-    compute_maps(model, images_BCHW, MapSettings(method=method, chunk=3))
+    compute_maps(model, images_BCHW, few_passes(method, chunk=3))
     assert max(sizes) == 3
 
 
@@ -519,7 +525,7 @@ def test_every_method_reads_the_patches_of_a_model_with_registers(
     make_model: MakeModel, images_BCHW: Tensor, method: Method
 ) -> None:
     model = make_model(n_registers=2, layer_scale=0.5, hidden_act="swiglu")
-    settings = MapSettings(method, passes=80) if method == "shapley" else MapSettings(method)
+    settings = few_passes(method)
     maps = compute_maps(model, images_BCHW[:2], settings)
     grid_GJ = (20, 28) if method in ("balanced", "integrated_gradients") else (5, 7)
     assert maps.values_BLGJ.shape[2:4] == grid_GJ

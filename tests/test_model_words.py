@@ -9,6 +9,8 @@ import pytest
 from vitrail.cli import main
 from vitrail.weights import bundled
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 DATA = "--dataset shapes --num_test_images 20"
 
 

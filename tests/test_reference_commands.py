@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from vitrail.cli import guarded
 from vitrail.cli.reference import run_test, run_train
 from vitrail.config.files import from_json
 from vitrail.config.presets import get_preset
+
+pytestmark = pytest.mark.usefixtures("rough_plots")
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split("--embed_dim 12 --n_layers 1 --n_attention_heads 3 --patch_size 8 --epochs 2")
@@ -36,10 +39,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first test that needs it has trained."""
+    return tmp_path_factory.mktemp("once")
+
+
 @pytest.fixture
-def weights(here: Path, cifar_folder: Path) -> Path:
+def weights(here: Path, cifar_folder: Path, once: Path) -> Path:
     """The weights that ``train.py`` writes to the path given by the reference's flags."""
-    assert run_train([*SMALL, "--device", "cpu", "--folder_name", "a"]) == 0
+    if not (once / "model").exists():
+        assert run_train([*SMALL, "--device", "cpu", "--folder_name", "a"]) == 0
+        for name in ("output", "model"):
+            shutil.copytree(here / name, once / name)
+    shutil.copytree(once, here, dirs_exist_ok=True)
     (path,) = here.glob("model/a/*.safetensors")
     return path
 

@@ -23,6 +23,8 @@ from vitrail.training.run_folder import new_folder
 from vitrail.training.state import prune, quality
 from vitrail.weights.checkpoint import load_training, load_weights, load_weights_file, read_pointer
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 
 def run_to_end(config: Config, folder: Path) -> Run:
     folder.mkdir()

@@ -19,6 +19,8 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
 
+pytestmark = pytest.mark.usefixtures("rough_plots")
+
 
 def draw(path: Path, level: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

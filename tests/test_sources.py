@@ -4,13 +4,13 @@ import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vitrail.cli import main
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, DataConfig, Dataset
 from vitrail.data.datasets import load_data
@@ -245,19 +245,20 @@ def test_idx_files_that_are_not_what_they_claim(
         load("idx", tmp_path / "nothing")
 
 
+@pytest.mark.usefixtures("rough_plots")
 def test_a_gray_medmnist_file_trains_and_is_tested(
-    tmp_path: Path, vitrail: Callable[..., CompletedProcess[str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     path = write_npz(tmp_path / "bloodmnist.npz", val_images=TEST, val_labels=TEST_LABELS[:, None])
     model = {"patch_size": 8, "embed_dim": 16, "n_layers": 1, "n_attention_heads": 2}
-    flags = [word for name, value in model.items() for word in (f"--{name}", value)]
-    done = vitrail("train", "--dataset", "npz", "--data_path", path, "--epochs", 1,
-                   *flags, cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 classes, 20 gray pictures" in done.stderr
+    flags = [word for name, value in model.items() for word in (f"--{name}", str(value))]
+    words = ["train", "--dataset", "npz", "--data_path", str(path), "--epochs", "1", *flags]
+    assert main(words) == 0
+    assert "2 classes, 20 gray pictures" in capsys.readouterr().err
     assert '"n_channels": 1' in (tmp_path / "output/quick/config.json").read_text()
-    tested = vitrail("test", "output/quick", "--json", cwd=tmp_path)
-    assert '"images": 4' in tested.stdout, tested.stderr
+    assert main(["test", "output/quick", "--json"]) == 0
+    assert '"images": 4' in capsys.readouterr().out
 
 
 def test_a_source_without_a_test_split_has_no_test_score(tiny_run: Config, tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ SMALL = {
 """Values of the parameter cells for the default tests: the same lesson, with less data."""
 
 
-DRAW_FEW = "from vitrail.data import shapes\nshapes.COUNTS.update(train=400, test=100)"
+SMALLER = """
+from vitrail.data import shapes
+from vitrail.explain import panels
+shapes.COUNTS.update(train=400, test=100)
+panels.SMALLEST_SIDE = 128
+%config InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 40}
+"""
+"""Data and pictures of the default tests."""
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
@@ -36,7 +43,7 @@ def run(tmp_path: Path, parameters: dict[str, int]) -> None:
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     notebook = nbformat.v4.new_notebook()
     if parameters:
-        notebook.cells.append(nbformat.v4.new_code_cell(DRAW_FEW))
+        notebook.cells.append(nbformat.v4.new_code_cell(SMALLER))
     for path in CHAPTERS:
         notebook.cells.append(nbformat.v4.new_code_cell("%reset -f"))
         for cell in read_cells(path):
