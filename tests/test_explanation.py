@@ -266,6 +266,24 @@ def test_shapley_values_are_saved_and_shown_with_their_errors(
     assert classifier.explain(picture, method="balanced").errors_FGJ is None
 
 
+def test_one_picture_is_in_memory_at_a_time(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        shutil.copy(picture, name)
+    events: list[str] = []
+    monkeypatch.setattr(
+        Classifier, "subject", lambda self, name, **more: events.append(f"read {name}")
+    )
+    monkeypatch.setattr(
+        "vitrail.cli.explain._draw", lambda _, __, path, ___: events.append(f"draw {path.name}")
+    )
+    words = ["explain", "--model_path", str(run_folder), "--method", "gradcam", "--format", "npz"]
+    assert main([*words, "a.png", "b.png"]) == 0
+    expected = ["read a.png", "draw a-gradcam.npz", "read b.png", "draw b-gradcam.npz"]
+    assert events == expected
+
+
 def test_methods_that_fail_a_test_on_the_model_are_marked(
     classifier: Classifier, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

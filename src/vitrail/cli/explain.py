@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,6 +20,7 @@ from vitrail.cli.explain_files import (
     name_table,
     view_of,
 )
+from vitrail.cli.explain_flags import list_methods, list_variants, read_numbers, read_query
 from vitrail.cli.options import (
     STDIN,
     DataOptions,
@@ -32,18 +33,12 @@ from vitrail.cli.options import (
 )
 from vitrail.cli.parsing import parse
 from vitrail.config.drawing import Look
-from vitrail.errors import ConfigError, PictureError, nearest, printable
+from vitrail.errors import ConfigError, PictureError, printable
 from vitrail.explain.map_settings import (
-    ALL,
     CLASSLESS,
-    METHODS,
     SIGNED,
     SUPPORTED_SETTINGS,
-    VIEWS,
     MapSettings,
-    Method,
-    read_variant,
-    require_importance,
     settings_of_all,
 )
 
@@ -148,7 +143,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     if options.score:
         from vitrail.cli.score import score
 
-        methods = _list_variants(options.method)
+        methods = list_variants(options.method)
         folder, as_json = options.folder, options.json
         return score(classifier, methods, options.data, options.images, folder, as_json=as_json)
     return _draw_all(classifier, names, options)
@@ -177,7 +172,7 @@ def _check(options: ExplainOptions) -> None:
     if count > 1:
         raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
     # Also without --score: refused before a model loads.
-    (_list_variants if options.score else _list_methods)(options.method)
+    (list_variants if options.score else list_methods)(options.method)
     if options.score:
         chosen = ("frames", "format", "class_name", *SETTINGS)
         _refuse_idle(
@@ -207,25 +202,37 @@ def _refuse_idle(
 
 
 def _draw_all(classifier: "Classifier", names: Sequence[str], options: ExplainOptions) -> int:
-    """Explain the pictures that can be read; report what was drawn, and where."""
-    subjects, broken = _read_subjects(classifier, names, options)
-    if broken and not subjects:
+    """Explain the pictures that can be read; report what was drawn, and where.
+
+    One picture is in memory at a time, unless several share a sheet or colors.
+    """
+    from vitrail.explain.draw import check_rows
+    from vitrail.explain.explanation import share_colors
+
+    methods, several = list_methods(options.method), len(names) > 1
+    table = name_table(options) if several and len(methods) > 1 else None
+    if table:
+        check_rows(len(names))
+    stems = ["stdin" if name == STDIN else name for name in names] or [_name_of_index(options)]
+    paths = [table] if table else name_files(options, stems)
+    _check_drawing(classifier, options, paths[0].suffix.lower())  # all have the same
+    broken: list[str] = []
+    found = _read_subjects(classifier, names, options, broken)
+    if several and "features" in methods:
+        numbers, subjects = [], []
+        for number, subject in found:
+            numbers.append(number)
+            subjects.append(subject)
+        found = zip(numbers, share_colors(subjects) if subjects else (), strict=True)
+    if table:
+        _draw_table(classifier, [subject for _, subject in found], table, options)
+    else:
+        for number, subject in found:
+            _draw(classifier, subject, paths[number], options)
+    if len(broken) == max(1, len(names)):
         raise PictureError(broken[0])
     for message in broken:
         print_err(f"vitrail: {message}")
-    if len(subjects) > 1 and "features" in _list_methods(options.method):
-        from vitrail.explain.explanation import share_colors
-
-        subjects = share_colors(subjects)
-    several = len(subjects) > 1 and len(_list_methods(options.method)) > 1
-    table = name_table(options) if several else None
-    paths = [table] if table else name_files(options, [subject.name for subject in subjects])
-    _check_drawing(classifier, options, paths[0].suffix.lower())  # all have the same
-    if table:
-        _draw_table(classifier, subjects, table, options)
-    else:
-        for subject, path in zip(subjects, paths, strict=True):
-            _draw(classifier, subject, path, options)
     return 1 if broken else 0
 
 
@@ -233,13 +240,14 @@ def _draw_table(
     classifier: "Classifier", subjects: "Sequence[Subject]", path: Path, options: ExplainOptions
 ) -> None:
     """Draw one sheet with a row per picture and a column per method."""
-    from vitrail.explain.draw import check_rows, save_table
+    from vitrail.explain.draw import save_table
 
-    check_rows(len(subjects))
     explanations = []
     for subject in subjects:
         explanations.append(_explain_one(classifier, subject, options))
         _print_prediction(explanations[-1])
+    if not explanations:
+        return
     _print_failures(explanations[0])
     save_table(explanations, path, options.drawing)
     shape = f"{len(explanations)} pictures, {len(explanations[0].frames)} methods"
@@ -299,7 +307,7 @@ def _explain_one(
     """Compute the maps that the flags ask for."""
     from vitrail.explain.explanation import choose, compare, explain
 
-    methods, settings = _list_methods(options.method), _read_settings(options, subject)
+    methods, settings = list_methods(options.method), _read_settings(options, subject)
     if len(methods) > 1:
         if options.frames is not None:
             raise ConfigError("with several methods each is one frame: leave out --frames")
@@ -349,9 +357,9 @@ def _read_settings(options: ExplainOptions, subject: "Subject") -> dict[str, Any
     """Return the settings that were given, as fields of ``MapSettings``."""
     settings = {name: getattr(options, name) for name in given(options, SETTINGS)}
     readers: dict[str, Callable[[str], object]] = {
-        "query": _read_query,
-        "layers": partial(_read_numbers, "layers"),
-        "heads": partial(_read_numbers, "heads"),
+        "query": read_query,
+        "layers": partial(read_numbers, "layers"),
+        "heads": partial(read_numbers, "heads"),
         "against": subject.find_class,
     }
     for name in readers.keys() & settings:
@@ -381,21 +389,23 @@ def _list_checkpoints(
 
 
 def _read_subjects(
-    classifier: "Classifier", names: Sequence[str], options: ExplainOptions
-) -> "tuple[list[Subject], list[str]]":
-    """Read the pictures; return them, and the errors of those that cannot be read."""
+    classifier: "Classifier", names: Sequence[str], options: ExplainOptions, broken: list[str]
+) -> "Iterator[tuple[int, Subject]]":
+    """Read the pictures one by one, each with its number; add the errors of others to broken."""
     if options.index is not None:
-        return [indexed(classifier, options)], []
-    subjects, broken = [], []
-    for name in names:
+        yield 0, indexed(classifier, options)
+    for number, name in enumerate(names):
         try:
             if name == STDIN:
-                subjects.append(classifier.subject(sys.stdin.buffer.read(), name="stdin"))
+                yield number, classifier.subject(sys.stdin.buffer.read(), name="stdin")
             else:
-                subjects.append(classifier.subject(name))
+                yield number, classifier.subject(name)
         except PictureError as error:
             broken.append(str(error))
-    return subjects, broken
+
+
+def _name_of_index(options: ExplainOptions) -> str:
+    return f"{options.data.split}-{options.index}"
 
 
 def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
@@ -410,7 +420,7 @@ def indexed(classifier: "Classifier", options: ExplainOptions) -> "Subject":
         classifier, options.data, index, folder=options.folder, purpose=f"image {index} explained"
     )
     # As a picture, since the axes of a small array may be ambiguous.
-    picture, name = Image.fromarray(raw_HWC), f"{options.data.split}-{index}"
+    picture, name = Image.fromarray(raw_HWC), _name_of_index(options)
     return of_model_size(classifier).subject(picture, name=name, label=label)
 
 
@@ -433,7 +443,7 @@ def _check_drawing(classifier: "Classifier", options: ExplainOptions, suffix: st
         _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")
     elif suffix not in (".gif", ".webp"):
         _refuse_idle(options, (), ("duration", "loop"), f"{suffix} is not animated")
-    methods: list[str] = [*_list_methods(options.method)] or [view_of(options)[0] or "rollout"]
+    methods: list[str] = [*list_methods(options.method)] or [view_of(options)[0] or "rollout"]
     if options.class_name is not None and set(methods) <= set(CLASSLESS):
         raise ConfigError(
             f"{', '.join(methods)} is the same for every class: leave out --class, or use "
@@ -444,57 +454,3 @@ def _check_drawing(classifier: "Classifier", options: ExplainOptions, suffix: st
             f"--colormap has no effect on signed maps or features ({', '.join(methods)}): leave it "
             "out, or use --method relevance, rollout or another one"
         )
-
-
-def _list_methods(text: str | None) -> list[Method]:
-    """Return the methods that --method names, each once; none without it."""
-    known = (*METHODS, *VIEWS)
-    names: list[Method] = []
-    for part in text.split(",") if text is not None else []:
-        name = part.strip().replace("-", "_")
-        if ":" in name:
-            flag, _, value = name.partition(":")[2].partition("=")
-            raise ConfigError(
-                f"--method {name} is a variant, which only --score takes: give --{flag} {value}"
-            )
-        if name not in (*known, ALL):
-            raise ConfigError(
-                f"no method {name!r}{nearest(name, known)}: one of {', '.join(known)}, or {ALL}"
-            )
-        names += METHODS if name == ALL else [cast(Method, name)]
-    return list(dict.fromkeys(names))
-
-
-def _list_variants(text: str | None) -> list[Method | MapSettings]:
-    """Return the methods to score, and variants such as occlusion:window=1, each once."""
-    found: dict[str, Method | MapSettings] = {}
-    for part in text.split(",") if text is not None else []:
-        if ":" in part:
-            settings = read_variant(part)
-            found.setdefault(settings.variant, settings)
-        else:
-            found |= {method: method for method in _list_methods(part) if method not in found}
-    require_importance(found.values())
-    return list(found.values())
-
-
-def _read_numbers(name: str, text: str) -> tuple[int, ...]:
-    """Read 2,4-6 as 2, 4, 5, 6."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
-            raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2, 1,3 or 2-4")
-        stop = int(last) if dash else int(first)
-        if not 0 <= stop - int(first) <= 1000:
-            raise ConfigError(f"--{name} is {text!r:.60}: a range goes upwards, by at most 1000")
-        numbers += range(int(first), stop + 1)
-    return tuple(numbers)
-
-
-def _read_query(text: str) -> tuple[int, int]:
-    """Read ROW,COLUMN."""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 9 for part in parts):
-        raise ConfigError(f"--query is {text!r:.60}: give ROW,COLUMN of a patch, from 0")
-    return int(parts[0]), int(parts[1])
