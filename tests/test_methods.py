@@ -14,7 +14,7 @@ from torch import Tensor
 import vitrail
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
-from vitrail.explain import balanced, formulas
+from vitrail.explain import balanced, formulas, methods
 from vitrail.explain.map_settings import METHODS, VIEWS, MapSettings, Method
 from vitrail.explain.methods import (
     Maps,
@@ -534,3 +534,17 @@ def test_every_method_reads_the_patches_of_a_model_with_registers(
         model.registers_RD.copy_(model.registers_RD.flip(0))
     flipped = compute_maps(model, images_BCHW[:2], settings)
     torch.testing.assert_close(maps.values_BLGJ, flipped.values_BLGJ, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["occlusion", "relevance", "attention"])
+def test_many_tokens_are_explained_in_smaller_chunks(
+    make_model: MakeModel, images_BCHW: Tensor, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = make_model(), MapSettings(method=method)
+    expected = compute_maps(model, images_BCHW, settings)
+    seen: list[int] = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    monkeypatch.setattr(methods, "ATTENTION_ENTRIES", 2 * 3 * 36**2 + 1)  # of 2 images
+    chunked = compute_maps(model, images_BCHW, settings)
+    assert max(seen) == 2
+    torch.testing.assert_close(chunked.values_BLGJ, expected.values_BLGJ, atol=1e-6, rtol=1e-4)

@@ -114,13 +114,18 @@ def gradient_rollout(
     return rollout(
         [
             discard_lowest(
-                (gradient_BATT * attention_BATT).mean(dim=1).clamp(min=0),
+                gradient_rollout_step(attention_BATT, gradient_BATT),
                 discard_ratio,
                 class_token=class_token,
             )
             for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True)
         ]
     )
+
+
+def gradient_rollout_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
+    """Return one layer's ``A_l`` of ``gradient_rollout`` (B, T, T)."""
+    return (gradient_BATT * attention_BATT).mean(dim=1).clamp(min=0)
 
 
 def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -136,9 +141,19 @@ def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tens
 
     Source: Chefer et al. 2021, arXiv:2103.15679, equations 5 and 6.
     """
+    pairs = zip(attentions, gradients, strict=True)
+    return accumulate_relevance([relevance_step(*pair) for pair in pairs])
+
+
+def relevance_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
+    """Return what one layer adds per relevance that reaches it (B, T, T)."""
+    return (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
+
+
+def accumulate_relevance(steps: Sequence[Tensor]) -> Tensor:
+    """Return ``relevance`` (B, L, T, T) of the steps (B, T, T) of L layers."""
     gained: list[Tensor] = []
-    for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True):
-        step_BTT = (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
+    for step_BTT in steps:
         # With G = R - I the step is G + A (G + I): small values are never added to 1 and rounded.
         gained.append(gained[-1] + step_BTT @ gained[-1] + step_BTT if gained else step_BTT)
     return torch.stack(gained, dim=1)

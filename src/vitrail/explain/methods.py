@@ -5,8 +5,9 @@ of threads can share one.
 """
 
 import itertools
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from vitrail.model.vit import Block, VisionTransformer
 
 PREDICTED = -1
 """Stands for the class that the model predicts."""
+ATTENTION_ENTRIES = 2**25
+"""Most entries of one layer's attention in a chunk, which bounds the memory for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def compute_maps(
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
         check_classes(classes_B, len(images_BCHW), model.config.n_classes)
+    settings = replace(settings, chunk=min(settings.chunk, _fitting(model)))
     settings, basis = token_views.complete(model, images_BCHW, settings, basis)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> _Explained:
@@ -96,10 +100,9 @@ def compute_maps(
     joined = _in_chunks(model, settings.chunk, compute, images_BCHW, classes_B.long())
     values_BLGJ, logits_BY, chosen_B, *errors = joined
     require_finite(values_BLGJ, logits_BY)
-    has_layers = "layers" in SUPPORTED_SETTINGS[settings.method]
     return Maps(
         values_BLGJ.float(),
-        layers if has_layers else (0,),
+        layers if "layers" in SUPPORTED_SETTINGS[settings.method] else (0,),
         logits_BY[:, : model.config.n_classes].float(),  # without classes they are no logits
         chosen_B if model.config.n_classes else classes_B,
         signed=settings.method in SIGNED,
@@ -174,20 +177,41 @@ def _gradient_maps(
             logits_BY, attentions_L = _run(model, tokens_BTD, range(1, layers[-1] + 1))
         chosen_B = _choose(logits_BY, classes_B)
         score_B = class_score(chosen_B, settings.against)(logits_BY, torch.arange(len(chosen_B)))
-        gradients_L = torch.autograd.grad(score_B.sum(), attentions_L)
-    attentions_L = [attention_BATT.detach() for attention_BATT in attentions_L]
-    if settings.method == "relevance":
-        flow_BLTT = formulas.relevance(attentions_L, gradients_L)
+        by_relevance = settings.method == "relevance"
+        step = formulas.relevance_step if by_relevance else formulas.gradient_rollout_step
+        steps_L = _weigh(score_B.sum(), tokens_BTD, attentions_L, step)
+    if by_relevance:
+        flow_BLTT = formulas.accumulate_relevance(steps_L)
     else:
-        flow_BLTT = formulas.gradient_rollout(
-            attentions_L,
-            gradients_L,
-            discard_ratio=settings.discard_ratio,
-            class_token=model.config.has_class_token,
+        ratio, class_token = settings.discard_ratio, model.config.has_class_token
+        flow_BLTT = formulas.rollout(
+            [formulas.discard_lowest(s_BTT, ratio, class_token=class_token) for s_BTT in steps_L]
         )
     shown_BLTT = flow_BLTT[:, [layer - 1 for layer in layers]]
     values_BLGJ = read_maps(model, shown_BLTT, settings.query)
     return values_BLGJ, logits_BY.detach(), chosen_B
+
+
+def _weigh(
+    score: Tensor,
+    tokens_BTD: Tensor,
+    attentions_L: Sequence[Tensor],
+    step: Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    """Return ``step`` of each layer's attention and its gradient, with one gradient in memory."""
+    steps: dict[int, Tensor] = {}
+    leaves = all(attention_BATT.is_leaf for attention_BATT in attentions_L)
+
+    def take(layer: int, gradient_BATT: Tensor) -> Tensor | None:
+        steps[layer] = step(attentions_L[layer].detach(), gradient_BATT)
+        # A leaf's gradient would be kept until the end; no other gradient depends on it.
+        return gradient_BATT.new_zeros(()).expand_as(gradient_BATT) if leaves else None
+
+    hooks = [each.register_hook(partial(take, layer)) for layer, each in enumerate(attentions_L)]
+    torch.autograd.grad(score, attentions_L if leaves else tokens_BTD)
+    for hook in hooks:
+        hook.remove()
+    return [steps[layer] for layer in range(len(attentions_L))]
 
 
 def _gradcam_maps(
@@ -402,6 +426,13 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
         )
         tokens_BTD = output_BTD
     return model.classify(tokens_BTD), norms
+
+
+def _fitting(model: VisionTransformer) -> int:
+    """Return how many images' attention of one layer is within ATTENTION_ENTRIES; at least 1."""
+    config = model.config
+    n_tokens = config.n_prefix_tokens + config.grid_GJ[0] * config.grid_GJ[1]
+    return max(1, ATTENTION_ENTRIES // (config.n_attention_heads * n_tokens**2))
 
 
 def _in_chunks(
