@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from filelock import FileLock
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import Config, ModelConfig
@@ -22,6 +24,7 @@ from vitrail.config.settings import Config, ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vitrail.data.images import ImageSet
     from vitrail.model.vit import VisionTransformer
 
 
@@ -49,33 +52,54 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def cached_shapes() -> Iterator[None]:
-    """Generate the shapes once for all tests: they are always the same bytes."""
+def cached_shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Generate the shapes once for all tests and workers: they are always the same bytes."""
+    import torch
+
     from vitrail.data.shapes import load_shapes
 
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+
+    @functools.cache
+    def load(which: Literal["train", "test"]) -> ImageSet:
+        path = folder / f"shapes-{which}.pt"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                torch.save(load_shapes(which), path)
+        images: ImageSet = torch.load(path, weights_only=False)
+        return images
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrail.data.datasets.load_shapes", functools.cache(load_shapes))
+        patch.setattr("vitrail.data.datasets.load_shapes", load)
         yield
 
 
 @pytest.fixture(scope="module")
 def rough_plots() -> Iterator[None]:
-    """For tests of something else: plots are drawn at once, with few dots and unfitted margins.
+    """For tests of something else: plots are drawn once, with few dots and unfitted margins.
 
     Else plots are most of the time of a short training. Sheets of maps are drawn as ever.
     """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    draw = Figure.savefig
+    save = Figure.savefig
 
-    def draw_roughly(figure: Figure, file: Any, **settings: Any) -> None:
-        if settings.pop("bbox_inches", None):
-            settings |= {"dpi": 40}
-            figure.set_layout_engine("none")
-        draw(figure, file, **settings)
+    def save_roughly(figure: Figure, file: Any, **settings: Any) -> None:
+        if "bbox_inches" not in settings:
+            return save(figure, file, **settings)
+        figure.set_layout_engine("none")
+        figure.set_dpi(40)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, settings["format"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", draw_roughly)
+        patch.setattr(Figure, "savefig", save_roughly)
         yield
 
 
