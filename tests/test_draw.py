@@ -22,7 +22,7 @@ from vitrail.explain.animation import encode_animation
 from vitrail.explain.draw import draw_animation, draw_frames, draw_sheet, save
 from vitrail.explain.explanation import Explanation, Frame, Subject
 from vitrail.explain.map_settings import MapSettings
-from vitrail.explain.panels import drawn_size, scales, show_map
+from vitrail.explain.panels import drawn_size, make_legends, scales, show_map
 from vitrail.model.vit import VisionTransformer
 
 RANDOM = np.random.default_rng(8)
@@ -516,3 +516,13 @@ def test_the_reference_masks_scaled_to_black_and_white_are_the_maps_so_scaled(
             )
             ours, theirs = (scales(x[None], Look())[0](x) for x in (flow_GJ, mask_GJ))
             assert np.abs(ours - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("highest", "words"), [(5e-5, "lowest to highest, each map"), (2.0, "1 to 2, each map")]
+)
+def test_a_legend_has_no_numbers_that_say_nothing(highest: float, words: str) -> None:
+    map_GJ = np.array([[highest / 2, highest]])
+    frame, look = Frame(map_GJ, "a", "cat 93.2%"), Look()
+    (legend,) = make_legends([frame], scales([map_GJ], look, [False]), look)
+    assert legend.words.startswith(words)

@@ -166,7 +166,8 @@ def _describe_scale(pairs: Sequence[tuple[Frame, Normalize]], look: Look, *, sha
         times = map_GJ.max() / map_GJ.min()
         return f"nearly even: the highest value is {times:.2f} times the lowest"
     signed = isinstance(norm, CenteredNorm)
-    if len({(each.vmin, each.vmax) for _, each in pairs}) > 1:
+    tiny = not shares and max(abs(norm.vmin or 0), abs(norm.vmax or 0)) < 0.001
+    if tiny or len({(each.vmin, each.vmax) for _, each in pairs}) > 1:
         ends = SIGNS if signed else "lowest to highest"
     else:
         low, high = (f"{end:.2%}" if shares else f"{end:.3g}" for end in (norm.vmin, norm.vmax))
