@@ -367,9 +367,9 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
     for split in ("validation", "test"):
         if scores := result[split]:
             row = [split, f"{scores['accuracy']:.2%}", f"{scores['loss']:.4f}"]
+            row.append(f"{scores.get('images') or len(run.monitored[split]):,}")
             if "accuracy_interval" in scores:
-                low, high = scores["accuracy_interval"]
-                row += [f"{scores['images']:,}", f"{low:.1%} to {high:.1%}"]
+                row.append("{:.1%} to {:.1%}".format(*scores["accuracy_interval"]))
             table.add_row(*row)
     if table.row_count:
         out.print(table)
