@@ -104,6 +104,12 @@ def rough_plots() -> Iterator[None]:
 
 
 @pytest.fixture
+def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of something else: pictures are drawn with a third of their height and width."""
+    monkeypatch.setattr("vitrail.explain.panels.SMALLEST_SIDE", 128)
+
+
+@pytest.fixture
 def tiny_model() -> ModelConfig:
     """A model whose sizes are all different and not square."""
     return ModelConfig(

@@ -21,7 +21,7 @@ from vitrail.cli.reference import run_test, run_train
 from vitrail.config.files import from_json
 from vitrail.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("rough_plots")
+pytestmark = pytest.mark.usefixtures("rough_plots", "small_sheets")
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "docs/index.md", "docs/tutorial/README.md", *sorted(

@@ -69,12 +69,6 @@ def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "cat.png"
 
 
-@pytest.fixture
-def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are drawn with a third of their height and width: for tests of something else."""
-    monkeypatch.setattr("vitrail.explain.panels.SMALLEST_SIDE", 128)
-
-
 def frames_of(path: Path) -> list[np.ndarray]:
     """The frames of an animation as arrays."""
     with Image.open(path) as image:
@@ -431,6 +425,7 @@ def test_the_still_panel_is_constant(run_folder: Path, picture: str) -> None:
         assert np.ptp(frames[:, :, 420:], axis=0).max() > 20
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_several_pictures_go_into_a_folder(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,6 +439,7 @@ def test_several_pictures_go_into_a_folder(
     assert "broken.png" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_an_image_of_the_data_is_explained_with_its_label(
     run_folder: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,6 +450,7 @@ def test_an_image_of_the_data_is_explained_with_its_label(
     assert "✓" in shown or "✗" in shown
 
 
+@pytest.mark.usefixtures("small_sheets")
 def test_every_use_of_the_test_split_is_logged_in_the_run(run_folder: Path, picture: str) -> None:
     log = run_folder / "test_uses.jsonl"
     before = log.read_text()

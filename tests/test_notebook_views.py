@@ -17,6 +17,8 @@ from vitrail.inference.onnx_classifier import OnnxClassifier
 from vitrail.inference.predictions import Prediction, rank
 from vitrail.model.vit import VisionTransformer
 
+pytestmark = pytest.mark.usefixtures("small_sheets")
+
 RGB = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 CLASSES = ("cat", "<b>cow</b>", "d\x1bog")
 
