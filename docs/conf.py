@@ -50,6 +50,11 @@ html_static_path = ["static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_sidebars = {  # pages without pages below them
+    name: [] for name in (
+        "docs/faq", "docs/architecture", "docs/design", "docs/log", "CHANGELOG", "CONTRIBUTING",
+    )
+}  # fmt: skip
 html_theme_options = {
     "logo": {"text": "Vitrail"},
     "header_links_before_dropdown": 4,
