@@ -76,7 +76,7 @@ def test_quick_trains_and_its_model_is_tested_inspected_and_scored(
         Figure, "savefig", lambda *_, **__: None
     )  # plots do not depend on the device, and take long
     few = "--num_train_images 60 --validation_images 20 --num_test_images 12 --batch_size 30"
-    few += " --patch_size 8"  # a quarter of the passes to score
+    few += " --patch_size 8 --n_layers 2"  # fewer passes to score, of half the length
     assert main(["train", *few.split(), "--preset", "quick", "--epochs", "1"]) == 0
     assert json.loads(Path("output/quick/env.json").read_text())["device"].startswith("mps")
     assert json.loads(Path("output/quick/result.json").read_text())["test"]["images"] == 12
