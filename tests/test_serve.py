@@ -263,6 +263,7 @@ def test_bodies_that_need_too_much_memory_together_are_refused(
         ({"origin": "http://127.0.0.1:8000"}, 200),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"origin": "http://127.0.0.1:9000"}, 403),
     ],
 )

@@ -36,6 +36,7 @@ READ_HEAT = """([view]) => {
     copy.drawImage(document.querySelectorAll(".heat")[view], 0, 0);
     return [...copy.getImageData(0, 0, width, height).data];
 }"""
+sync_api.expect.set_options(timeout=30_000)
 Page = Any
 Open = Callable[..., Page]
 
@@ -97,7 +98,7 @@ def expect(locator: Any) -> Any:
 def verdict(page: Page, pattern: str = "", view: int = 0) -> str:
     """Wait until the verdict of a view matches, and return it."""
     found = page.locator(".verdict").nth(view)
-    expect(found).to_have_text(re.compile(pattern or "%"), timeout=30_000)
+    expect(found).to_have_text(re.compile(pattern or "%"))
     return str(found.inner_text())
 
 
