@@ -1,0 +1,153 @@
+"""A server under load: it stops without losing a request, and outlives damage to a model's file."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+import vitrail
+from test_serve import picture, write_model
+from vitrail.config.settings import ModelConfig
+
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
+CLIENTS = 16
+PICTURE = picture(40, 30)
+COUNTING = """
+import sys
+from vitrail.serve import app
+build, begun, answered = app.build_app, [], []
+
+def counting(*given):
+    inner = build(*given)
+
+    async def outer(scope, receive, send):
+        async def count(message):
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                answered.append(scope["path"])
+
+        if scope["type"] == "http":
+            begun.append(scope["path"])
+        await inner(scope, receive, count)
+        if scope["type"] == "lifespan":
+            print(len(begun), len(answered), flush=True)
+
+    return outer
+
+app.build_app = counting
+from vitrail.cli.serve import command
+command(sys.argv[1:])
+"""
+"""Run the command; print at the end how many requests the application got and answered."""
+
+
+@contextmanager
+def serving(model: Path, *python: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    words = ["--no_browser", "--port", "0", str(model)]
+    command = [sys.executable, *(python or ("-m", "vitrail", "serve")), *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        port = re.search(r":(\d+)/", process.stdout.readline())
+        assert port is not None
+        try:
+            yield process, int(port[1])
+        finally:
+            process.terminate()
+
+
+class Load:
+    """Clients that send the same picture until they are stopped or the server closes."""
+
+    def __init__(self, port: int, path: str) -> None:
+        self.answers: list[tuple[int, str]] = []
+        self.going = True
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(port, path)) for _ in range(CLIENTS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _repeat(self, port: int, path: str) -> None:
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        with closing(line):
+            while self.going:
+                try:
+                    line.request("POST", path, PICTURE)
+                    answer = line.getresponse()
+                except ConnectionError:
+                    return  # before an answer began
+                self.answers.append((answer.status, answer.read().decode()))
+                if answer.getheader("connection") == "close":
+                    return
+
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more answers have come."""
+        enough = len(self.answers) + more
+        while len(self.answers) < enough:
+            time.sleep(0.01)
+
+    def join(self) -> None:
+        """Wait until every client has stopped."""
+        self.going = False
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("path", ["/api/predict", "/api/explain?method=occlusion"])
+def test_a_server_that_is_stopped_under_load_loses_no_request(
+    tmp_path: Path, tiny_model: ModelConfig, path: str
+) -> None:
+    model = write_model(tmp_path / "tiny.safetensors", tiny_model)
+    with serving(model, "-c", COUNTING) as (process, port):
+        load = Load(port, path)
+        load.wait_for(5 * CLIENTS)
+        process.terminate()
+        printed, log = process.communicate(timeout=60)
+        load.join()
+    begun, answered = map(int, printed.split())
+    assert begun == answered == len(load.answers)
+    assert {status for status, _ in load.answers} == {200}
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert log == ""
+
+
+def test_a_file_that_is_damaged_under_load_is_told_once_and_the_old_model_goes_on(
+    tmp_path: Path, tiny_model: ModelConfig
+) -> None:
+    path = write_model(tmp_path / "tiny.safetensors", tiny_model)
+    other = write_model(tmp_path / "other.safetensors", tiny_model, seed=1)
+    old, new = (vitrail.load(each).predict(PICTURE)[0][0] for each in (path, other))
+    assert abs(old.probability - new.probability) > 1e-4
+    content = path.read_bytes()
+    with serving(path) as (process, port):
+        load = Load(port, "/api/predict?top=1")
+        load.wait_for(2 * CLIENTS)
+        for damaged in (content[:1000], b"\x00" * len(content)):
+            (tmp_path / "damaged").write_bytes(damaged)
+            (tmp_path / "damaged").replace(path)
+            load.wait_for(4 * CLIENTS)
+        kept = load.answers[:]
+        other.replace(path)
+        load.wait_for(4 * CLIENTS)
+        load.join()
+        process.terminate()
+        log = process.communicate(timeout=60)[1]
+    assert {status for status, _ in load.answers} == {200}
+    found = [json.loads(text)["predictions"][0]["probability"] for _, text in kept]
+    assert found == pytest.approx([old.probability] * len(kept), abs=1e-6)
+    last = json.loads(load.answers[-1][1])["predictions"][0]
+    assert last["probability"] == pytest.approx(new.probability, abs=1e-6)
+    lines = log.splitlines()
+    assert len(lines) == 2
+    assert all("tiny" in line and "safetensors" in line for line in lines)
