@@ -1,11 +1,13 @@
 """The live page in a real browser, as a user meets it: `vitrail serve` beside a finished run."""
 
 import base64
+import functools
 import io
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,34 @@ def test_the_view_is_saved_as_png_and_as_a_page_that_opens_offline(
     expect(alone.locator(".cell")).to_have_count(64)
     for title in ("Balanced gradient", "Occlusion"):
         alone.get_by_role("radio", name=title).check()
+
+
+@pytest.mark.slow
+def test_ten_pages_at_once_stay_live(open_page: Open) -> None:
+    pages = [open_page() for _ in range(10)]
+    answers = [0] * len(pages)
+
+    def count(number: int, response: Any) -> None:
+        answers[number] += "/api/explain" in response.url and response.ok
+
+    for number, page in enumerate(pages):
+        page.on("response", functools.partial(count, number))
+        verdict(page)
+        page.click("#draw")
+        box = page.locator(".base").bounding_box()
+        page.mouse.move(box["x"] + 20, box["y"] + 20)
+        page.mouse.down()
+    for step in range(5):  # strokes on all pages at once
+        before = answers[:]
+        for page in pages:
+            page.mouse.move(box["x"] + 40 * step, box["y"] + 200 - 30 * step, steps=3)
+        deadline = time.monotonic() + 30
+        while any(after <= count for after, count in zip(answers, before, strict=True)):
+            assert time.monotonic() < deadline, answers
+            pages[0].wait_for_timeout(20)
+    for page in pages:
+        page.mouse.up()
+        assert page.locator("#problem").inner_text() == ""
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])

@@ -18,6 +18,7 @@ import pytest
 
 from test_serve import bomb, picture, write_model
 from vitrail.config.settings import ModelConfig
+from vitrail.explain.map_settings import METHODS
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
@@ -215,6 +216,9 @@ def storm(server: Server, cases: int, seed: int) -> Counter[tuple[str, int]]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("cases", [130, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_hostile_requests_are_refused_and_leave_nothing_behind(server: Server, cases: int) -> None:
+    for method in METHODS:  # each has something to load or to allocate
+        for path in ("explain", "curve") * 4:
+            send(server.port, Case([post(GOOD, path=f"{path}?method={method}")]))
     storm(server, max(130, cases // 20), seed=0)
     time.sleep(1)
     before = server.size()
