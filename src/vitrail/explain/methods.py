@@ -444,15 +444,19 @@ def _in_chunks(
     """Call ``compute`` on ``chunk`` images at a time, on the model's device; join the results.
 
     Inside, no gradient is recorded unless ``compute`` enables it. The results are ordinary CPU
-    tensors: even in the caller's ``inference_mode`` they support autograd.
+    tensors: even in the caller's ``inference_mode`` they support autograd. Each is allocated at
+    once: small results kept between large temporary tensors would fragment the memory.
     """
-    device = next(model.parameters()).device
+    device, total, done = next(model.parameters()).device, len(inputs_B[0]), 0
+    joined: list[Tensor] = []
     with torch.inference_mode(False), torch.no_grad():
-        parts = []
         for some in zip(*(tensor.split(chunk) for tensor in inputs_B), strict=True):
             results = compute(*(tensor.to(device) for tensor in some))
-            parts.append([result.cpu() for result in results])
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            joined = joined or [r.new_empty((total, *r.shape[1:]), device="cpu") for r in results]
+            for whole, part in zip(joined, results, strict=True):
+                whole[done : done + len(part)] = part
+            done += len(some[0])
+    return tuple(joined)
 
 
 def _fuse(attention_BATT: Tensor, settings: MapSettings) -> Tensor:

@@ -83,10 +83,12 @@ def fit_colors(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64
     _orient(directions_LDC)
     nothing_LC = torch.zeros(L, CHANNELS)
     basis = ColorBasis(mean_LD.float(), directions_LDC, nothing_LC, nothing_LC)
-    components: list[list[Tensor]] = [[] for _ in range(L)]
+    components_LXC, done = torch.empty(L, count, CHANNELS), 0
     for layer, tokens_BND in _all_tokens(model, images_BCHW, chunk):
-        components[layer - 1].append(basis.project(layer, tokens_BND).flatten(0, 1).cpu())
-    ends = [np.quantile(torch.cat(parts).numpy(), DRAWN_RANGE, axis=0) for parts in components]
+        part_XC = basis.project(layer, tokens_BND).flatten(0, 1)
+        components_LXC[layer - 1, done : done + len(part_XC)] = part_XC
+        done += len(part_XC) if layer == L else 0
+    ends = [np.quantile(values_XC.numpy(), DRAWN_RANGE, axis=0) for values_XC in components_LXC]
     ends_2LC = torch.from_numpy(np.stack(ends, axis=1)).float()
     return basis._replace(low_LC=ends_2LC[0], high_LC=ends_2LC[1])
 
