@@ -256,7 +256,9 @@ def test_a_sheet_has_a_row_per_picture_and_a_legend_per_kind(
     figure = draw_table(rows, Look())
     assert len(figure.axes) == 3 * 4 + 3
     titles = [axes.get_title(loc="left") for axes in figure.axes[:12]]
-    assert titles[1:4] == [TITLES[method] for method in methods]
+    marks = ["✗ " if frame.failures else "" for frame in rows[0].frames]
+    expected = [mark + TITLES[method] for mark, method in zip(marks, methods, strict=True)]
+    assert titles[1:4] == expected
     assert titles[::4] == [row.frames[0].prediction for row in rows]
     words = [text.get_text() for text in figure.texts]
     assert words[:3] == ["a.png", "b.png", "c.png"]
