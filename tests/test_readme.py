@@ -97,7 +97,8 @@ def test_the_first_lines_draw_the_animation_that_is_shown(
 
 def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     source = ROOT / "src/vitrail"
-    drawn = README.partition("## Map of the files")[2].partition("└── cli/")[0]
+    text = (ROOT / "docs/architecture.md").read_text()
+    drawn = text.partition("## Map of the files")[2].partition("└── cli/")[0]
     drawn = re.sub(r"\([^)]*\)", "", drawn.replace("│", " "), flags=re.DOTALL)
     packages = re.findall(r"├── (\w+)/([^├]*)", drawn)
     listed = {
@@ -113,6 +114,18 @@ def test_the_map_of_the_files_names_every_module_and_no_other() -> None:
     assert {path.name for path in source.iterdir() if path.is_dir()} - {"__pycache__"} == {
         *(package for package, _ in packages), "cli",
     }  # fmt: skip
+
+
+def test_the_files_that_it_points_out_exist() -> None:
+    lines = README.partition("## Where to find what\n\n")[2].partition("\n\n")[0].splitlines()
+    folder, found = ROOT, 0
+    for line in lines:
+        place, _, words = line.strip().partition("  ")
+        folder = folder if line.startswith("     ") else ROOT / place
+        for name in re.findall(r"(\w+\.py)\b", words if folder.is_dir() else ""):
+            assert (folder / name).is_file(), name
+            found += 1
+    assert found >= 10
 
 
 def flags_by_command() -> dict[str, dict[str, str]]:
@@ -181,7 +194,11 @@ def test_the_python_in_it_runs(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
     trained = [sys.executable, "-m", "vitrail", *words]
     subprocess.run(trained, cwd=tmp_path, check=True, capture_output=True)
-    for name in ("cat.png", "dog.jpg"):
-        Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / name)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("cat", "dog"):
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        for number in range(30):
+            picture = Image.effect_noise((40, 30), 90).convert("RGB")
+            picture.save(tmp_path / "my_images" / name / f"{number}.png")
     run = [sys.executable, "-c", code]
     subprocess.run(run, cwd=tmp_path, env=environment, check=True)
