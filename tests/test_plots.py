@@ -37,7 +37,7 @@ def epochs(count: int) -> list[dict[str, float | int | None]]:
 
 def plot_curves(rows: list[Any], folder: Path) -> None:
     for quantity in ("loss", "accuracy"):
-        plot_curve(rows, quantity, folder / f"graph_{quantity}.png")
+        plot_curve(rows, quantity, "quick, shapes", folder / f"graph_{quantity}.png")
 
 
 def legend(figure: plots.Figure) -> list[str]:
@@ -91,20 +91,20 @@ def test_names_are_drawn_literally_or_by_number() -> None:
 @pytest.mark.parametrize("n_classes", [2, 10, 37, 131])
 def test_confusion_is_drawn_for_few_and_many_classes(tmp_path: Path, n_classes: int) -> None:
     path = tmp_path / "confusion.png"
-    plot_confusion(scored([f"class {y}" for y in range(n_classes)]), path)
+    plot_confusion(scored([f"class {y}" for y in range(n_classes)]), "a $note\n", path)
     with Image.open(path) as picture:
         assert min(picture.size) > 400
         assert max(picture.size) < 3500
 
 
 def test_odd_names_can_be_drawn(tmp_path: Path) -> None:
-    plot_confusion(scored(["[x]", "$\\frac$", "猫\t"]), tmp_path / "confusion.png")
+    plot_confusion(scored(["[x]", "$\\frac$", "猫\t"]), "a $note\n", tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").exists()
 
 
 def test_calibration_is_drawn(tmp_path: Path) -> None:
-    plot_calibration(scored(["a", "b", "c"], count=1), tmp_path / "one.png")
-    plot_calibration(scored(["a", "b", "c"]), tmp_path / "many.png")
+    plot_calibration(scored(["a", "b", "c"], count=1), "note", tmp_path / "one.png")
+    plot_calibration(scored(["a", "b", "c"]), "note", tmp_path / "many.png")
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "many.png").read_bytes()
 
 
@@ -117,11 +117,28 @@ def test_plots_that_cannot_be_drawn_or_written_are_refused(tmp_path: Path) -> No
     taken = tmp_path / "taken.png"
     taken.mkdir()
     with pytest.raises(OutputError, match="cannot be written"):
-        plot_calibration(scored(["a", "b"]), taken)
+        plot_calibration(scored(["a", "b"]), "note", taken)
 
 
 def test_matplotlibs_settings_do_not_change(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     plot_curves(epochs(3), tmp_path)
-    plot_confusion(scored(["a", "b"]), tmp_path / "confusion.png")
+    plot_confusion(scored(["a", "b"]), "a $note\n", tmp_path / "confusion.png")
     assert dict(mpl.rcParams) == before
+
+
+def test_a_plot_names_the_run_literally() -> None:
+    (axes,) = plots._curves(epochs(2), "loss", "a $b$\n").axes
+    (note,) = axes.texts
+    assert note.get_text() == "a $b$�"
+    assert not note.get_parse_math()
+
+
+def test_bins_of_few_images_are_pale() -> None:
+    logits_BY = torch.tensor([[4.0, 0, 0]] * 198 + [[0.5, 0, 0]])
+    metrics = measure(logits_BY, torch.zeros(199, dtype=torch.long), classes=["a", "b", "c"])
+    _, axes = plots._figure(3, 2)
+    plots._draw_reliability(axes, metrics)
+    accuracy = axes.containers[0]
+    assert accuracy.get_label() == "accuracy (pale: below 1% of the images)"
+    assert [bar.get_facecolor()[3] for bar in accuracy] == [1, 0.3]

@@ -108,7 +108,7 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
         temperature=classifier.calibration.temperature, tta=options.tta,
     )  # fmt: skip
     write_json(folder / "metrics.json", metrics.to_json())
-    missing = plot_metrics(metrics, folder)
+    missing = plot_metrics(metrics, folder, f"{name_of(classifier.source)}, {dataset}, {split}")
     for problem in missing:
         print_err(f"vitrail: {problem}")
     return metrics, 1 if missing else 0

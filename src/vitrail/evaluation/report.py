@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
@@ -46,6 +46,10 @@ SMALLEST_SPAN = 0.1
 """A vertical axis covers at least this range, so that nearly equal values look nearly equal."""
 NAME_LENGTH = 20
 """Longer class names are truncated."""
+NOTE_LENGTH = 80
+"""Characters of a line below a title."""
+FEW_IMAGES = 0.01
+"""Share of the images below which a bin of the calibration is pale."""
 
 
 # Tables.
@@ -163,7 +167,7 @@ def make_table(title: str | None) -> Table:
 # Plots.
 
 
-def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
+def plot_curve(rows: Sequence[Row], quantity: str, note: str, path: Path) -> None:
     """Plot the loss or the accuracy over the epochs, from the rows of ``metrics.jsonl``.
 
     A row has ``epoch`` (from 1) and ``SPLIT_loss`` and ``SPLIT_accuracy`` for each evaluated split
@@ -176,10 +180,10 @@ def plot_curve(rows: Sequence[Row], quantity: str, path: Path) -> None:
     """
     if not rows:
         raise DataError("there is no epoch to plot: train for at least one")
-    save_figure(_curves(rows, quantity), path)
+    save_figure(_curves(rows, quantity, note), path)
 
 
-def plot_confusion(metrics: Metrics, path: Path) -> None:
+def plot_confusion(metrics: Metrics, note: str, path: Path) -> None:
     """Plot the confusion matrix: counts, colored by their fraction of the true class.
 
     A name that matplotlib's own font cannot draw is shown as its class index, from 0.
@@ -198,7 +202,7 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
         _write_counts(axes, metrics, shares_YY, size=min(10.0, cell * 26))
     _name_classes(axes, metrics.classes, size=max(6.5, min(10.0, cell * 32)))
     axes.set(xlabel="predicted class", ylabel="true class")
-    write_title(axes, f"Accuracy {percent(metrics.accuracy, 2)} on {metrics.images:,} images")
+    write_title(axes, f"Accuracy {percent(metrics.accuracy, 2)} on {metrics.images:,} images", note)
     shrink, ticks = min(0.6, 6 / side), (0, 0.05, 0.2, 0.5, 1)
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25, ticks=ticks)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -206,7 +210,7 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_calibration(metrics: Metrics, path: Path) -> None:
+def plot_calibration(metrics: Metrics, note: str, path: Path) -> None:
     """Plot the reliability diagram above a histogram of confidence.
 
     Raises:
@@ -215,9 +219,8 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     figure = Figure(figsize=(6, 7), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     _draw_reliability(upper, metrics)
-    write_title(
-        upper, f"Expected calibration error {percent(metrics.expected_calibration_error, 2)}"
-    )
+    error = percent(metrics.expected_calibration_error, 2)
+    write_title(upper, f"Expected calibration error {error}", note)
     lefts = [bin.low for bin in metrics.calibration]
     shares = [bin.share for bin in metrics.calibration]
     lower.bar(lefts, shares, 1 / len(lefts), align="edge", color=SKY, edgecolor="white")
@@ -230,7 +233,7 @@ def plot_calibration(metrics: Metrics, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _curves(rows: Sequence[Row], quantity: str) -> Figure:
+def _curves(rows: Sequence[Row], quantity: str, note: str = "") -> Figure:
     figure, axes = _figure(7, 4.5)
     for split in SPLITS:
         points = [
@@ -242,7 +245,7 @@ def _curves(rows: Sequence[Row], quantity: str) -> Figure:
             _draw_curve(axes, points, split, quantity)
     tidy(axes)
     axes.set(xlabel="epoch", ylabel="cross-entropy in nats" if quantity == "loss" else "")
-    write_title(axes, quantity.capitalize())
+    write_title(axes, quantity.capitalize(), note)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(_limits(*axes.get_ylim(), largest=math.inf if quantity == "loss" else 1.0))
     if quantity == "accuracy":
@@ -274,12 +277,17 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[Any, Any]], split: str, quant
 
 def _draw_reliability(axes: Axes, metrics: Metrics) -> None:
     filled = [bin for bin in metrics.calibration if bin.share]
+    filled.sort(key=lambda bin: bin.share, reverse=True)  # the legend has the first one's color
     lefts, width = [bin.low for bin in filled], 1 / len(metrics.calibration)
     accuracies = [bin.accuracy or 0.0 for bin in filled]
     gaps = [(bin.confidence or 0.0) - (bin.accuracy or 0.0) for bin in filled]
+    # Bins of few images say little.
+    opacities = [1.0 if bin.share >= FEW_IMAGES else 0.3 for bin in filled]
+    blue, orange = ([to_rgba(name, a) for a in opacities] for name in (SKY, ORANGE))
     bars: dict[str, Any] = {"align": "edge", "width": width}
-    axes.bar(lefts, accuracies, color=SKY, edgecolor="white", label="accuracy", **bars)
-    bars |= {"facecolor": "none", "edgecolor": ORANGE, "hatch": "///"}
+    pale = f" (pale: below {FEW_IMAGES:.0%} of the images)" if min(opacities) < 1 else ""
+    axes.bar(lefts, accuracies, color=blue, edgecolor="white", label=f"accuracy{pale}", **bars)
+    bars |= {"facecolor": "none", "edgecolor": orange, "hatch": "///"}
     axes.bar(lefts, gaps, bottom=accuracies, label="gap to confidence", **bars)
     axes.plot((0, 1), (0, 1), "--", color=DARK, linewidth=1, label="perfect calibration")
     axes.set(ylabel="accuracy", ylim=(0, 1))
@@ -326,9 +334,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def write_title(axes: Axes, title: str) -> None:
-    """Set a left-aligned title."""
-    axes.set_title(title, loc="left", size=12, weight="bold", pad=10)
+def write_title(axes: Axes, title: str, note: str = "") -> None:
+    """Set a left-aligned title, and a smaller line below it."""
+    axes.set_title(title, loc="left", size=12, weight="bold", pad=24 if note else 10)
+    axes.annotate(
+        drawable(note, NOTE_LENGTH), (0, 1), (0, 9), xycoords="axes fraction",
+        textcoords="offset points", size=9, color=DARK, parse_math=False,
+    )  # fmt: skip
 
 
 def tidy(axes: Axes) -> None:
@@ -349,21 +361,39 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
     replace_file(path, file.getvalue())
 
 
-def plot_run(rows: Sequence[Row], metrics: Metrics | None, folder: Path) -> list[str]:
+def plot_run(
+    rows: Sequence[Row], metrics: Metrics | None, folder: Path, data: str, smoothing: float
+) -> list[str]:
     """Plot the curves and, given test metrics, what ``plot_metrics`` plots.
+
+    Args:
+        rows: of the epochs.
+        metrics: of the test split.
+        folder: the run's.
+        data: name of the data set.
+        smoothing: of the labels in training, which its loss includes.
 
     Returns:
         one line for each plot that failed: a failed plot must not lose the numbers.
     """
-    curves = {f"graph_{name}.png": partial(plot_curve, rows, name) for name in ("loss", "accuracy")}
-    return draw_each(curves, folder) + (plot_metrics(metrics, folder) if metrics else [])
+    name = f"{folder.name}, {data}"
+    smoothed = f"{name}; train: with labels smoothed by {smoothing:g}" if smoothing else name
+    curves = {
+        "graph_loss.png": partial(plot_curve, rows, "loss", smoothed),
+        "graph_accuracy.png": partial(plot_curve, rows, "accuracy", name),
+    }
+    problems = draw_each(curves, folder)
+    return problems + (plot_metrics(metrics, folder, f"{name}, test") if metrics else [])
 
 
-def plot_metrics(metrics: Metrics, folder: Path) -> list[str]:
-    """Plot the confusion matrix and the reliability diagram; return a line for each that failed."""
+def plot_metrics(metrics: Metrics, folder: Path, note: str) -> list[str]:
+    """Plot the confusion matrix and the reliability diagram; return a line for each that failed.
+
+    ``note`` names the model and the images, under the titles.
+    """
     plots = {
-        "confusion_matrix.png": partial(plot_confusion, metrics),
-        "calibration.png": partial(plot_calibration, metrics),
+        "confusion_matrix.png": partial(plot_confusion, metrics, note),
+        "calibration.png": partial(plot_calibration, metrics, note),
     }
     return draw_each(plots, folder)
 

@@ -421,7 +421,8 @@ class Run:
         result = self._summarize(best, metrics)
         result["temperature"] = calibration and calibration.temperature
         write_json(self.folder / "result.json", result)  # from now on the run counts as finished
-        self.problems += plot_run(self.rows, metrics, self.folder)
+        data, smoothing = self.config.data.dataset, self.config.training.label_smoothing
+        self.problems += plot_run(self.rows, metrics, self.folder, data, smoothing)
         return result
 
     def _summarize(self, best: Classifier, metrics: Metrics | None) -> dict[str, Any]:
