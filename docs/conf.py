@@ -75,8 +75,8 @@ TREES = {
     ),
     "docs/tutorial/README": ("[0-9]-*",),
     "docs/how-to/index": (
-        "presets", "own-pictures", "see-through-it", "trust-a-prediction", "weights-in-and-out",
-        "run-it-elsewhere", "serve", "*", "../../visualize_attention_map",
+        "presets", "own-pictures", "see-through-it", "trust-a-prediction", "any-vit",
+        "weights-in-and-out", "run-it-elsewhere", "serve", "*", "../../visualize_attention_map",
     ),
     "docs/reference/index": ("commands", "settings", "classifier", "*"),
     "records/README": ("*/README",),

@@ -141,6 +141,14 @@ def test_a_path_trains_as_the_command_does(tmp_path: Path) -> None:
         assert model.result["test"]["images"] == 6
 
 
+@pytest.mark.slow
+def test_handwritten_digits_are_learned() -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    model = package.train((digits.images, digits.target), epochs=15, flip="none")
+    assert model.result is not None
+    assert model.result["test"]["accuracy"] >= 0.97
+
+
 def test_features_are_what_the_head_classifies() -> None:
     model = package.load("cifar10")
     pictures = np.random.default_rng(1).integers(0, 256, (3, 40, 40, 3), np.uint8)

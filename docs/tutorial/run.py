@@ -1,4 +1,4 @@
-"""Run the notebooks of this folder in place: ``docs/tutorial/run.py [NUMBER ...]``.
+"""Run notebooks in place: ``docs/tutorial/run.py [NUMBER or FILE ...]``.
 
 Edit a chapter in Jupyter or as text, then run this. It keeps what a reader sees and
 drops the rest (times, versions, editors' notes), so that differences stay small.
@@ -13,11 +13,11 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 
 
-def main(*numbers: str) -> None:
-    """Run the chapters with these numbers. Default: all of them."""
-    for path in sorted(FOLDER.glob("[0-9]-*.ipynb")):
-        if numbers and path.name[0] not in numbers:
-            continue
+def main(*wanted: str) -> None:
+    """Run the chapters with these numbers and these files. Default: all chapters."""
+    chapters = sorted(FOLDER.glob("[0-9]-*.ipynb"))
+    chosen = [path for path in chapters if path.name[0] in wanted or not wanted]
+    for path in [*chosen, *(Path(name) for name in wanted if not name.isdecimal())]:
         print(path.name, flush=True)
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
@@ -25,7 +25,7 @@ def main(*numbers: str) -> None:
             timeout=None,
             record_timing=False,
             coalesce_streams=True,
-            resources={"metadata": {"path": str(FOLDER)}},
+            resources={"metadata": {"path": str(path.parent)}},
         )
         client.execute()
         clean(notebook)

@@ -1,6 +1,7 @@
 """Arrays, a Dataset or a path -> a trained classifier, in one call."""
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
@@ -88,8 +89,9 @@ def _follow(config: Config, folder: Path) -> Classifier:
     """Run a training to the end and return the best model."""
     console = Console(stderr=True)
     run = Run.start(config, folder)
+    # rich's bar in a notebook needs ipywidgets, without which it warns; a line does as well.
     with Progress(
-        console=console, disable=not (console.is_terminal or console.is_jupyter)
+        console=console, disable=console.is_jupyter or not console.is_terminal
     ) as progress:
         task = progress.add_task("training", total=run.total_steps)
         for event in run.train():
@@ -98,6 +100,8 @@ def _follow(config: Config, folder: Path) -> Classifier:
                 shown = f"epoch {event.row['epoch']}/{config.training.epochs}"
                 shown += "" if score is None else f", validation {score:.1%}"
                 progress.update(task, description=shown)
+                if console.is_jupyter:
+                    print(f"\r{shown}", end="", file=sys.stderr, flush=True)
             else:
                 progress.advance(task)
         result = run.finish()
