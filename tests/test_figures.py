@@ -65,6 +65,8 @@ def test_the_card_of_a_bundled_model_is_that_of_its_record(name: str) -> None:
     card = bundled.read_card(name)
     assert f"{card.test_accuracy:.2%}" in (ROOT / card.record / "README.md").read_text()
     assert f"{card.test_accuracy:.2%}" in README
+    preset = PRESETS[card.recipe.partition(",")[0]]
+    assert f"{card.test_accuracy:.1%}" in preset.expect
 
 
 def test_the_temperature_of_the_bundled_model() -> None:
@@ -78,6 +80,10 @@ def test_the_scores_of_the_bundled_models_maps() -> None:
     assert stored is not None
     verdict = read_verdict(stored, load("cifar10", device="cpu").model)
     assert verdict is not None, "the scores are those of other weights"
+    best = [badge.method for badge in sorted(verdict.badges, key=lambda badge: -badge.srg)]
+    said = re.search(r"`(\w+)` is the most\s+faithful, then\s+`(\w+)` and `(\w+)`", README)
+    assert said is not None
+    assert list(said.groups()) == best[:3]
     text = (GUIDES / "see-through-it.md").read_text()
     listed = dict(re.findall(r"^\| (\w+) \| (\d\.\d{3}) \|", text, re.MULTILINE))
     scores = {badge.method: badge.srg for badge in verdict.badges}
