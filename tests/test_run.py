@@ -42,7 +42,7 @@ def final(folder: Path) -> dict[str, Tensor]:
 def test_a_run_leaves_its_folder_complete(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrail.training.run.fit", lambda logits, labels: Calibration(0.5))
+    monkeypatch.setattr("vitrail.training.run.fit", lambda *_: Calibration(0.5))
     run = run_to_end(tiny_run, tmp_path / "a")
     result = run.finish()
     names = {path.name for path in (tmp_path / "a").iterdir()}

@@ -49,9 +49,10 @@ class Graph(nn.Module):
         self.temperature = classifier.calibration.temperature
         self.attention, self.raw = attention, raw
         self.measures_distance = bool(classifier.calibration.mean)
-        mean_D, directions_KD = map(torch.from_numpy, classifier.calibration.subspace)
-        self.register_buffer("mean_D", mean_D)
-        self.register_buffer("directions_KD", directions_KD)
+        if self.measures_distance:
+            mean_D, directions_KD = map(torch.from_numpy, classifier.calibration.subspace)
+            self.register_buffer("mean_D", mean_D)
+            self.register_buffer("directions_KD", directions_KD)
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Return scores, attention if requested, and the distance if it is known."""
