@@ -359,7 +359,7 @@ def test_a_lane_refuses_more_than_its_limit() -> None:
 class Recorder:
     """Stands for a classifier; each picture's answer is its first value."""
 
-    model = None
+    model, device = None, torch.device("cpu")
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -389,6 +389,12 @@ def test_requests_at_once_share_batches_and_get_their_own_answers() -> None:
     assert [int(logits_Y[0]) for logits_Y, _ in found] == list(range(10))
     assert [round(255 * familiarity) for _, familiarity in found] == list(range(10))
     assert sizes == [4, 4, 2]
+
+
+def test_many_requests_are_shared_by_the_cores() -> None:
+    assert sorted(batch_of(list(range(12)), largest=8, cores=2)[1]) == [6, 6]
+    assert sorted(batch_of(list(range(40)), largest=8, cores=2)[1]) == [8, 8, 8, 8, 8]
+    assert batch_of([1], cores=4)[1] == [1]
 
 
 def test_enough_pictures_do_not_wait_for_those_that_are_being_read() -> None:

@@ -1,12 +1,13 @@
 """Threads with bounded queues for the server's work, and predictions that share a batch."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import numpy as np
+import torch
 
 from vitrail.errors import VitrailError
 from vitrail.inference.classifier import Classifier
@@ -26,7 +27,10 @@ class Lane:
 
     def __init__(self, limit: int, threads: int = 1) -> None:
         self._limit, self._waiting = limit, 0
-        self._pool = ThreadPoolExecutor(threads)
+        # Explicit: new threads would begin with the number that a batch has set for its own.
+        self._pool = ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(*args, **kwargs)``, called in one of the threads.
@@ -58,18 +62,26 @@ class _Request:
 class Batcher:
     """Predictions of pictures from several requests in one forward pass.
 
-    A batch is whatever arrived while the last one was computed. A batch of fewer than ``enough``
-    pictures waits for those that are being read, but at most ``patience`` seconds; a single client
-    never waits. A larger one would gain little by waiting, and the processor would be idle.
+    What waits is shared by as many batches as the processor has cores, each computed by its share
+    of them: a single picture by all, and many pictures by one core each, which never wait for one
+    another. Fewer than ``enough`` pictures wait for those that are being read, but at most
+    ``patience`` seconds; a single client never waits.
     """
 
     def __init__(
-        self, limit: int = 256, largest: int = 32, enough: int = 8, patience: float = 0.003
+        self,
+        limit: int = 256,
+        largest: int = 32,
+        enough: int = 8,
+        patience: float = 0.003,
+        cores: int | None = None,
     ) -> None:
         self._limit, self._largest = limit, largest
         self._enough, self._patience = enough, patience
-        self._lane, self._waiting = Lane(limit=1), list[_Request]()
-        self._work: asyncio.Task[None] | None = None
+        self._cores = cores or torch.get_num_threads()
+        self._lane, self._waiting = Lane(limit=self._cores, threads=self._cores), list[_Request]()
+        self._starting: asyncio.Task[None] | None = None
+        self._running = set[asyncio.Task[None]]()
         self.reading = 0
         """Pictures that will be asked for in a moment; the caller counts them."""
 
@@ -83,30 +95,47 @@ class Batcher:
             raise BusyError("too many requests at once: try again in a second")
         request = _Request(classifier, raw_HWC, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
-        if self._work is None or self._work.done():
-            self._work = asyncio.create_task(self._run())
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.create_task(self._start())
         return await request.answer
 
-    async def _run(self) -> None:
-        """Compute batches until nothing waits."""
+    async def _start(self) -> None:
+        """Start batches until nothing waits."""
         while self._waiting:
+            classifier = self._waiting[0].classifier
+            most = self._cores if classifier.device.type == "cpu" else 1
+            while len(self._running) >= most:
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             if self.reading and len(self._waiting) < self._enough:
                 await asyncio.sleep(self._patience)
-            classifier = self._waiting[0].classifier
             batch = [each for each in self._waiting if each.classifier.model is classifier.model]
-            batch = batch[: self._largest]  # none was cancelled: handlers run to their end
+            parts = most - len(self._running)
+            batch = batch[: min(self._largest, -(-len(batch) // parts))]
+            # None was cancelled: handlers run to their end.
             self._waiting = [each for each in self._waiting if each not in batch]
-            try:
-                raw_BHWC = np.stack([each.raw_HWC for each in batch])
-                found_BY, known_B = await self._lane.run(classifier.raw_outputs, raw_BHWC)
-            except Exception as error:  # noqa: BLE001 (each request reports it)
-                for each in batch:
-                    each.answer.set_exception(error)
-            else:
-                for row, each in enumerate(batch):
-                    familiarity = None if known_B is None else float(known_B[row])
-                    each.answer.set_result((found_BY[row], familiarity))
+            others = len(self._running) + -(-len(self._waiting) // len(batch))
+            cores = max(1, self._cores // (1 + others))
+            running = asyncio.create_task(self._compute(batch, cores))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+
+    async def _compute(self, batch: Sequence[_Request], cores: int) -> None:
+        classifier = batch[0].classifier
+
+        def forward() -> tuple[np.ndarray, np.ndarray | None]:
+            torch.set_num_threads(cores)
+            return classifier.raw_outputs(np.stack([each.raw_HWC for each in batch]))
+
+        try:
+            found_BY, known_B = await self._lane.run(forward)
+        except Exception as error:  # noqa: BLE001 (each request reports it)
+            for each in batch:
+                each.answer.set_exception(error)
+        else:
+            for row, each in enumerate(batch):
+                familiarity = None if known_B is None else float(known_B[row])
+                each.answer.set_result((found_BY[row], familiarity))
 
     def close(self) -> None:
-        """Wait for the batch that is being computed."""
+        """Wait for the batches that are being computed."""
         self._lane.close()
