@@ -209,6 +209,10 @@ def build_app(shelf: Shelf, host: str) -> Starlette:
     post = ["POST"]
     return Starlette(
         routes=[
+            Route("/api/predict", server.predict, methods=post),
+            Route("/api/explain", server.explain, methods=post),
+            Route("/api/curve", server.curve, methods=post),
+            Route("/api/page", server.page, methods=post),
             Route("/", server.file),
             Route("/page/{name}", server.file),
             Route("/api/models", server.models),
@@ -219,10 +223,6 @@ def build_app(shelf: Shelf, host: str) -> Starlette:
             Route("/api/models/{name}/confusion", server.confusion),
             Route("/api/models/{name}/confusion/{label:int}/{predicted:int}", server.cell),
             Route("/api/models/{name}/run", server.run),
-            Route("/api/predict", server.predict, methods=post),
-            Route("/api/explain", server.explain, methods=post),
-            Route("/api/curve", server.curve, methods=post),
-            Route("/api/page", server.page, methods=post),
         ],
         middleware=[Middleware(Guard, host=host)],
         exception_handlers={

@@ -5,6 +5,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,25 @@ RANDOM_ORDERS, STEPS = 4, 16
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as a model sees it: raw_HWC, bytes, at the model's size and channels."""
+    """A picture, and as a model sees it: raw_HWC, bytes, at the model's size and channels."""
 
     classifier: Classifier
     raw_HWC: np.ndarray
-    subject: Subject
+    picture_HWC: np.ndarray
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The picture as maps need it, which a prediction does not."""
+        classifier, raw_HWC = self.classifier, self.raw_HWC
+        return Subject(
+            model=classifier.model,
+            image_1CHW=classifier.normalize(raw_HWC[None]),
+            raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
+            picture_HWC=self.picture_HWC,
+            fit=framing(classifier.config.data),
+            classes=classifier.classes,
+            calibration=classifier.calibration,
+        )
 
 
 def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
@@ -58,16 +73,7 @@ def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
     raw_HWC = fit_channels(rgb_HWC, config.image_hw, fit, config.n_channels)
     if question.hide:
         raw_HWC = _hide(raw_HWC, question.hide, config.grid_GJ, config.patch_size)
-    subject = Subject(
-        model=classifier.model,
-        image_1CHW=classifier.normalize(raw_HWC[None]),
-        raw_HWC=raw_HWC if config.n_channels == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
-        picture_HWC=rgb_HWC,
-        fit=fit,
-        classes=classifier.classes,
-        calibration=classifier.calibration,
-    )
-    return Seen(classifier, raw_HWC, subject)
+    return Seen(classifier, raw_HWC, rgb_HWC)
 
 
 def _check_size(body: bytes) -> None:
