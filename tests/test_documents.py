@@ -41,6 +41,7 @@ SKIPPED = {
     "vitrail train --dataset idx": "needs MNIST: tests/test_sources.py writes such files",
     "vitrail train --dataset npz": "needs MedMNIST: tests/test_sources.py writes such files",
     "vitrail explain photo.jpg --model_path dinov2-small": "needs the weights of DINOv2",
+    "vitrail train --init dinov2-small": "needs the weights of DINOv2",
     "vitrail train --wandb": "needs an account",
     "vitrail train --mlflow": "needs mlflow, which no extra installs",
     "vitrail serve": "does not end: tests/test_serve.py starts it",
