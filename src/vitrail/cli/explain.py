@@ -84,7 +84,7 @@ class ExplainOptions(PictureOptions):
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
     occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
     norms. Default: balanced, traced back through the layers; with --score, all. With --score also
-    variants: occlusion:window=1,rollout:fusion=norm."""
+    variants: occlusion:window=1,rollout:fusion=norm. Which fail a test on a model: vitrail info."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
