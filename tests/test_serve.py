@@ -392,14 +392,18 @@ def test_requests_at_once_share_batches_and_get_their_own_answers() -> None:
 
 
 def test_many_requests_are_shared_by_the_cores() -> None:
-    assert sorted(batch_of(list(range(12)), largest=8, cores=2)[1]) == [6, 6]
+    assert sorted(batch_of(list(range(16)), largest=16, cores=2)[1]) == [8, 8]
     assert max(batch_of(list(range(40)), largest=8, cores=2)[1]) == 8
     assert batch_of([1], cores=4)[1] == [1]
 
 
+def test_batches_have_few_sizes() -> None:
+    assert batch_of(list(range(13)), largest=16, cores=1)[1] == [8, 4, 1]
+
+
 def test_enough_pictures_do_not_wait_for_those_that_are_being_read() -> None:
     began = time.monotonic()
-    assert batch_of([1, 2, 3], enough=3, patience=5)[1] == [3]
+    assert batch_of([1, 2, 3, 4], enough=4, patience=5)[1] == [4]
     assert time.monotonic() - began < 4
 
 

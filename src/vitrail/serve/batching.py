@@ -59,6 +59,14 @@ class _Request:
     answer: "asyncio.Future[Outputs]"
 
 
+def _size(count: int) -> int:
+    """Return the largest power of 2 up to ``count``.
+
+    Memory is kept for every size of a batch that has occurred: few sizes need less of it.
+    """
+    return 1 << (count.bit_length() - 1)
+
+
 class Batcher:
     """Predictions of pictures from several requests in one forward pass.
 
@@ -71,7 +79,7 @@ class Batcher:
     def __init__(
         self,
         limit: int = 256,
-        largest: int = 32,
+        largest: int = 16,
         enough: int = 8,
         patience: float = 0.003,
         cores: int | None = None,
@@ -110,7 +118,7 @@ class Batcher:
                 await asyncio.sleep(self._patience)
             batch = [each for each in self._waiting if each.classifier.model is classifier.model]
             parts = most - len(self._running)
-            batch = batch[: min(self._largest, -(-len(batch) // parts))]
+            batch = batch[: _size(min(self._largest, -(-len(batch) // parts)))]
             # None was cancelled: handlers run to their end.
             self._waiting = [each for each in self._waiting if each not in batch]
             others = len(self._running) + -(-len(self._waiting) // len(batch))
