@@ -37,6 +37,8 @@ SKIPPED = {
     "vitrail push": "needs a network",
     "vitrail predict --model_path hf:": "needs a network",
     "vitrail train --init hf:": "needs a network",
+    "vitrail explain photo.jpg --model_path hf:": "needs a network",
+    "vitrail explain output/mine-dino": "needs a network",
     "vitrail train --dataset hf": "needs a network",
     "vitrail train --dataset idx": "needs MNIST: tests/test_sources.py writes such files",
     "vitrail train --dataset npz": "needs MedMNIST: tests/test_sources.py writes such files",
