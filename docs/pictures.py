@@ -4,7 +4,8 @@
     python docs/pictures.py bundled cifar10 data    # from test images in data/; sheet.png
     vitrail inspect cifar10 --output_path docs/pictures    # insides.png; the data in data/
 
-benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``;
+benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``,
+docs/pictures/serve.py ``serve.webp``;
 ``page.png`` is a screenshot of ``vitrail explain cifar10 examples/cat.jpg --format html``.
 """
 
