@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from PIL import Image
 
 import vitrail
 from vitrail.cli import main
+from vitrail.cli.serve import _listen
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.model.vit import VisionTransformer
@@ -515,3 +517,12 @@ def test_the_command_refuses_what_it_cannot_serve(
     ):
         assert main(["serve", "--no_browser", *words]) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_answers_do_not_wait_for_acknowledgments() -> None:
+    with (
+        _listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -81,7 +81,7 @@ class Batcher:
         limit: int = 256,
         largest: int = 16,
         enough: int = 8,
-        patience: float = 0.003,
+        patience: float = 0.001,
         cores: int | None = None,
     ) -> None:
         self._limit, self._largest = limit, largest
