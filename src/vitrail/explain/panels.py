@@ -320,7 +320,7 @@ def compose(
         for panel, (height, width), step in zip(row, row_sizes, widths, strict=False):
             axes = sheet.axes(x, bottom - height, width, height)
             _draw_panel(axes, panel, look, zoomed=_is_zoomed(panel, rows, look))
-            title = drawable(panel.title, round(width / (0.56 * size)))
+            title = drawable(panel.title, round(width / (0.53 * size)))
             if panel.norm is not None:
                 title = title[:1].upper() + title[1:]
             ink = INKS[panel.correct][look.theme]
