@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,15 @@ def test_a_network_without_classes_is_drawn(tmp_path: Path, capsys: Any) -> None
     for drawing in ("--colormap viridis", "--style reference"):  # features have neither
         assert main([*words, *drawing.split()]) == 0
         assert "through layer" in capsys.readouterr().out
+
+
+def test_info_of_a_network_without_classes_offers_no_score(tmp_path: Path, capsys: Any) -> None:
+    state = {k: t for k, t in make_state("huggingface").items() if not k.startswith("classifier")}
+    save_file(state, tmp_path / "a.safetensors")
+    assert main(["info", str(tmp_path / "a.safetensors"), "--n_attention_heads", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"classes +│ none", shown)
+    assert "--score" not in shown
 
 
 @pytest.mark.parametrize("layout", ["timm", "huggingface", "google", "reference", "vitrail"])

@@ -181,14 +181,15 @@ def _show_model(classifier: "Classifier", facts: Mapping[str, Any]) -> None:
     classes = classifier.classes
     shown = {
         **facts,
-        "classes": f"{len(classes)}: {', '.join(classes)}",
+        "classes": f"{len(classes)}: {', '.join(classes)}" if classes else "none",
         "image size": "{} x {} pixels".format(*config.model.image_hw),
     }
     hidden = ("model", "notes")
     notes = (("note", note) for note in classifier.notes)
     rows = (pair for pair in shown.items() if pair[0] not in hidden)
     _print_table(classifier.source, [*rows, *notes])
-    _show_verdict(classifier)
+    if classes:
+        _show_verdict(classifier)
     settings = {**vars(config.model), **vars(config.data)}.items()
     given = [(name, str(value)) for name, value in settings if value not in (None, ())]
     _print_table("Settings", given)
