@@ -7,6 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
 import vitrail
 from vitrail.evaluation.calibration import fit
 from vitrail.evaluation.metrics import Features, measure, predict_logits
@@ -23,12 +25,12 @@ def calibrate(name: str, folder: Path) -> None:
     """Fit the calibration of a bundled model to the validation images of the data in a folder."""
     classifier = vitrail.load(name)
     images = load_split(classifier, "validation", data_path=folder)
-    logits_BY, features_BD = (
-        predict_logits(
-            model, images, mean=classifier.mean, std=classifier.std, device=classifier.device
-        )
-        for model in (classifier.model, Features(classifier.model))
-    )
+    features_BD = predict_logits(
+        Features(classifier.model), images,
+        mean=classifier.mean, std=classifier.std, device=classifier.device,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits_BY = classifier.model.head(features_BD.to(classifier.device)).cpu()
     calibration = fit(logits_BY, images.labels_B, features_BD)
     path = bundled.weights_path(name)
     info, weights = load_weights_file(path)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -282,7 +283,7 @@ def describe(found: dict[str, Any], options: Options) -> str:
         f"{options.connections} connections{compared}; a single client waits {waits[0]} for a "
         f"prediction and {waits[1]} for a map by `balanced`.",
         "",
-        "    python benchmarks/serve.py --peer litserve/bin/python --output_path records/serve",
+        f"    python benchmarks/serve.py {shlex.join(sys.argv[1:])}",
         "",
         f"Commit {machine['commit']}; {machine['cores']} cores of an {machine['processor']}, "
         f"{machine['system']}, load average before: {found['load_average_before']:.2f}; "

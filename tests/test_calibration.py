@@ -161,6 +161,13 @@ def test_a_corrupt_calibration_is_refused(weights_file: Path, wrong: object) -> 
         CheckpointInfo.from_json(content, weights_file)
 
 
+def test_a_calibration_of_another_width_is_refused(weights_file: Path) -> None:
+    content = load_weights_file(weights_file)[0].to_json()
+    content["config"]["model"]["embed_dim"] *= 2
+    with pytest.raises(CheckpointError, match="12 features, but the model has 24: fit it again"):
+        CheckpointInfo.from_json(content, weights_file)
+
+
 def test_files_of_former_versions_keep_their_temperature(weights_file: Path) -> None:
     content = load_weights_file(weights_file)[0].to_json()
     content["calibration"] = {"temperature": 2.5, "energies": PERCENTILES}

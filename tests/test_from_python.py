@@ -124,6 +124,8 @@ def test_a_run_refuses_other_arrays_and_finds_its_own_where_it_was_moved(
             load_split(model, "validation")
         with pytest.raises(DataError, match="the train images or labels changed since the run"):
             Run.resume(moved, model.config)
+    with pytest.raises(DataError, match=r"nowhere.data\.npz"):  # not the run's own instead
+        load_split(model, "validation", data_path=Path("nowhere/data.npz"))
     np.savez(moved / "data.npz", **arrays)
     assert Run.resume(moved, model.config).rows[-1]["epoch"] == 8
 

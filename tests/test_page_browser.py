@@ -1,6 +1,5 @@
 """The page in a real browser. Each test ends by checking that nothing was logged or loaded."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from test_page import HOSTILE, make_data
 from vitrail.explain.page import PageData, make_page
 from vitrail.explain.stored_scores import Badge
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-
 Open = Callable[..., Any]
 NAMES = ["attention", "rollout", "relevance", "gradcam"]
 """The methods of make_data's page: two from the attention, two given."""
@@ -27,14 +22,6 @@ READ_HEAT = """() => {
     copy.drawImage(document.querySelector("#heat"), 0, 0);
     return [...copy.getImageData(0, 0, 3, 2).data];
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

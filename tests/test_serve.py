@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -481,12 +482,22 @@ def test_slow_work_is_not_begun_for_a_client_that_has_gone(
 # The command.
 
 
-def test_it_serves_until_it_is_told_to_stop_and_loses_no_request(tmp_path: Path) -> None:
-    words = ["serve", "--no_browser", "--port", "0", "cifar10"]
-    command = [sys.executable, "-m", "vitrail", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+@contextmanager
+def serving(
+    *words: str, python: Sequence[str] = ("-m", "vitrail", "serve"), **options: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the server in a process, and stop it at the end; yield the line that it prints, too."""
+    command = [sys.executable, *python, "--no_browser", "--port", "0", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        try:
+            yield process, process.stdout.readline()
+        finally:
+            process.terminate()
+
+
+def test_it_serves_until_it_is_told_to_stop_and_loses_no_request(tmp_path: Path) -> None:
+    with serving("cifar10", cwd=tmp_path) as (process, line):
         address = re.search(r"http://127\.0\.0\.1:\d+/", line)
         assert address is not None, line
         url = f"{address[0]}api/explain?method=shapley&passes=300"

@@ -4,9 +4,6 @@ import base64
 import functools
 import io
 import re
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +14,12 @@ import pytest
 from PIL import Image
 
 import vitrail
+from test_serve import serving
 from vitrail.config.settings import Config
 from vitrail.training.run import Run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"
 DROP = """content => {
@@ -44,26 +40,19 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def address(tiny_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(
+    browser: Any,
+    tiny_run: Config,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
     """`vitrail serve` in a folder with one finished run, `short`."""
     folder = tmp_path_factory.mktemp("served")
     for _ in Run.start(tiny_run, folder / "output" / "short").train():
         pass
-    command = [sys.executable, "-m", "vitrail", "serve", "--no_browser", "--port", "0"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        found = re.search(r"serving short, cifar10 at (\S+)", server.stdout.readline())
+    with serving(cwd=folder) as (_, line):
+        found = re.search(r"serving short, cifar10 at (\S+)", line)
         assert found is not None
         yield found[1]
-        server.terminate()
 
 
 @pytest.fixture

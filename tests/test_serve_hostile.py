@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from test_serve import bomb, picture, write_model
+from test_serve import bomb, picture, serving, write_model
 from vitrail.config.settings import ModelConfig
 from vitrail.explain.map_settings import METHODS
 
@@ -179,16 +179,10 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, tiny_model: ModelConfig) -> Iterator[Server]:
     path, log = write_model(tmp_path / "tiny.safetensors", tiny_model), tmp_path / "log"
-    command = [sys.executable, "-m", "vitrail", "serve", "--no_browser", "--port", "0", str(path)]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        assert process.stdout is not None
-        port = re.search(r":(\d+)/", process.stdout.readline())
+    with log.open("w") as errors, serving(str(path), stderr=errors) as (process, line):
+        port = re.search(r":(\d+)/", line)
         assert port is not None
         yield Server(process, int(port[1]), log)
-        process.terminate()
 
 
 def storm(server: Server, cases: int, seed: int) -> Counter[tuple[str, int]]:

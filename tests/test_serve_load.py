@@ -5,17 +5,17 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vitrail
-from test_serve import picture, write_model
+from test_serve import picture, serving, write_model
 from vitrail.config.settings import ModelConfig
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -52,18 +52,12 @@ command(sys.argv[1:])
 
 
 @contextmanager
-def serving(model: Path, *python: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    words = ["--no_browser", "--port", "0", str(model)]
-    command = [sys.executable, *(python or ("-m", "vitrail", "serve")), *words]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None
-        port = re.search(r":(\d+)/", process.stdout.readline())
+def loaded(model: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Serve a model; yield the process and its port."""
+    with serving(str(model), stderr=subprocess.PIPE, **options) as (process, line):
+        port = re.search(r":(\d+)/", line)
         assert port is not None
-        try:
-            yield process, int(port[1])
-        finally:
-            process.terminate()
+        yield process, int(port[1])
 
 
 class Load:
@@ -109,7 +103,7 @@ def test_a_server_that_is_stopped_under_load_loses_no_request(
     tmp_path: Path, tiny_model: ModelConfig, path: str
 ) -> None:
     model = write_model(tmp_path / "tiny.safetensors", tiny_model)
-    with serving(model, "-c", COUNTING) as (process, port):
+    with loaded(model, python=("-c", COUNTING)) as (process, port):
         load = Load(port, path)
         load.wait_for(5 * CLIENTS)
         process.terminate()
@@ -130,7 +124,7 @@ def test_a_file_that_is_damaged_under_load_is_told_once_and_the_old_model_goes_o
     old, new = (vitrail.load(each).predict(PICTURE)[0][0] for each in (path, other))
     assert abs(old.probability - new.probability) > 1e-4
     content = path.read_bytes()
-    with serving(path) as (process, port):
+    with loaded(path) as (process, port):
         load = Load(port, "/api/predict?top=1")
         load.wait_for(2 * CLIENTS)
         for damaged in (content[:1000], b"\x00" * len(content)):

@@ -198,9 +198,8 @@ class ModelConfig(Checked):
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def grid_GJ(self) -> tuple[int, int]:
@@ -223,6 +222,11 @@ class ModelConfig(Checked):
     def hidden_dim(self) -> int:
         """Hidden width of the MLP."""
         return round(self.embed_dim * self.forward_mul)
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of what the head reads."""
+        return self.embed_dim if self.pool in ("cls", "mean") else 2 * self.embed_dim
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,7 @@ class Graph(nn.Module):
         if self.raw:
             batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
         layers = range(1, len(self.model.blocks) + 1) if self.attention else ()
-        tokens_BTD, attentions = self.model.embed(batch), []
-        blocks = self.model.run_blocks(tokens_BTD, keep_attention=layers)
-        for _, output_BTD, attention_BATT in blocks:
-            tokens_BTD = output_BTD
-            if attention_BATT is not None:
-                attentions.append(attention_BATT)
-        features_BD = self.model.summarize(tokens_BTD)
+        features_BD, attentions = self.model.features_with_attention(batch, layers)
         scores_BY = self.model.head(features_BD) / self.temperature
         outputs = [scores_BY.softmax(1) if self.raw else scores_BY, *attentions]
         if self.measures_distance:

@@ -172,9 +172,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(D, config.layer_norm_eps)
         self.head: nn.Module = nn.Identity()
         if config.n_classes:
-            pooled_dim = D if config.pool in ("cls", "mean") else 2 * D
             head = MLPHead if config.head == "mlp" else nn.Linear
-            self.head = head(pooled_dim, config.n_classes)
+            self.head = head(config.pooled_dim, config.n_classes)
         if not next(self.parameters()).is_meta:  # otherwise weights are loaded
             self.apply(partial(initialize, std=config.init_std))
 
@@ -184,10 +183,19 @@ class VisionTransformer(nn.Module):
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return the input of the head (B, D)."""
+        return self.features_with_attention(images_BCHW, ())[0]
+
+    def features_with_attention(
+        self, images_BCHW: Tensor, layers: Container[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the input of the head (B, D), and the attention (B, A, T, T) of some layers."""
         tokens_BTD = self.embed(images_BCHW)
-        for _, output_BTD, _ in self.run_blocks(tokens_BTD):
+        attentions = []
+        for _, output_BTD, attention_BATT in self.run_blocks(tokens_BTD, keep_attention=layers):
             tokens_BTD = output_BTD
-        return self.summarize(tokens_BTD)
+            if attention_BATT is not None:
+                attentions.append(attention_BATT)
+        return self.summarize(tokens_BTD), tuple(attentions)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return the input of the first block: tokens (B, T, D) of the patches.
@@ -261,16 +269,9 @@ class VisionTransformer(nn.Module):
             images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. The
             class token, if any, is token 0; registers and then the patches, row by row, follow.
         """
-        tokens_BTD = self.embed(images_BCHW)
         every_layer = range(1, self.config.n_layers + 1)
-        attentions = []
-        for _, output_BTD, attention_BATT in self.run_blocks(
-            tokens_BTD, keep_attention=every_layer
-        ):
-            assert attention_BATT is not None
-            attentions.append(attention_BATT)
-            tokens_BTD = output_BTD
-        return self.classify(tokens_BTD), tuple(attentions)
+        features_BD, attentions = self.features_with_attention(images_BCHW, every_layer)
+        return self.head(features_BD), attentions
 
     @property
     def rotation(self) -> Rotation | None:

@@ -123,8 +123,9 @@ def predictions(
         answer["familiarity"] = familiarity
         answer["note"] = describe_unlike(familiarity)
     if question.seen:
-        height, width = seen.subject.picture_HWC.shape[:2]
-        box = seen_box((height, width), seen.classifier.config.model.image_hw, seen.subject.fit)
+        height, width = seen.picture_HWC.shape[:2]
+        config = seen.classifier.config
+        box = seen_box((height, width), config.model.image_hw, framing(config.data))
         answer["seen"] = {
             "picture": f"data:image/png;base64,{base64.b64encode(to_png(seen.raw_HWC)).decode()}",
             # As fractions of the picture: left, top, right, bottom.

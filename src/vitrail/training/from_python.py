@@ -101,9 +101,11 @@ def _follow(config: Config, folder: Path) -> Classifier:
                 shown += "" if score is None else f", validation {score:.1%}"
                 progress.update(task, description=shown)
                 if console.is_jupyter:
-                    print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+                    print(f"\r{shown:<50}", end="", file=sys.stderr, flush=True)
             else:
                 progress.advance(task)
+        if console.is_jupyter:
+            print(file=sys.stderr)
         result = run.finish()
     best = pretrained.load(folder, device=config.run.device)
     return dataclasses.replace(best, result=result)

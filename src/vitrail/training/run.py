@@ -403,7 +403,8 @@ class Run:
             return None
         model = best.model.to(self.device)
         features_BD = self._logits(Features(model), validation)
-        logits_BY = self._logits(model, validation)
+        with torch.no_grad():
+            logits_BY = model.head(features_BD.to(self.device)).cpu()
         calibration = fit(logits_BY, validation.labels_B, features_BD)
         distributed.on_leader(save_calibration, Path(best.source), calibration)
         return calibration

@@ -193,8 +193,9 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
     config = classifier.config
     if changes.get("dataset", "shapes") != "shapes":
         changes["shortcut"] = 0.0
-    data, run = dataclasses.replace(config.data, **changes), _run_of(classifier.source)
-    data = locate_arrays(data, run) if run else data
+    run = _run_of(classifier.source)
+    data = locate_arrays(config.data, run) if run else config.data
+    data = dataclasses.replace(data, **changes)
     manifest = None
     if run and data.dataset in ARRAYS and "data_path" not in changes:
         _verify_arrays(data, run, [split])
@@ -229,8 +230,9 @@ def write_fingerprints(config: Config, folder: Path) -> None:
 
 def locate_arrays(data: DataConfig, folder: Path) -> DataConfig:
     """Return the settings with the path of the arrays in a run folder that was moved."""
-    moved = data.data_path.name == DATA and not data.data_path.exists()
-    return dataclasses.replace(data, data_path=(folder / DATA).absolute()) if moved else data
+    kept = (folder / DATA).absolute()
+    moved = data.data_path.name == DATA and not data.data_path.exists() and kept.exists()
+    return dataclasses.replace(data, data_path=kept) if moved else data
 
 
 def _verify_arrays(data: DataConfig, folder: Path, splits: Sequence[Split]) -> None:

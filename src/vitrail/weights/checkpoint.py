@@ -87,6 +87,12 @@ class CheckpointInfo:
             calibration = replace_fields(UNCALIBRATED, fitted)  # energies: of former versions
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
+        width = len(calibration.subspace[0])
+        if width not in (0, config.model.pooled_dim):
+            raise CheckpointError(
+                f"{where}: the calibration is of {width} features, but the model has "
+                f"{config.model.pooled_dim}: fit it again"
+            )
         classes = check_classes(content["classes"], config, where)
         return cls(config, classes, content["numbers"], content["metrics"], calibration)
 
