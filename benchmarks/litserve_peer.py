@@ -1,9 +1,10 @@
 """The peer of benchmarks/serve.py: the same model served by LitServe, in the same way.
 
-    python benchmarks/litserve_peer.py PORT MODEL BATCH SECONDS WORKERS
+    python benchmarks/litserve_peer.py PORT MODEL BATCH SECONDS WORKERS [traced]
 
 BATCH is the largest batch, SECONDS how long one waits for more pictures, WORKERS the number of
-processes with a model. The body of a request is a picture's file, as in vitrail serve.
+processes with a model; traced: the network is a graph. The body of a request is a picture's file,
+as in vitrail serve.
 """
 
 import sys
@@ -22,11 +23,13 @@ class Api(litserve.LitAPI):
 
     model: str
     threads: int
+    traced: bool
 
     def setup(self, device: str) -> None:  # noqa: ARG002
         """Load the model; called in each worker."""
         torch.set_num_threads(self.threads)
-        self.classifier = vitrail.load(self.model, device="cpu")
+        classifier = vitrail.load(self.model, device="cpu")
+        self.classifier = classifier.trace() if self.traced else classifier
 
     def decode_request(self, request: Annotated[bytes, Body()]) -> np.ndarray:
         """Return the picture (H, W, C) at the model's size."""
@@ -52,9 +55,10 @@ class Api(litserve.LitAPI):
 
 def main() -> None:
     """Serve until the process is stopped."""
-    port, model, batch, seconds, workers = sys.argv[1:]
+    port, model, batch, seconds, workers, *traced = sys.argv[1:]
     api = Api(max_batch_size=int(batch), batch_timeout=float(seconds))
     api.model, api.threads = model, max(1, torch.get_num_threads() // int(workers))
+    api.traced = bool(traced)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(workers))
     server.run(
         host="127.0.0.1", port=int(port), num_api_servers=1, generate_client_file=False,

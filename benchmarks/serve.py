@@ -50,6 +50,7 @@ PEER_SETTINGS = ((8, 0.002, 1), (16, 0.005, 1), (32, 0.01, 1), (8, 0.002, 2), (1
 TITLES = {
     "vitrail": "vitrail serve",
     "litserve": "LitServe",
+    "litserve_traced": "LitServe with a traced network",
     "vitrail_with_httptools": "vitrail serve with httptools, uvloop",
 }
 SCRIPT = """
@@ -164,10 +165,12 @@ def vitrail_server(bench: Bench, python: str = sys.executable) -> Iterator[int]:
 
 
 @contextmanager
-def litserve_server(bench: Bench, settings: tuple[int, float, int]) -> Iterator[None]:
+def litserve_server(
+    bench: Bench, settings: tuple[int, float, int], *, traced: bool = False
+) -> Iterator[None]:
     """Serve with LitServe."""
     script = str(Path(__file__).parent / "litserve_peer.py")
-    words = [str(PEER_PORT), bench.options.model, *map(str, settings)]
+    words = [str(PEER_PORT), bench.options.model, *map(str, settings), *["traced"] * traced]
     spins = str(IDLE_SPINS)  # as the commands of Vitrail choose
     with running([str(bench.options.peer), script, *words], GOMP_SPINCOUNT=spins):
         bench.port = PEER_PORT
@@ -205,8 +208,9 @@ def choose_settings(bench: Bench) -> tuple[tuple[int, float, int], list[dict[str
 def measure(bench: Bench) -> dict[str, Any]:
     """Run everything; the servers that wait do not run."""
     options = bench.options
-    found: dict[str, Any] = {"load_average_before": os.getloadavg()[0], "litserve": []}
+    found: dict[str, Any] = {"load_average_before": os.getloadavg()[0]}
     if options.peer:
+        found |= {"litserve": [], "litserve_traced": []}
         found["settings"], found["trials"] = choose_settings(bench)
     ours: list[dict[str, float]] = []
     with vitrail_server(bench) as pid:
@@ -226,10 +230,12 @@ def measure(bench: Bench) -> dict[str, Any]:
             print(json.dumps({"vitrail": ours[-1]}), file=sys.stderr)
             if options.peer:
                 os.kill(pid, signal.SIGSTOP)
-                with litserve_server(bench, found["settings"]):
-                    found["litserve"].append(bench.load("/predict", options.seconds))
+                for name in ("litserve", "litserve_traced"):
+                    traced = name == "litserve_traced"
+                    with litserve_server(bench, found["settings"], traced=traced):
+                        found[name].append(bench.load("/predict", options.seconds))
+                    print(json.dumps({name: found[name][-1]}), file=sys.stderr)
                 os.kill(pid, signal.SIGCONT)
-                print(json.dumps({"litserve": found["litserve"][-1]}), file=sys.stderr)
         bench.port = port
         while sent < options.requests:
             rate = ours[-1]["per_second"]
@@ -272,8 +278,10 @@ def describe(found: dict[str, Any], options: Options) -> str:
     waits = [f"{each['p50_ms']:.1f} ms" for each in trips.values()]
     rate = {name: median(each["per_second"] for each in found[name]) for name in TITLES
             if found.get(name)}  # fmt: skip
-    ratio = rate["vitrail"] / rate["litserve"] if "litserve" in rate else None
-    compared = f", {ratio:.2f} times as many as LitServe" if ratio else ""
+    compared = ""
+    if options.peer:
+        plain, traced = (rate["vitrail"] / rate[f"litserve{kind}"] for kind in ("", "_traced"))
+        compared = f", {plain:.2f} times as many as LitServe ({traced:.2f} with a traced network)"
     machine, growth = found["machine"], 100 * (kept["last_MiB"] / kept["first_MiB"] - 1)
     versions = ", ".join(f"{name} {text}" for name, text in machine["versions"].items())
     lines = [
@@ -326,8 +334,9 @@ def _peer(found: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        "LitServe reads and predicts with the same functions of Vitrail, in processes of its own, "
-        "and brings httptools and uvloop, which uvicorn uses where they are installed. Its "
+        "LitServe reads and predicts with the same functions of Vitrail, in processes of its own: "
+        "the model as `vitrail.load` returns it, or the graph that `vitrail serve` makes of it. It "
+        "brings httptools and uvloop, which uvicorn uses where they are installed. Its "
         "settings are the fastest of these:",
         "",
         *_row("largest batch", "waits for it, s", "processes", "predictions/s"),

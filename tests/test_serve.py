@@ -330,6 +330,7 @@ def test_few_models_stay_in_memory(
     paths = [write_model(tmp_path / f"m{n}.safetensors", tiny_model, n) for n in range(3)]
     shelf = Shelf([str(path) for path in paths], Path())
     first = shelf.get("m0")
+    assert first.outputs is not None  # traced
     assert shelf.get("m0") is first
     shelf.get("m1"), shelf.get("m2")
     assert shelf.get("m0") is not first
@@ -340,6 +341,21 @@ def test_without_runs_the_bundled_models_are_served(tmp_path: Path) -> None:
     assert shelf.names() == ["cifar10"]
     with pytest.raises(MissingError, match="did you mean 'cifar10'"):
         shelf.get("cifar1")
+
+
+def test_a_new_run_is_the_default_model_after_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [5.0]
+    monkeypatch.setattr("vitrail.serve.models.time.monotonic", lambda: clock[0])
+    shelf = Shelf([], tmp_path)
+    assert shelf.default() == "cifar10"
+    pointer = tmp_path / "mine" / "checkpoints" / "BEST"
+    pointer.parent.mkdir(parents=True)
+    pointer.touch()
+    assert shelf.default() == "cifar10"
+    clock[0] += 1.1
+    assert shelf.default() == "mine"
 
 
 # Queues and batches.

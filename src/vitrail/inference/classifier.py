@@ -33,6 +33,7 @@ from vitrail.explain.map_settings import (
 from vitrail.explain.stored_scores import Verdict
 from vitrail.explain.token_views import ColorBasis
 from vitrail.inference.predictions import BaseClassifier
+from vitrail.inference.traced import LogitsAndFeatures, Outputs, trace
 from vitrail.model.vit import VisionTransformer
 
 
@@ -54,6 +55,8 @@ class Classifier(BaseClassifier):
     """Which maps to trust, if ``vitrail explain --score`` has stored it beside the weights."""
     result: Mapping[str, Any] | None = None
     """Of a model that ``vitrail.train`` made: scores and seconds, as in result.json."""
+    outputs: Outputs | None = None
+    """The model as a graph, if ``trace`` has been called."""
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -91,6 +94,14 @@ class Classifier(BaseClassifier):
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.model.parameters()).device
+
+    def trace(self) -> "Classifier":
+        """Return a classifier with the same predictions that computes them as a graph.
+
+        On a CPU a graph takes a tenth less time than modules do, and never waits for Python's lock:
+        for programs that predict in several threads.
+        """
+        return replace(self, outputs=trace(self.model))
 
     def raw_outputs(self, raw_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the logits (B, Y) of pictures returned by ``read``, and their familiarity (B,)."""
@@ -187,11 +198,12 @@ class Classifier(BaseClassifier):
     def _run(self, images_BCHW: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return logits (B, Y) and features (B, D), float32, on the CPU."""
         self.require_classes()
+        outputs = self.outputs or LogitsAndFeatures(self.model)
         logits, features = [], []
         with torch.inference_mode():
             for part_BCHW in images_BCHW.split(batch_size):
-                features_BD = self.model.features(part_BCHW)
-                logits.append(self.model.head(features_BD).float().cpu())
+                logits_BY, features_BD = outputs(part_BCHW)
+                logits.append(logits_BY.float().cpu())
                 features.append(features_BD.float().cpu())
         logits_BY = torch.cat(logits)
         require_finite(logits_BY)

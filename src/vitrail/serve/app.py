@@ -192,7 +192,7 @@ class Server:
             self._batcher.reading -= 1
 
     def _open(self, body: bytes, question: Question) -> Seen:
-        name = question.model or self._shelf.names()[0]
+        name = question.model or self._shelf.default()
         return responses.look(self._shelf.get(name, question.step), body, question)
 
 

@@ -1,7 +1,9 @@
 """The models that are served: loaded when first asked for, and again when their files change."""
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,13 +43,21 @@ class Shelf:
         """
         self._named, self._runs, self._device = _by_name(models), runs, device
         self._sources: dict[str, str] = {}
+        self._listed = -math.inf
         self._loaded: OrderedDict[tuple[str, int | None], _Loaded] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Return the names of all models, the default one first; new runs are found here."""
         self._sources = self._named or _by_name([*_find_runs(self._runs), *bundled.names()])
+        self._listed = time.monotonic()
         return list(self._sources)
+
+    def default(self) -> str:
+        """Return the name of the default model, at most a second old."""
+        if time.monotonic() - self._listed > 1:
+            self.names()
+        return next(iter(self._sources))
 
     def source(self, name: str) -> str:
         """Return where a model comes from.
@@ -97,6 +107,8 @@ class Shelf:
             try:
                 classifier = load(source, device=self._device)
                 classifier.require_classes()
+                if classifier.device.type == "cpu":
+                    classifier = classifier.trace()
             except VitrailError as error:
                 log.warning("%s: %s", name, error)
                 if held is None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -25,9 +26,10 @@ class Card:
     record: str
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """Return the names of the bundled models."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))
 
 
 def weights_path(name: str) -> Path:
