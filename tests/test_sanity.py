@@ -18,6 +18,7 @@ from vitrail.explain.sanity import (
     Sanity,
     check_methods,
     check_shortcut,
+    enlarge,
     make_mosaics,
     randomization,
     rank_correlation,
@@ -67,7 +68,7 @@ def test_maps_lose_their_order_from_head_to_stem(model: VisionTransformer) -> No
 
 def quadrants(mosaic_CHW: Tensor) -> list[float]:
     return [
-        mosaic_CHW[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean().item()
+        mosaic_CHW[0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean().item()
         for row in (0, 1)
         for column in (0, 1)
     ]
@@ -77,13 +78,13 @@ def test_mosaics_hold_four_classes_in_order() -> None:
     labels_B = torch.arange(20) % 5
     images_BCHW = labels_B.float().view(-1, 1, 1, 1).expand(20, 3, 16, 16)
     mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, labels_B)
-    assert mosaics_MCHW.shape == (5, 3, 16, 16)
+    assert mosaics_MCHW.shape == (5, 3, 32, 32)
     for mosaic_CHW, classes_4 in zip(mosaics_MCHW, classes_M4.tolist(), strict=True):
         assert len(set(classes_4)) == 4
         assert quadrants(mosaic_CHW) == classes_4
     assert len(classes_M4.unique(dim=0)) > 3
     assert len(make_mosaics(images_BCHW, torch.arange(20) % 3)[0]) == 0
-    assert len(make_mosaics(images_BCHW[..., :15], labels_B)[0]) == 0
+    assert make_mosaics(images_BCHW[..., :15], labels_B)[0].shape == (5, 3, 32, 30)
     # Of 17, 1, 1 and 1 images, the small classes permit one mosaic.
     assert len(make_mosaics(images_BCHW, (torch.arange(20) - 16).clamp(min=0))[0]) == 1
 
@@ -91,7 +92,7 @@ def test_mosaics_hold_four_classes_in_order() -> None:
 def test_no_image_is_in_two_mosaics() -> None:
     images_BCHW = torch.arange(40.0).view(-1, 1, 1, 1).expand(40, 1, 4, 4)
     mosaics_MCHW, _ = make_mosaics(images_BCHW, torch.arange(40) % 4)
-    assert mosaics_MCHW[:, :, ::2, ::2].flatten().sort().values.tolist() == list(range(40))
+    assert mosaics_MCHW[:, :, ::4, ::4].flatten().sort().values.tolist() == list(range(40))
 
 
 def test_randomization_reaches_positions_and_spares_the_global_generator(
@@ -122,21 +123,43 @@ def test_rounding_is_no_dependence_on_the_class(model: VisionTransformer) -> Non
     assert few[0].in_tile is None
 
 
+@pytest.mark.parametrize("position", ["learned", "sincos", "rope"])
+def test_a_mosaic_is_read_at_its_own_size(position: str) -> None:
+    config = ModelConfig(
+        image_size=(8, 12), patch_size=4, embed_dim=24, n_layers=2, n_attention_heads=3,
+        n_classes=5, position=position,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = VisionTransformer(config).eval()
+    state = torch.get_rng_state()
+    reader = enlarge(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert reader.config.grid_GJ == (4, 6)
+    assert reader(torch.randn(2, 3, 16, 24)).shape == (2, 5)
+    for name, tensor in model.state_dict().items():
+        if name == "position_ND":  # interpolated
+            grid_GJD = reader.state_dict()[name].view(4, 6, 24)
+            torch.testing.assert_close(grid_GJD.mean((0, 1)), tensor.mean(0), atol=1e-2, rtol=0)
+        else:
+            assert torch.equal(reader.state_dict()[name], tensor)
+
+
 def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
     model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images_BCHW = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     mosaics_MCHW, classes_M4 = make_mosaics(images_BCHW, torch.arange(40) % 5)
-    shares_M4 = shares_in_tiles(model, mosaics_MCHW, classes_M4, MapSettings(method="rollout"))
+    settings = MapSettings(method="rollout")
+    shares_M4 = shares_in_tiles(enlarge(model), mosaics_MCHW, classes_M4, settings)
     torch.testing.assert_close(shares_M4.sum(1), torch.ones(10).double())
     # A model that reads one class in each quarter of the picture.
 
     class Quarters(VisionTransformer):
         def forward(self, images_BCHW: Tensor) -> Tensor:
-            means = images_BCHW.mean(1).unflatten(1, (2, 8)).unflatten(3, (2, 8)).mean((2, 4))
+            means = images_BCHW.mean(1).unflatten(1, (2, 16)).unflatten(3, (2, 16)).mean((2, 4))
             return torch.cat([means.flatten(1), means[:, :1, 0]], dim=1)
 
-    reader = Quarters(dataclasses.replace(model.config)).eval()
+    reader = Quarters(dataclasses.replace(model.config, image_size=32)).eval()
     classes_M4 = torch.arange(4).expand(10, 4)
     # Of a probability, the patches of the other classes have a share, too.
     for method, least in (("occlusion", 0.4), ("shapley", 0.4), ("integrated_gradients", 0.99)):

@@ -1,6 +1,7 @@
 """Checks that a map must pass to be believed: it depends on the weights, and on the class."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from vitrail.explain.map_settings import (
     settings_of_all,
 )
 from vitrail.explain.methods import compute_maps
+from vitrail.model.finetune import build_model, resize
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
 
@@ -79,14 +81,14 @@ def check_methods(
     """
     require_importance(methods)
     few_BCHW = images_BCHW[:CHECKED]
-    mosaics = make_mosaics(images_BCHW, labels_B)
+    mosaics, reader = make_mosaics(images_BCHW, labels_B), enlarge(model)
     found = []
     for method in settings_of_all(methods):
         (settings,) = settings_of_all([method], passes=128)
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if len(mosaics[0]) >= FEWEST_IMAGES:
-            shares_M4 = shares_in_tiles(model, *mosaics, settings)
+            shares_M4 = shares_in_tiles(reader, *mosaics, settings)
             in_tile = estimate_mean(shares_M4.mean(1))
         found.append(Sanity(method.variant, similarity, in_tile))
         advance()
@@ -157,19 +159,22 @@ def _ranks(values_BN: Tensor) -> Tensor:
 
 
 def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return mosaics of four images of different classes at half their size, and the classes.
+    """Return mosaics of four images of different classes, and the classes.
 
     No image is in two mosaics, so that the mosaics are independent samples. There are as many as
-    the classes permit; none if the images have odd sides.
+    the classes permit.
 
     Shapes:
-        images_BCHW, labels_B -> mosaics_MCHW, classes_M4: top left, top right, bottom left, right.
+        images_BCHW, labels_B -> mosaics_MCHW, twice as high and wide; classes_M4: top left, top
+        right, bottom left, bottom right.
+
+    Source: Böhle et al. 2021, arXiv:2104.00032, section 5.1 (the grid pointing game).
     """
     generator = rng.generator(seed, "sanity")
     shuffled_B = torch.randperm(len(labels_B), generator=generator)
     left = [shuffled_B[labels_B[shuffled_B] == label].tolist() for label in labels_B.unique()]
-    even, chosen = not any(side % 2 for side in images_BCHW.shape[2:]), []
-    while even:
+    chosen: list[int] = []
+    while True:
         # From the largest classes, so that as many mosaics as possible have four.
         order = torch.randperm(len(left), generator=generator).tolist()
         largest = sorted(order, key=lambda label: -len(left[label]))[:TILES]
@@ -178,9 +183,17 @@ def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tup
         tiles = torch.randperm(TILES, generator=generator).tolist()
         chosen += [left[largest[tile]].pop() for tile in tiles]
     index_M4 = torch.tensor(chosen, dtype=torch.long).view(-1, TILES)
-    tiles_M4CHW = F.avg_pool2d(images_BCHW, 2)[index_M4.to(images_BCHW.device)]
+    tiles_M4CHW = images_BCHW[index_M4.to(images_BCHW.device)]
     rows = [torch.cat([tiles_M4CHW[:, i], tiles_M4CHW[:, i + 1]], dim=3) for i in (0, 2)]
     return torch.cat(rows, dim=2), labels_B[index_M4]
+
+
+def enlarge(model: VisionTransformer) -> VisionTransformer:
+    """Return the model for images that are twice as high and wide, with resized positions."""
+    height, width = model.config.image_hw
+    config = dataclasses.replace(model.config, image_size=(2 * height, 2 * width))
+    weights, _ = resize(model.state_dict(), model.config, config)
+    return build_model(config, weights).to(next(model.parameters()).device).eval()
 
 
 def shares_in_tiles(
