@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -145,3 +146,34 @@ def test_a_file_that_is_damaged_under_load_is_told_once_and_the_old_model_goes_o
     lines = log.splitlines()
     assert len(lines) == 2
     assert all("tiny" in line and "safetensors" in line for line in lines)
+
+
+IMPATIENT = """
+import sys
+from vitrail.cli.serve import command
+from vitrail.serve import connections
+connections.SECONDS_TO_ASK = 0.5
+command(sys.argv[1:])
+"""
+
+
+def test_a_connection_without_a_request_is_closed_in_time(
+    tmp_path: Path, tiny_model: ModelConfig
+) -> None:
+    model = write_model(tmp_path / "tiny.safetensors", tiny_model)
+    with loaded(model, python=("-c", IMPATIENT)) as (_, port):
+        for begun in (b"", b"POST /api/predict HTTP/1.1\r\nHost: 127"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as idle:
+                idle.sendall(begun)
+                assert idle.recv(1) == b""
+        # A request that takes longer is answered; then the connection may be slow once more.
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
+            client.request("POST", "/api/explain?method=shapley&passes=4096", PICTURE)
+            began = time.perf_counter()
+            answer = client.getresponse()
+            assert answer.status == 200
+            answer.read()
+            assert time.perf_counter() - began > 0.5
+            assert client.sock is not None
+            client.sock.sendall(b"GET / HTTP/1.1\r\n")
+            assert client.sock.recv(1) == b""

@@ -14,9 +14,8 @@ from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, import_optional
 
 PROG = "vitrail serve"
-CONNECTIONS = 256
-"""More at once are answered with 503."""
-
+CONNECTIONS = 512
+"""More at once are answered with 503. The queues, which say when to try again, are shorter."""
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")]
 
@@ -50,6 +49,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     import_optional("starlette")
     uvicorn = import_optional("uvicorn")
     from vitrail.serve.app import build_app
+    from vitrail.serve.connections import Connection
     from vitrail.serve.models import Shelf
 
     shelf = Shelf(options.models, Path("output"), options.device)
@@ -57,8 +57,9 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
         shelf.get(name)
     listening = _listen(options.host, options.port)
     config = uvicorn.Config(
-        build_app(shelf, options.host), log_level="warning", access_log=False, ws="none",
-        server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=30,
+        build_app(shelf, options.host), http=Connection, ws="none", log_level="warning",
+        access_log=False, server_header=False, limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=30,
     )  # fmt: skip
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{listening.getsockname()[1]}/"

@@ -54,12 +54,7 @@ def find_ceiling(
 
 
 def best_orders(
-    model: VisionTransformer,
-    images_BCHW: Tensor,
-    classes_B: Tensor,
-    *,
-    steps: int = 16,
-    batch_size: int = BATCH_SIZE,
+    model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, *, steps: int = 16
 ) -> Tensor:
     """Return maps_BGJ, highest for the patches that a greedy search for the best SRG takes first.
 
@@ -70,7 +65,7 @@ def best_orders(
 
     Source: after Edin et al. 2024, arXiv:2408.08137, section 3 (with a beam of one).
     """
-    chunk = max(1, batch_size // model.config.grid_GJ[0] // model.config.grid_GJ[1])
+    chunk = max(1, BATCH_SIZE // model.config.grid_GJ[0] // model.config.grid_GJ[1])
     maps = [
         _search(model, images, classes, steps)
         for images, classes in zip(images_BCHW.split(chunk), classes_B.split(chunk), strict=True)

@@ -168,7 +168,7 @@ def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tup
         images_BCHW, labels_B -> mosaics_MCHW, twice as high and wide; classes_M4: top left, top
         right, bottom left, bottom right.
 
-    Source: Böhle et al. 2021, arXiv:2104.00032, section 5.1 (the grid pointing game).
+    Source: Böhle et al. 2021, arXiv:2104.00032 (the grid pointing game).
     """
     generator = rng.generator(seed, "sanity")
     shuffled_B = torch.randperm(len(labels_B), generator=generator)
