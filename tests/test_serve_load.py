@@ -149,12 +149,18 @@ def test_a_file_that_is_damaged_under_load_is_told_once_and_the_old_model_goes_o
 
 
 IMPATIENT = """
-import sys
+import sys, time
 from vitrail.cli.serve import command
-from vitrail.serve import connections
+from vitrail.serve import connections, responses
 connections.SECONDS_TO_ASK = 0.5
+explanation = responses.explanation
+def slow(*args):
+    time.sleep(1)
+    return explanation(*args)
+responses.explanation = slow
 command(sys.argv[1:])
 """
+"""The time allowed for a header is shorter than a map takes."""
 
 
 def test_a_connection_without_a_request_is_closed_in_time(
@@ -168,12 +174,10 @@ def test_a_connection_without_a_request_is_closed_in_time(
                 assert idle.recv(1) == b""
         # A request that takes longer is answered; then the connection may be slow once more.
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
-            client.request("POST", "/api/explain?method=shapley&passes=4096", PICTURE)
-            began = time.perf_counter()
+            client.request("POST", "/api/explain?method=balanced", PICTURE)
             answer = client.getresponse()
             assert answer.status == 200
             answer.read()
-            assert time.perf_counter() - began > 0.5
             assert client.sock is not None
             client.sock.sendall(b"GET / HTTP/1.1\r\n")
             assert client.sock.recv(1) == b""
