@@ -52,7 +52,8 @@ html_show_sourcelink = False
 html_copy_source = False
 html_sidebars = {  # pages without pages below them
     name: [] for name in (
-        "docs/faq", "docs/architecture", "docs/design", "docs/log", "CHANGELOG", "CONTRIBUTING",
+        "docs/faq", "docs/glossary", "docs/architecture", "docs/design", "docs/log",
+        "CHANGELOG", "CONTRIBUTING",
     )
 }  # fmt: skip
 html_theme_options = {
@@ -70,8 +71,8 @@ html_theme_options = {
 TREES = {
     "docs/index": (
         "Tutorial <tutorial/README>", "How-to guides <how-to/index>",
-        "Reference <reference/index>", "Questions <faq>", "architecture", "design", "log",
-        "../records/README", "../CHANGELOG", "../CONTRIBUTING",
+        "Reference <reference/index>", "Questions <faq>", "glossary", "architecture", "design",
+        "log", "../records/README", "../CHANGELOG", "../CONTRIBUTING",
     ),
     "docs/tutorial/README": ("[0-9]-*",),
     "docs/how-to/index": (
