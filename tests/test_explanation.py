@@ -257,6 +257,9 @@ def test_shapley_values_are_saved_and_shown_with_their_errors(
     several = classifier.explain(picture, method="all")
     assert several.errors_FGJ is not None
     assert np.isnan(several.errors_FGJ[:-1]).all(), "other methods are no estimates"
+    for method in ("shapley,relevance", "shapley,features"):
+        settings = [MapSettings(method=name) for name in method.split(",")]  # type: ignore[arg-type]
+        assert caption(compare(classifier.subject(picture), settings)).endswith(": 2 methods")
     assert classifier.explain(picture, method="balanced").errors_FGJ is None
 
 
@@ -291,6 +294,21 @@ def test_methods_that_fail_a_test_on_the_model_are_marked(
     assert "fails" not in caption(draw(subject, MapSettings(method="relevance")))
     unscored = MapSettings(method="rollout", fusion="max")
     assert "fails" not in caption(draw(subject, unscored)), "the score is of other settings"
+    for other in ({"query": (0, 0)}, {"heads": (1,)}, {"layers": (1,)}):
+        unscored = MapSettings(method="rollout", **other)  # type: ignore[arg-type]
+        assert "fails" not in caption(draw(subject, unscored)), other
+    last = MapSettings(method="rollout", layers=(classifier.config.model.n_layers,))
+    assert "fails" in caption(draw(subject, last))
+    queries = draw(subject, MapSettings(method="rollout"), kind="queries")
+    assert "fails" not in caption(queries)
+    balanced = verdict._replace(badges=(bad._replace(method="balanced"),))
+    by_depth = draw(
+        replace(subject, verdict=balanced), MapSettings(method="balanced"), kind="layers"
+    )
+    assert "fails" in caption(by_depth)
+    against = MapSettings(method="balanced", against=1)
+    contrast = draw(replace(subject, verdict=balanced), against, class_name="circle")
+    assert "fails" not in caption(contrast)
     several = [MapSettings(method="rollout"), MapSettings(method="relevance")]
     both = compare(subject, several)
     titles = [axes.get_title(loc="left") for axes in draw_sheet(both, Look()).axes[1:3]]
@@ -299,7 +317,7 @@ def test_methods_that_fail_a_test_on_the_model_are_marked(
     print_failures(both)
     print_failures(failing)
     assert capsys.readouterr().err.splitlines() == [
-        "fail a test on this model, see vitrail info: Rollout",
+        "Rollout fails a test on this model (see vitrail info)",
         f"rollout fails a test on this model: {words}",
     ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vitrail
+from test_formulas import gradient_rollout, relevance
 from vitrail.config.settings import ModelConfig
 from vitrail.errors import ConfigError
 from vitrail.explain import balanced, formulas, methods
@@ -102,8 +103,8 @@ def test_what_accumulates_is_its_formula_on_the_models_attention(
     gradients = torch.autograd.grad((logits_BY * named_BY).sum(), attentions)
     flow_BLTT = {
         "rollout": lambda: formulas.rollout([a.mean(1) for a in attentions]),
-        "gradient_rollout": lambda: formulas.gradient_rollout(attentions, gradients),
-        "relevance": lambda: formulas.relevance(attentions, gradients),
+        "gradient_rollout": lambda: gradient_rollout(attentions, gradients),
+        "relevance": lambda: relevance(attentions, gradients),
     }[method]().detach()
     settings = MapSettings(method=method, chunk=2)
     result = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
@@ -133,9 +134,7 @@ def test_discarding_changes_a_rollout_and_spares_the_class_token(
         flow_BLTT = formulas.rollout(fused)
     else:
         gradients = torch.autograd.grad(logits_BY.amax(1).sum(), attentions)
-        flow_BLTT = formulas.gradient_rollout(
-            attentions, gradients, discard_ratio=0.97, class_token=True
-        )
+        flow_BLTT = gradient_rollout(attentions, gradients, 0.97, class_token=True)
     expected_BGJ = head_row(flow_BLTT[:, -1].detach(), "cls")
     # What is discarded is small, so compare closely.
     torch.testing.assert_close(discarding.values_BLGJ[:, -1], expected_BGJ, atol=1e-6, rtol=1e-5)
@@ -337,7 +336,7 @@ def test_relevance_with_balanced_gradients(make_model: MakeModel, images_BCHW: T
     )
     logits_BY, attentions = balanced.logits(model, model.embed(images_BCHW))
     gradients = torch.autograd.grad(logits_BY.amax(1).sum(), attentions)
-    expected = formulas.relevance([a.detach() for a in attentions], gradients)
+    expected = relevance([a.detach() for a in attentions], gradients)
     torch.testing.assert_close(ours.values_BLGJ[:, 2], head_row(expected[:, 2], "mean"))
     assert not torch.allclose(plain.values_BLGJ, ours.values_BLGJ)
 

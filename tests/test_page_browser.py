@@ -414,7 +414,8 @@ def test_a_large_network_without_classes(open_page: Open, monkeypatch: pytest.Mo
     attention_LTT = attention_LATT.mean(1).numpy()
     page = open_page(data)
     first, patches = 3, slice(3, None)  # after the class token and two registers
-    assert not page.locator("#prediction, #bars-box, #ends").first.is_visible()
+    for name in ("prediction", "bars-box", "ends-title", "ends"):
+        assert not page.locator(f"#{name}").is_visible()
     assert page.locator("#methods").inner_text().split("\n") == [
         "Attention", "Rollout", "Features", "Similarity", "Norms",
     ]  # fmt: skip
@@ -422,7 +423,7 @@ def test_a_large_network_without_classes(open_page: Open, monkeypatch: pytest.Mo
     assert_shows(page, attention_LTT[2, 0, patches])
     hover(page, 8)  # the last layer has the class token's row only
     assert_shows(page, attention_LTT[2, 0, patches])
-    assert "allows that in layer 2" in page.inner_text("#partly")
+    assert "the page allows it in layer 2." in page.inner_text("#partly")
     page.locator("#layer").fill("2")
     hover(page, 8)
     assert_shows(page, attention_LTT[1, first + 8, patches])
@@ -435,5 +436,8 @@ def test_a_large_network_without_classes(open_page: Open, monkeypatch: pytest.Mo
     page.hover("h1")
     middle = data.maps["similarity"][1].ravel()
     assert shown_map(page).ravel() == pytest.approx(middle, abs=0.015)
-    choose(page, "Rollout")
+    choose(page, "Attention")
+    assert "head 2" in page.inner_text("#unit")
+    choose(page, "Rollout")  # stored as the mean
+    assert "mean of all heads" in page.inner_text("#unit")
     assert_shows(page, data.maps["rollout"][1].ravel())

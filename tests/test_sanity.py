@@ -10,7 +10,7 @@ from torch import Tensor
 from vitrail.config.settings import ModelConfig
 from vitrail.data.images import ImageSet
 from vitrail.data.shortcut import COLORS
-from vitrail.explain import removal
+from vitrail.explain import methods, removal
 from vitrail.explain.map_metrics import Estimate
 from vitrail.explain.map_settings import MapSettings
 from vitrail.explain.methods import compute_maps
@@ -144,6 +144,15 @@ def test_a_mosaic_is_read_at_its_own_size(position: str) -> None:
             assert torch.equal(reader.state_dict()[name], tensor)
 
 
+def test_no_mosaics_are_read_of_images_that_would_be_too_large() -> None:
+    config = ModelConfig(
+        image_size=2052, patch_size=36, embed_dim=12, n_layers=1, n_attention_heads=1, n_classes=4,
+        pool="mean", head="linear",
+    )  # fmt: skip
+    model = VisionTransformer(config).eval()
+    assert enlarge(model) is None
+
+
 def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
     model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +161,15 @@ def test_a_map_that_ignores_the_class_has_a_quarter_in_each_tile(
     settings = MapSettings(method="rollout")
     shares_M4 = shares_in_tiles(enlarge(model), mosaics_MCHW, classes_M4, settings)
     torch.testing.assert_close(shares_M4.sum(1), torch.ones(10).double())
+    # Few at once, as the attention of four times the tokens takes sixteen times the memory.
+    reader, seen = enlarge(model), []
+    assert reader is not None
+    reader.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(methods, "ATTENTION_ENTRIES", 2 * 3 * 64**2 + 1)  # of 2 images
+    for method in ("occlusion", "shapley"):
+        settings = MapSettings(method=method)  # type: ignore[arg-type]
+        shares_in_tiles(reader, mosaics_MCHW[:1], classes_M4[:1], settings)
+        assert max(seen) == 2
     # A model that reads one class in each quarter of the picture.
 
     class Quarters(VisionTransformer):

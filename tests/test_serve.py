@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from vitrail.cli import main
 from vitrail.cli.serve import _listen
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError
+from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.model.vit import VisionTransformer
 from vitrail.serve import responses, security
 from vitrail.serve.app import build_app
 from vitrail.serve.batching import Batcher, BusyError, Lane
 from vitrail.serve.models import MissingError, Shelf
+from vitrail.serve.parameters import Question
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
 
 requests = pytest.importorskip("starlette.requests")
@@ -162,6 +165,15 @@ def test_the_page_is_one_file_for_download(client: Client) -> None:
     answer = client.post("/api/page?class=d", content=picture())
     assert answer.text.startswith("<!doctype html>")
     assert "attachment" in answer.headers["content-disposition"]
+
+
+def test_the_downloaded_page_has_the_badges_of_the_methods(model: Path) -> None:
+    badge = Badge("relevance", 0.4, 0.3, 0.5, True, True, True)
+    verdict = Verdict("validation", 300, (badge,), "Trust relevance.")
+    classifier = replace(vitrail.load(model), verdict=verdict)
+    seen = responses.look(classifier, picture(), Question())
+    html = responses.page(seen, Question()).decode()
+    assert re.search(r'"badges": ?\{"relevance":', html)
 
 
 # Requests that are refused.

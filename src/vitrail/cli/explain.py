@@ -250,7 +250,8 @@ def _draw_table(
         return
     _print_failures(explanations[0])
     save_table(explanations, path, options.drawing)
-    shape = f"{len(explanations)} pictures, {len(explanations[0].frames)} methods"
+    pictures = f"{len(explanations)} picture{'s' if len(explanations) > 1 else ''}"
+    shape = f"{pictures}, {len(explanations[0].frames)} methods"
     print_out(f"{printable(str(path))}: {shape}, {path.stat().st_size / 1000:,.0f} kB")
 
 
@@ -285,7 +286,8 @@ def _print_failures(explanation: "Explanation") -> None:
     """Name the methods that fail a test on this model, by its stored scores."""
     failing = {frame.title: frame.failures for frame in explanation.frames if frame.failures}
     if failing and explanation.kind == "methods":
-        print_err(f"fail a test on this model, see vitrail info: {', '.join(failing)}")
+        verb = "fails" if len(failing) == 1 else "fail"
+        print_err(f"{', '.join(failing)} {verb} a test on this model (see vitrail info)")
     elif failing:
         words = ", ".join(next(iter(failing.values())))
         print_err(f"{explanation.settings.method} fails a test on this model: {words}")
@@ -294,7 +296,7 @@ def _print_failures(explanation: "Explanation") -> None:
 def _describe(explanation: "Explanation", path: Path) -> str:
     """Return what a file holds."""
     if path.suffix.lower() == ".html":
-        return "a page with every method, layer and head"
+        return "a page with methods, layers and heads to choose from"
     titles = explanation.titles
     if len(titles) == 1:
         return f"1 map, {titles[0]}"
@@ -436,7 +438,7 @@ def _check_drawing(classifier: "Classifier", options: ExplainOptions, suffix: st
         # The page of a large network has single patches in some layers only, which can be chosen.
         effective = {"layers"} if is_large(classifier.model.config) else set()
         idle = [name for name in ("method", "frames", *SETTINGS) if name not in effective]
-        words = "a page contains every method, layer and head to choose from"
+        words = "a page has methods, layers and heads to choose from"
         _refuse_idle(options, idle, drawing, words)
         return
     if suffix in NUMBERS:

@@ -21,9 +21,10 @@ def list_methods(text: str | None) -> list[Method]:
     for part in text.split(",") if text is not None else []:
         name = part.strip().replace("-", "_")
         if ":" in name:
-            flag, _, value = name.partition(":")[2].partition("=")
+            read_variant(name)  # says what is wrong with it
+            flags = " ".join(f"--{each.replace('=', ' ')}" for each in name.split(":")[1:])
             raise ConfigError(
-                f"--method {name} is a variant, which only --score takes: give --{flag} {value}"
+                f"--method {name} is a variant, which only --score takes: give {flags}"
             )
         if name not in (*known, ALL):
             raise ConfigError(

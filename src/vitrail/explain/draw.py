@@ -246,7 +246,8 @@ def draw_table(explanations: Sequence[Explanation], look: Look) -> Figure:
         rows,
         look,
         legends=make_legends(frames, norms, look),
-        notes=f"{len(explanations)} pictures: {caption(explanations[0], table=True)}",
+        notes=f"{len(rows)} picture{'s' if len(rows) > 1 else ''}: "
+        + caption(explanations[0], table=True),
         row_titles=[explanation.subject.name for explanation in explanations],
     )
 
@@ -308,7 +309,8 @@ def caption(explanation: Explanation, *, table: bool = False) -> str:
         parts.append(f"against {subject.classes[settings.against]}")
     if settings.method == "occlusion" and explanation.kind != "methods":
         parts.append(f"squares of {settings.window} x {settings.window} patches")
-    if settings.method == "shapley" and explanation.errors_FGJ is not None:
+    if settings.method == "shapley" and explanation.kind != "methods":
+        assert explanation.errors_FGJ is not None
         parts.append(f"{count_passes(subject.model.config.grid_GJ, settings)} passes")
         largest = float(explanation.errors_FGJ.max())
         unknown = math.isnan(largest)

@@ -75,8 +75,15 @@ class Subject:
         return describe_unlike(self.calibration.familiarity(features_1D))
 
     def failures(self, settings: MapSettings) -> tuple[str, ...]:
-        """Return the tests that a method fails on this model, by the stored scores."""
-        badges = self.verdict.badges if self.verdict else ()
+        """Return the tests that a method fails on this model, by the stored scores.
+
+        They are of the map of a class at the last layer, with all heads: others have none.
+        """
+        narrowed = settings.query, settings.heads, settings.against
+        early = settings.layers is not None and self.model.config.n_layers not in settings.layers
+        if self.verdict is None or early or any(each is not None for each in narrowed):
+            return ()
+        badges = self.verdict.badges
         return next((b.failures for b in badges if b.method == settings.variant), ())
 
     def find_class(self, name: str) -> int:
@@ -130,6 +137,11 @@ class Explanation:
     """Columns of the sheet, if the frames are a grid (heads, queries)."""
     row_titles: tuple[str, ...] = ()
 
+    def _marked(self) -> "Explanation":
+        """Return it with the tests that its method fails."""
+        failures = self.subject.failures(self.settings)
+        return replace(self, frames=tuple(replace(f, failures=failures) for f in self.frames))
+
     @property
     def maps_FGJ(self) -> np.ndarray:
         """The maps, one per frame, one value (of features a color) per patch or pixel.
@@ -140,7 +152,10 @@ class Explanation:
             ConfigError: the frames are of different shapes.
         """
         shapes = {frame.map_GJ.shape for frame in self.frames}
-        require(len(shapes) == 1, "features has a color per patch: ask for it separately")
+        colors = any(len(shape) == 3 for shape in shapes)
+        words = "features has a color per patch: ask for it separately"
+        other = "some maps have a value per pixel: ask for resolution patch"
+        require(len(shapes) == 1, words if colors else other)
         return np.stack([frame.map_GJ for frame in self.frames])
 
     @property
@@ -252,8 +267,7 @@ def explain(
         _frame(subject, maps, map_GJ, titles[chosen].format(layer), maps.query)
         for map_GJ, layer in zip(maps.values_BLGJ[0], maps.layers, strict=True)
     )
-    frames = tuple(replace(frame, failures=subject.failures(settings)) for frame in frames)
-    return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))
+    return Explanation(subject, settings, chosen, frames, int(maps.classes_B[0]))._marked()
 
 
 def compare(
@@ -328,7 +342,7 @@ def _by_depth(subject: Subject, settings: MapSettings, index: int | None) -> Exp
         _frame(subject, maps, map_GJ, title, None)
         for title, map_GJ in reversed(list(zip(titles, maps_LGJ, strict=True)))
     )
-    return Explanation(subject, settings, "layers", frames, int(maps.classes_B[0]))
+    return Explanation(subject, settings, "layers", frames, int(maps.classes_B[0]))._marked()
 
 
 def _by_query(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:

@@ -93,65 +93,39 @@ def contribution_norms(
     return (squares_BTT + torch.diag_embed(residual_BT)).clamp(min=0).sqrt()
 
 
-def gradient_rollout(
-    attentions: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    discard_ratio: float = 0.0,
-    class_token: bool = False,
-) -> Tensor:
-    """Return the rollout of attention weighted by the gradient of a class's logit.
+def gradient_rollout_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
+    """Return a layer's attention weighted by the gradient of a class's logit (B, T, T).
 
-    Like ``rollout``, with ``A_l = (mean over heads of gradient_l * attention_l)+`` instead of the
-    fused attention; ``discard_ratio`` and ``class_token`` are those of ``discard_lowest``.
-
-    Shapes:
-        L tensors attention_BATT and their gradients, starting at the first block -> flow_BLTT.
+    ``(mean over heads of gradient * attention)+``: in ``rollout``, it replaces the fused attention.
 
     Source: Gildenblat 2020 (vit-explain), "Gradient Attention Rollout". That code pairs each
     layer's attention with another layer's gradient and divides columns by row sums; this does not.
     """
-    return rollout(
-        [
-            discard_lowest(
-                gradient_rollout_step(attention_BATT, gradient_BATT),
-                discard_ratio,
-                class_token=class_token,
-            )
-            for attention_BATT, gradient_BATT in zip(attentions, gradients, strict=True)
-        ]
-    )
-
-
-def gradient_rollout_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
-    """Return one layer's ``A_l`` of ``gradient_rollout`` (B, T, T)."""
     return (gradient_BATT * attention_BATT).mean(dim=1).clamp(min=0)
 
 
-def relevance(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return how relevant each token is to each other token for a class, after each block.
-
-    ``R_l = R_(l-1) + mean over heads of (gradient_l * attention_l)+ @ R_(l-1)`` with ``R_0 = I``;
-    the result is ``R_l - I``. The paper reads the class token's row, where the identity is 0 at
-    every patch. In a patch's own row it is 1 and would hide everything else.
-
-    Shapes:
-        L tensors attention_BATT and their gradients, starting at the first block ->
-        relevance_BLTT.
-
-    Source: Chefer et al. 2021, arXiv:2103.15679, equations 5 and 6.
-    """
-    pairs = zip(attentions, gradients, strict=True)
-    return accumulate_relevance([relevance_step(*pair) for pair in pairs])
-
-
 def relevance_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
-    """Return what one layer adds per relevance that reaches it (B, T, T)."""
+    """Return what a layer adds per relevance that reaches it (B, T, T).
+
+    ``mean over heads of (gradient * attention)+``; ``accumulate_relevance`` joins the layers.
+
+    Source: Chefer et al. 2021, arXiv:2103.15679, equation 5.
+    """
     return (gradient_BATT * attention_BATT).clamp(min=0).mean(dim=1)
 
 
 def accumulate_relevance(steps: Sequence[Tensor]) -> Tensor:
-    """Return ``relevance`` (B, L, T, T) of the steps (B, T, T) of L layers."""
+    """Return how relevant each token is to each other token for a class, after each layer.
+
+    ``R_l = R_(l-1) + step_l @ R_(l-1)`` with ``R_0 = I``; the result is ``R_l - I``. The paper
+    reads the class token's row, where the identity is 0 at every patch. In a patch's own row it is
+    1 and would hide everything else.
+
+    Shapes:
+        L steps_BTT of ``relevance_step``, starting at the first block -> relevance_BLTT.
+
+    Source: Chefer et al. 2021, arXiv:2103.15679, equation 6.
+    """
     gained: list[Tensor] = []
     for step_BTT in steps:
         # With G = R - I the step is G + A (G + I): small values are never added to 1 and rounded.

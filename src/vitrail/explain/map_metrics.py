@@ -69,7 +69,7 @@ the two orders of removal. A random map has 0. Rankings by SRG depend least on t
 
 Source: Bluecher et al. 2024, arXiv:2401.06654.
 
-The correlation is that of ``correlation.faithfulness_correlation``: the others see only the order
+The correlation is that of ``faithfulness.faithfulness_correlation``: the others see only the order
 of a map's values, this one their size.
 """
 

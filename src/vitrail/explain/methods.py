@@ -88,7 +88,7 @@ def compute_maps(
         classes_B = torch.full((len(images_BCHW),), PREDICTED)
     else:
         check_classes(classes_B, len(images_BCHW), model.config.n_classes)
-    settings = replace(settings, chunk=min(settings.chunk, _fitting(model)))
+    settings = replace(settings, chunk=min(settings.chunk, fitting(model)))
     settings, basis = token_views.complete(model, images_BCHW, settings, basis)
 
     def compute(images_BCHW: Tensor, classes_B: Tensor) -> _Explained:
@@ -428,7 +428,7 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
     return model.classify(tokens_BTD), norms
 
 
-def _fitting(model: VisionTransformer) -> int:
+def fitting(model: VisionTransformer) -> int:
     """Return how many images' attention of one layer is within ATTENTION_ENTRIES; at least 1."""
     config = model.config
     n_tokens = config.n_prefix_tokens + config.grid_GJ[0] * config.grid_GJ[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitrail.data.images import ImageSet
 from vitrail.data.shortcut import add_marks, mark_mask
+from vitrail.errors import ConfigError
 from vitrail.explain import removal
 from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean, predict_classes
 from vitrail.explain.map_settings import (
@@ -20,7 +21,7 @@ from vitrail.explain.map_settings import (
     require_importance,
     settings_of_all,
 )
-from vitrail.explain.methods import compute_maps
+from vitrail.explain.methods import compute_maps, fitting
 from vitrail.model.finetune import build_model, resize
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
@@ -29,6 +30,9 @@ CHECKED = 40
 """Images on which the weights are randomized, which takes many passes for each."""
 TILES = 4
 """Images in a mosaic."""
+HIDING: tuple[Method, ...] = ("occlusion", "shapley")
+HIDING_READS = 40
+"""Mosaics that these methods read at most."""
 TOO_SIMILAR = 0.5
 """A map that is this similar after all weights were randomized does not depend on the model."""
 
@@ -73,6 +77,8 @@ def check_methods(
 ) -> list[Sanity]:
     """Check methods on the first images, at most CHECKED, and on mosaics of all of them.
 
+    Methods that hide patches, with a thousand and more passes for each mosaic, read HIDING_READS.
+
     ``advance`` is called once per method, to report progress.
 
     Raises:
@@ -81,14 +87,16 @@ def check_methods(
     """
     require_importance(methods)
     few_BCHW = images_BCHW[:CHECKED]
-    mosaics, reader = make_mosaics(images_BCHW, labels_B), enlarge(model)
+    mosaics = make_mosaics(images_BCHW, labels_B)
+    reader = enlarge(model) if len(mosaics[0]) >= FEWEST_IMAGES else None
     found = []
     for method in settings_of_all(methods):
         (settings,) = settings_of_all([method], passes=128)
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
-        if len(mosaics[0]) >= FEWEST_IMAGES:
-            shares_M4 = shares_in_tiles(reader, *mosaics, settings)
+        if reader is not None:
+            some = slice(HIDING_READS if settings.method in HIDING else None)
+            shares_M4 = shares_in_tiles(reader, mosaics[0][some], mosaics[1][some], settings)
             in_tile = estimate_mean(shares_M4.mean(1))
         found.append(Sanity(method.variant, similarity, in_tile))
         advance()
@@ -188,10 +196,16 @@ def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tup
     return torch.cat(rows, dim=2), labels_B[index_M4]
 
 
-def enlarge(model: VisionTransformer) -> VisionTransformer:
-    """Return the model for images that are twice as high and wide, with resized positions."""
+def enlarge(model: VisionTransformer) -> VisionTransformer | None:
+    """Return the model for images that are twice as high and wide, with resized positions.
+
+    None if these are larger than a model's images can be.
+    """
     height, width = model.config.image_hw
-    config = dataclasses.replace(model.config, image_size=(2 * height, 2 * width))
+    try:
+        config = dataclasses.replace(model.config, image_size=(2 * height, 2 * width))
+    except ConfigError:
+        return None
     weights, _ = resize(model.state_dict(), model.config, config)
     return build_model(config, weights).to(next(model.parameters()).device).eval()
 
@@ -219,10 +233,11 @@ def _maps_of_classes(
     model: VisionTransformer, images_BCHW: Tensor, classes_BK: Tensor, settings: MapSettings
 ) -> Tensor:
     """Return the maps (B, K, G, J) of several classes; hiding patches takes no more passes."""
-    if settings.method not in ("occlusion", "shapley"):
+    if settings.method not in HIDING:
         maps = [compute_maps(model, images_BCHW, settings, classes_B=c) for c in classes_BK.T]
         return torch.stack([each.values_BLGJ[:, -1] for each in maps], dim=1)
     classes_BK = classes_BK.to(images_BCHW.device)
+    settings = dataclasses.replace(settings, chunk=min(settings.chunk, fitting(model)))
 
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
         return logits_XY.softmax(1).gather(1, classes_BK[image_X])

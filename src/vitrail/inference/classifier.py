@@ -155,16 +155,26 @@ class Classifier(BaseClassifier):
         """Return one picture with all that an explanation needs."""
         named = name or Path(source_name(picture)).name or "picture"
         picture = only_picture(picture)
-        raw_1HWC = self.read(picture)
-        (raw_HWC,) = raw_1HWC
+        picture_HWC = read_picture(picture, pixel_range=self.config.data.pixel_range)
+        return self.subject_of(self.read(picture)[0], picture_HWC, name=named, label=label)
+
+    def subject_of(
+        self,
+        raw_HWC: np.ndarray,
+        picture_HWC: np.ndarray,
+        *,
+        name: str = "picture",
+        label: str = "",
+    ) -> Subject:
+        """Return what ``subject`` does, for a picture returned by ``read`` and at its own size."""
         return Subject(
             model=self.model,
-            image_1CHW=self.normalize(raw_1HWC),
+            image_1CHW=self.normalize(raw_HWC[None]),
             raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
-            picture_HWC=read_picture(picture, pixel_range=self.config.data.pixel_range),
+            picture_HWC=picture_HWC,
             fit=framing(self.config.data),
             classes=self.classes,
-            name=named,
+            name=name,
             label=label,
             calibration=self.calibration,
             verdict=self.verdict,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.config.settings import require
-from vitrail.data.formats import DECODE_ERRORS, JPEG, gray_to_rgb
+from vitrail.data.formats import DECODE_ERRORS, JPEG
 from vitrail.data.pictures import enough_side, fit_channels, framing, read_picture, seen_box
 from vitrail.errors import PictureError, printable
 from vitrail.evaluation.calibration import describe_unlike
@@ -45,16 +45,7 @@ class Seen:
     @cached_property
     def subject(self) -> Subject:
         """The picture as maps need it, which a prediction does not."""
-        classifier, raw_HWC = self.classifier, self.raw_HWC
-        return Subject(
-            model=classifier.model,
-            image_1CHW=classifier.normalize(raw_HWC[None]),
-            raw_HWC=raw_HWC if raw_HWC.shape[2] == 3 else gray_to_rgb(raw_HWC[:, :, 0]),
-            picture_HWC=self.picture_HWC,
-            fit=framing(classifier.config.data),
-            classes=classifier.classes,
-            calibration=classifier.calibration,
-        )
+        return self.classifier.subject_of(self.raw_HWC, self.picture_HWC)
 
 
 def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
