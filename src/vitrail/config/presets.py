@@ -95,11 +95,12 @@ STRONG = AugmentConfig(
 def _small() -> Config:
     """Return the flagship: 64 tokens, most operations in the blocks, and more augmentation."""
     recipe = _recipe(
-        "cifar10", epochs=18, batch_size=256, rate=0.02,
+        "cifar10", epochs=24, batch_size=256, rate=0.01,
         patch_size=4, embed_dim=192, n_layers=4, n_attention_heads=6, init_std=0.05,
         stem_channels=(64, 64, 192, 192), stem_pools=(1, 3),
     )  # fmt: skip
-    return replace(recipe, augment=STRONG)
+    mixed = replace(STRONG, cutmix=1.0, mix_probability=0.5, mix_until=0.6, strong_until=0.85)
+    return replace(recipe, augment=mixed, training=replace(recipe.training, label_smoothing=0.05))
 
 
 def _vit() -> Config:

@@ -31,7 +31,7 @@ CHECKED = 40
 TILES = 4
 """Images in a mosaic."""
 HIDING: tuple[Method, ...] = ("occlusion", "shapley")
-HIDING_READS = 40
+HIDING_READS = 25
 """Mosaics that these methods read at most."""
 TOO_SIMILAR = 0.5
 """A map that is this similar after all weights were randomized does not depend on the model."""
