@@ -208,7 +208,9 @@ def storm(server: Server, cases: int, seed: int) -> Counter[tuple[str, int]]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("cases", [130, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [130, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
 def test_hostile_requests_are_refused_and_leave_nothing_behind(server: Server, cases: int) -> None:
     for method in METHODS:  # each has something to load or to allocate
         for path in ("explain", "curve") * 4:
