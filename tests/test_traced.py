@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vitrail.config.settings import Config, ModelConfig
+from vitrail.errors import ConfigError
 from vitrail.inference.classifier import Classifier
 from vitrail.model.vit import VisionTransformer
 
@@ -51,3 +52,8 @@ def test_a_graph_predicts_the_same_for_any_number_of_pictures(changes: dict[str,
         assert not calls  # Python's modules were not called
         assert expected_BY.shape == (count, 3)
         assert np.ptp(expected_BY, axis=1).min() > 1e-3
+
+
+def test_a_graph_refuses_images_of_another_size() -> None:
+    with pytest.raises(ConfigError, match="images have shape"):
+        make({}).trace().logits(torch.zeros(1, 3, 16, 20))

@@ -36,6 +36,7 @@ from vitrail.config.drawing import Look
 from vitrail.errors import ConfigError, PictureError, printable
 from vitrail.explain.map_settings import (
     CLASSLESS,
+    REMOVAL,
     SIGNED,
     SUPPORTED_SETTINGS,
     MapSettings,
@@ -339,7 +340,7 @@ def _show_passes(
     """Show a progress bar of the passes that hide patches, for occlusion and Shapley values."""
     from vitrail.explain.removal import count_passes
 
-    slow = [each for each in several if each.method in ("occlusion", "shapley")]
+    slow = [each for each in several if each.method in REMOVAL]
     total = sum(count_passes(model.config.grid_GJ, each) for model in models for each in slow)
     with progress_bar("hiding patches", total) if slow else nullcontext() as move:
         # Only this command has these models, so hooks disturb nobody.

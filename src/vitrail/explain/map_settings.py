@@ -31,7 +31,9 @@ CLASSLESS: tuple[Method, ...] = ("attention", "rollout", *VIEWS)
 """Methods whose maps are the same for every class, so that they need none."""
 ALL = "all"
 """Stands for every importance map."""
-SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", "occlusion", "shapley")
+REMOVAL: tuple[Method, ...] = ("occlusion", "shapley")
+"""Methods that hide patches, with a forward pass for each patch or more."""
+SIGNED: tuple[Method, ...] = ("balanced", "integrated_gradients", *REMOVAL)
 """Methods whose negative values count against the class."""
 Fusion = Literal["mean", "max", "min", "norm"]
 

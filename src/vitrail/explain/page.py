@@ -36,9 +36,9 @@ from vitrail.explain.large_page import (
 from vitrail.explain.map_settings import (
     CLASSLESS,
     METHODS,
+    REMOVAL,
     VIEWS,
     MapSettings,
-    Method,
     settings_of_all,
 )
 from vitrail.explain.methods import Maps, early_logits
@@ -51,8 +51,6 @@ LARGEST_SIDE = 1200
 """A larger picture is reduced."""
 LARGEST_PNG = 400_000
 """A PNG with more bytes is replaced by a JPEG."""
-REMOVAL: tuple[Method, ...] = ("occlusion", "shapley")
-"""Methods that take a pass per patch or more, so that the page of a large network lacks them."""
 
 
 @dataclass(frozen=True)

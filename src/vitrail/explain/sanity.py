@@ -16,6 +16,7 @@ from vitrail.errors import ConfigError
 from vitrail.explain import removal
 from vitrail.explain.map_metrics import FEWEST_IMAGES, Estimate, estimate_mean, predict_classes
 from vitrail.explain.map_settings import (
+    REMOVAL,
     MapSettings,
     Method,
     require_importance,
@@ -30,9 +31,8 @@ CHECKED = 40
 """Images on which the weights are randomized, which takes many passes for each."""
 TILES = 4
 """Images in a mosaic."""
-HIDING: tuple[Method, ...] = ("occlusion", "shapley")
-HIDING_READS = 25
-"""Mosaics that these methods read at most."""
+REMOVAL_READS = 25
+"""Mosaics that methods which hide patches read at most."""
 TOO_SIMILAR = 0.5
 """A map that is this similar after all weights were randomized does not depend on the model."""
 
@@ -77,7 +77,7 @@ def check_methods(
 ) -> list[Sanity]:
     """Check methods on the first images, at most CHECKED, and on mosaics of all of them.
 
-    Methods that hide patches, with a thousand and more passes for each mosaic, read HIDING_READS.
+    Methods that hide patches, with a thousand and more passes for each mosaic, read REMOVAL_READS.
 
     ``advance`` is called once per method, to report progress.
 
@@ -95,7 +95,7 @@ def check_methods(
         in_tile = None
         similarity = randomization(model, few_BCHW, settings)
         if reader is not None:
-            some = slice(HIDING_READS if settings.method in HIDING else None)
+            some = slice(REMOVAL_READS if settings.method in REMOVAL else None)
             shares_M4 = shares_in_tiles(reader, mosaics[0][some], mosaics[1][some], settings)
             in_tile = estimate_mean(shares_M4.mean(1))
         found.append(Sanity(method.variant, similarity, in_tile))
@@ -233,7 +233,7 @@ def _maps_of_classes(
     model: VisionTransformer, images_BCHW: Tensor, classes_BK: Tensor, settings: MapSettings
 ) -> Tensor:
     """Return the maps (B, K, G, J) of several classes; hiding patches takes no more passes."""
-    if settings.method not in HIDING:
+    if settings.method not in REMOVAL:
         maps = [compute_maps(model, images_BCHW, settings, classes_B=c) for c in classes_BK.T]
         return torch.stack([each.values_BLGJ[:, -1] for each in maps], dim=1)
     classes_BK = classes_BK.to(images_BCHW.device)

@@ -208,6 +208,7 @@ class Classifier(BaseClassifier):
     def _run(self, images_BCHW: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return logits (B, Y) and features (B, D), float32, on the CPU."""
         self.require_classes()
+        self.model.check_images(images_BCHW)  # which a graph does not
         outputs = self.outputs or LogitsAndFeatures(self.model)
         logits, features = [], []
         with torch.inference_mode():
