@@ -33,6 +33,8 @@ TILES = 4
 """Images in a mosaic."""
 REMOVAL_READS = 25
 """Mosaics that methods which hide patches read at most."""
+LEAST_SHARE = 1 / TILES + 0.01
+"""Share of a map in its class's tile above which it depends on the class: a point over even."""
 TOO_SIMILAR = 0.5
 """A map that is this similar after all weights were randomized does not depend on the model."""
 
@@ -53,8 +55,8 @@ class Sanity(NamedTuple):
 
     @property
     def depends_on_class(self) -> bool | None:
-        """Whether more of the map is in the tile than an even share (and a rounding error)."""
-        return self.in_tile and self.in_tile.low > 1 / TILES + 1e-6
+        """Whether more of the map is in the tile than an even share, by a margin worth seeing."""
+        return self.in_tile and self.in_tile.low > LEAST_SHARE
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
