@@ -250,7 +250,7 @@ def test_shapley_values_are_saved_and_shown_with_their_errors(
     rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
     found = [float(row["standard_error"]) for row in rows]
     assert found == pytest.approx(errors_FGJ.ravel().tolist(), rel=1e-6)
-    assert f"92 passes, standard error <= {errors_FGJ.max():.2g}" in caption(explained)
+    assert f"96 passes, standard error <= {errors_FGJ.max():.2g}" in caption(explained)
     assert len(describe(page_data(explained))["errors"]["shapley"]) == errors_FGJ.size
     single = classifier.explain(picture, method="shapley", passes=2)
     assert "standard error unknown" in caption(single)

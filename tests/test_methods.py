@@ -165,12 +165,12 @@ def test_gradcam_is_its_formula_on_what_the_last_block_reads(
     torch.testing.assert_close(result.values_BLGJ.flatten(1), expected_BN)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_occlusion_is_the_drop_of_the_probability(
-    make_model: MakeModel, images_BCHW: Tensor, pool: str
+@pytest.mark.parametrize(("pool", "against"), [("cls", None), ("mean", None), ("mean", 1)])
+def test_occlusion_is_the_drop_of_the_score(
+    make_model: MakeModel, images_BCHW: Tensor, pool: str, against: int | None
 ) -> None:
     model = make_model(pool)
-    settings = MapSettings(method="occlusion", chunk=12, window=1)
+    settings = MapSettings(method="occlusion", chunk=12, window=1, against=against)
     result = compute_maps(model, images_BCHW, settings, classes_B=CLASSES)
     assert result.values_BLGJ.shape == (5, 1, 5, 7)
     assert result.values_BLGJ.abs().max() > 1e-3
@@ -179,8 +179,10 @@ def test_occlusion_is_the_drop_of_the_probability(
             hidden_BCHW = images_BCHW.clone()
             place = hidden_BCHW[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
             place[:] = images_BCHW.mean((2, 3))[:, :, None, None]
-            drop_BY = model(images_BCHW).softmax(1) - model(hidden_BCHW).softmax(1)
+            drop_BY = model(images_BCHW) - model(hidden_BCHW)
             expected_B = drop_BY.gather(1, CLASSES[:, None])[:, 0]
+            if against is not None:
+                expected_B = expected_B - drop_BY[:, against]
             torch.testing.assert_close(
                 result.values_BLGJ[:, 0, row, column], expected_B, atol=1e-5, rtol=1e-4
             )

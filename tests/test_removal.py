@@ -66,7 +66,7 @@ def test_shapley_values_of_a_sum_are_its_terms_without_error(
     images_BCHW: Tensor, passes: int
 ) -> None:
     values, errors = shapley(
-        Additive(CONFIG).eval(), images_BCHW, first_logit, passes=passes, chunk=7
+        Additive(CONFIG).eval(), images_BCHW, first_logit, window=1, passes=passes, chunk=7
     )
     torch.testing.assert_close(values, lost(images_BCHW), rtol=1e-3, atol=1e-3)
     if passes == 2:
@@ -80,7 +80,7 @@ def test_shapley_values_sum_to_the_difference_and_share_an_interaction(
 ) -> None:
     model = Additive(CONFIG).eval()
     model.product = 0.7
-    values, errors = shapley(model, images_BCHW, first_logit, passes=400, chunk=64)
+    values, errors = shapley(model, images_BCHW, first_logit, window=1, passes=400, chunk=64)
     blank_BCHW = images_BCHW.mean((2, 3), keepdim=True).expand_as(images_BCHW)
     difference = (model(images_BCHW) - model(blank_BCHW))[:, 0]
     torch.testing.assert_close(values.sum((1, 2)), difference, rtol=1e-3, atol=1e-3)
@@ -101,6 +101,21 @@ def test_shapley_values_sum_to_the_difference_and_share_an_interaction(
     assert errors.max() < 1e-3
 
 
+def test_squares_are_shown_at_once_and_shifted(images_BCHW: Tensor) -> None:
+    values, errors = shapley(
+        Additive(CONFIG).eval(), images_BCHW, first_logit, window=2, passes=2000, chunk=64
+    )
+    single_BGJ = lost(images_BCHW)
+    expected = torch.zeros_like(single_BGJ)
+    for rows, columns in itertools.product(([[0, 1]], [[0], [1]]), ([[0, 1], [2]], [[0], [1, 2]])):
+        for ys, xs in itertools.product(rows, columns):
+            square = (..., torch.tensor(ys)[:, None], torch.tensor(xs))
+            expected[square] += single_BGJ[square].mean((1, 2), keepdim=True) / 4
+    assert 0 < errors.max() < 0.1 * single_BGJ.abs().max(), "of the random shifts alone"
+    assert ((values - expected).abs() < 4 * errors + 1e-3).all()
+    torch.testing.assert_close(values.sum((1, 2)), single_BGJ.sum((1, 2)), rtol=1e-3, atol=1e-3)
+
+
 def test_images_do_not_depend_on_each_other(images_BCHW: Tensor) -> None:
     torch.manual_seed(2)
     model = VisionTransformer(CONFIG).eval()
@@ -111,7 +126,7 @@ def test_images_do_not_depend_on_each_other(images_BCHW: Tensor) -> None:
                 if name == "occlusion":
                     found = occlusion(model, images, first_logit, window=2, chunk=5)
                 else:
-                    found = shapley(model, images, first_logit, passes=40, chunk=5)[0]
+                    found = shapley(model, images, first_logit, window=2, passes=40, chunk=5)[0]
             parts.append(found)
         torch.testing.assert_close(parts[0][1:2], parts[1], rtol=1e-4, atol=1e-6)
 
@@ -121,6 +136,7 @@ def test_images_do_not_depend_on_each_other(images_BCHW: Tensor) -> None:
     [
         MapSettings(method="occlusion", window=1), MapSettings(method="occlusion", window=3),
         MapSettings(method="shapley", passes=1), MapSettings(method="shapley", passes=45),
+        MapSettings(method="shapley", passes=45, window=1),
     ],
     ids=lambda settings: settings.variant,
 )  # fmt: skip
@@ -134,3 +150,10 @@ def test_passes_are_counted_in_advance(images_BCHW: Tensor, settings: MapSetting
     model.register_forward_hook(count)
     compute(model, images_BCHW[:1], first_logit, settings)
     assert passes == count_passes(CONFIG.grid_GJ, settings)
+
+
+@pytest.mark.parametrize(("window", "squares"), [(1, 64), (2, 25), (3, 16)])
+def test_orders_take_as_many_passes_as_permitted(window: int, squares: int) -> None:
+    for passes in (256, 511, 512):
+        settings = MapSettings(method="shapley", window=window, passes=passes)
+        assert passes - 2 * (squares - 1) < count_passes((8, 8), settings) <= passes

@@ -118,9 +118,9 @@ class ExplainOptions(PictureOptions):
     resolution: Literal["pixel", "patch"] = "pixel"
     """Values of balanced and integrated_gradients per pixel, or summed over patches."""
     window: int = 2
-    """Side in patches of the squares that occlusion hides."""
+    """Side in patches of the squares that occlusion hides, and shapley shows, at once."""
     passes: int = 512
-    """Most forward passes of shapley per picture; it takes at least two per patch."""
+    """Most forward passes of shapley per picture; it takes at least two per square."""
     drawing: Look = field(default_factory=Look)
     data: DataOptions = field(default_factory=DataOptions)
 

@@ -21,7 +21,7 @@ from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 from vitrail.explain.animation import encode_animation, fade
 from vitrail.explain.explanation import WRONG, Explanation, Frame
-from vitrail.explain.map_settings import TITLES
+from vitrail.explain.map_settings import REMOVAL, TITLES
 from vitrail.explain.page import make_page, page_data
 from vitrail.explain.panels import Panel, compose, make_legends, scales_of
 from vitrail.explain.removal import count_passes
@@ -307,7 +307,7 @@ def caption(explanation: Explanation, *, table: bool = False) -> str:
         parts.append(f"lowest {settings.discard_ratio:.0%} discarded")
     if settings.against is not None:
         parts.append(f"against {subject.classes[settings.against]}")
-    if settings.method == "occlusion" and explanation.kind != "methods":
+    if settings.method in REMOVAL and explanation.kind != "methods":
         parts.append(f"squares of {settings.window} x {settings.window} patches")
     if settings.method == "shapley" and explanation.kind != "methods":
         assert explanation.errors_FGJ is not None

@@ -45,8 +45,8 @@ SUPPORTED_SETTINGS: dict[Method, tuple[str, ...]] = {
     "gradcam": ("against",),
     "balanced": ("points", "resolution", "against"),
     "integrated_gradients": ("points", "resolution", "against"),
-    "occlusion": ("window",),
-    "shapley": ("passes",),
+    "occlusion": ("window", "against"),
+    "shapley": ("window", "passes", "against"),
     "features": ("layers",),
     "similarity": ("query", "layers"),
     "norms": ("layers",),
@@ -119,9 +119,9 @@ class MapSettings:
     resolution: Literal["pixel", "patch"] = "pixel"
     """One value per pixel, or the sum of each patch's."""
     window: int = 2
-    """Side of the square of patches that occlusion hides at once."""
+    """Side of the squares of patches that occlusion hides, and shapley shows, at once."""
     passes: int = 512
-    """Most forward passes per image for shapley; it takes at least two per patch."""
+    """Most forward passes per image for shapley; it takes at least two per square."""
     chunk: int = 64
     """Images per batch, which bounds the memory."""
 

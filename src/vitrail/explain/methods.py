@@ -267,13 +267,10 @@ def _pixel_maps(
 def _removal_maps(
     model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, settings: MapSettings
 ) -> _Explained:
-    """Return occlusion or Shapley values, of the class's probability; see ``removal``."""
+    """Return occlusion or Shapley values; see ``removal``."""
     logits_BY = model(images_BCHW)
     chosen_B = _choose(logits_BY, classes_B)
-
-    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
-        return class_score(chosen_B)(logits_XY.softmax(dim=1), image_X)
-
+    score = class_score(chosen_B, settings.against)
     maps = removal.compute(model, images_BCHW, score, settings)
     values_B1GJ, *errors = (map_BGJ[:, None] for map_BGJ in maps)
     return values_B1GJ, logits_BY, chosen_B, *errors

@@ -1,7 +1,8 @@
 """Maps from hiding patches: occlusion by windows, and Shapley values by random orders.
 
-A hidden patch is painted in the image's mean color. Nothing inside the model is read, so these
-maps work for every model; they cost many passes.
+The score is the class's logit: its probability is near 1 until most of the image is hidden, and
+rises when another class is hidden. A hidden patch is painted in the image's mean color. Nothing
+inside the model is read, so these maps work for every model; they cost many passes.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,12 @@ Occlusion and Shapley values can explain several values of the same passes, (X, 
 
 
 def class_score(classes_B: Tensor, against: int | None = None) -> Score:
-    """Return the score of each image's class: its value, less that of the class ``against``."""
+    """Return the score of each image's class: its logit, less that of the class ``against``."""
 
-    def score(values_XY: Tensor, image_X: Tensor) -> Tensor:
-        classes_X1 = classes_B[image_X.to(classes_B.device), None].to(values_XY.device)
-        score_X = values_XY.gather(1, classes_X1).squeeze(1)
-        return score_X if against is None else score_X - values_XY[:, against]
+    def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
+        classes_X1 = classes_B[image_X.to(classes_B.device), None].to(logits_XY.device)
+        score_X = logits_XY.gather(1, classes_X1).squeeze(1)
+        return score_X if against is None else score_X - logits_XY[:, against]
 
     return score
 
@@ -38,7 +39,9 @@ def compute(
     chunk = settings.chunk
     if settings.method == "occlusion":
         return (occlusion(model, images_BCHW, score, window=settings.window, chunk=chunk),)
-    return shapley(model, images_BCHW, score, passes=settings.passes, chunk=chunk)
+    return shapley(
+        model, images_BCHW, score, window=settings.window, passes=settings.passes, chunk=chunk
+    )
 
 
 def count_passes(grid_GJ: tuple[int, int], settings: MapSettings) -> int:
@@ -46,12 +49,8 @@ def count_passes(grid_GJ: tuple[int, int], settings: MapSettings) -> int:
     (G, J), more = grid_GJ, settings.window - 1
     if settings.method == "occlusion":
         return 1 + (G + more) * (J + more)
-    return 2 + 2 * _count_pairs(G * J, settings.passes) * (G * J - 1)
-
-
-def _count_pairs(patches: int, passes: int) -> int:
-    """Return the orders, each with its reverse, that take at most so many passes; at least one."""
-    return max(1, (passes - 2) // (2 * max(1, patches - 1)))
+    orders = _orders(grid_GJ, settings.window, settings.passes)
+    return 2 + sum(int(ranks_N.max()) for ranks_N in orders)
 
 
 def occlusion(
@@ -80,42 +79,72 @@ def occlusion(
 
 
 def shapley(
-    model: VisionTransformer, images_BCHW: Tensor, score: Score, *, passes: int, chunk: int
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    score: Score,
+    *,
+    window: int,
+    passes: int,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Return estimated Shapley values of the patches, and their standard errors: two values_BGJ.
 
-    Starting from a blank image, the patches are shown one after another in a random order, and then
-    in its reverse; a patch's value is the mean gain in score when it is shown. So the values sum
-    to the score of the image less that of the blank one, in every order. All images have the same
-    orders.
+    Starting from a blank image, squares of patches are shown one after another in a random order,
+    and then in its reverse; a patch's value is the mean gain in score when its square is shown,
+    divided among the patches of the square. So the values sum to the score of the image less that
+    of the blank one, in every order. All images have the same orders.
 
     Args:
+        window: side of the squares, in patches. They tile the grid from another, random patch in
+            each order. With 1, these are the Shapley values; larger squares smooth them, and as
+            there are fewer of them, the same passes are enough for more orders.
         passes: the most forward passes per image; at least one order and its reverse are run.
 
     Source: Castro et al. 2009, "Polynomial calculation of the Shapley value based on sampling";
     Mitchell et al. 2022, arXiv:2104.12199, section 4.3 (an order and its reverse).
     """
-    (G, J), device = model.config.grid_GJ, images_BCHW.device
-    N = G * J
-    pairs = _count_pairs(N, passes)
-    generator = rng.generator(0, "orders")
-    ranks = [torch.randperm(N, generator=generator) for _ in range(pairs)]
-    ranks_ON = torch.stack([rank for r in ranks for rank in (r, N - 1 - r)]).to(device)
-    shown_OSN = ranks_ON[:, None, :] < torch.arange(1, N, device=device)[:, None]
-    ends_2N = torch.tensor([[False], [True]]).to(device).expand(2, N)
-    shown_RN = torch.cat([ends_2N, shown_OSN.flatten(0, 1)])
-    scores_BxR = scores_shown(model, images_BCHW, shown_RN, score, chunk)
-    between_BxOS = scores_BxR[..., 2:].unflatten(-1, (2 * pairs, N - 1))
-    blank_BxO1, whole_BxO1 = (
-        scores_BxR[..., None, end : end + 1].expand(*between_BxOS.shape[:-1], 1) for end in (0, 1)
-    )
-    gains_BxON = torch.cat([blank_BxO1, between_BxOS, whole_BxO1], dim=-1).diff(dim=-1)
-    gains_BxON = gains_BxON.gather(-1, ranks_ON.expand(gains_BxON.shape))
-    gains_BxPN = gains_BxON.unflatten(-2, (pairs, 2)).mean(-2)
+    grid_GJ = model.config.grid_GJ
+    orders = [ranks.to(images_BCHW.device) for ranks in _orders(grid_GJ, window, passes)]
+    steps = [int(ranks_N.max()) for ranks_N in orders]  # between the blank and the whole image
+    blank_N = torch.zeros_like(orders[0], dtype=torch.bool)
+    shown = [blank_N, ~blank_N]
+    shown += [
+        ranks_N < step for ranks_N, n in zip(orders, steps, strict=True) for step in range(1, n + 1)
+    ]
+    scores_BxR = scores_shown(model, images_BCHW, torch.stack(shown), score, chunk)
+    blank_Bx1, whole_Bx1, *between = scores_BxR.split([1, 1, *steps], dim=-1)
+    gains = []
+    for ranks_N, between_BxS in zip(orders, between, strict=True):
+        gains_BxS = torch.cat([blank_Bx1, between_BxS, whole_Bx1], dim=-1).diff(dim=-1)
+        gains.append((gains_BxS / ranks_N.bincount())[..., ranks_N])
+    gains_BxPN = torch.stack(gains, dim=-2).unflatten(-2, (-1, 2)).mean(-2)  # P: pairs
+    pairs = gains_BxPN.shape[-2]
     means_BxN = gains_BxPN.mean(-2)
     spread_BxN = (gains_BxPN - means_BxN.unsqueeze(-2)).square().sum(-2)
     errors_BxN = (spread_BxN / (pairs - 1) / pairs).sqrt() if pairs > 1 else spread_BxN * torch.nan
-    return means_BxN.unflatten(-1, (G, J)), errors_BxN.unflatten(-1, (G, J))
+    return means_BxN.unflatten(-1, grid_GJ), errors_BxN.unflatten(-1, grid_GJ)
+
+
+def _orders(grid_GJ: tuple[int, int], window: int, passes: int) -> list[Tensor]:
+    """Return random orders, each followed by its reverse: when (N,) each patch is shown, from 0.
+
+    There are as many as fit into the passes, and at least one pair.
+    """
+    G, J = grid_GJ
+    generator = rng.generator(0, "orders")
+    found: list[Tensor] = []
+    left = passes - 2  # the blank and the whole image
+    while True:
+        down, right = torch.randint(window, (2,), generator=generator).tolist()
+        rows_G1 = ((torch.arange(G) + down) // window)[:, None]
+        squares_GJ = rows_G1 * (J + 1) + (torch.arange(J) + right) // window
+        _, square_N = squares_GJ.flatten().unique(return_inverse=True)
+        last = int(square_N.max())
+        left -= 2 * max(1, last)
+        if found and left < 0:
+            return found
+        ranks_N = torch.randperm(last + 1, generator=generator)[square_N]
+        found += [ranks_N, last - ranks_N]
 
 
 def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tensor:

@@ -242,7 +242,7 @@ def _maps_of_classes(
     settings = dataclasses.replace(settings, chunk=min(settings.chunk, fitting(model)))
 
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
-        return logits_XY.softmax(1).gather(1, classes_BK[image_X])
+        return logits_XY.gather(1, classes_BK[image_X])
 
     with torch.no_grad():
         return removal.compute(model, images_BCHW, score, settings)[0].cpu()

@@ -6,8 +6,8 @@ import {$, complain, fill, make, percent, say, short} from "./dom.js";
 
 export const METHODS = {
   balanced: ["Balanced gradient", "What each patch or pixel adds to the score of “{}” (red) or takes from it (blue)."],
-  occlusion: ["Occlusion", "How much the probability of “{}” falls when patches are hidden."],
-  shapley: ["Shapley values", "What each patch adds to the probability of “{}”, on average over many orders of uncovering them."],
+  occlusion: ["Occlusion", "How much the score of “{}” falls when patches are hidden."],
+  shapley: ["Shapley values", "What each patch adds to the score of “{}”, on average over many orders of uncovering them."],
   relevance: ["Relevance", "Attention that raised the score of “{}”, accumulated through the layers."],
   rollout: ["Rollout", "Attention through all layers: where the information may come from, for every class alike."],
   attention: ["Attention", "The attention weights of one layer, for every class alike."],
