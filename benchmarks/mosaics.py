@@ -1,6 +1,6 @@
 """The share of a class's map in its tile of mosaics of four test images, for each method.
 
-    python benchmarks/mosaics.py cifar10 --mosaics 500 --methods gradcam occlusion
+    python benchmarks/mosaics.py cifar10 --mosaics 500 --methods gradcam occlusion:window=3
 
 As in ``explain --score``, but of more images. A line for each method, and of how many tiles the
 class is among the four most probable ones.
@@ -8,7 +8,7 @@ class is among the four most probable ones.
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ import tyro
 
 import vitrail
 from vitrail.explain.map_metrics import estimate_mean
-from vitrail.explain.map_settings import METHODS, Method, settings_of_all
+from vitrail.explain.map_settings import METHODS, read_variant, settings_of_all
 from vitrail.explain.sanity import TILES, enlarge, make_mosaics, shares_in_tiles
 from vitrail.training.run_folder import load_split
 
@@ -28,7 +28,8 @@ class Options:
 
     model: Annotated[str, tyro.conf.Positional]
     mosaics: int = 500
-    methods: tuple[Method, ...] = field(default=METHODS)
+    methods: tuple[str, ...] = METHODS
+    """Methods, and variants of them."""
     data_path: Path = Path("data")
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     seen = (logits_MY.topk(TILES).indices[:, :, None] == classes_M4[:, None]).any(1)
     print(json.dumps({"mosaics": len(mosaics_MCHW), "tiles_seen": seen.double().mean().item()}))
     for method in options.methods:
-        (settings,) = settings_of_all([method], passes=128)
+        (settings,) = settings_of_all([read_variant(method)], passes=128)
         began = time.perf_counter()
         shares_M4 = shares_in_tiles(reader, mosaics_MCHW, classes_M4, settings)
         row = {"method": method, **estimate_mean(shares_M4.mean(1))._asdict()}

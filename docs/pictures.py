@@ -21,7 +21,6 @@ from vitrail.config.drawing import Look
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
-from vitrail.data.shapes import load_shapes
 from vitrail.explain.draw import save_table
 from vitrail.explain.explanation import compare
 from vitrail.explain.map_settings import MapSettings, Method
@@ -52,10 +51,8 @@ def draw_cat() -> None:
     classifier.explain(CAT, method="features").save(PICTURES / "features.png")
 
 
-def test_images(data_path: str | None) -> ImageSet:
-    """Return generated shapes, or the first CIFAR-10 test image of each of several classes."""
-    if data_path is None:
-        return load_shapes("test").first(COLUMNS)
+def test_images(data_path: str) -> ImageSet:
+    """Return the first CIFAR-10 test image of each of several classes."""
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
     images = load_data(data, ("test",), image_hw=(32, 32), n_channels=3).images["test"]
     labels = images.labels_B.tolist()
@@ -64,7 +61,7 @@ def test_images(data_path: str | None) -> ImageSet:
     return images.take([labels.index(label) for label in wanted[:COLUMNS]])
 
 
-def draw_images(name: str, model: str, data_path: str | None = None) -> None:
+def draw_images(name: str, model: str, data_path: str) -> None:
     """Draw test images with their predictions, and below each what the model looked at."""
     classifier = vitrail.load(model, device="cpu")
     images = test_images(data_path)
