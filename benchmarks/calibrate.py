@@ -31,15 +31,15 @@ def calibrate(name: str, folder: Path) -> None:
     )  # fmt: skip
     with torch.no_grad():
         logits_BY = classifier.model.head(features_BD.to(classifier.device)).cpu()
-    calibration = fit(logits_BY, images.labels_B, features_BD)
+    smoothing = classifier.config.training.label_smoothing
+    calibration = fit(logits_BY, images.labels_B, features_BD, smoothing=smoothing)
     path = bundled.weights_path(name)
     info, weights = load_weights_file(path)
     save_weights_file(path, dataclasses.replace(info, calibration=calibration), weights)
-    temperature = calibration.temperature
-    metrics = measure(logits_BY, images.labels_B, classes=images.classes, temperature=temperature)
+    metrics = measure(logits_BY, images.labels_B, classes=images.classes, calibration=calibration)
     print(
-        f"{name}: temperature {temperature:.4f}; calibration error on {len(images):,} validation "
-        f"images {metrics.expected_calibration_error:.2%}, "
+        f"{name}: temperature {calibration.temperature:.4f}; calibration error on "
+        f"{len(images):,} validation images {metrics.expected_calibration_error:.2%}, "
         f"without it {metrics.calibration_error_before:.2%}"
     )
 

@@ -53,7 +53,7 @@ def score(classifier: vitrail.Classifier, raw_BHWC: np.ndarray) -> np.ndarray:
     """Return familiarity and energy (B, 2): high for pictures like the training images."""
     logits_BY, familiarity_B = classifier.raw_outputs(raw_BHWC.astype(np.uint8))
     assert familiarity_B is not None, "the model was trained with too few validation images"
-    energy_B = np.logaddexp.reduce(logits_BY / classifier.calibration.temperature, axis=1)
+    energy_B = np.logaddexp.reduce(logits_BY, axis=1)
     return np.stack([familiarity_B, energy_B], axis=1)
 
 

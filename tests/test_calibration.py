@@ -36,7 +36,7 @@ MODEL = ModelConfig(
 ONE, TWELVE = (base64.b64encode(bytes(2 * count)).decode() for count in (1, 12))
 """As many zeros in float16; a picture's distance from such a mean is the norm of its features."""
 PERCENTILES = tuple(np.linspace(1, 9, 101).tolist())
-FITTED = Calibration(2.5, TWELVE, TWELVE, PERCENTILES)
+FITTED = Calibration(2.5, TWELVE, TWELVE, PERCENTILES, 0.2)
 
 
 def sampled(count: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,9 @@ def expected_of(classifier: Classifier, picture_HWC: np.ndarray) -> list[float]:
     """The calibrated probabilities, computed with torch alone."""
     with torch.no_grad():
         logits_1Y = classifier.model(classifier.prepare(picture_HWC))
-    return (logits_1Y[0] / 2.5).softmax(0).tolist()  # type: ignore[no-any-return]
+    learned_Y = logits_1Y[0].softmax(0)
+    plain_Y = torch.maximum(learned_Y - 0.2 / 3, learned_Y / 1000) ** (1 / 2.5)
+    return (plain_Y / plain_Y.sum()).tolist()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("scale", [0.2, 1, 6])
@@ -79,12 +81,37 @@ def test_the_temperature_undoes_a_factor_of_the_logits(scale: float) -> None:
     temperature = fit(logits_BY, labels_B, logits_BY).temperature
     assert temperature == pytest.approx(scale, rel=0.05)
     before, after = (
-        measure(logits_BY, labels_B, classes="abcde", temperature=t) for t in (1, temperature)
+        measure(logits_BY, labels_B, classes="abcde", calibration=Calibration(t))
+        for t in (1.0, temperature)
     )
     assert after.expected_calibration_error < 0.01
     assert after.calibration_error_before == before.expected_calibration_error
     assert (before.expected_calibration_error > 0.05) == (scale != 1)
     assert (after.accuracy, after.confusion_YY) == (before.accuracy, before.confusion_YY)
+
+
+def test_label_smoothing_is_undone() -> None:
+    logits_BY, labels_B = sampled(20_000, 1)
+    learned_BY = (0.9 * logits_BY.softmax(1) + 0.02).log()
+    plain = fit(learned_BY, labels_B, logits_BY)
+    undone = fit(learned_BY, labels_B, logits_BY, smoothing=0.1)
+    assert undone.temperature == pytest.approx(1, rel=0.05)
+    errors, losses = [], []
+    for calibration in (plain, undone):
+        found = measure(learned_BY, labels_B, classes="abcde", calibration=calibration)
+        assert found.smoothing == calibration.smoothing
+        errors.append(found.expected_calibration_error)
+        losses.append(found.loss)
+    assert errors[1] < 0.01 < errors[0]
+    assert losses[1] < losses[0]
+
+
+def test_the_order_of_the_classes_stays() -> None:
+    logits_BY = torch.linspace(12, -90, 40).repeat(2, 1)[:, torch.randperm(40)]
+    calibration = Calibration(1.5, smoothing=0.1)
+    assert calibration.scale(logits_BY).isfinite().all()
+    assert torch.equal(calibration.scale(logits_BY).argsort(1), logits_BY.argsort(1))
+    assert Calibration(1.5).scale(logits_BY).equal(logits_BY / 1.5)
 
 
 @pytest.mark.parametrize("images", [1, 5, 100])
@@ -140,6 +167,7 @@ def test_what_is_said_of_unlike_pictures() -> None:
     [
         {"temperature": 0},
         {"temperature": "hot"},
+        {"smoothing": 1},
         {"distances": [1, 2]},
         {"mean": TWELVE},
         {"mean": "no base64", "distances": PERCENTILES},
@@ -156,7 +184,7 @@ def test_a_corrupt_calibration_is_refused(weights_file: Path, wrong: object) -> 
     assert info.calibration == FITTED
     content = {**info.to_json(), "calibration": wrong}
     with pytest.raises(
-        CheckpointError, match=r"temperature|distances|base64|finite|wide|heat|calib"
+        CheckpointError, match=r"temperature|smoothing|distances|base64|finite|wide|heat|calib"
     ):
         CheckpointInfo.from_json(content, weights_file)
 
@@ -182,9 +210,7 @@ def test_files_without_a_calibration_load_with_temperature_1(weights_file: Path)
         Calibration(float("nan"))
 
 
-def test_every_probability_is_divided_by_the_temperature(
-    weights_file: Path, picture_HWC: np.ndarray
-) -> None:
+def test_every_probability_is_calibrated(weights_file: Path, picture_HWC: np.ndarray) -> None:
     classifier = vitrail.load(weights_file)
     expected_Y = expected_of(classifier, picture_HWC)
     (top,) = classifier.predict(picture_HWC, top_k=3)

@@ -81,10 +81,10 @@ def test_the_scores_of_the_bundled_models_maps() -> None:
     verdict = read_verdict(stored, load("cifar10", device="cpu").model)
     assert verdict is not None, "the scores are those of other weights"
     best = [badge.method for badge in sorted(verdict.badges, key=lambda badge: -badge.srg)]
-    said = re.search(r"`(\w+)` is the most\s+faithful, then\s+`(\w+)` and `(\w+)`", README)
+    said = re.search(r"`(\S+)` is the most\s+faithful, then\s+`(\S+)` and `(\S+)`", README)
     assert said is not None
     assert list(said.groups()) == best[:3]
     text = (GUIDES / "see-through-it.md").read_text()
-    listed = dict(re.findall(r"^\| (\w+) \| (\d\.\d{3}) \|", text, re.MULTILINE))
+    listed = dict(re.findall(r"^\| (\S+) \| (\d\.\d{3}) \|", text, re.MULTILINE))
     scores = {badge.method: badge.srg for badge in verdict.badges}
     assert listed == {name: f"{srg:.3f}" for name, srg in scores.items() if srg > 0}

@@ -130,7 +130,7 @@ def test_a_pushed_model_can_be_loaded(
     for words in (
         "license: mit", "library_name: vitrail", "uoft-cs/cifar10", "value: 0.7", "70.00%",
         "66.00% to 74.00%", "ant, bee, cow", "starting from start.safetensors", "| seed | 77 |",
-        "error | 0.0300", "without the temperature | 0.0800", "fitted on validation | 0.610",
+        "error | 0.0300", "without calibration | 0.0800", "fitted on validation | 0.610",
         'vitrail.load("hf:me/tiny")', "## Limits", "| learning_rate | 0.0005 |",
     ):  # fmt: skip
         assert words in card, words

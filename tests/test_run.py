@@ -42,8 +42,11 @@ def final(folder: Path) -> dict[str, Tensor]:
 def test_a_run_leaves_its_folder_complete(
     tiny_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrail.training.run.fit", lambda *_: Calibration(0.5))
-    run = run_to_end(tiny_run, tmp_path / "a")
+    monkeypatch.setattr(
+        "vitrail.training.run.fit", lambda *_, smoothing: Calibration(0.5, smoothing=smoothing)
+    )
+    training = dataclasses.replace(tiny_run.training, label_smoothing=0.2)
+    run = run_to_end(dataclasses.replace(tiny_run, training=training), tmp_path / "a")
     result = run.finish()
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {
@@ -64,6 +67,7 @@ def test_a_run_leaves_its_folder_complete(
     classifier = vitrail.load(tmp_path / "a", device="cpu")
     assert len(classifier.classes) == 10
     assert classifier.calibration.temperature == result["temperature"] == 0.5
+    assert classifier.calibration.smoothing == result["test"]["smoothing"] == 0.2
     assert result["test"]["temperature"] == 0.5
     kept = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
     assert {"BEST", "LAST", "step-0000009"} <= set(kept)

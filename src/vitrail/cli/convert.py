@@ -83,11 +83,13 @@ def _report(found: "Source", options: ConvertOptions) -> None:
     if options.layout in ("google", "reference"):
         settings = (f"{n} {getattr(data, n)}" for n in PREPARATION if getattr(data, n) is not None)
         notes.append(f"the file does not say how pictures are prepared: {', '.join(settings)}")
-    temperature = found.info.calibration.temperature
-    if options.layout != "vitrail" and temperature != 1:
+    fitted = found.info.calibration
+    if options.layout != "vitrail" and fitted.temperature != 1:
+        smoothing = f", after the label smoothing {fitted.smoothing:g} is undone"
         notes.append(
-            f"{options.layout} has no place for the temperature {temperature:.2f} of the "
-            "probabilities: divide the logits by it, or they are not calibrated"
+            f"{options.layout} has no place for the temperature {fitted.temperature:.2f} of the "
+            f"probabilities: divide the logits by it{smoothing if fitted.smoothing else ''}, or "
+            "they are not calibrated"
         )
     lines = [
         f"{options.source} ({found.layout}, {found.tensors or len(found.weights)} tensors) -> "

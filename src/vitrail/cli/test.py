@@ -105,7 +105,7 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
         hook.remove()
     metrics = measure(
         logits_BY, images.labels_B, classes=classifier.classes,
-        temperature=classifier.calibration.temperature, tta=options.tta,
+        calibration=classifier.calibration, tta=options.tta,
     )  # fmt: skip
     write_json(folder / "metrics.json", metrics.to_json())
     missing = plot_metrics(metrics, folder, f"{name_of(classifier.source)}, {dataset}, {split}")

@@ -1,6 +1,7 @@
 """What validation images teach about a model: how sure to be, and which pictures are unlike them.
 
-The logits are divided by one temperature, fitted on validation, before they become probabilities:
+A model trained with label smoothing learns smoothed probabilities, so the smoothing is undone. Then
+the logits are divided by one temperature, fitted on validation, before they become probabilities:
 neither their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). The features of
 validation images, which the head reads, lie near a subspace: a picture is unlike the training
 images if its features are farther from it than those of nearly all validation images ("Residual"
@@ -9,6 +10,7 @@ in Wang et al. 2022, arXiv:2203.10807). Imports torch only to fit.
 
 import base64
 import binascii
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ FALSE_ALARMS = 0.05
 FEWEST_IMAGES = 200
 """With fewer validation images, half of which set the threshold, it would rest on less than 5."""
 SHARES = np.linspace(0, 1, 101)
+LEAST = 1e-3
+"""The share that is left of a probability below what label smoothing adds to every class."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class Calibration(Checked):
     """Their principal directions (K, D), likewise."""
     distances: tuple[float, ...] = ()
     """Percentiles 0 to 100 of the distance from them of other validation images."""
+    smoothing: float = 0.0
+    """Label smoothing of the training, which is undone before the temperature applies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < np.inf:
             raise ConfigError(f"temperature is {self.temperature}: give a positive number")
+        if not 0 <= self.smoothing < 1:
+            raise ConfigError(f"smoothing is {self.smoothing}: give a number from 0 to less than 1")
         numbers = (len(SHARES),) if self.mean else (0, len(SHARES))
         if len(self.distances) not in numbers or not np.isfinite(self.distances).all():
             raise ConfigError(f"distances must be {len(SHARES)} finite numbers, or none")
@@ -52,10 +60,28 @@ class Calibration(Checked):
             raise ConfigError("directions are not as wide as the mean")
 
     def probabilities(self, logits_BY: np.ndarray) -> np.ndarray:
-        """Return the probabilities (B, Y)."""
-        logits_BY = logits_BY / np.asarray(self.temperature, logits_BY.dtype)
+        """Return the probabilities (B, Y), or (Y,)."""
+        if self.temperature != 1 or self.smoothing:  # then torch made them
+            import torch
+
+            logits_BY = self.scale(torch.from_numpy(logits_BY)).numpy()
         powers_BY = np.exp(logits_BY - logits_BY.max(axis=-1, keepdims=True))
         return powers_BY / powers_BY.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+    def scale(self, logits_BY: "Tensor") -> "Tensor":
+        """Return calibrated logits, of which softmax makes the probabilities.
+
+        Smoothing s mixes each label with s / Y of every class, and so do the probabilities that a
+        model learns. This is subtracted; of smaller probabilities LEAST is left, so that the order
+        of the classes stays.
+        """
+        if self.smoothing:
+            log_BY = logits_BY.log_softmax(-1)
+            added = self.smoothing / logits_BY.shape[-1]
+            rest_BY = log_BY.exp() - added
+            kept_BY = rest_BY > added * LEAST / (1 - LEAST)
+            logits_BY = rest_BY.where(kept_BY, 1).log().where(kept_BY, log_BY + math.log(LEAST))
+        return logits_BY / self.temperature
 
     @cached_property
     def subspace(self) -> tuple[np.ndarray, np.ndarray]:
@@ -88,39 +114,44 @@ def describe_unlike(familiarity: np.ndarray | float | None) -> str:
     return f"unlike the training images (more so than {share:.1%} of the validation images)"
 
 
-def fit(logits_BY: "Tensor", labels_B: "Tensor", features_BD: "Tensor") -> Calibration:
+def fit(
+    logits_BY: "Tensor", labels_B: "Tensor", features_BD: "Tensor", *, smoothing: float = 0.0
+) -> Calibration:
     """Fit temperature and subspace to the logits and features of validation images.
 
     The temperature minimizes the cross-entropy. Its targets are smoothed as in Platt 1999, as if
     two further images had been seen, one right and one wrong: so a few images that are all right
     do not make a model certain. The subspace is fitted to half of the images, and its distances
     are those of the other half, which are as far away as new images.
+
+    Args:
+        smoothing: the label smoothing of the training, which is undone first.
     """
     import torch
     from torch.nn import functional as F
 
     from vitrail.runtime import rng
 
-    logits_BY = logits_BY.double()
+    logits_BY = Calibration(smoothing=smoothing).scale(logits_BY.double())
     log_temperature = torch.zeros((), dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> float:
         optimizer.zero_grad()
-        scaled_BY, smoothing = logits_BY / log_temperature.exp(), 1 / (len(labels_B) + 2)
-        value = F.cross_entropy(scaled_BY, labels_B, label_smoothing=smoothing)
+        scaled_BY, unsure = logits_BY / log_temperature.exp(), 1 / (len(labels_B) + 2)
+        value = F.cross_entropy(scaled_BY, labels_B, label_smoothing=unsure)
         value.backward()
         return value.item()
 
     optimizer.step(loss)
     temperature = log_temperature.clamp(-5, 5).exp().item()
     if len(labels_B) < FEWEST_IMAGES:
-        return Calibration(temperature)
+        return Calibration(temperature, smoothing=smoothing)
     order_B = torch.randperm(len(labels_B), generator=rng.generator(0, "calibration"))
     half_BD, others_BD = np.array_split(features_BD[order_B].numpy(), 2)
     *_, directions_DD = np.linalg.svd(half_BD - half_BD.mean(0), full_matrices=False)
     subspace = _pack(half_BD.mean(0)), _pack(directions_DD[: features_BD.shape[1] // 4])
-    fitted = Calibration(temperature, *subspace, tuple(SHARES.tolist()))
+    fitted = Calibration(temperature, *subspace, tuple(SHARES.tolist()), smoothing)
     far_B = distance(others_BD, *fitted.subspace)
     return replace(fitted, distances=tuple(np.quantile(far_B, SHARES).tolist()))
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vitrail.data.images import ImageSet, normalize
 from vitrail.errors import CheckpointError, DataError
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed
 
@@ -56,9 +57,11 @@ class Metrics:
     expected_calibration_error: float
     """Weighted mean gap between confidence and accuracy (Guo et al. 2017, equation 3)."""
     calibration_error_before: float
-    """The same without the temperature."""
+    """The same of the plain logits."""
     temperature: float
     """What the logits were divided by for all probabilities, so for the loss, too."""
+    smoothing: float
+    """The label smoothing that was undone before."""
     macro_precision: float
     """Mean over the classes that have images; a class never predicted counts as 0."""
     macro_recall: float
@@ -201,10 +204,10 @@ def measure(
     labels_B: Tensor,
     *,
     classes: Sequence[str],
-    temperature: float = 1.0,
+    calibration: Calibration = UNCALIBRATED,
     tta: bool = False,
 ) -> Metrics:
-    """Compute all metrics of a split; probabilities are those of ``logits / temperature``.
+    """Compute all metrics of a split; probabilities are the calibrated ones.
 
     Raises:
         DataError: there are no images, or the number of classes differs from that of the logits.
@@ -216,7 +219,7 @@ def measure(
             f"the model has {n_classes} classes, but the data set has {len(classes)}: "
             "test it on the data set it was trained on"
         )
-    scaled_BY = logits_BY.double() / temperature
+    scaled_BY = calibration.scale(logits_BY.double())
     accuracy, loss = quick_scores(scaled_BY, labels_B)
     bins = _calibration(scaled_BY, labels_B)
     pairs_B = labels_B * n_classes + logits_BY.argmax(1)
@@ -235,7 +238,8 @@ def measure(
         top5_accuracy=_top5(logits_BY, labels_B) if n_classes >= TOP5_CLASSES else None,
         expected_calibration_error=_mean_gap(bins),
         calibration_error_before=_mean_gap(_calibration(logits_BY, labels_B)),
-        temperature=temperature,
+        temperature=calibration.temperature,
+        smoothing=calibration.smoothing,
         macro_precision=sum(precision[y] or 0.0 for y in present) / len(present),
         macro_recall=sum(recall[y] or 0.0 for y in present) / len(present),
         precision_Y=tuple(precision),

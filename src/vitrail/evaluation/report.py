@@ -90,6 +90,7 @@ def _overall(metrics: Metrics) -> Table:
     if metrics.temperature != 1:
         before = percent(metrics.calibration_error_before, 2)
         note += f"; {before} without temperature {metrics.temperature:.2f}"
+        note += " and undone label smoothing" if metrics.smoothing else ""
     table.add_row("calibration error", error, note)
     table.add_row("precision", percent(metrics.macro_precision, 2), "mean over the classes")
     table.add_row("recall", percent(metrics.macro_recall, 2), "mean over the classes")

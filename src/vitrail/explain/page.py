@@ -149,7 +149,6 @@ def page_data(explanation: Explanation) -> PageData:
     large, image_1CHW = is_large(config), subject.image_1CHW
     maps = _compute_maps(explanation, large=large)
     logits_Y, n_layers = maps["attention"].logits_BY[0], config.n_layers
-    temperature = subject.calibration.temperature
     early_LY = early_logits(model, image_1CHW)[0] if subject.classes else torch.zeros(n_layers, 0)
     height, width = subject.picture_HWC.shape[:2]
     picture = Image.fromarray(subject.picture_HWC)
@@ -164,8 +163,8 @@ def page_data(explanation: Explanation) -> PageData:
         mean_pool=config.pool == "mean",
         n_registers=config.n_registers,
         classes=subject.classes,
-        logits_Y=(logits_Y / temperature).numpy(),
-        early_logits_LY=(early_LY / temperature).numpy(),
+        logits_Y=subject.calibration.scale(logits_Y).numpy(),
+        early_logits_LY=subject.calibration.scale(early_LY).numpy(),
         maps={name: each.values_BLGJ[0].numpy() for name, each in maps.items()},
         title=subject.name,
         label=subject.label,

@@ -199,7 +199,7 @@ class Classifier(BaseClassifier):
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return class probabilities (B, Y) on the CPU; refuse weights that give no finite ones."""
         logits_BY = self.logits(images_BCHW, batch_size)
-        return (logits_BY / self.calibration.temperature).softmax(1)
+        return self.calibration.scale(logits_BY).softmax(1)
 
     def logits(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
         """Return the logits (B, Y) on the CPU; refuse weights that give no finite ones."""

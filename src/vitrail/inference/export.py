@@ -46,7 +46,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(classifier.model).cpu().eval()
         self.mean, self.std = classifier.mean, classifier.std
-        self.temperature = classifier.calibration.temperature
+        self.calibration = classifier.calibration
         self.attention, self.raw = attention, raw
         self.measures_distance = bool(classifier.calibration.mean)
         if self.measures_distance:
@@ -60,7 +60,7 @@ class Graph(nn.Module):
             batch = normalize(batch.permute(0, 3, 1, 2), self.mean, self.std)
         layers = range(1, len(self.model.blocks) + 1) if self.attention else ()
         features_BD, attentions = self.model.features_with_attention(batch, layers)
-        scores_BY = self.model.head(features_BD) / self.temperature
+        scores_BY = self.calibration.scale(self.model.head(features_BD))
         outputs = [scores_BY.softmax(1) if self.raw else scores_BY, *attentions]
         if self.measures_distance:
             outputs.append(distance(features_BD, self.mean_D, self.directions_KD))

@@ -17,7 +17,7 @@ from vitrail.data.hf import is_on_hub
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
-from vitrail.evaluation.calibration import Calibration, fit
+from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, fit
 from vitrail.evaluation.metrics import (
     Features,
     Metrics,
@@ -390,9 +390,11 @@ class Run:
             purpose = f"result of {Path(best.source).name}"
             distributed.on_leader(log_test_use, self.folder, purpose, len(test))
             logits_BY = self._logits(best.model.to(self.device), test)
-            temperature = calibration.temperature if calibration else 1.0
             metrics = measure(
-                logits_BY, test.labels_B, classes=self.classes, temperature=temperature
+                logits_BY,
+                test.labels_B,
+                classes=self.classes,
+                calibration=calibration or UNCALIBRATED,
             )
         return distributed.on_leader(self._write_result, best, metrics, calibration)
 
@@ -405,7 +407,8 @@ class Run:
         features_BD = self._logits(Features(model), validation)
         with torch.no_grad():
             logits_BY = model.head(features_BD.to(self.device)).cpu()
-        calibration = fit(logits_BY, validation.labels_B, features_BD)
+        smoothing = self.config.training.label_smoothing
+        calibration = fit(logits_BY, validation.labels_B, features_BD, smoothing=smoothing)
         distributed.on_leader(save_calibration, Path(best.source), calibration)
         return calibration
 

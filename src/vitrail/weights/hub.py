@@ -234,7 +234,7 @@ def _calibration_rows(test: dict[str, Any]) -> list[str]:
         return []
     before = test["calibration_error_before"]
     return [
-        f"| the same without the temperature | {before:.4f} | |",
+        f"| the same without calibration | {before:.4f} | |",
         f"| temperature, fitted on validation | {test['temperature']:.3f} | |",
     ]
 
