@@ -15,7 +15,7 @@ export const METHODS = {
   gradient_rollout: ["Gradient rollout", "Rollout with attention weighted by its gradient for “{}”."],
   integrated_gradients: ["Integrated gradients", "Gradients for “{}” summed on the way from a blank picture."],
 };
-export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients"];
+export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients", "occlusion", "shapley"];
 const PIXELS = ["balanced", "integrated_gradients"];
 export const SLOW = ["occlusion", "shapley", "integrated_gradients"];
 const PASSES = [130, 514, 1026], SHOWN = 5, IDLE = 300;
