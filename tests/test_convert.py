@@ -569,5 +569,8 @@ def test_the_loss_of_the_temperature_is_said(
     )
     assert main(["convert", str(tmp_path / "a.safetensors"), str(end), "--layout", layout]) == 0
     output = capsys.readouterr().out
-    for words in (f"{layout} has no place for the temperature 0.78", "smoothing 0.1 is undone"):
+    for words in (
+        f"{layout} has no place for the temperature 0.78",
+        "undo the label smoothing 0.1 and divide",
+    ):
         assert (words in output) == (layout != "vitrail")

@@ -101,6 +101,7 @@ def run(tmp_path: Path, tiny_model: ModelConfig) -> Path:
     test = {
         "accuracy": 0.7, "accuracy_interval": [0.66, 0.74], "loss": 0.91, "images": 500,
         "expected_calibration_error": 0.03, "calibration_error_before": 0.08, "temperature": 0.61,
+        "smoothing": 0.1,
     }  # fmt: skip
     result = {"test": test, "epochs": 3, "train_images": 90, "seconds": 4.0, "parameters": 123}
     write_json(tmp_path / "run" / "result.json", result)
@@ -131,6 +132,7 @@ def test_a_pushed_model_can_be_loaded(
         "license: mit", "library_name: vitrail", "uoft-cs/cifar10", "value: 0.7", "70.00%",
         "66.00% to 74.00%", "ant, bee, cow", "starting from start.safetensors", "| seed | 77 |",
         "error | 0.0300", "without calibration | 0.0800", "fitted on validation | 0.610",
+        "label smoothing, undone first | 0.1 |",
         'vitrail.load("hf:me/tiny")', "## Limits", "| learning_rate | 0.0005 |",
     ):  # fmt: skip
         assert words in card, words

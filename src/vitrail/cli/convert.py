@@ -85,11 +85,10 @@ def _report(found: "Source", options: ConvertOptions) -> None:
         notes.append(f"the file does not say how pictures are prepared: {', '.join(settings)}")
     fitted = found.info.calibration
     if options.layout != "vitrail" and fitted.temperature != 1:
-        smoothing = f", after the label smoothing {fitted.smoothing:g} is undone"
+        undo = f"undo the label smoothing {fitted.smoothing:g} and " if fitted.smoothing else ""
         notes.append(
             f"{options.layout} has no place for the temperature {fitted.temperature:.2f} of the "
-            f"probabilities: divide the logits by it{smoothing if fitted.smoothing else ''}, or "
-            "they are not calibrated"
+            f"probabilities: {undo}divide the logits by it, or they are not calibrated"
         )
     lines = [
         f"{options.source} ({found.layout}, {found.tensors or len(found.weights)} tensors) -> "

@@ -5,7 +5,7 @@ the logits are divided by one temperature, fitted on validation, before they bec
 neither their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). The features of
 validation images, which the head reads, lie near a subspace: a picture is unlike the training
 images if its features are farther from it than those of nearly all validation images ("Residual"
-in Wang et al. 2022, arXiv:2203.10807). Imports torch only to fit.
+in Wang et al. 2022, arXiv:2203.10807). Imports torch only to fit, and for models of torch.
 """
 
 import base64
@@ -61,7 +61,7 @@ class Calibration(Checked):
 
     def probabilities(self, logits_BY: np.ndarray) -> np.ndarray:
         """Return the probabilities (B, Y), or (Y,)."""
-        if self.temperature != 1 or self.smoothing:  # then torch made them
+        if self.temperature != 1 or self.smoothing:  # not in exported files, which need no torch
             import torch
 
             logits_BY = self.scale(torch.from_numpy(logits_BY)).numpy()

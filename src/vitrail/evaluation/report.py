@@ -89,8 +89,8 @@ def _overall(metrics: Metrics) -> Table:
     note = "mean gap between confidence and accuracy"
     if metrics.temperature != 1:
         before = percent(metrics.calibration_error_before, 2)
-        note += f"; {before} without temperature {metrics.temperature:.2f}"
-        note += " and undone label smoothing" if metrics.smoothing else ""
+        undone = f", label smoothing {metrics.smoothing:g} undone" if metrics.smoothing else ""
+        note += f"; {before} before (temperature {metrics.temperature:.2f}{undone})"
     table.add_row("calibration error", error, note)
     table.add_row("precision", percent(metrics.macro_precision, 2), "mean over the classes")
     table.add_row("recall", percent(metrics.macro_recall, 2), "mean over the classes")

@@ -79,7 +79,7 @@ def check_methods(
 ) -> list[Sanity]:
     """Check methods on the first images, at most CHECKED, and on mosaics of all of them.
 
-    Methods that hide patches, with a thousand and more passes for each mosaic, read REMOVAL_READS.
+    Methods that hide patches, with hundreds of passes for each mosaic, read REMOVAL_READS.
 
     ``advance`` is called once per method, to report progress.
 

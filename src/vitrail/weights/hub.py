@@ -233,10 +233,13 @@ def _calibration_rows(test: dict[str, Any]) -> list[str]:
     if test.get("temperature", 1) == 1:
         return []
     before = test["calibration_error_before"]
-    return [
+    rows = [
         f"| the same without calibration | {before:.4f} | |",
         f"| temperature, fitted on validation | {test['temperature']:.3f} | |",
     ]
+    if test.get("smoothing"):  # older results have none
+        rows.append(f"| label smoothing, undone first | {test['smoothing']:g} | |")
+    return rows
 
 
 def _recipe(config: Config) -> str:
