@@ -4,13 +4,18 @@ Edit a chapter in Jupyter or as text, then run this. It keeps what a reader sees
 drops the rest (times, versions, editors' notes), so that differences stay small.
 """
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).parent
+LARGE = 300_000
+"""A PNG of more characters of base64 becomes a JPEG."""
 
 
 def main(*wanted: str) -> None:
@@ -33,7 +38,7 @@ def main(*wanted: str) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Keep text, code, outputs and tags."""
+    """Keep text, code, outputs and tags; make large pictures JPEGs."""
     notebook.metadata = {
         "kernelspec": {
             "display_name": "Python 3",
@@ -54,6 +59,17 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output.metadata = {}
+            data = output.get("data", {})
+            if len(data.get("image/png", "")) > LARGE:
+                data["image/jpeg"] = to_jpeg(data.pop("image/png"))
+
+
+def to_jpeg(png: str) -> str:
+    """Convert a PNG to a JPEG, both in base64."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        image.convert("RGB").save(file, "JPEG", quality=90, optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":
