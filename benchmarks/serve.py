@@ -79,7 +79,7 @@ class Options:
     rounds: int = 2
     """Loads of each server."""
     requests: int = 100_000
-    """After so many, the memory is read again."""
+    """After this many requests, the memory is read again."""
     trial: int = 8
     """Seconds of load for each of LitServe's settings."""
     peer: Path | None = None

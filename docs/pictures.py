@@ -1,7 +1,7 @@
 """Draw the pictures of the README and the how-tos, each for light and for dark pages.
 
-    python docs/pictures.py                         # those of examples/cat.jpg by the bundled model
-    python docs/pictures.py bundled cifar10 data    # from test images in data/; sheet.png
+    python docs/pictures.py                 # those of examples/cat.jpg by the bundled model
+    python docs/pictures.py cifar10 data    # sheet.png, from test images in data/
     vitrail inspect cifar10 --output_path docs/pictures    # insides.png; the data in data/
 
 benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``,
@@ -9,28 +9,37 @@ docs/pictures/serve.py ``serve.webp``;
 ``page.png`` is a screenshot of ``vitrail explain cifar10 examples/cat.jpg --format html``.
 """
 
+import json
 import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 import vitrail
 from vitrail.config.drawing import Look
 from vitrail.config.settings import DataConfig
 from vitrail.data.datasets import load_data
-from vitrail.data.images import ImageSet
 from vitrail.explain.draw import save_table
 from vitrail.explain.explanation import compare
-from vitrail.explain.map_settings import MapSettings, Method
-from vitrail.explain.panels import BLACK, INKS, PAPER, scales, show_map
+from vitrail.explain.map_metrics import Estimate
+from vitrail.explain.map_report import plot_ranking
+from vitrail.explain.map_settings import METHODS, MapSettings
+from vitrail.explain.stored_scores import Badge, Verdict
 
 PICTURES = Path(__file__).parent / "pictures"
-CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"
+ROOT = Path(__file__).parents[1]
+CAT = ROOT / "examples" / "cat.jpg"
 THEMES = {"light": "", "dark": "-dark"}
-COLUMNS = 7
-SHEET: tuple[Method, ...] = ("relevance", "balanced", "occlusion", "shapley")
+GALLERY = [
+    MapSettings(method=method, window=3) if method == "occlusion" else MapSettings(method=method)
+    for method in METHODS
+]
+SHEET = (
+    MapSettings(method="relevance"),
+    MapSettings(method="balanced", resolution="patch"),
+    MapSettings(method="occlusion", window=3),
+    MapSettings(method="shapley"),
+)
 
 
 def draw_cat() -> None:
@@ -38,7 +47,7 @@ def draw_cat() -> None:
     classifier = vitrail.load("cifar10", device="cpu")
     drawings = {
         "cat{}.gif": classifier.explain(CAT, method="relevance"),
-        "methods{}.png": classifier.explain(CAT, method="all"),
+        "methods{}.png": compare(classifier.subject(CAT), GALLERY),
     }
     for theme, suffix in THEMES.items():
         for name, explanation in drawings.items():
@@ -51,50 +60,38 @@ def draw_cat() -> None:
     classifier.explain(CAT, method="features").save(PICTURES / "features.png")
 
 
-def test_images(data_path: str) -> ImageSet:
-    """Return the first CIFAR-10 test image of each of several classes."""
+def draw_ranking() -> None:
+    """Draw how faithful each method is to the bundled model, from the record of its scores."""
+    found = json.loads((ROOT / "records/map-scores-bundled/scores.json").read_text())
+    badges = tuple(Badge(**badge) for badge in found["badges"])
+    verdict = Verdict(found["split"], found["images"], badges, found["trust"])
+    controls = {
+        score["method"]: Estimate(*(score["measures"]["srg"][key] for key in Estimate._fields))
+        for score in found["scores"]
+        if score["beats_controls"] is None
+    }
+    plot_ranking(PICTURES / "ranking.png", verdict, controls)
+
+
+def draw_sheet(model: str, data_path: str) -> None:
+    """Draw test images, a row each, and what the model looked at, a column per method."""
+    classifier = vitrail.load(model, device="cpu")
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
     images = load_data(data, ("test",), image_hw=(32, 32), n_channels=3).images["test"]
     labels = images.labels_B.tolist()
-    wanted = [images.classes.index(name) for name in ("car", "ship", "horse", "dog")]
-    wanted += [label for label in range(len(images.classes)) if label not in wanted]
-    return images.take([labels.index(label) for label in wanted[:COLUMNS]])
-
-
-def draw_images(name: str, model: str, data_path: str) -> None:
-    """Draw test images with their predictions, and below each what the model looked at."""
-    classifier = vitrail.load(model, device="cpu")
-    images = test_images(data_path)
-    for theme, suffix in THEMES.items():
-        figure = Figure((2 * COLUMNS, 4.5), layout="tight", facecolor=PAPER[theme])
-        upper, lower = figure.subplots(2, COLUMNS)
-        for column, image_CHW in enumerate(images.raw_BCHW):
-            raw_HWC: np.ndarray = image_CHW.permute(1, 2, 0).numpy()
-            rollout = classifier.explain(raw_HWC, method="rollout")
-            look, label = Look(theme=theme), images.classes[int(images.labels_B[column])]
-            best = rollout.frames[-1].prediction
-            right = best.rpartition(" ")[0] == label
-            words, ink = (best, BLACK) if right else (f"{best} ✗ {label}", INKS[False])
-            show_map(upper[column], raw_HWC, look=look)
-            upper[column].set_title(words, fontsize=14, color=ink[theme])
-            map_GJ = rollout.maps_FGJ[-1]
-            norm = scales(map_GJ[None], look, shares=True)[0]
-            show_map(lower[column], raw_HWC, map_GJ, look=look, norm=norm)
-        figure.savefig(PICTURES / f"{name}{suffix}.png", dpi=90)
-    pictures = zip(
-        images.raw_BCHW[1:4].permute(0, 2, 3, 1).numpy(), images.labels_B[1:4], strict=True
-    )
     subjects = [
-        classifier.subject(raw_HWC, name=images.classes[int(label)]) for raw_HWC, label in pictures
+        classifier.subject(
+            images.raw_BCHW[labels.index(images.classes.index(name))].permute(1, 2, 0).numpy(),
+            name=name,
+        )
+        for name in ("ship", "horse", "dog")
     ]
-    settings = [
-        MapSettings(method=method, resolution="patch")
-        if method == "balanced"
-        else MapSettings(method=method)
-        for method in SHEET
-    ]
-    save_table([compare(subject, settings) for subject in subjects], PICTURES / "sheet.png", Look())
+    save_table([compare(subject, SHEET) for subject in subjects], PICTURES / "sheet.png", Look())
 
 
 if __name__ == "__main__":
-    draw_images(*sys.argv[1:]) if sys.argv[1:] else draw_cat()
+    if sys.argv[1:]:
+        draw_sheet(*sys.argv[1:])
+    else:
+        draw_cat()
+        draw_ranking()

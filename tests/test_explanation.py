@@ -313,6 +313,9 @@ def test_methods_that_fail_a_test_on_the_model_are_marked(
     both = compare(subject, several)
     titles = [axes.get_title(loc="left") for axes in draw_sheet(both, Look()).axes[1:3]]
     assert titles == ["✗ Rollout", "Relevance"]
+    assert compare(subject, [MapSettings(method="occlusion", window=3)]).titles == (
+        "Occlusion, window=3",
+    )
     assert "✗: fails a test on this model" in caption(both)
     print_failures(both)
     print_failures(failing)
@@ -620,6 +623,7 @@ def test_scores_are_printed_drawn_and_saved(
     ]  # fmt: skip
     assert scores["images"] == 12
     assert Path("s/scores.png").stat().st_size > 1000
+    assert Path("s/ranking.png").stat().st_size > 1000
     assert main([*words, "--method", "rollout", "--output_path", "s", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(Path("s/scores.json").read_text())

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist, stdev
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from vitrail.config.settings import ModelConfig
 from vitrail.data import fills
 from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
+from vitrail.explain import map_report
 from vitrail.explain.best_order import Ceiling, best_orders, find_ceiling
 from vitrail.explain.deletion_insertion import deletion_insertion, rank_patches
 from vitrail.explain.faithfulness import faithfulness_correlation, hidden_sets, logit_drops
@@ -37,7 +40,7 @@ from vitrail.explain.map_metrics import (
     summarize,
     t_quantile,
 )
-from vitrail.explain.map_report import plot_scores, score_table
+from vitrail.explain.map_report import plot_ranking, plot_scores, score_table
 from vitrail.explain.map_settings import METHODS, MapSettings
 from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.model.vit import VisionTransformer
@@ -448,6 +451,35 @@ def test_curves_are_drawn_with_and_without_masks(tmp_path: Path, scores: list[Sc
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         plot_scores(tmp_path / "file" / "all.png", scores)
+
+
+def test_the_ranking_shows_every_srg_and_what_methods_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(map_report, "save_figure", lambda figure, path: figures.append(figure))
+    badges = (
+        Badge("shapley", 0.6, 0.5, 0.7, True, True, True),
+        Badge("rollout", -0.2, -0.3, -0.1, False, True, False),
+    )
+    controls = {"random": Estimate(0.0, -0.1, 0.1), "center": Estimate(0.2, 0.1, 0.3)}
+    plot_ranking(tmp_path / "ranking.png", Verdict("validation", 1_234, badges, ""), controls)
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "shapley", "rollout", "random (control)", "center (control)",
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes.texts if text.get_text()] == [
+        "✓", "✗ no better than a control, does not depend on the class",
+    ]  # fmt: skip
+    points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() in "oD"]
+    assert points == [[0.6, 0], [-0.2, 1], [0.0, 2], [0.2, 3]]
+    spans = [part.get_segments()[0][:, 0].tolist() for part in axes.collections]
+    assert np.allclose(spans, [[0.5, 0.7], [-0.3, -0.1], [-0.1, 0.1], [0.1, 0.3]])
+    assert [0.2, 0.2] in [list(line.get_xdata()) for line in axes.lines]
+    low, high = axes.get_xlim()
+    assert low < -0.3
+    assert high >= 1
+    assert "1,234 images" in axes.get_xlabel()
 
 
 def test_what_cannot_be_scored_is_refused(model: VisionTransformer) -> None:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def test_the_set_up_is_two_commands() -> None:
     assert "pip install -r requirements-dev.txt && pytest" in COMMANDS
 
 
+def test_the_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = dict(re.findall(r"badge/(\w+)-([\w.+]+)-\w+\)", README))
+    torch = next(name for name in project["dependencies"] if name.startswith("torch>="))
+    assert badges == {
+        "python": project["requires-python"].removeprefix(">=") + "+",
+        "pytorch": torch.removeprefix("torch>=") + "+",
+        "license": project["license"],
+    }
+
+
 def test_pictures_exist_for_light_and_dark_pages() -> None:
     sources = re.findall(r'(?:src|srcset)="([^"]+)"', README)
     assert len(sources) >= 4
@@ -86,7 +98,9 @@ def test_the_first_lines_draw_the_animation_that_is_shown(
     assert install == "pip install -r requirements.txt"
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0
-    assert re.search(r"cat.jpg +│ cat \d", capsys.readouterr().out)
+    said = re.search(r"predicts: (cat), (\d+\.\d%)", README)
+    assert said is not None
+    assert re.search(rf"cat.jpg +│ {said[1]} {said[2]}", capsys.readouterr().out)
     frames = []
     for path in (tmp_path / "cat.gif", ROOT / "docs/pictures/cat.gif"):
         with Image.open(path) as animation:

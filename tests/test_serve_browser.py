@@ -220,7 +220,7 @@ def test_a_cell_of_the_confusion_matrix_opens_its_pictures(open_page: Open) -> N
     assert sum(counts) == int(state.inner_text().split()[0].replace(",", ""))
     wrong = next(i for i, count in enumerate(counts) if count and i // 10 != i % 10)
     page.locator("#matrix button").nth(wrong).click()
-    expect(page.locator("#cell-title")).to_contain_text("taken for")
+    expect(page.locator("#cell-title")).to_contain_text("predicted as")
     expect(page.locator("#cell button")).to_have_count(min(60, counts[wrong]))
     page.locator("#cell button").first.click()
     assert "✗ label:" in verdict(page, "label")

@@ -87,7 +87,7 @@ class Load:
                     return
 
     def wait_for(self, more: int) -> None:
-        """Wait until so many more answers have come."""
+        """Wait for this many more answers."""
         enough = len(self.answers) + more
         while len(self.answers) < enough:
             time.sleep(0.01)

@@ -185,7 +185,7 @@ def _check(options: ExplainOptions) -> None:
         check_images(options.images)
         if options.output_path is not None and is_file_name(options.output_path):
             raise ConfigError(
-                f"--score writes scores.json and scores.png: {options.output_path} is a file, "
+                f"--score writes scores.json and plots: {options.output_path} is a file, "
                 "give a folder"
             )
     else:

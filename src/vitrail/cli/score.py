@@ -62,7 +62,7 @@ def score(
         advance()
     verdict = judge(data.split, scores, checks)
     numbers = _numbers(classifier, verdict, scores, checks, ceiling, shortcut)
-    _write(folder, numbers, scores, checks)
+    _write(folder, numbers, verdict, scores, checks)
     if as_json:
         print(json.dumps(numbers))
     else:
@@ -121,16 +121,22 @@ def _numbers(
 
 
 def _write(
-    folder: Path, numbers: dict[str, Any], scores: "Sequence[Score]", checks: "Sequence[Sanity]"
+    folder: Path,
+    numbers: dict[str, Any],
+    verdict: "Verdict",
+    scores: "Sequence[Score]",
+    checks: "Sequence[Sanity]",
 ) -> None:
     """Write the numbers and plots."""
-    from vitrail.explain.map_report import plot_randomization, plot_scores
+    from vitrail.explain.map_report import plot_randomization, plot_ranking, plot_scores
     from vitrail.runtime.files import write_json
 
     write_json(folder / "scores.json", numbers)
+    controls = {score.method: score.estimates["srg"] for score in scores if score.is_control}
+    plot_ranking(folder / "ranking.png", verdict, controls)
     plot_scores(folder / "scores.png", scores)
     plot_randomization(folder / "randomization.png", checks)
-    print_err(f"scores.png, randomization.png and scores.json in {folder}/")
+    print_err(f"ranking.png, scores.png, randomization.png and scores.json in {folder}/")
 
 
 def _tables(

@@ -278,12 +278,18 @@ def compare(
     all_maps = [maps_of(subject, subject.model, each, index) for each in settings]
     frames = tuple(
         replace(
-            _frame(subject, maps, maps.values_BLGJ[0, -1], TITLES[each.method], maps.query),
+            _frame(subject, maps, maps.values_BLGJ[0, -1], _title(each), maps.query),
             failures=subject.failures(each),
         )
         for each, maps in zip(settings, all_maps, strict=True)
     )
     return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
+
+
+def _title(settings: MapSettings) -> str:
+    """Return the method's title, with the settings that make a variant of it."""
+    variant = settings.variant.partition(":")[2]
+    return f"{TITLES[settings.method]}, {variant}" if variant else TITLES[settings.method]
 
 
 def maps_of(

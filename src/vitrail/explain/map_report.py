@@ -1,6 +1,6 @@
 """Scores of explanation methods as a table for the terminal and as a picture."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from vitrail.evaluation.report import (
     write_title,
 )
 from vitrail.explain.best_order import Ceiling
-from vitrail.explain.map_metrics import MEASURES, Score, paired_difference
+from vitrail.explain.map_metrics import MEASURES, Estimate, Score, paired_difference
 from vitrail.explain.sanity import TOO_SIMILAR, Sanity, Shortcut
 from vitrail.explain.stored_scores import Verdict
 
 YES, NO = "✓", "✗"
-COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#44AA99")
+COLORS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#E69F00", "#000000", "#882255", "#999933")
 """Okabe and Ito's palette and two of Tol's, in the order of the methods; the controls are gray."""
 CONTROL_STYLES = {"random": ":", "blurred random": "-.", "center": "--"}
 OBJECT_TITLES = {
@@ -70,7 +70,7 @@ def shortcut_table(found: Shortcut) -> RenderableType:
     own, none, another = (percent(found.accuracies[name]) for name in ("own", "none", "another"))
     words = (
         f"Accuracy with the mark {own}, without {none}, with another class's mark {another}. "
-        f"Maps of {found.decided} images that are taken for the mark's class: a uniform map has "
+        f"Maps of {found.decided} images predicted as the mark's class: a uniform map has "
         f"{percent(found.even)} of its mass on the mark. 95% intervals."
     )
     table = make_table("Does the map find the mark that was planted in training?")
@@ -102,6 +102,36 @@ def plot_scores(path: Path, scores: Sequence[Score]) -> None:
             _draw_estimates(figure.add_subplot(grid[2, index]), name, scores)
     handles = figure.axes[0].get_lines()
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_ranking(path: Path, verdict: Verdict, controls: Mapping[str, Estimate]) -> None:
+    """Draw the SRG of each method and control with its interval, and the tests that methods fail.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    names = [*(badge.method for badge in verdict.badges), *controls]
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, badge in enumerate(verdict.badges):
+        color = ORANGE if badge.failures else BLUE
+        _draw_interval(axes, row, Estimate(badge.srg, badge.low, badge.high), color, "o")
+        words = f"{NO} {', '.join(badge.failures)}" if badge.failures else YES
+        axes.annotate(
+            words, (max(badge.high, 0), row), (8, 0), textcoords="offset points",
+            va="center", size=9, color=color,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    for row, srg in enumerate(controls.values(), len(verdict.badges)):
+        _draw_interval(axes, row, srg, "#888888", "D")
+    axes.axvline(max(srg.mean for srg in controls.values()), color="#888888", linewidth=1)
+    axes.set_yticks(range(len(names)), [*names[: len(verdict.badges)], *map(_control, controls)])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    words = f"SRG on {verdict.images:,} images; bars: 95% intervals; line: the best control"
+    axes.set(xlabel=words, xlim=(None, max(1, axes.dataLim.x1 + 0.1)))
+    write_title(axes, "How faithful is each method to this model? Higher is better")
+    tidy(axes)
     save_figure(figure, path)
 
 
@@ -224,7 +254,11 @@ def _difference(one: Score, other: Score | None) -> Text:
 
 
 def _label(score: Score) -> str:
-    return f"{score.method} (control)" if score.is_control else score.method
+    return _control(score.method) if score.is_control else score.method
+
+
+def _control(name: str) -> str:
+    return f"{name} (control)"
 
 
 def _cell(score: Score, name: str) -> Text:
@@ -313,12 +347,14 @@ def _draw_curves(axes: Axes, name: str, scores: Sequence[Score]) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
+def _draw_interval(axes: Axes, row: int, value: Estimate, color: str, marker: str) -> None:
+    spread = [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
+    axes.errorbar(value.mean, row, xerr=spread, fmt=marker, color=color, capsize=3)
+
+
 def _draw_estimates(axes: Axes, name: str, scores: Sequence[Score]) -> None:
     for row, (score, (color, _)) in enumerate(zip(scores, _styles(scores), strict=True)):
-        mean, low, high = score.estimates[name]
-        marker = "D" if score.is_control else "o"
-        spread = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(mean, row, xerr=spread, fmt=marker, color=color, capsize=3)
+        _draw_interval(axes, row, score.estimates[name], color, "D" if score.is_control else "o")
     best_control = max(score.estimates[name].mean for score in scores if score.is_control)
     axes.axvline(best_control, color="#888888", linewidth=1, linestyle="-", zorder=0)
     axes.set_yticks(range(len(scores)), [score.method for score in scores])

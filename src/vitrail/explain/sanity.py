@@ -55,7 +55,7 @@ class Sanity(NamedTuple):
 
     @property
     def depends_on_class(self) -> bool | None:
-        """Whether more of the map is in the tile than an even share, by a margin worth seeing."""
+        """Whether significantly more than a uniform map's 25% is in the tile: at least 26%."""
         return self.in_tile and self.in_tile.low > LEAST_SHARE
 
     def to_json(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Server:
         return Response(png, media_type="image/png")
 
     async def confusion(self, request: Request) -> Response:
-        """Answer GET /api/models/NAME/confusion: the counts so far; evaluation goes on."""
+        """Answer GET /api/models/NAME/confusion: the counts so far; evaluation continues."""
         name = request.path_params["name"]
         found = await self._data.run(self._gallery.confusion, name)
         task = self._evaluations.get(name)

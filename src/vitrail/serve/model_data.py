@@ -100,9 +100,9 @@ class Gallery:
         }
 
     def cell(self, name: str, label: int, predicted: int) -> list[dict[str, Any]]:
-        """Return the images of one label that got one prediction: mistakes, the surest first.
+        """Return the images of one label that got one prediction: mistakes, most confident first.
 
-        Correct predictions are listed with the least sure first.
+        Correct predictions are listed with the least confident first.
         """
         data = self._data(name)
         probabilities_BY, labels_B = _evaluated(data)

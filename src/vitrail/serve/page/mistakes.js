@@ -81,7 +81,7 @@ export class Mistakes {
     try {
       const {pictures} = await ask(`models/${encoded(model)}/confusion/${i}/${j}`);
       $("cell-card").hidden = false;
-      say($("cell-title"), i === j ? `${classes[i]}, correct: the least sure first` : `${classes[i]} taken for ${classes[j]}: the surest first`);
+      say($("cell-title"), i === j ? `${classes[i]}, correct: least confident first` : `${classes[i]} predicted as ${classes[j]}: most confident first`);
       $("cell-title").focus();
       const tiles = pictures.map(({index, probability}) =>
         tile(model, {index, label: classes[i], text: `${classes[j]} ${percent(probability)}`}, this.open));
