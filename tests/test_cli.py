@@ -391,6 +391,14 @@ def test_the_model_may_be_named_before_the_pictures(
 # --- train ----------------------------------------------------------------------------------------
 
 
+def test_the_conclusion_names_the_epoch_that_is_kept(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, kept in (([], "best epoch: 1"), (["--validation_images", "0"], "last epoch kept")):
+        assert main(["train", *TINY, "--epochs", "1", *words]) == 0
+        assert f"{kept}; curves" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_plot_that_cannot_be_written_does_not_lose_the_result(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,12 +376,12 @@ def _conclude(run: "Run", result: Mapping[str, Any], startup: float) -> None:
     if not result["test"]:
         print_out("There is no test split, so there is no test score.")
     print_out(_describe_calibration(result))
+    kept = f"best epoch: {result['best_epoch']}" if result["validation"] else "last epoch kept"
     print_out(
         f"{epochs} ({result['petaflops']:.2g} PFLOP) in {seconds:,.0f} s of training "
         f"(plus {startup:,.1f} s of start-up and {result['evaluation_seconds']:,.0f} s of "
         f"evaluation), {result['images_per_second']:,.0f} images/s; "
-        f"best epoch: {result['best_epoch']}; "
-        f"curves, confusion matrix and checkpoints in {folder}/\n\n"
+        f"{kept}; curves, confusion matrix and checkpoints in {folder}/\n\n"
         "Try next:\n"
         f"  vitrail test {folder}\n"
         f"  vitrail predict {folder} PICTURE\n"
