@@ -37,7 +37,12 @@ PUBLISHED = {
 hiverge/cifar10-speedrun, locuslab/convmixer-cifar10, arXiv:2104.05704 (CCT, ViT-Lite) and
 arXiv:2112.13492 (ViT 9x192); operations computed from the networks' shapes and epochs."""
 
-LABELED_LEFT = {"airbench94 (CNN, TTA)": 4, "hiverge (CNN)": -4, "CCT-7/3x2": 3}
+LABELED_LEFT = {
+    "airbench94 (CNN, TTA)": 4,
+    "hiverge (CNN)": -4,
+    "airbench95 (CNN, TTA)": 9,
+    "CCT-7/3x2": 3,
+}
 """Published results whose label is to the left, and how many points above."""
 
 
@@ -45,6 +50,7 @@ def draw_run(axes: Axes, name: str, folder: Path, color: str) -> None:
     """Draw the curves and final accuracies of a recipe's seeds."""
     model = from_json({"model": read_json(folder / "config.json")["model"]}).model
     operations = count_flops(model)[1]
+    ends: dict[int, tuple[float, float]] = {}  # epochs -> PFLOP and lowest test accuracy
     for metrics in sorted(folder.glob("metrics*.jsonl")):
         result = json.loads(
             metrics.with_name(metrics.name.replace("metrics", "result", 1))
@@ -58,6 +64,13 @@ def draw_run(axes: Axes, name: str, folder: Path, color: str) -> None:
         final = 100 * result["test"]["accuracy"]
         axes.plot(petaflops[-1], final, "o", color=color, label=name)
         name = f"_{name}"  # a label with an underscore stays out of the legend
+        epochs = rows[-1]["epoch"]
+        ends[epochs] = min(ends.get(epochs, (0, 100)), (petaflops[-1], final), key=lambda e: e[1])
+    for epochs, end in ends.items():
+        axes.annotate(
+            f"{epochs} epochs", end, (-7, 4), textcoords="offset points",
+            ha="right", fontsize=8, color=color,
+        )  # fmt: skip
 
 
 def main(out: str, *runs: str) -> None:
@@ -71,7 +84,10 @@ def main(out: str, *runs: str) -> None:
     for layers, accuracy in REFERENCE.items():
         name = "reference" if layers == 6 else f"reference{layers}"
         operations = count_flops(replace(get_preset(name).model, n_classes=10))[1]
-        published[f"reference, {layers} layers"] = (200 * 50_000 * operations / 1e15, accuracy)
+        published[f"reference, {layers} layers (published)"] = (
+            200 * 50_000 * operations / 1e15,
+            accuracy,
+        )
     for name, (petaflops, accuracy) in published.items():
         axes.plot(petaflops, accuracy, "D", color="0.55", markersize=4)
         left = name in LABELED_LEFT
