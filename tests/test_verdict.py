@@ -58,7 +58,7 @@ def test_the_best_that_passes_is_trusted_and_ties_are_named() -> None:
 def test_one_or_no_method_that_passes() -> None:
     only = judge("test", [scored("balanced", 0.5)], [checked("balanced")])
     assert "balanced on this model" in only.trust
-    assert "the only one to pass every test" in only.trust
+    assert "the only method that passes every test" in only.trust
     none = judge("test", [scored("balanced", 0.5, beats=False)], [checked("balanced")])
     assert none.trust.startswith("Trust none of these maps")
 

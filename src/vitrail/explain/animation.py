@@ -12,16 +12,16 @@ from vitrail.config.drawing import Look
 from vitrail.config.settings import require
 
 COLORS = 238
-"""Colors of a GIF's palette besides 16 grays and that of the paper; Pillow marks unchanged pixels
-by one more entry."""
+"""Colors of a GIF's palette besides 16 grays and the background; Pillow needs one more entry to
+mark unchanged pixels."""
 LONGEST = 655_350
-"""Milliseconds that a GIF can show a frame."""
+"""Longest duration of a GIF frame, in milliseconds."""
 FADE = (4, 60)
-"""Frames between two maps, and milliseconds of each."""
+"""Number of frames between two maps, and milliseconds per frame."""
 HOLD = 4
 """The last map is shown this many times as long as the others."""
 STRENGTH = 12
-"""Range of the dither, in levels of 256."""
+"""Range of the dither, in levels out of 256."""
 
 
 def fade(
@@ -31,10 +31,10 @@ def fade(
     *,
     cuts: bool = False,
 ) -> tuple[list[Image.Image], list[int]]:
-    """Return frames that fade into each other inside ``box``, and the milliseconds of each.
+    """Return frames that fade into each other inside ``box``, and the duration of each in ms.
 
-    Outside of it a frame already shows the words of the next. With ``cuts`` none fade. The last
-    frame is held.
+    Outside the box, the text of the next frame is already shown. With ``cuts``, nothing fades. The
+    last frame is held longer.
     """
     shown, times = [frames[0]], [duration]
     steps, pause = (0, 0) if cuts else FADE
@@ -59,7 +59,7 @@ def encode_animation(
         ConfigError: an impossible duration or number of repetitions.
     """
     require(
-        10 <= look.duration <= LONGEST, f"duration is {look.duration} ms: give one of 10 to 655350"
+        10 <= look.duration <= LONGEST, f"duration is {look.duration} ms: give 10 to 655350"
     )
     require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
     options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
@@ -74,13 +74,13 @@ def encode_animation(
 
 
 def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """Return frames in the colors of one palette, so that what is still stays still.
+    """Return frames in the colors of one palette, so that areas that do not change do not flicker.
 
-    Between the palette's colors, ordered dither shows the steps as gradients: it depends on the
-    place only, so it does not flicker. The paper, the color of the corner, is not dithered.
+    Ordered dither smooths the steps between the palette's colors; it depends only on a pixel's
+    position, so it does not flicker. The background, the color of the corner, is not dithered.
     """
     pixels_P3 = np.concatenate([np.asarray(frame)[::2, ::2].reshape(-1, 3) for frame in frames])
-    # One pixel of each color, to six bits: else large areas would leave too few to small ones.
+    # One pixel per color (to six bits): otherwise large areas would take most of the palette.
     red_P, green_P, blue_P = (pixels_P3 >> 2).astype(np.int32).T
     one_of = np.full(1 << 18, -1)
     one_of[red_P << 12 | green_P << 6 | blue_P] = np.arange(len(pixels_P3))
@@ -105,7 +105,7 @@ def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def _dither(height: int, width: int) -> np.ndarray:
-    """Return thresholds for every pixel and channel, without a pattern that the eye would see.
+    """Return noise for every pixel and channel, without a visible pattern.
 
     Source: Jimenez 2014, "Next generation post processing in Call of Duty: Advanced Warfare"
     (interleaved gradient noise).

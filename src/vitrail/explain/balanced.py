@@ -1,8 +1,8 @@
 """The balanced gradient: backward through a network whose gates, norms and attention are frozen.
 
 With the factors that depend on the input held constant, the network is affine in its input: a
-class's logit is the sum of every pixel (or token) times its gradient, plus the biases' terms. The
-forward pass is the model's own.
+class's logit is the sum of every pixel (or token) times its gradient, plus bias terms. The forward
+pass is unchanged.
 
 Source: Mehri et al. 2025, "LibraGrad", arXiv:2411.16760.
 """
@@ -23,9 +23,9 @@ def contributions(
 ) -> Tensor:
     """Return what each pixel contributes to the score, negative where it counts against: (B, H, W).
 
-    ``sum over channels of (pixel - color) * gradient`` with the image's mean color, which hidden
-    patches have, too. With more points, the gradient is averaged along the line from a blank image
-    to this one. The first logits that ``score`` gets are those of the image itself.
+    ``sum over channels of (pixel - color) * gradient``, where the color is the image's mean, as in
+    hidden patches. With more points, the gradient is averaged along the line from a blank image to
+    this one. The first logits that are passed to ``score`` are those of the image itself.
     """
 
     def forward(images_BCHW: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def contributions(
 def by_layer(model: VisionTransformer, images_BCHW: Tensor, score: Score) -> Tensor:
     """Return what each token contributes to the score, before layer 1 and after each: (B, L+1, T).
 
-    Each layer's contributions, with the terms of the biases above it, add up to the score. The
-    class token and registers, if there are any, come before the patches.
+    The contributions at each depth, plus the bias terms of the layers above, add up to the score.
+    The class token and registers, if there are any, come before the patches.
     """
     index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
     with torch.enable_grad():
@@ -58,9 +58,9 @@ def integrated_gradients(
 ) -> Tensor:
     """Return the same as ``contributions`` with the model's plain gradient: (B, H, W).
 
-    The sum over the pixels approaches the score of the image less that of a blank one.
+    The sum over the pixels approaches the score of the image minus that of a blank one.
 
-    Source: Sundararajan et al. 2017, arXiv:1703.01365, equation 3 (at the middle of each step).
+    Source: Sundararajan et al. 2017, arXiv:1703.01365, equation 3 (at the midpoint of each step).
     """
     return _along(model, images_BCHW, score, [(point + 0.5) / points for point in range(points)])
 
@@ -122,7 +122,7 @@ def _run_block(
 def _attend(
     attention: Attention, normed_BTD: Tensor, rotation: Rotation | None
 ) -> tuple[Tensor, Tensor]:
-    """Mix the values by an attention that does not depend on the tokens."""
+    """Mix the values with the attention weights held constant."""
     (B, T, D), A = normed_BTD.shape, attention.n_attention_heads
     weight_DD, bias_D = attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :]
     with torch.no_grad():
@@ -153,7 +153,7 @@ def _frozen_norm(norm: nn.LayerNorm, x_BxD: Tensor) -> Tensor:
 
 
 def _frozen_activation(x: Tensor, hidden_act: str = "gelu") -> Tensor:
-    """Return the activation as a linear function: SwiGLU of its second half, others of x."""
+    """Return the activation as a linear function of x (SwiGLU: of the second half of x)."""
     if hidden_act == "swiglu":
         gate, value = x.chunk(2, dim=-1)
         return F.silu(gate).detach() * value

@@ -1,4 +1,4 @@
-"""How good could a map be: the best order of removal that a greedy search finds, image by image."""
+"""How good a map could be: the best order of removal that a greedy search finds for each image."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,11 +18,11 @@ from vitrail.explain.map_metrics import Estimate, Score, estimate_mean, predict_
 from vitrail.model.vit import VisionTransformer
 
 CEILING_IMAGES = 16
-"""Images of the search, which takes many passes: 2,176 for each image of 64 patches."""
+"""Number of images to search; the search takes many passes: 2,176 per image of 64 patches."""
 
 
 class Ceiling(NamedTuple):
-    """The SRG of the best orders found for the first images, and what the methods reach of it."""
+    """The SRG of the best orders found for the first images, and how close methods come to it."""
 
     n: int
     """Number of images."""
@@ -38,7 +38,7 @@ class Ceiling(NamedTuple):
 def find_ceiling(
     model: VisionTransformer, images_BCHW: Tensor, scores: Sequence[Score], *, steps: int = 16
 ) -> Ceiling:
-    """Search the best order for the first of the images that were scored."""
+    """Search for the best order on the first of the images that were scored."""
     images_BCHW = images_BCHW[:CEILING_IMAGES]
     classes_B = predict_classes(model, images_BCHW)
     maps_BGJ = best_orders(model, images_BCHW, classes_B, steps=steps)
@@ -58,10 +58,10 @@ def best_orders(
 ) -> Tensor:
     """Return maps_BGJ, highest for the patches that a greedy search for the best SRG takes first.
 
-    At each point of the curves, every patch that is left is tried: it is shown alone with those
-    taken before, and hidden alone with them, with both fills. Those that raise insertion minus
-    deletion most are taken. One order serves all curves, as a map's does, so that a map's SRG as a
-    fraction of this one's is fair. The search does not look ahead: a better order may exist.
+    At each point of the curves, every remaining patch is tried: together with those taken before,
+    it is shown alone and then hidden alone, with both fills. The patches that raise insertion minus
+    deletion most are taken. All curves share one order, as they do for a map, so that the two SRGs
+    can be compared. The search does not look ahead: a better order may exist.
 
     Source: after Edin et al. 2024, arXiv:2408.08137, section 3 (with a beam of one).
     """
@@ -74,7 +74,7 @@ def best_orders(
 
 
 def _search(model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, steps: int) -> Tensor:
-    """Return the values of the patches (B, N): the earlier taken, the higher."""
+    """Return the values of the patches (B, N): the earlier a patch is taken, the higher."""
     B, N = len(images_BCHW), model.config.grid_GJ[0] * model.config.grid_GJ[1]
     fills = [fill_images(images_BCHW, fill) for fill in FILLS]
     values_BN = torch.full((B, N), -float(N))

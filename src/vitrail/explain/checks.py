@@ -9,7 +9,7 @@ from vitrail.model.vit import VisionTransformer
 
 
 def pick(name: str, numbers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
-    """Return the selected layers or heads, ascending, each once; None selects all of them."""
+    """Return the selected layers or heads, sorted, without duplicates; None selects all of them."""
     if numbers is None:
         return tuple(range(1, count + 1))
     require(len(numbers) > 0, f"{name}s is empty: give at least one from 1 to {count}")

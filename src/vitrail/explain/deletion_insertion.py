@@ -45,10 +45,9 @@ def deletion_insertion(
 ) -> Curves:
     """Record the class's probability while patches are replaced by the fill, or the reverse.
 
-    The patches that the map ranks highest are deleted or inserted first. If the map ranks what the
-    model needs highest, the area under the first curve is low and that under the second is high.
-    Equally high patches follow in one shuffled order, so that a uniform map scores like a random
-    one.
+    The patches that the map ranks highest are deleted or inserted first. If these are what the
+    model needs, the area under the first curve is low and that under the second is high. Ties are
+    broken by one fixed random order, so that a uniform map scores like a random one.
 
     Args:
         model: in evaluation mode.
@@ -73,7 +72,7 @@ def deletion_insertion(
         nothing = fill_images(images, fill)
         inserted_BS = probabilities(model, images, nothing, early_BSN, classes)
         between_BS = probabilities(model, nothing, images, early_BSN[:, 1:-1], classes)
-        # The curves have their ends in common: the whole image, and nothing of it.
+        # The curves share their end points: the whole image, and none of it.
         ends = inserted_BS[:, -1:], between_BS, inserted_BS[:, :1]
         deletion.append(torch.cat(ends, dim=1))
         insertion.append(inserted_BS)
@@ -88,7 +87,7 @@ def count_patches(patches: int, steps: int) -> Tensor:
 def probabilities(
     model: VisionTransformer, ins_BCHW: Tensor, outs_BCHW: Tensor, in_BSN: Tensor, classes_B: Tensor
 ) -> Tensor:
-    """Return the class's probability (B, S) on images combined from two, patch by patch."""
+    """Return the class's probability (B, S) on images that combine two others, patch by patch."""
     B, S, _ = in_BSN.shape
     if S == 0:
         return torch.empty(B, 0, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """An explanation -> a picture, an animation, a page or a file of numbers.
 
-In an animation nothing moves but the map.
+In an animation only the map and the text change; the layout is fixed.
 """
 
 import base64
@@ -30,9 +30,9 @@ from vitrail.runtime.files import replace_file
 SUFFIXES = (".gif", ".webp", ".png", ".svg", ".pdf", ".html", ".npz", ".csv")
 PICTURES = (".png", ".svg", ".pdf")
 ANIMATED = ("rollout", "layers", "training")
-"""Kinds that a notebook shows animated; the others are grids or a single map."""
+"""Kinds that a notebook shows as an animation; the others are grids or a single map."""
 MOST_ROWS = 50
-"""Most pictures on one sheet."""
+"""Maximum number of pictures on one sheet."""
 
 
 def save(explanation: Explanation, path: Path, look: Look) -> Path:
@@ -81,7 +81,7 @@ def check_rows(n_pictures: int) -> None:
     require(
         n_pictures <= MOST_ROWS,
         f"{n_pictures} pictures do not fit on one sheet: give at most {MOST_ROWS}, or --format gif "
-        "for a file each",
+        "for one file per picture",
     )
 
 
@@ -101,8 +101,8 @@ def _encode(figure: Figure, kind: str) -> bytes:
 def _to_numbers(explanation: Explanation, suffix: str) -> bytes:
     """Return the maps as numbers, not scaled: an archive of arrays, or a table.
 
-    ``.npz`` has ``maps_FGJ`` and ``titles_F``; ``.csv`` one line per frame, row and column, and
-    per channel of a color. Of Shapley values, both have the standard errors, too.
+    ``.npz`` has ``maps_FGJ`` and ``titles_F``; ``.csv`` one line per frame, row, column and, for
+    colors, channel. For Shapley values, both also have the standard errors.
     """
     maps_FGJ, titles = explanation.maps_FGJ, explanation.titles
     errors_FGJ = explanation.errors_FGJ
@@ -135,13 +135,14 @@ def to_html(explanation: Explanation) -> str:
     return f'<img alt="{html.escape(repr(explanation))}" src="data:image/{kind};base64,{data}">'
 
 
-# What is on a sheet.
+# Frames and sheets.
 
 
 def draw_animation(explanation: Explanation, look: Look) -> tuple[list[Image.Image], list[int]]:
-    """Draw frames and their milliseconds: the bare picture, then the maps; a sequence fades.
+    """Return the frames (the bare picture, then the maps) and the duration of each in ms.
 
-    Style reference has only the maps, as in the reference implementation.
+    The maps of a sequence fade into each other. Style reference has only the maps, as in the
+    reference implementation.
     """
     maps = draw_frames(explanation, look)
     if look.style == "reference":
@@ -161,9 +162,9 @@ def draw_frames(explanation: Explanation, look: Look) -> list[Image.Image]:
 def _draw_frame(
     explanation: Explanation, look: Look, number: int, *, bare: bool = False
 ) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Draw the picture, and beside it the picture with a map or ``bare``.
+    """Draw the picture, and beside it the picture with a map, or ``bare``.
 
-    Also return left, top, right, bottom of the latter.
+    Also return left, top, right, bottom of the second one in pixels.
     """
     subject, frame = explanation.subject, explanation.frames[number]
     norm = _scales_of(explanation, look)[number]
@@ -217,7 +218,7 @@ def draw_sheet(explanation: Explanation, look: Look) -> Figure:
 
 
 def _count_columns(panels: int) -> int:
-    """Return the columns of 3 to 5 that leave the fewest places free; up to 5 panels, one row."""
+    """Return the number of columns, 3 to 5, with the fewest gaps; up to 5 panels, one row."""
     return panels if panels <= 5 else min((5, 4, 3), key=lambda columns: -panels % columns)
 
 

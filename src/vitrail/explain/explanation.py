@@ -42,8 +42,8 @@ class Subject:
     """One picture and the model that it is shown to.
 
     Shapes:
-        image_1CHW, normalized; raw_HWC, bytes, what the model sees of the picture; picture_HWC,
-        bytes, the picture at its own size.
+        image_1CHW, normalized; raw_HWC, uint8, the picture as the model sees it; picture_HWC,
+        uint8, the picture at its original size.
     """
 
     model: VisionTransformer
@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def unlike(self) -> str:
-        """What to say of a picture that is unlike the training images, else ""."""
+        """A note if the picture is unlike the training images, else ""."""
         if not self.calibration.mean:
             return ""
         with torch.inference_mode():
@@ -77,7 +77,8 @@ class Subject:
     def failures(self, settings: MapSettings) -> tuple[str, ...]:
         """Return the tests that a method fails on this model, by the stored scores.
 
-        They are of the map of a class at the last layer, with all heads: others have none.
+        The tests apply to the map of a class at the last layer, with all heads; for other maps,
+        none are returned.
         """
         narrowed = settings.query, settings.heads, settings.against
         early = settings.layers is not None and self.model.config.n_layers not in settings.layers
@@ -105,7 +106,7 @@ class Frame:
     """One map, its title, and the model's prediction for the picture."""
 
     map_GJ: np.ndarray
-    """One value per patch or pixel; of features a color (G, J, 3), from 0 to 1."""
+    """One value per patch or pixel; for features a color (G, J, 3), from 0 to 1."""
     title: str
     prediction: str
     """The predicted class and its probability; then ✓, or ✗ and the label, if it is known."""
@@ -115,7 +116,7 @@ class Frame:
     signed: bool = False
     """Whether negative values of the map count against the class."""
     errors_GJ: np.ndarray | None = None
-    """Standard errors of Shapley values; NaN of a single pair of orders."""
+    """Standard errors of Shapley values; NaN for a single pair of orders."""
     failures: tuple[str, ...] = ()
     """The tests that the method fails on this model, by the stored scores, in words."""
 
@@ -138,29 +139,29 @@ class Explanation:
     row_titles: tuple[str, ...] = ()
 
     def _marked(self) -> "Explanation":
-        """Return it with the tests that its method fails."""
+        """Return a copy whose frames name the tests that the method fails."""
         failures = self.subject.failures(self.settings)
         return replace(self, frames=tuple(replace(f, failures=failures) for f in self.frames))
 
     @property
     def maps_FGJ(self) -> np.ndarray:
-        """The maps, one per frame, one value (of features a color) per patch or pixel.
+        """The maps, one per frame, with one value (for features, a color) per patch or pixel.
 
         They are not normalized.
 
         Raises:
-            ConfigError: the frames are of different shapes.
+            ConfigError: the maps have different shapes.
         """
         shapes = {frame.map_GJ.shape for frame in self.frames}
         colors = any(len(shape) == 3 for shape in shapes)
-        words = "features has a color per patch: ask for it separately"
-        other = "some maps have a value per pixel: ask for resolution patch"
+        words = "features has a color per patch: request it separately"
+        other = "some maps have a value per pixel: use resolution patch"
         require(len(shapes) == 1, words if colors else other)
         return np.stack([frame.map_GJ for frame in self.frames])
 
     @property
     def errors_FGJ(self) -> np.ndarray | None:
-        """The standard errors of Shapley values, NaN of other methods; None without any."""
+        """The standard errors of Shapley values, NaN for other methods; None if there are none."""
         if all(frame.errors_GJ is None for frame in self.frames):
             return None
         errors = [frame.errors_GJ for frame in self.frames]
@@ -193,8 +194,8 @@ class Explanation:
         return to_picture(self, Look())
 
     def save(self, path: str | Path, **look: Any) -> Path:
-        """Write what the extension says, see ``draw.save``; ``look`` are the fields of ``Look``."""
-        # Imported here, since matplotlib takes a second and computing maps does not need it.
+        """Write the format of the extension, see ``draw.save``; ``look`` are fields of ``Look``."""
+        # Imported here: matplotlib takes a second to load, and computing maps does not need it.
         from vitrail.explain.draw import save
 
         return save(self, Path(path), Look(**look))
@@ -245,7 +246,7 @@ def explain(
         checkpoints: the models for kind ``training``.
 
     Raises:
-        ConfigError: a class, layer, head or query that is missing, or settings that conflict.
+        ConfigError: a class, layer, head or query that does not exist, or settings that conflict.
     """
     _, chosen = choose(settings.method, kind)
     index = None if class_name is None else subject.find_class(class_name)
@@ -306,7 +307,7 @@ def maps_of(
     if int(maps.classes_B[0]) == settings.against:
         raise ConfigError(
             f"the explained class and the one it is explained against are both "
-            f"{subject.classes[settings.against]!r}: give another class, or another one against it"
+            f"{subject.classes[settings.against]!r}: give two different classes"
         )
     return maps
 
@@ -320,7 +321,7 @@ def share_colors(subjects: Sequence[Subject]) -> list[Subject]:
 
 def _by_head(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
     """One frame per head, layer by layer."""
-    require(settings.fusion == "mean", "frames heads shows every head alone: leave out fusion")
+    require(settings.fusion == "mean", "frames heads shows each head separately: leave out fusion")
     config = subject.model.config
     layers = pick("layer", settings.layers, config.n_layers)
     heads = pick("head", settings.heads, config.n_attention_heads)
@@ -408,7 +409,7 @@ def _require_one_layer(settings: MapSettings) -> None:
 def _frame(
     subject: Subject, maps: Maps, map_GJ: Tensor, title: str, query: tuple[int, int] | None
 ) -> Frame:
-    """Return a frame with the prediction of the model that ``maps`` are of.
+    """Return a frame with the prediction of the model that ``maps`` were computed with.
 
     The prediction also names the explained class if that is not the predicted one.
     """

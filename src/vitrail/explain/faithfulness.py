@@ -1,4 +1,4 @@
-"""Do the values of a map mean anything: their sum over hidden patches against the drop in score."""
+"""Whether a map's values mean anything: their sum over hidden patches vs. the drop in score."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
 SETS = 64
-"""Random sets of patches that are hidden, the same for every image and method."""
+"""Number of random sets of hidden patches, the same for every image and method."""
 HIDDEN = 1 / 4
-"""Fraction of the patches in a set. All sets are equally large, so that their size says nothing."""
+"""Fraction of the patches in a set. All sets have the same size, so that size has no effect."""
 
 
 def hidden_sets(patches: int, *, seed: int = 0) -> Tensor:
@@ -36,10 +36,10 @@ def logit_drops(
 
 
 def faithfulness_correlation(maps_BGJ: Tensor, hidden_KN: Tensor, drops_BK: Tensor) -> Tensor:
-    """Return Pearson's correlation of the summed map and the drop over the sets (B,).
+    """Return Pearson's correlation, over the sets, of the summed map and the drop (B,).
 
-    0 where one of the two does not vary. A map of the true size of each patch's effect has 1 if
-    the effects add up.
+    0 where either does not vary. A map of the true effect of each patch scores 1 if the effects
+    are additive.
 
     Source: Bhatt et al. 2020, arXiv:2005.00631, equation 4.
     """
@@ -47,7 +47,7 @@ def faithfulness_correlation(maps_BGJ: Tensor, hidden_KN: Tensor, drops_BK: Tens
     pair = [x_BK - x_BK.mean(1, keepdim=True) for x_BK in (sums_BK, drops_BK.double())]
     first_B, second_B = (torch.linalg.vector_norm(x_BK, dim=1) for x_BK in pair)
     scale_B = first_B * second_B
-    # What is left of a uniform map is a rounding error.
+    # For a uniform map, what is left is a rounding error.
     uniform_B = first_B <= 1e-6 * torch.linalg.vector_norm(sums_BK, dim=1)
     found_B = (pair[0] * pair[1]).sum(1) / scale_B.clamp(min=1e-30)
     return torch.where(uniform_B, 0.0, found_B)

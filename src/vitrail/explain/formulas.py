@@ -61,7 +61,7 @@ def rollout(fused: Sequence[Tensor]) -> Tensor:
 
 
 def accumulate(steps: Sequence[Tensor]) -> Tensor:
-    """Return the products ``A_l @ ... @ A_1`` of steps (B, T, T) with rows scaled to sum 1."""
+    """Return the products ``A_l @ ... @ A_1`` of steps (B, T, T) with rows scaled to sum to 1."""
     flows: list[Tensor] = []
     for step_BTT in steps:
         step_BTT = step_BTT / step_BTT.sum(dim=-1, keepdim=True)
@@ -74,13 +74,13 @@ def contribution_norms(
 ) -> Tensor:
     """Return how much of each token (column) reaches each token (row) in an attention branch.
 
-    ``|x_i [i = j] + sum over heads of A^h_ij W^h v^h_j|``: unlike attention alone, this counts how
-    large the values are, and the residual branch.
+    ``|x_i [i = j] + sum over heads of A^h_ij W^h v^h_j|``: unlike attention alone, this includes
+    the size of the values and the residual branch.
 
     Shapes:
         the block's input, its attention, values and output projection -> norms_BTT.
 
-    Source: Kobayashi et al. 2021, arXiv:2109.07152, equations 6 and 7, without the norm.
+    Source: Kobayashi et al. 2021, arXiv:2109.07152, equations 6 and 7, without LayerNorm.
     """
     A, K = values_BTAK.shape[2:]
     parts_BTAD = torch.einsum("btak,dak->btad", values_BTAK, projection_DD.view(-1, A, K))
@@ -105,7 +105,7 @@ def gradient_rollout_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tens
 
 
 def relevance_step(attention_BATT: Tensor, gradient_BATT: Tensor) -> Tensor:
-    """Return what a layer adds per relevance that reaches it (B, T, T).
+    """Return what a layer adds per unit of relevance that reaches it (B, T, T).
 
     ``mean over heads of (gradient * attention)+``; ``accumulate_relevance`` joins the layers.
 

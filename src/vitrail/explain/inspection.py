@@ -1,6 +1,6 @@
 """What a model has learned: its filters, its positions, and how far its heads look.
 
-As figure 7 of the ViT paper, with the heads' entropy beside it.
+Like figure 7 of the ViT paper, with the heads' entropy added.
 
 Source: Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5 and appendix D.7.
 """
@@ -30,7 +30,7 @@ COMPONENTS = 28
 SHOWN_PATCHES = 14
 """Similarities are drawn for at most this many patches along each side."""
 LABELED_HEADS = 8
-"""With more heads there is no room for the number of each."""
+"""With more heads there is no room to label each."""
 POSITION_TITLES = {
     "learned": "Position embeddings: cosine similarity",
     "sincos": "Fixed sine positions: cosine similarity",
@@ -74,7 +74,7 @@ class HeadStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that ``vitrail inspect`` shows of a model."""
+    """Everything that ``vitrail inspect`` shows about a model."""
 
     filters: PatchFilters
     similarity_GJGJ: Tensor
@@ -140,10 +140,10 @@ def inspect_model(
 def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> PatchFilters:
     """Return the principal components of the filters that compute the middle patch's token.
 
-    The filters are the token's derivatives by the pixels at an image of 0, the mean color of the
-    data. For the patch stem they are its weights; for the convolutional stem they show the
-    combined effect of its layers, which extends beyond the patch. (Max pooling is replaced by the
-    mean there: in a uniform image no pixel is the largest.)
+    The filters are the token's derivatives with respect to the pixels, at an image of zeros, the
+    mean color of the data. For the patch stem they are its weights; for the convolutional stem they
+    show the combined effect of its layers, which extends beyond the patch. (Max pooling is replaced
+    by the mean there: in a uniform image no pixel is the largest.)
     """
     (height, width), (row, column) = model.config.image_hw, (n // 2 for n in model.config.grid_GJ)
     D = model.config.embed_dim
@@ -162,7 +162,8 @@ def patch_filters(model: VisionTransformer, components: int = COMPONENTS) -> Pat
     _, strengths_X, directions_XX = torch.linalg.svd(centered_DX.double(), full_matrices=False)
     shares_X = strengths_X**2 / (strengths_X**2).sum().clamp(min=1e-30)
     kept = directions_XX[:components]
-    peaks_K1 = kept.gather(1, kept.abs().argmax(1, keepdim=True))  # signs are free: peaks positive
+    # The sign of a component is arbitrary: make its peak positive.
+    peaks_K1 = kept.gather(1, kept.abs().argmax(1, keepdim=True))
     tiles_KX = 0.5 + 0.5 * kept / peaks_K1
     tiles_KCHW = tiles_KX.view(-1, *filters_DCHW.shape[1:])
     return PatchFilters(tiles_KCHW.permute(0, 2, 3, 1).float(), shares_X[:components].float())

@@ -1,7 +1,7 @@
-"""What the page of a large network stores: the layers that fit, in a byte per number.
+"""What the page of a large network stores: the layers that fit, at one byte per number.
 
 The attention of all tokens to all tokens is too large for a page if there are hundreds of tokens.
-What it is computed from is not: queries and keys. The page computes the rows that are asked for.
+Queries and keys, from which it is computed, are not. The page computes rows on demand.
 """
 
 import base64
@@ -18,16 +18,16 @@ from vitrail.model.layers import rotate
 from vitrail.model.vit import Block, VisionTransformer
 
 ROOM = 3_500_000
-"""Most bytes of attention and similarity in a page, in base64, so that it stays under 5 MB."""
+"""Maximum bytes of attention and similarity in a page, in base64; keeps a page under 5 MB."""
 
 
 @dataclass(frozen=True)
 class LayerDetail:
-    """What a page computes a layer's attention and similarity of single patches from.
+    """What a page needs to compute a layer's attention and similarity for single patches.
 
     Shapes:
-        queries_ATK and keys_ATK, whose products are the logits of the attention but for a constant
-        per query; totals_AT, log of the sum of their exponentials; tokens_ND, after the layer.
+        queries_ATK and keys_ATK, whose products are the attention logits up to a constant per
+        query; totals_AT, the log-sum-exp of these products; tokens_ND, after the layer.
     """
 
     layer: int
@@ -38,14 +38,14 @@ class LayerDetail:
 
 
 def is_large(config: ModelConfig) -> bool:
-    """Return whether the attention of every layer and head, and all cosines, do not fit."""
+    """Return whether the attention of every layer and head, and all cosines, exceed ROOM."""
     N = config.grid_GJ[0] * config.grid_GJ[1]
     T, L, A = N + config.n_prefix_tokens, config.n_layers, config.n_attention_heads
     return _in_base64(L * A * T**2 + 2 * L * N**2) > ROOM
 
 
 def choose_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Return as many layers as fit, evenly spaced, with the last one in any case."""
+    """Return as many layers as fit, evenly spaced, always including the last."""
     N, L = config.grid_GJ[0] * config.grid_GJ[1], config.n_layers
     T, D, A = N + config.n_prefix_tokens, config.embed_dim, config.n_attention_heads
     size = _in_base64(2 * T * D + 3 * 4 * A * T + N * D)
@@ -60,9 +60,9 @@ def _in_base64(n_bytes: int) -> int:
 def read_layers(
     model: VisionTransformer, image_1CHW: Tensor, layers: Container[int]
 ) -> tuple[np.ndarray, tuple[LayerDetail, ...]]:
-    """Return what the head reads in every layer and head (L, A, T), and some layers' details.
+    """Return what the classifier reads in every layer and head (L, A, T), and layers' details.
 
-    One layer's attention is in memory at a time.
+    Only one layer's attention is in memory at a time.
     """
     config, rows, details = model.config, [], []
     every_layer = range(1, config.n_layers + 1)
@@ -94,7 +94,7 @@ def _read_detail(
     if model.rotation is not None:
         q_ATK, k_ATK = rotate(q_ATK, model.rotation), rotate(k_ATK, model.rotation)
     q_ATK = q_ATK * q_ATK.shape[-1] ** -0.5
-    # The same vector taken from all keys changes no attention, and leaves smaller numbers to round.
+    # Subtracting one vector from all keys does not change the attention; numbers become smaller.
     k_ATK = k_ATK - k_ATK.mean(dim=1, keepdim=True)
     largest_q, largest_k = (x.abs().amax(dim=1, keepdim=True) for x in (q_ATK, k_ATK))
     ratio_A1K = (largest_k.clamp(min=1e-12) / largest_q.clamp(min=1e-12)).sqrt()

@@ -1,10 +1,10 @@
-"""Which map to trust: maps scored image by image, beside control maps.
+"""Which map to trust: maps scored image by image, together with control maps.
 
-With the object's mask: is the map's highest point on the object (the pointing game), and how much
-of the map is on it. Without: does the class's probability fall when the patches that the map ranks
-highest are deleted, and rise when they are inserted. The control maps, a random one, the same
-blurred, and one that always points to the center, use neither the model nor the image: a method
-that is no better than all of them is of no use on this model.
+With object masks: whether the map's highest point is on the object (the pointing game), and how
+much of the map is on it. Without: whether the class's probability falls when the patches that the
+map ranks highest are deleted, and rises when they are inserted. The control maps (a random one, the
+same blurred, and one that always points to the center) use neither the model nor the image: a
+method that does not beat all of them is of no use on this model.
 """
 
 import math
@@ -37,9 +37,9 @@ from vitrail.runtime import rng
 
 CONTROLS = ("random", "blurred random", "center")
 STEPS = 1 + len(FILLS)
-"""Steps in which a method is scored: its maps, then deletion and insertion with each fill."""
+"""Progress steps per method: its maps, then deletion and insertion with each fill."""
 ERROR_RATE = 0.05
-"""Probability that at least one mark of a table for beating the controls is wrong."""
+"""Probability that at least one mark in a table, for beating the controls, is wrong."""
 FEWEST_IMAGES = 10
 """Fewer images give no useful interval."""
 
@@ -65,12 +65,12 @@ MEASURES = {
 
 SRG, the symmetric relevance gain, is insertion minus deletion, averaged over the fills: removing
 the lowest patches first shows the same images as inserting the highest, so it is the area between
-the two orders of removal. A random map has 0. Rankings by SRG depend least on the fill.
+the two orders of removal. A random map scores 0. Rankings by SRG depend least on the fill.
 
 Source: Bluecher et al. 2024, arXiv:2401.06654.
 
-The correlation is that of ``faithfulness.faithfulness_correlation``: the others see only the order
-of a map's values, this one their size.
+The correlation is ``faithfulness.faithfulness_correlation``: deletion, insertion and SRG depend on
+the order of a map's values only, the correlation on their size.
 """
 
 
@@ -98,9 +98,8 @@ def pointing_game(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
 def mass_inside(maps_BGJ: Tensor, masks_BHW: Tensor) -> Tensor:
     """Return share_B: how much of the map, resized to the image bilinearly, is on the object.
 
-    What all patches share carries no information: the map's lowest value is subtracted where it is
-    above 0, as in drawing. Values below 0 count as 0, and a map without positive values counts as
-    uniform.
+    A constant offset carries no information: the map's lowest value is subtracted if it is above 0,
+    as when drawing. Values below 0 count as 0, and a map without positive values counts as uniform.
 
     Source: Wang et al. 2020, "Score-CAM", arXiv:1910.01279, section 4.3 (energy-based pointing).
     """
@@ -125,8 +124,8 @@ def _check_pairs(maps_BGJ: Tensor, masks_BHW: Tensor) -> None:
 def center_maps(grid_GJ: tuple[int, int]) -> Tensor:
     """Return one map (1, G, J), a Gaussian in the center.
 
-    Its deviation is a quarter of each side. Photographers center their subjects, so this map is
-    often right without having seen the picture.
+    Its standard deviation is a quarter of each side. Photographers center their subjects, so this
+    map is often right without looking at the picture.
     """
     rows_G, columns_J = (
         torch.exp(-0.5 * ((torch.arange(n) + 0.5 - n / 2) / (n / 4)) ** 2) for n in grid_GJ
@@ -152,7 +151,7 @@ def estimate_mean(values_B: Tensor) -> Estimate:
 
 
 def half_width(values_BX: Tensor, confidence: float = 0.95) -> Tensor:
-    """Return half of Student's interval of the mean over the first dimension; others are kept.
+    """Return half the width of Student's interval of the mean over the first dimension: (X,).
 
     Source: Student 1908, "The probable error of a mean".
 
@@ -180,7 +179,7 @@ def significantly_above_zero(differences_B: Tensor, error: float) -> bool:
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Return a quantile of Student's distribution, to three digits from nine degrees on.
+    """Return a quantile of Student's distribution, to three digits from 9 degrees of freedom on.
 
     Source: Abramowitz and Stegun 1964, equation 26.7.5.
     """
@@ -244,12 +243,12 @@ class Score:
 
 
 def paired_difference(one: Score, other: Score) -> Estimate:
-    """Return the SRG of one method less that of another, image by image."""
+    """Return the SRG of one method minus that of another, paired by image."""
     return estimate_mean(torch.tensor(one.srg_B) - torch.tensor(other.srg_B))
 
 
 def paired_differences(scores: Sequence[Score]) -> dict[str, dict[str, Estimate]]:
-    """Return by how much each method's SRG is above that of all that have a lower one."""
+    """Return by how much each method's SRG exceeds that of each lower-ranked method."""
     ranked = sorted(scores, key=lambda score: -score.estimates["srg"].mean)
     return {
         score.method: {lower.method: paired_difference(score, lower) for lower in ranked[rank:]}
@@ -279,21 +278,21 @@ def score_methods(
 ) -> list[Score]:
     """Score methods, and then the controls, on the same images.
 
-    Every map explains the predicted class; of several layers, the last one counts. A method beats
-    the controls by a measure when it is better than each of them, image by image, in a paired t
-    test. The error rate is divided by the number of marks in the table (Bonferroni), so that they
-    hold together with 95% confidence.
+    Every map explains the predicted class; if a method has several layers, the last one counts. A
+    method beats the controls by a measure when it is better than each of them, image by image, in a
+    paired t test. The error rate is divided by the number of marks in the table (Bonferroni), so
+    that all of them together hold with 95% confidence.
 
     Args:
         model, images_BCHW: in evaluation mode; normalized, on the model's device.
         masks_BHW: the objects' pixels, or None where they are not known.
         methods: the methods, or settings of variants of them, to score, in order.
         steps: points of a curve after the first; at most one per patch.
-        seed: of the random maps and the sets that are hidden.
+        seed: for the random maps and the sets of hidden patches.
         advance: called ``STEPS`` times per method and control, to report progress.
 
     Raises:
-        DataError: there are fewer than ten images, or not one mask for each.
+        DataError: there are fewer than ten images, or not one mask for each of them.
         ConfigError: a method is a view, or does not work on the model.
     """
     require(steps >= 1, f"steps is {steps}: give at least 1")

@@ -25,7 +25,7 @@ from vitrail.evaluation.report import (
 )
 from vitrail.explain.best_order import Ceiling
 from vitrail.explain.map_metrics import MEASURES, Estimate, Score, paired_difference
-from vitrail.explain.sanity import TOO_SIMILAR, Sanity, Shortcut
+from vitrail.explain.sanity import LEAST_SHARE, TOO_SIMILAR, Sanity, Shortcut
 from vitrail.explain.stored_scores import Verdict
 
 YES, NO = "✓", "✗"
@@ -46,7 +46,7 @@ def score_table(
 ) -> RenderableType:
     """Return every measure with its interval, best SRG first, and what beats the controls.
 
-    With a verdict, methods that fail a test are marked; with a ceiling, it has a row.
+    With a verdict, methods that fail a test are marked; a ceiling gets its own row.
     """
     scores = sorted(scores, key=lambda score: (score.is_control, -score.estimates["srg"].mean))
     failed = {badge.method for badge in verdict.badges if badge.failures} if verdict else set()
@@ -152,9 +152,9 @@ def sanity_table(checks: Sequence[Sanity]) -> RenderableType:
         table.add_row(check.method, *cells)
     words = (
         "Similarity: rank correlation of the maps before and after all weights were randomized; "
-        f"{NO} if it may be above {TOO_SIMILAR}. Share: of a class's map in that class's quarter "
-        f"of a mosaic of four images; {NO} if it may be an even 25%, – without ten mosaics. "
-        "95% intervals."
+        f"{NO} if its 95% interval reaches {TOO_SIMILAR}. Share: of a class's map in that class's "
+        "quarter of a mosaic of four images, 25% for a uniform map; "
+        f"{NO} if its 95% interval reaches {LEAST_SHARE:.0%}, – with fewer than ten mosaics."
     )
     return Group(table, Text(words, style="dim"))
 
@@ -178,7 +178,7 @@ def plot_randomization(path: Path, checks: Sequence[Sanity]) -> None:
     axes.axhline(0, color="#888888", linewidth=1)
     axes.set(xlabel="randomized, from left to right", ylabel="rank correlation")
     axes.set_ylim(min(-0.3, axes.dataLim.y0 - 0.05), 1.02)
-    write_title(axes, "Similarity of the maps with the trained model's: close to 0 is good")
+    write_title(axes, "Similarity to the trained model's maps: close to 0 is good")
     tidy(axes)
     figure.legend(loc="outside right center", frameon=False)
     save_figure(figure, path)
@@ -290,7 +290,7 @@ def _how_to_read(scores: Sequence[Score], failed: Collection[str], ceiling: Ceil
     if ceiling:
         words += (
             " Ceiling: the best order that a greedy search finds, on the first "
-            f"{ceiling.n} images; shares are of the SRG on the same images."
+            f"{ceiling.n} images; the methods' shares of it are on the same images."
         )
     return words
 

@@ -1,4 +1,4 @@
-"""Which map of what the model looked at: the methods, and the settings that each supports.
+"""Which map to compute: the methods, and the settings that each supports.
 
 Most methods are importance maps: what the prediction depends on. Views show the tokens themselves.
 """
@@ -60,11 +60,11 @@ VARIED: dict[str, Callable[[str], Any]] = {
 
 
 def default_view(given: Iterable[str], *, has_classes: bool = True) -> tuple[Method, str | None]:
-    """Return the method and the kind of frames where neither is given.
+    """Return the method and the kind of frames for when neither is given.
 
     The balanced gradient, traced back through the layers, has the best scores of the methods that
-    take one pass (docs/how-to/see-through-it.md). Settings of a rollout select that. A network
-    without classes shows its features or, for a query, its similarity.
+    take one pass (docs/how-to/see-through-it.md). Settings that a rollout supports select it. A
+    network without classes shows its features or, for a query, its similarity.
     """
     given = set(given)
     if not has_classes and not given - {"layers", "query"}:
@@ -91,7 +91,7 @@ WHY_UNSUPPORTED: dict[Method, str] = {
 
 @dataclass(frozen=True)
 class MapSettings:
-    """Which map of what the model looked at.
+    """Which map to compute, and how.
 
     Raises:
         ConfigError: an invalid value, or a setting that the method does not support.
@@ -101,10 +101,10 @@ class MapSettings:
     fusion: Fusion = "mean"
     """How the heads are combined; norm (of a rollout): by the size of what each token adds."""
     discard_ratio: float = 0.0
-    """Fraction of each layer's lowest entries that a rollout drops; less than 1."""
+    """Fraction of each layer's attention entries, the lowest, that a rollout drops; less than 1."""
     query: tuple[int, int] | None = None
     """Patch (row, column), from 0: show what it attends to, or what is similar to it. None shows
-    what the head reads; for similarity, the central patch."""
+    what the classifier reads; for similarity, the central patch."""
     layers: tuple[int, ...] | None = None
     """Layers, from 1; accumulated maps are shown after each of them. None for all."""
     heads: tuple[int, ...] | None = None
@@ -117,11 +117,11 @@ class MapSettings:
     """Points between a blank image and this one, over which gradients are averaged. None for 1
     (balanced) or 16 (integrated_gradients)."""
     resolution: Literal["pixel", "patch"] = "pixel"
-    """One value per pixel, or the sum of each patch's."""
+    """One value per pixel, or their sum in each patch."""
     window: int = 2
     """Side of the squares of patches that occlusion hides, and shapley shows, at once."""
     passes: int = 512
-    """Most forward passes per image for shapley; it takes at least two per square."""
+    """Maximum forward passes per image for shapley, which takes at least two per square."""
     chunk: int = 64
     """Images per batch, which bounds the memory."""
 
@@ -148,7 +148,8 @@ class MapSettings:
                 )
         require(
             self.fusion != "norm" or (self.method == "rollout" and self.heads is None),
-            "fusion norm needs method rollout and all heads: leave out heads, or give another",
+            "fusion norm needs method rollout and all heads: leave out heads, or give another "
+            "fusion",
         )
 
     @property
@@ -170,7 +171,7 @@ def read_variant(text: str) -> MapSettings:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         require(
             equals == "=" and name in VARIED,
-            f"{text!r:.80} is no variant of a method{nearest(name, VARIED)}: give "
+            f"{text!r:.80} is not a variant of a method{nearest(name, VARIED)}: give "
             f"METHOD:NAME=VALUE with one of {', '.join(VARIED)}; for example, occlusion:window=1",
         )
         try:

@@ -29,7 +29,7 @@ from vitrail.model.vit import Block, VisionTransformer
 PREDICTED = -1
 """Stands for the class that the model predicts."""
 ATTENTION_ENTRIES = 2**25
-"""Most entries of one layer's attention in a chunk, which bounds the memory for many tokens."""
+"""Maximum entries of one layer's attention in a chunk; bounds the memory for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Maps:
     """Maps of some images, on the CPU, float32, not normalized.
 
     Shapes:
-        values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); of features a
+        values_BLGJ, with one value per patch, or per pixel (G, J are then H, W); for features a
         color from 0 to 1, (B, L, G, J, 3); logits_BY; classes_B, the class that each image's maps
         explain (-1 if the model has none).
     """
 
     values_BLGJ: Tensor
     layers: tuple[int, ...]
-    """The layer of each L, ascending, from 1; (0,) for a method that has no layers."""
+    """The layer of each index of L, ascending, from 1; (0,) for a method that has no layers."""
     logits_BY: Tensor
     classes_B: Tensor
     signed: bool = False
     """Whether negative values count against the class."""
     query: tuple[int, int] | None = None
-    """The patch (row, column) that was asked for; of similarity, by default the central one."""
+    """The selected patch (row, column); for similarity, by default the central one."""
     errors_BLGJ: Tensor | None = None
-    """Standard errors of Shapley values: NaN of a single pair of orders; None of other methods."""
+    """Standard errors of Shapley values: NaN for one pair of orders; None for other methods."""
 
 
 _Explained = tuple[Tensor, ...]
@@ -69,9 +69,9 @@ def compute_maps(
 ) -> Maps:
     """Return the maps of each image for the given classes. Default: the predicted ones.
 
-    ``attention``, ``rollout`` and the views are the same for every class. No image's maps depend
-    on the other images, but for ``features``: its colors are those of ``basis``, by default fitted
-    to all these images together.
+    ``attention``, ``rollout`` and the views are the same for every class. An image's maps do not
+    depend on the other images, except for ``features``: its colors are those of ``basis``, by
+    default fitted to all these images together.
 
     Raises:
         ConfigError: the model has no such layer, head, query or class, the images do not have the
@@ -103,7 +103,7 @@ def compute_maps(
     return Maps(
         values_BLGJ.float(),
         layers if "layers" in SUPPORTED_SETTINGS[settings.method] else (0,),
-        logits_BY[:, : model.config.n_classes].float(),  # without classes they are no logits
+        logits_BY[:, : model.config.n_classes].float(),  # without classes they are not logits
         chosen_B if model.config.n_classes else classes_B,
         signed=settings.method in SIGNED,
         query=settings.query,
@@ -144,7 +144,7 @@ def _rollout_maps(
     used, tokens_BTD = range(1, layers[-1] + 1), model.embed(images_BCHW)
     if settings.fusion == "norm":
         logits_BY, norms_L = _run_norms(model, tokens_BTD)
-        # Each token's own norm is kept, as the identity is, so that no row is empty.
+        # Each token's own norm is always kept, like the identity in a rollout: no row is empty.
         own_L = [torch.diag_embed(norms_BTT.diagonal(dim1=1, dim2=2)) for norms_BTT in norms_L]
         flow_BLTT = formulas.accumulate(
             [torch.maximum(discard(norms_L[layer - 1]), own_L[layer - 1]) for layer in used]
@@ -198,7 +198,7 @@ def _weigh(
     attentions_L: Sequence[Tensor],
     step: Callable[[Tensor, Tensor], Tensor],
 ) -> list[Tensor]:
-    """Return ``step`` of each layer's attention and its gradient, with one gradient in memory."""
+    """Return ``step`` of each layer's attention and gradient, keeping one gradient in memory."""
     steps: dict[int, Tensor] = {}
     leaves = all(attention_BATT.is_leaf for attention_BATT in attentions_L)
 
@@ -219,10 +219,10 @@ def _gradcam_maps(
 ) -> _Explained:
     """Return Grad-CAM of the tokens that the last block reads: ``(sum_d w_d tokens_nd)+``.
 
-    ``w_d`` is the gradient of the class's logit by the tokens, averaged over the patches. The
-    tokens are the last block's input, before its norm: after the block, a class token no longer
-    reads the patches, so they have no gradient; and the norm's output would leave out the residual
-    branch, through which mean pooling reads them.
+    ``w_d`` is the gradient of the class's logit with respect to the tokens, averaged over the
+    patches. The tokens are the last block's input, before its norm: after the block, a class token
+    no longer reads the patches, so they have no gradient; and the norm's output would leave out the
+    residual branch, through which mean pooling reads them.
 
     Source: Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2.
     """
@@ -351,7 +351,7 @@ def attention_by_query(
 ) -> Tensor:
     """Return what every patch, row by row, takes from every patch: maps_BNGJ.
 
-    ``layer``, from 1, selects that layer's fused attention; None the rollout through all layers.
+    ``layer``, from 1, selects that layer's fused attention; None, the rollout through all layers.
 
     Raises:
         ConfigError: as ``compute_maps``.
@@ -398,7 +398,7 @@ def _run(
     layers: Container[int],
     look: Callable[[Tensor], Tensor] = lambda attention_BATT: attention_BATT,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the logits, and ``look`` of the attention (B, A, T, T) of some layers, from 1."""
+    """Return the logits, and ``look(attention_BATT)`` for each of some layers, from 1."""
     seen = []
     for _, output_BTD, attention_BATT in model.run_blocks(tokens_BTD, keep_attention=layers):
         tokens_BTD = output_BTD
@@ -426,7 +426,7 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
 
 
 def fitting(model: VisionTransformer) -> int:
-    """Return how many images' attention of one layer is within ATTENTION_ENTRIES; at least 1."""
+    """Return for how many images one layer's attention fits ATTENTION_ENTRIES; at least 1."""
     config = model.config
     n_tokens = config.n_prefix_tokens + config.grid_GJ[0] * config.grid_GJ[1]
     return max(1, ATTENTION_ENTRIES // (config.n_attention_heads * n_tokens**2))
@@ -441,8 +441,8 @@ def _in_chunks(
     """Call ``compute`` on ``chunk`` images at a time, on the model's device; join the results.
 
     Inside, no gradient is recorded unless ``compute`` enables it. The results are ordinary CPU
-    tensors: even in the caller's ``inference_mode`` they support autograd. Each is allocated at
-    once: small results kept between large temporary tensors would fragment the memory.
+    tensors: even in the caller's ``inference_mode`` they support autograd. Each is allocated up
+    front: small results kept between large temporary tensors would fragment the memory.
     """
     device, total, done = next(model.parameters()).device, len(inputs_B[0]), 0
     joined: list[Tensor] = []

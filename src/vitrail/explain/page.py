@@ -1,4 +1,4 @@
-"""One picture and all that a model attended to in it, as one page that needs no server.
+"""One picture and everything that a model attended to in it, as one page that needs no server.
 
 ``page.html`` beside this file is the whole page: structure, style and script. This module encodes
 the numbers compactly and inserts them. The page computes the maps of any patch itself, from the
@@ -48,7 +48,7 @@ from vitrail.explain.token_views import CHANNELS, similarities
 SHOWN_CLASSES = 5
 """Number of classes with a bar."""
 LARGEST_SIDE = 1200
-"""A larger picture is reduced."""
+"""Longer side of a picture in pixels; a larger picture is reduced."""
 LARGEST_PNG = 400_000
 """A PNG with more bytes is replaced by a JPEG."""
 
@@ -57,17 +57,18 @@ LARGEST_PNG = 400_000
 class PageData:
     """What the page shows: one picture, and what one model computed for it.
 
-    The maps are those of the whole picture, as the head reads it, averaged over heads. Attention
-    and rollout are optional, since the page computes them for every patch and head from the
-    attention. ``features`` has a color per patch. ``box`` is what the model saw, (left, top, right,
-    bottom) in the picture's pixels; with padding it is larger than the picture. ``explained`` is
-    the class that the maps explain, or None for the predicted one. There may be no classes.
+    The maps are those of the whole picture, as the classifier reads it, averaged over the attention
+    heads. Attention and rollout are optional, since the page computes them for every patch and head
+    from the attention. ``features`` has a color per patch. ``box`` is what the model saw, (left,
+    top, right, bottom) in the picture's pixels; with padding it is larger than the picture.
+    ``explained`` is the class that the maps explain, or None for the predicted one. There may be no
+    classes.
 
     Shapes:
         attention_LATT, rows are queries and sum to 1; each of maps (L, G, J), or (1, G, J) where
-        the method has no layers, and (L, G, J, 3) of features; similarity_LNN, the cosine of
-        every patch (column) to every patch. Of a large network, instead of those two: rows_LAT,
-        the rows that the head reads, and details of some layers.
+        the method has no layers, and (L, G, J, 3) for features; similarity_LNN, the cosine of
+        every patch (column) to every patch. For a large network, instead of those two: rows_LAT,
+        the rows that the classifier reads, and details of some layers.
 
     Raises:
         ConfigError: the shapes do not match.
@@ -87,14 +88,14 @@ class PageData:
     label: str = ""
     """The true class, if known."""
     mean_pool: bool = False
-    """Whether the head reads the mean of the patches although there is a class token."""
+    """Whether the classifier reads the mean of the patches although there is a class token."""
     n_registers: int = 0
     """Tokens between the class token and the patches."""
     similarity_LNN: np.ndarray | None = None
     rows_LAT: np.ndarray | None = None
     details: tuple[LayerDetail, ...] = ()
     unlike: str = ""
-    """What to say if the picture is unlike the training images."""
+    """A note, if the picture is unlike the training images."""
     badges: tuple[Badge, ...] = ()
     """What the stored scores say about the methods on this model."""
     errors: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -141,8 +142,8 @@ def _check(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 def page_data(explanation: Explanation) -> PageData:
     """Compute everything that the page shows, whatever the explanation's method.
 
-    Of a large network, single patches can be asked about in the explanation's layers, if it has
-    any, else in as many as fit.
+    For a large network, single patches can be selected in the layers that the explanation's
+    settings name or, if they name none, in as many as fit.
     """
     subject, index = explanation.subject, explanation.class_index
     model, config = subject.model, subject.model.config
@@ -203,7 +204,7 @@ def _whole_attention(explanation: Explanation) -> dict[str, Any]:
 
 
 def _large_attention(explanation: Explanation) -> dict[str, Any]:
-    """Return the rows that the head reads, and details of the asked layers or those that fit."""
+    """Return the rows that the classifier reads, and details of the given layers or what fits."""
     model, asked = explanation.subject.model, explanation.settings.layers
     layers = asked or choose_layers(model.config)
     rows_LAT, details = read_layers(model, explanation.subject.image_1CHW, layers)
@@ -286,8 +287,8 @@ def _top_classes(logits_Y: np.ndarray, classes: tuple[str, ...]) -> list[dict[st
 def encode_attention(attention_xT: np.ndarray) -> str:
     """Return the attention in bytes: the square root of each entry's ratio to its row's maximum.
 
-    The root separates small entries. Row sums need not be stored: they are 1, so that a row is its
-    squared bytes divided by their sum.
+    The root keeps small entries distinct. Row sums need not be stored: they are 1, so that a row is
+    its squared bytes divided by their sum.
     """
     largest_x1 = attention_xT.max(axis=-1, keepdims=True)
     roots_xT = np.sqrt(attention_xT / largest_x1)

@@ -1,7 +1,7 @@
 """Pictures with maps over them, in rows on one sheet, drawn by matplotlib.
 
 A sheet is a matplotlib figure with 72 dots per inch, so that a point is a pixel: rows of panels,
-color bars and words at fixed places.
+color bars and text at fixed places.
 """
 
 import itertools
@@ -44,20 +44,20 @@ RGB = LinearSegmentedColormap.from_list("rgb", ["#ff0000", "#00ff00", "#0000ff"]
 COLORS = "similar colors: similar tokens (red, green, blue: principal components 1, 2, 3)"
 SIGNS = "red: for the class, blue: against it"
 EVEN = 1.1
-"""Attention whose highest value is at most this many times its lowest has nothing to show."""
+"""Attention is nearly even if its highest value is at most this many times its lowest."""
 LARGEST_SIDE = 1200
 """A picture's longer side is drawn with at most this many pixels."""
 LARGEST_ROW = 1280
-"""The pictures of a row have at most this many pixels together: a web page shows them so."""
+"""The pictures of a row are at most this many pixels wide together, to fit a web page."""
 SMALLEST_SIDE = 384
 """A picture's longer side is drawn with at least this many pixels, if the row has the space."""
 ZOOM = 0.5
-"""A map is drawn without what the model did not see if that is more than this part of a picture."""
+"""If the model saw less than this fraction of a picture, maps are drawn on that part only."""
 PAPER = {"light": "white", "dark": "#0d1117"}
 BLACK, GRAY = {"light": "#1f2328", "dark": "#e6edf3"}, {"light": "#656d76", "dark": "#8b949e"}
 """Text, and less important text."""
 RED, GREEN = {"light": "#b42318", "dark": "#ff7b72"}, {"light": "#1a7f37", "dark": "#3fb950"}
-"""Text of a wrong and of a correct answer."""
+"""Text of a wrong and of a correct prediction."""
 INKS = {True: GREEN, False: RED, None: BLACK}
 UNSEEN = {"light": 224, "dark": 40}
 """Gray over pixels that the model did not see."""
@@ -76,7 +76,7 @@ class Panel:
     """Scales the map to 0..1."""
     query: tuple[int, int] | None = None
     correct: bool | None = None
-    """Whether the prediction in the title is right; None if it is none, or not known."""
+    """Whether the prediction in the title is right; None if there is none, or it is not known."""
 
 
 class Legend(NamedTuple):
@@ -91,7 +91,7 @@ class Legend(NamedTuple):
 
 
 def scales_of(frames: Sequence[Frame], look: Look, *, shares: bool = False) -> list[Normalize]:
-    """Return what scales the map of each frame to 0..1."""
+    """Return the norm that scales the map of each frame to 0..1."""
     maps = [frame.map_GJ for frame in frames]
     return scales(maps, look, [frame.signed for frame in frames], shares=shares)
 
@@ -103,11 +103,11 @@ def scales(
     *,
     shares: bool = False,
 ) -> list[Normalize]:
-    """Return what scales each map to 0..1: its own range, the common range, or only clipping.
+    """Return norms that scale each map to 0..1 by its own range, a common range, or clipping only.
 
-    A uniform map has nothing to show: it becomes 0. Attention (``shares``: parts of a whole) that
-    is nearly even is drawn evenly, in the middle: its own range would make noise look like a
-    finding. In a signed map 0 is in the middle. Colors (G, J, 3) are not scaled.
+    A uniform map has nothing to show: it becomes 0. Nearly even attention (``shares``: values that
+    sum to 1) is drawn in the middle of the scale: stretched to its own range, noise would look like
+    a finding. In a signed map 0 is in the middle. Colors (G, J, 3) are not scaled.
     """
     lows, highs = [float(each.min()) for each in maps], [float(each.max()) for each in maps]
     numbers = [each.ndim == 2 for each in maps]
@@ -186,17 +186,17 @@ def show_map(
     norm: Normalize | None = None,
     box: tuple[float, float, float, float] | None = None,
 ) -> None:
-    """Show a picture, and over it a map: cubic between the centers of the patches.
+    """Show a picture, and over it a map, interpolated between the centers of the patches.
 
-    Cubic (Catmull and Rom's, clipped to the scale) makes round spots where bilinear makes stars.
-    The picture is gray under colors, since its hues would mix with the map's. What the model did
-    not see of it has no map and is veiled in gray.
+    Cubic interpolation (Catmull-Rom, clipped to the scale) makes round spots where bilinear makes
+    stars. The picture is gray under a map, since its hues would mix with the map's. The part that
+    the model did not see has no map and is grayed out.
 
     Args:
         axes: where to draw.
-        picture_HWC: bytes, of one or three channels.
+        picture_HWC: uint8, one or three channels.
         map_GJ: one value or color per patch.
-        look: style reference draws the picture x the map instead of colors, bilinear as there.
+        look: style reference multiplies the picture by the map, with bilinear interpolation.
         norm: scales the map; a centered one has colors for both signs. Default: its own range.
         box: left, top, right, bottom of what the model saw. Default: all.
     """
@@ -232,7 +232,7 @@ def _translucent(look: Look, norm: Normalize | None) -> ListedColormap:
     """Return the colors that are laid over the picture.
 
     The opacity rises with the map: high values show the color, low ones the picture; with a sign,
-    large values of both signs do. In style reference it is black that falls with the map.
+    large values of both signs do. In style reference it is black, and falls with the map.
     """
     level_K = np.linspace(0, 1, 256)
     if look.style == "reference":
@@ -262,7 +262,7 @@ def drawn_size(picture_hw: tuple[float, float], columns: int) -> tuple[int, int]
 
 
 class _Sheet:
-    """A figure on which places are in pixels from the top left."""
+    """A figure whose positions are in pixels from the top left."""
 
     def __init__(self, width: int, height: int, look: Look) -> None:
         self.width, self.height, self.look = width, height, look
@@ -276,7 +276,7 @@ class _Sheet:
         )
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Write text above and to the right of a place, or as ``style`` says."""
+        """Write text above and to the right of a position, or aligned by ``style``."""
         at = x / self.width, 1 - y / self.height
         self.figure.text(*at, text, parse_math=False, **{"color": BLACK[self.look.theme], **style})
 
@@ -292,12 +292,12 @@ def compose(
 ) -> Figure:
     """Draw rows of panels on one sheet; below them color bars, a frame's prediction and notes.
 
-    A picture that has the first row to itself has the words on its right, if there is space.
-    Nothing moves with the words: in an animation, only the map and the numbers change.
+    If one picture has the first row to itself, these are on its right, if there is space. Titles
+    and predictions do not affect the layout: in an animation, only the map and the text change.
     """
     sizes = _panel_sizes(rows, look)
     widths = _column_widths(sizes)
-    size = round(min(22, max(13, sum(widths) / 50)))  # of the letters
+    size = round(min(22, max(13, sum(widths) / 50)))  # of the font
     margin, gap = round(1.2 * size), size // 2
     left = margin + (2 * size if row_titles else 0)
     right = max(left + sum(widths) + gap * (len(widths) - 1), margin + 34 * size)
@@ -357,9 +357,9 @@ def _column_widths(sizes: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
 
 
 def _is_zoomed(panel: Panel, rows: Sequence[Sequence[Panel]], look: Look) -> bool:
-    """Return whether maps are drawn without what the model did not see.
+    """Return whether maps are drawn only on the part of the picture that the model saw.
 
-    They are in grids, which have little space, and where the model saw a small part only.
+    They are in grids, which have little space, and where the model saw only a small part.
     """
     picture_HWC, (left, top, right, bottom) = _picture(panel.subject, look)
     seen = (right - left) * (bottom - top) / (picture_HWC.shape[0] * picture_HWC.shape[1])
@@ -375,7 +375,7 @@ def _draw_words(
     last: Frame | None,
     notes: str,
 ) -> None:
-    """Draw color bars, what they mean, the prediction and notes; ``place``: x, y and width."""
+    """Draw color bars with labels, the prediction and notes; ``place``: x, y and width."""
     look, (x, y, width) = sheet.look, place
     for legend in legends:
         bar = sheet.axes(x, y + 0.5 * size, 8 * size, 0.7 * size)
@@ -411,7 +411,7 @@ def _draw_panel(axes: Axes, panel: Panel, look: Look, *, zoomed: bool) -> None:
 
 
 def _outline(axes: Axes, box: tuple[float, float, float, float]) -> None:
-    """Draw a rectangle, white between black."""
+    """Draw a white rectangle with black edges."""
     left, top, right, bottom = box
     edge = Rectangle((left, top), right - left, bottom - top, fill=False, ec="white", linewidth=2)
     edge.set_path_effects([Stroke(linewidth=4.5, foreground="black"), Normal()])
@@ -421,7 +421,7 @@ def _outline(axes: Axes, box: tuple[float, float, float, float]) -> None:
 def _picture(subject: Subject, look: Look) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """Return the picture to draw, and left, top, right, bottom of what the model saw of it.
 
-    Style reference shows the model's own small pixels.
+    Style reference shows the picture at the model's resolution.
     """
     reference = look.style == "reference"
     picture_HWC = subject.raw_HWC if reference else subject.picture_HWC

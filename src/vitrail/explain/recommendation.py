@@ -19,7 +19,7 @@ def judge(split: str, scores: Sequence[Score], checks: Sequence[Sanity]) -> Verd
             *score.estimates["srg"],
             score.beats["srg"],
             by_method[score.method].depends_on_model,
-            # Also if there were no mosaics to show it.
+            # Classless methods fail even if there were no mosaics to test this.
             read_variant(score.method).method not in CLASSLESS
             and by_method[score.method].depends_on_class,
         )
@@ -36,8 +36,9 @@ def _sentence(badges: Sequence[Badge], scores: Sequence[Score]) -> str:
     best, *others = passed
     # On a par: the 95% interval of the paired difference includes 0.
     ties = [score.method for score in others if paired_difference(best, score).low <= 0]
-    how_many = f"of the {len(passed)} methods that pass" if others else "and the only one to pass"
-    text = f"Trust {best.method} on this model: the highest SRG {how_many} every test"
+    why = f"the highest SRG of the {len(passed)} methods that pass every test"
+    text = f"Trust {best.method} on this model: "
+    text += why if others else "the only method that passes every test"
     if ties:
         verb = "are" if len(ties) > 1 else "is"
         text += f"; {' and '.join(filter(None, [', '.join(ties[:-1]), ties[-1]]))} {verb} on a par"

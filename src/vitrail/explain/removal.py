@@ -1,8 +1,8 @@
 """Maps from hiding patches: occlusion by windows, and Shapley values by random orders.
 
-The score is the class's logit: its probability is near 1 until most of the image is hidden, and
-rises when another class is hidden. A hidden patch is painted in the image's mean color. Nothing
-inside the model is read, so these maps work for every model; they cost many passes.
+The score is the class's logit: the probability is near 1 until most of the image is hidden, and
+rises when an object of another class is hidden. A hidden patch is painted in the image's mean
+color. Nothing inside the model is read, so these maps work for every model; they cost many passes.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import rng
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""From logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,).
+"""Maps logits (X, Y) and the index of each row's image (X,) to the value that is explained (X,).
 
-Occlusion and Shapley values can explain several values of the same passes, (X, K)."""
+Occlusion and Shapley values can explain several values with the same passes, (X, K)."""
 
 
 def class_score(classes_B: Tensor, against: int | None = None) -> Score:
-    """Return the score of each image's class: its logit, less that of the class ``against``."""
+    """Return the score of each image's class: its logit, minus that of the class ``against``."""
 
     def score(logits_XY: Tensor, image_X: Tensor) -> Tensor:
         classes_X1 = classes_B[image_X.to(classes_B.device), None].to(logits_XY.device)
@@ -35,7 +35,7 @@ def class_score(classes_B: Tensor, against: int | None = None) -> Score:
 def compute(
     model: VisionTransformer, images_BCHW: Tensor, score: Score, settings: MapSettings
 ) -> tuple[Tensor, ...]:
-    """Return maps (B, G, J): of occlusion, or Shapley values and then their standard errors."""
+    """Return maps (B, G, J): occlusion, or Shapley values and their standard errors."""
     chunk = settings.chunk
     if settings.method == "occlusion":
         return (occlusion(model, images_BCHW, score, window=settings.window, chunk=chunk),)
@@ -45,7 +45,7 @@ def compute(
 
 
 def count_passes(grid_GJ: tuple[int, int], settings: MapSettings) -> int:
-    """Return the forward passes that hide patches of one image, for one map."""
+    """Return the number of forward passes with hidden patches for one map of one image."""
     (G, J), more = grid_GJ, settings.window - 1
     if settings.method == "occlusion":
         return 1 + (G + more) * (J + more)
@@ -58,8 +58,8 @@ def occlusion(
 ) -> Tensor:
     """Return how much the score drops when a window of patches is hidden: values (B, G, J).
 
-    Each patch has the mean drop of the ``window ** 2`` windows that cover it; windows may overhang
-    the border. Negative where hiding raises the score.
+    A patch's value is the mean drop over the ``window ** 2`` windows that cover it, negative where
+    hiding raises the score. Windows may extend past the border.
 
     Source: Zeiler & Fergus 2014, arXiv:1311.2901, section 4.2.
     """
@@ -91,13 +91,13 @@ def shapley(
 
     Starting from a blank image, squares of patches are shown one after another in a random order,
     and then in its reverse; a patch's value is the mean gain in score when its square is shown,
-    divided among the patches of the square. So the values sum to the score of the image less that
-    of the blank one, in every order. All images have the same orders.
+    divided among the patches of the square. So the values sum to the score of the image minus that
+    of the blank one, in every order. All images share the same orders.
 
     Args:
-        window: side of the squares, in patches. They tile the grid from another, random patch in
-            each order. With 1, these are the Shapley values; larger squares smooth them, and as
-            there are fewer of them, the same passes are enough for more orders.
+        window: side of the squares, in patches. They tile the grid, with another random offset in
+            each order. With 1, the result estimates the Shapley values of single patches; larger
+            squares smooth them, and as there are fewer squares, the same passes allow more orders.
         passes: the most forward passes per image; at least one order and its reverse are run.
 
     Source: Castro et al. 2009, "Polynomial calculation of the Shapley value based on sampling";
@@ -126,7 +126,7 @@ def shapley(
 
 
 def _orders(grid_GJ: tuple[int, int], window: int, passes: int) -> list[Tensor]:
-    """Return random orders, each followed by its reverse: when (N,) each patch is shown, from 0.
+    """Return random orders, each followed by its reverse: each patch's rank (N,), from 0.
 
     There are as many as fit into the passes, and at least one pair.
     """
@@ -148,7 +148,7 @@ def _orders(grid_GJ: tuple[int, int], window: int, passes: int) -> list[Tensor]:
 
 
 def _window(row: int, column: int, side: int, grid_GJ: tuple[int, int]) -> Tensor:
-    """Return which patches (N,) a window covers whose top left corner is at a patch."""
+    """Return which patches (N,) are covered by the window with this top left corner."""
     covered_GJ = torch.zeros(grid_GJ, dtype=torch.bool)
     covered_GJ[max(0, row) : row + side, max(0, column) : column + side] = True
     return covered_GJ.flatten()

@@ -28,13 +28,13 @@ from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
 
 CHECKED = 40
-"""Images on which the weights are randomized, which takes many passes for each."""
+"""Number of images for the test with random weights, which takes many passes per image."""
 TILES = 4
 """Images in a mosaic."""
 REMOVAL_READS = 25
-"""Mosaics that methods which hide patches read at most."""
+"""Maximum number of mosaics for methods that hide patches."""
 LEAST_SHARE = 1 / TILES + 0.01
-"""Share of a map in its class's tile above which it depends on the class: a point over even."""
+"""Above this share in its class's tile, a map depends on the class: uniform plus one point."""
 TOO_SIMILAR = 0.5
 """A map that is this similar after all weights were randomized does not depend on the model."""
 
@@ -79,7 +79,7 @@ def check_methods(
 ) -> list[Sanity]:
     """Check methods on the first images, at most CHECKED, and on mosaics of all of them.
 
-    Methods that hide patches, with hundreds of passes for each mosaic, read REMOVAL_READS.
+    Methods that hide patches take hundreds of passes per mosaic: they get at most REMOVAL_READS.
 
     ``advance`` is called once per method, to report progress.
 
@@ -124,7 +124,7 @@ def randomization(
     before_BN = original.values_BLGJ[:, -1].flatten(1)
     model = copy.deepcopy(model)
     blocks = [(f"block {n}", block) for n, block in enumerate(model.blocks, start=1)]
-    # With the stem everything: positions and class token are parameters of the model itself.
+    # The last part is the whole model: positions and class token are not part of a submodule.
     parts = [("head", nn.ModuleList([model.norm, model.head])), *blocks[::-1], ("stem", model)]
     found = {"trained": Estimate(1.0, 1.0, 1.0)}
     with rng.seeded(seed, "sanity", device=images_BCHW.device):
@@ -148,7 +148,7 @@ def _reset(module: nn.Module, std: float) -> None:
 def rank_correlation(one_BN: Tensor, other_BN: Tensor) -> Tensor:
     """Return Spearman's correlation of each row (B,); 0 for a uniform one.
 
-    Equal values have the mean of their ranks.
+    Tied values get the mean of their ranks.
     """
     one_BN, other_BN = (_ranks(values_BN) for values_BN in (one_BN, other_BN))
     covariance_B = (one_BN * other_BN).mean(1)
@@ -157,7 +157,7 @@ def rank_correlation(one_BN: Tensor, other_BN: Tensor) -> Tensor:
 
 
 def _ranks(values_BN: Tensor) -> Tensor:
-    """Return the rank of each value in its row, less the mean rank."""
+    """Return the rank of each value in its row, minus the mean rank."""
     values_BN = values_BN.contiguous()
     sorted_BN = values_BN.sort().values
     smaller_BN = torch.searchsorted(sorted_BN, values_BN)
@@ -185,7 +185,7 @@ def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tup
     left = [shuffled_B[labels_B[shuffled_B] == label].tolist() for label in labels_B.unique()]
     chosen: list[int] = []
     while True:
-        # From the largest classes, so that as many mosaics as possible have four.
+        # From the classes with the most images left: this gives the most mosaics.
         order = torch.randperm(len(left), generator=generator).tolist()
         largest = sorted(order, key=lambda label: -len(left[label]))[:TILES]
         if len(largest) < TILES or not left[largest[-1]]:
@@ -201,7 +201,7 @@ def make_mosaics(images_BCHW: Tensor, labels_B: Tensor, *, seed: int = 0) -> tup
 def enlarge(model: VisionTransformer) -> VisionTransformer | None:
     """Return the model for images that are twice as high and wide, with resized positions.
 
-    None if these are larger than a model's images can be.
+    None if such images are larger than a model allows.
     """
     height, width = model.config.image_hw
     try:
@@ -217,7 +217,7 @@ def shares_in_tiles(
 ) -> Tensor:
     """Return how much of the map of each tile's class lies in that tile: shares_M4.
 
-    A method that ignores the class has a quarter on average, and so has a map without positive
+    A method that ignores the class gets a quarter on average, and so does a map without positive
     values.
     """
     H, W = mosaics_MCHW.shape[2:]
@@ -234,7 +234,7 @@ def shares_in_tiles(
 def _maps_of_classes(
     model: VisionTransformer, images_BCHW: Tensor, classes_BK: Tensor, settings: MapSettings
 ) -> Tensor:
-    """Return the maps (B, K, G, J) of several classes; hiding patches takes no more passes."""
+    """Return the maps (B, K, G, J) of several classes; methods that hide patches share passes."""
     if settings.method not in REMOVAL:
         maps = [compute_maps(model, images_BCHW, settings, classes_B=c) for c in classes_BK.T]
         return torch.stack([each.values_BLGJ[:, -1] for each in maps], dim=1)
@@ -263,14 +263,14 @@ def _share_inside(maps_BGJ: Tensor, inside_HW: Tensor) -> Tensor:
 
 
 class Shortcut(NamedTuple):
-    """How a model uses the mark that was planted in its training, and which maps show it."""
+    """How a model uses the mark planted in its training images, and which maps show it."""
 
     accuracies: Mapping[str, float]
     """With each image's own mark, without a mark, and with another class's."""
     decided: int
-    """Images whose predicted class is that of another class's mark."""
+    """Number of images that are predicted as the class of the wrong mark on them."""
     shares: Mapping[str, Estimate]
-    """Share of each method's maps on the mark of those images; empty if they are fewer than ten."""
+    """Share of each method's maps on the mark, over those images; empty with fewer than ten."""
     even: float
     """Share of a uniform map."""
 
@@ -290,15 +290,15 @@ def check_shortcut(
 ) -> Shortcut:
     """Measure whether maps point at the mark on images where the mark decides.
 
-    Those are images with the mark of another class, which the model predicts: what it used is
-    known.
+    Those images have the mark of another class, and the model predicts that class: so it is known
+    what the model used.
 
     Args:
         model: in evaluation mode, trained on shapes with ``shortcut``.
         images: without marks.
-        prepare: from bytes to the model's input, on its device.
+        prepare: converts uint8 images to the model's input, on its device.
         methods: the methods to measure.
-        seed: of the misleading classes.
+        seed: for the choice of the other classes.
     """
     labels_B, n_classes = images.labels_B, len(images.classes)
     away_B = torch.randint(1, n_classes, labels_B.shape, generator=rng.generator(seed, "sanity"))

@@ -58,14 +58,14 @@ def fingerprint(model: VisionTransformer) -> str:
 
 
 def to_json(verdict: Verdict, model: VisionTransformer) -> dict[str, Any]:
-    """Return a verdict as JSON values, with the hash of the weights that it is about."""
+    """Return a verdict as JSON values, with the hash of the weights that it describes."""
     badges = [badge._asdict() for badge in verdict.badges]
     about = {"format": FORMAT, "weights": fingerprint(model)}
     return about | verdict._asdict() | {"badges": badges}
 
 
 def read_verdict(path: Path, model: VisionTransformer) -> Verdict | None:
-    """Return the stored verdict; None without one, or if it is about other weights or corrupt.
+    """Return the stored verdict; None if it is missing, corrupt, or about other weights.
 
     The file may hold more than the verdict.
     """

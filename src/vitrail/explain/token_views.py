@@ -19,9 +19,9 @@ from vitrail.model.vit import VisionTransformer
 CHANNELS = 3
 """Red, green and blue: the first three principal components."""
 DRAWN_RANGE = (0.01, 0.99)
-"""Quantiles of a component that are drawn as 0 and 1, so that outliers do not take the range."""
+"""Quantiles of a component that are drawn as 0 and 1, so that outliers do not use up the range."""
 SMALLEST_SPAN = 1e-4
-"""Standardized tokens that differ by less are the same but for rounding."""
+"""Standardized tokens that differ by less are equal up to rounding."""
 
 
 class ColorBasis(NamedTuple):
@@ -60,8 +60,8 @@ def _standardize(tokens_BND: Tensor) -> Tensor:
 def fit_colors(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 64) -> ColorBasis:
     """Return the principal components of the patch tokens of all images together, layer by layer.
 
-    The sign of a component is free: in layer 1 its largest loading is positive, in each later layer
-    it points the same way as in the layer before, so that colors do not flip between layers.
+    The sign of a component is arbitrary: in layer 1 its largest loading is positive, in each later
+    layer it points the same way as in the layer before, so that colors do not flip between layers.
 
     Source: Oquab et al. 2023, arXiv:2304.07193, figure 1 (components of patch features as colors).
 
@@ -119,10 +119,10 @@ def similarities(model: VisionTransformer, images_BCHW: Tensor, *, chunk: int = 
 def complete(
     model: VisionTransformer, images_BCHW: Tensor, settings: MapSettings, basis: ColorBasis | None
 ) -> tuple[MapSettings, ColorBasis | None]:
-    """Return the settings and colors with what a view needs and was not given.
+    """Return the settings and colors, with what a view needs and was not given filled in.
 
     Raises:
-        ConfigError: there are colors, but the method is not features.
+        ConfigError: a basis is given, but the method is not features.
     """
     require(
         basis is None or settings.method == "features",
@@ -146,7 +146,7 @@ def compute(
     """Return a view of the tokens after each of some layers, and the logits.
 
     Shapes:
-        values_BLGJ, of features (B, L, G, J, C); logits_BY.
+        values_BLGJ, for features (B, L, G, J, C); logits_BY.
     """
     tokens_BTD, maps, grid_GJ = model.embed(images_BCHW), [], model.config.grid_GJ
     for layer, output_BTD, _ in model.run_blocks(tokens_BTD):

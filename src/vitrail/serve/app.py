@@ -1,4 +1,4 @@
-"""The routes of the server, and how errors become answers."""
+"""The routes of the server, and how errors become responses."""
 
 import asyncio
 import contextlib
@@ -28,9 +28,9 @@ from vitrail.serve.security import Bodies, Guard, RefusedError
 log = logging.getLogger("vitrail")
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-"""Of the live page's files, by suffix."""
+"""Media types of the live page's files, by suffix."""
 WATCHED_EVERY = 0.1
-"""Seconds after which it is noticed that a client has gone."""
+"""Seconds between checks whether a client has disconnected."""
 T = TypeVar("T")
 
 
@@ -40,7 +40,7 @@ class Server:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._bodies, self._batcher = Bodies(), Batcher()
-        # A map of many passes must not delay a cheap one, nor a large file a small one.
+        # A map that takes many passes must not delay a cheap one, nor a large file a small one.
         self._reading = Lane(limit=256, threads=2)
         self._quick, self._slow = Lane(limit=64), Lane(limit=16)
         self._data, self._evaluating = Lane(limit=64, threads=4), Lane(limit=16)
@@ -101,7 +101,7 @@ class Server:
         """Answer POST /api/page: everything about one picture as one HTML file."""
         question, seen = await self._look(request)
         html = await self._run_slowly(request, responses.page, seen, question)
-        # The page has a policy of its own, which allows its own script only.
+        # The page has its own content policy, which allows only its own script.
         headers = {"Content-Disposition": 'attachment; filename="explanation.html"'}
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
@@ -140,7 +140,7 @@ class Server:
         return JSONResponse(found)
 
     async def _evaluate(self, name: str) -> None:
-        with contextlib.suppress(VitrailError):  # the next request says why
+        with contextlib.suppress(VitrailError):  # the next request reports it
             while not await self._evaluating.run(self._gallery.evaluate, name):
                 pass
 
@@ -162,7 +162,7 @@ class Server:
     async def _run_slowly(
         self, request: Request, work: Callable[[Seen, Question], T], seen: Seen, question: Question
     ) -> T:
-        """Run work that takes long, unless its client has gone before it begins."""
+        """Run slow work, unless the client disconnects before it starts."""
         gone = threading.Event()
 
         async def watch() -> None:
@@ -251,13 +251,13 @@ def _refuse(_request: Request, error: Exception) -> Response:
         case HTTPException():
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         case ClientDisconnect():
-            return Response(status_code=400)  # nobody reads it
-        case _:  # of the model or its data: the message may name a path of this machine
+            return Response(status_code=400)  # nobody receives it
+        case _:  # from the model or its data: the message may contain a path on this machine
             log.warning("%s", error)
-            return JSONResponse({"error": "it failed: see the server's log"}, 500)
+            return JSONResponse({"error": "the request failed: see the server's log"}, 500)
     return JSONResponse({"error": str(error)}, status, headers)
 
 
 def _fail(_request: Request, _error: Exception) -> Response:
     """Answer after an unexpected error, whose traceback is in the log."""
-    return JSONResponse({"error": "an error in the server: see its log"}, 500)
+    return JSONResponse({"error": "internal error: see the server's log"}, 500)

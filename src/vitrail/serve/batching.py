@@ -27,7 +27,7 @@ class Lane:
 
     def __init__(self, limit: int, threads: int = 1) -> None:
         self._limit, self._waiting = limit, 0
-        # Explicit: new threads would begin with the number that a batch has set for its own.
+        # Explicit: new threads would inherit the number of threads that a batch has set.
         self._pool = ThreadPoolExecutor(
             threads, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
         )
@@ -62,7 +62,7 @@ class _Request:
 def _size(count: int) -> int:
     """Return the largest power of 2 up to ``count``.
 
-    Memory is kept for every size of a batch that has occurred: few sizes need less of it.
+    Memory stays allocated for every batch size that has occurred: few sizes need less of it.
     """
     return 1 << (count.bit_length() - 1)
 
@@ -70,10 +70,11 @@ def _size(count: int) -> int:
 class Batcher:
     """Predictions of pictures from several requests in one forward pass.
 
-    What waits is shared by as many batches as the processor has cores, each computed by its share
-    of them: a single picture by all, and many pictures by one core each, which never wait for one
-    another. Fewer than ``enough`` pictures wait for those that are being read, but at most
-    ``patience`` seconds; a single client never waits.
+    On a CPU, waiting pictures are split into at most as many batches as there are cores, and the
+    cores are divided among the batches: a single picture uses all cores, and with many pictures
+    each batch uses one. Batches never wait for one another. If fewer than ``enough`` pictures are
+    waiting, they wait for those that are being read, at most ``patience`` seconds; a single client
+    never waits.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Batcher:
         self._starting: asyncio.Task[None] | None = None
         self._running = set[asyncio.Task[None]]()
         self.reading = 0
-        """Pictures that will be asked for in a moment; the caller counts them."""
+        """Number of pictures that are being read and will be queued soon; set by the caller."""
 
     async def outputs(self, classifier: Classifier, raw_HWC: np.ndarray) -> Outputs:
-        """Return logits (Y,) and familiarity of one picture (H, W, C), bytes at the model's size.
+        """Return logits (Y,) and familiarity of one picture (H, W, C), uint8, at the model's size.
 
         Raises:
             BusyError: too many pictures are waiting.

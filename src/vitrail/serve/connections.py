@@ -5,11 +5,11 @@ import asyncio
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 SECONDS_TO_ASK = 20.0
-"""For the header of a request; security.SECONDS_TO_SEND is for its body."""
+"""Time limit for the header of a request; security.SECONDS_TO_SEND is for its body."""
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Closed if no header is complete in time, after it was opened and after each answer.
+    """Closed if no complete header arrives in time, after opening and after each response.
 
     uvicorn itself waits forever for the rest of a header, and for the first one.
     """
@@ -27,7 +27,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop waiting."""
         super().connection_lost(exc)
         if self._late:
             self._late.cancel()

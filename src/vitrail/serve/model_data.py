@@ -26,12 +26,12 @@ from vitrail.training.run_folder import load_split, read_rows
 log = logging.getLogger("vitrail")
 
 MOST_OPEN = 3
-"""Models whose validation images are in memory."""
+"""Maximum number of models whose validation images are kept in memory."""
 EXAMPLES, LISTED = 10, 60
 """Number of example pictures, and of pictures listed for a cell of the confusion matrix."""
 BATCH = 64
 EXAMPLE_SEED = 3
-"""Of shapes that are neither trained nor tested on."""
+"""Seed of shapes that are used for neither training nor testing."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Gallery:
         }
 
     def _examples(self, name: str) -> ImageSet:
-        """Return an image of each of the first classes, at once where the data set allows it."""
+        """Return one image of each of the first classes, if possible without loading data."""
         classifier = self._shelf.get(name)
         with self._lock:
             if name not in self._shown:
@@ -149,7 +149,7 @@ class Gallery:
         return examples
 
     def _data(self, name: str) -> Data:
-        """Return a model's validation images; those evaluated by older weights do not count."""
+        """Return a model's validation images; results of older weights are dropped."""
         classifier = self._shelf.get(name)
         with self._lock:
             opening = self._opening.setdefault(name, threading.Lock())
@@ -169,7 +169,7 @@ class Gallery:
 
 def _require_images(data: Data, name: str) -> None:
     if not len(data.images):
-        raise MissingError(f"the data that {name} was trained on are not on this machine")
+        raise MissingError(f"the data that {name} was trained on is not on this machine")
 
 
 def _evaluated(data: Data) -> tuple[Tensor, Tensor]:
@@ -218,5 +218,5 @@ def _quick_examples(classifier: Classifier) -> ImageSet | None:
 
 
 def _finite(value: Any) -> Any:
-    """Return a number that JSON has, else None."""
+    """Return a number that JSON can represent, else None."""
     return value if isinstance(value, int) or (value is not None and math.isfinite(value)) else None

@@ -19,7 +19,7 @@ from vitrail.weights.pretrained import load
 log = logging.getLogger("vitrail")
 
 MOST_LOADED = 12
-"""Models and checkpoints in memory; the least recently used one is dropped."""
+"""Maximum number of models and checkpoints in memory; the least recently used is dropped."""
 
 
 class MissingError(VitrailError):
@@ -54,7 +54,7 @@ class Shelf:
         return list(self._sources)
 
     def default(self) -> str:
-        """Return the name of the default model, at most a second old."""
+        """Return the name of the default model, from a list at most a second old."""
         if time.monotonic() - self._listed > 1:
             self.names()
         return next(iter(self._sources))
@@ -72,7 +72,7 @@ class Shelf:
         return self._sources[name]
 
     def run_folder(self, name: str) -> Path | None:
-        """Return the run folder that a model comes from, if it does."""
+        """Return the run folder that a model comes from, or None."""
         source = self.source(name)
         is_run = source not in bundled.names() and is_run_folder(Path(source))
         return Path(source) if is_run else None
@@ -140,12 +140,12 @@ def _find_runs(folder: Path) -> list[str]:
     pointers = [path for path in folder.glob("*/checkpoints/BEST") if path.is_file()]
     pointers.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     runs = [path.parent.parent for path in pointers]
-    # A run that is called like a bundled model would hide it.
+    # A run with the name of a bundled model would hide that model.
     return [str(run) for run in runs if run.name not in bundled.names()]
 
 
 def _stamp(source: str) -> str:
-    """Return what changes when a model's files do."""
+    """Return a string that changes when a model's files do."""
     path = Path(source)
     if source in bundled.names():
         return ""

@@ -1,4 +1,4 @@
-"""What a request asks for: the parameters of its address, checked, with their limits."""
+"""What a request asks for: its query parameters, checked, with their limits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from vitrail.explain.map_settings import MapSettings, default_view
 MOST_PASSES, MOST_POINTS = 4096, 64
 """Limits of what one request may compute."""
 SLOW = ("occlusion", "shapley", "integrated_gradients")
-"""Methods of many passes."""
+"""Methods that take many passes."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Question:
     hide: tuple[int, ...] = ()
     """Patches, numbered row by row from 0, that are painted in the picture's mean color."""
     prepared: bool = False
-    """The picture is what the model sees already: it is not cropped."""
+    """Whether the picture is already what the model sees: it is not cropped again."""
     seen: bool = False
-    """The answer contains the picture as the model sees it."""
+    """Whether the response contains the picture as the model sees it."""
     class_name: str | None = None
     """The class to explain; the predicted one if None."""
     against: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """Fields of MapSettings, but ``against``."""
+    """Fields of MapSettings, except ``against``."""
 
     @property
     def slow(self) -> bool:
@@ -91,10 +91,10 @@ _OWN = ("model", "step", "top", "hide", "prepared", "seen", "class_name", "again
 
 
 def read_question(parameters: Sequence[tuple[str, str]]) -> Question:
-    """Return the question that the parameters of an address ask.
+    """Return the question that query parameters ask.
 
     Raises:
-        ConfigError: an unknown or repeated parameter, or a value of another kind.
+        ConfigError: an unknown or repeated parameter, or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     for name, text in parameters:

@@ -36,7 +36,7 @@ RANDOM_ORDERS, STEPS = 4, 16
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture, and as a model sees it: raw_HWC, bytes, at the model's size and channels."""
+    """A picture, and how a model sees it: raw_HWC, uint8, with the model's size and channels."""
 
     classifier: Classifier
     raw_HWC: np.ndarray
@@ -44,7 +44,7 @@ class Seen:
 
     @cached_property
     def subject(self) -> Subject:
-        """The picture as maps need it, which a prediction does not."""
+        """The picture as maps need it; predictions do not use it."""
         return self.classifier.subject_of(self.raw_HWC, self.picture_HWC)
 
 
@@ -68,14 +68,14 @@ def look(classifier: Classifier, body: bytes, question: Question) -> Seen:
 
 
 def _check_size(body: bytes) -> None:
-    """Refuse a picture with too many pixels, which its first bytes tell."""
+    """Refuse a picture with too many pixels, according to its header."""
     try:
         with Image.open(io.BytesIO(body)) as image:
             (width, height), jpeg = image.size, image.format in JPEG
     except Image.DecompressionBombError as error:
         raise PictureError("the picture has too many pixels: make it smaller") from error
     except DECODE_ERRORS:
-        return  # read_picture says what is wrong
+        return  # read_picture reports what is wrong
     most = MOST_JPEG_PIXELS if jpeg else MOST_PIXELS
     if width * height > most:
         raise PictureError(
@@ -86,7 +86,7 @@ def _check_size(body: bytes) -> None:
 def _hide(
     raw_HWC: np.ndarray, patches: Sequence[int], grid_GJ: tuple[int, int], side: int
 ) -> np.ndarray:
-    """Return the picture with patches, numbered row by row, in its mean color."""
+    """Return the picture with patches, numbered row by row, painted in its mean color."""
     (rows, columns), hidden_HWC = grid_GJ, raw_HWC.copy()
     mean_C = raw_HWC.mean(axis=(0, 1)).round().astype(np.uint8)
     for patch in patches:
@@ -126,7 +126,7 @@ def predictions(
 
 
 def to_png(raw_HWC: np.ndarray) -> bytes:
-    """Return bytes (H, W, C), C 3 or 1, as a PNG."""
+    """Return uint8 pixels (H, W, C), with C 3 or 1, as a PNG."""
     file = io.BytesIO()
     Image.fromarray(raw_HWC if raw_HWC.shape[2] == 3 else raw_HWC[:, :, 0]).save(file, "PNG")
     return file.getvalue()
@@ -158,8 +158,8 @@ def explanation(seen: Seen, question: Question) -> dict[str, Any]:
 def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
     """Return how the class's probability falls while patches are hidden, the highest first.
 
-    ``order`` has all patches; ``curves`` the probability after each of ``counts`` patches, by the
-    map, by one that points to the center, and in random orders (their mean).
+    ``order`` has all patches; ``curves`` the probability after each of ``counts`` patches, in the
+    order of the map, from the center outward, and in random orders (their mean).
     """
     subject, (G, J) = seen.subject, seen.subject.model.config.grid_GJ
     settings = question.map_settings(subject)

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vitrail.serve.batching import BusyError
 
 MOST_BYTES = 16 * 2**20
-"""Size of a picture's file."""
+"""Maximum size of a picture file."""
 MOST_BYTES_TOGETHER = 256 * 2**20
-"""Of all files that are being received at once."""
+"""Maximum total size of the files that are being received at once."""
 SECONDS_TO_SEND = 20.0
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -36,8 +36,8 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 class Guard:
     """Refuses requests for other hosts and from other sites' pages; adds HEADERS to answers.
 
-    A page of another site can make a browser send requests to this machine, also under a name of
-    its own that resolves to this address (DNS rebinding): the Host and Origin headers tell.
+    A page of another site can make a browser send requests to this machine, even under a name of
+    its own that resolves to this address (DNS rebinding): the Host and Origin headers reveal it.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -124,9 +124,9 @@ class Bodies:
         finally:
             self._held -= size
         if not size:
-            raise RefusedError(400, "the body is empty: send the bytes of a picture's file")
+            raise RefusedError(400, "the body is empty: send the bytes of a picture file")
         return b"".join(parts)
 
 
 def _too_large() -> RefusedError:
-    return RefusedError(413, f"the picture's file has more than {MOST_BYTES // 2**20} MiB")
+    return RefusedError(413, f"the picture file is larger than {MOST_BYTES // 2**20} MiB")

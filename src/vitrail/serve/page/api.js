@@ -16,7 +16,7 @@ export async function ask(path, {params = {}, body = null, as = "json", signal} 
 
 export const pause = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
 
-// Run one task at a time; of the calls that come meanwhile, only the last.
+// Run one task at a time; of the calls made meanwhile, run only the last.
 export function latest(task) {
   let running = false, next = null;
   return async function run(...values) {

@@ -77,7 +77,7 @@ function hintContrast() {
   const [view] = views, blind = ["attention", "rollout"].includes(view.method);
   $("against-hint").textContent = blind && (shared.className || shared.against)
     ? "This map is the same for every class."
-    : shared.against && !CONTRASTS.includes(view.method) ? `“And not” works with: ${CONTRASTS.map(name => METHODS[name][0]).join(", ")}.` : "";
+    : shared.against && !CONTRASTS.includes(view.method) ? `“Rather than” works with: ${CONTRASTS.map(name => METHODS[name][0]).join(", ")}.` : "";
 }
 
 for (const [id, name] of [["class", "className"], ["against", "against"]]) {

@@ -11,7 +11,7 @@ function shape(tag, attributes, text = "") {
   return element;
 }
 
-// lines: [[name, kind, xs, ys], ...]; gaps where a y is null. unit: of x. mark: an x, or null.
+// lines: [[name, kind, xs, ys], ...]; points without a finite y are left out. unit: of x. mark: an x, or null.
 export function drawChart(box, {lines, xs: [first, last], ys: [low, high], format, unit, label, mark = null}) {
   const x = value => LEFT + (value - first) / (last - first || 1) * (WIDTH - LEFT - 4);
   const y = value => TOP + (high - value) / (high - low || 1) * (HEIGHT - TOP - BOTTOM);

@@ -18,7 +18,7 @@ function palette(hex) {
 
 const TABLES = {false: palette(MAGMA), true: palette(DIVERGING)};
 
-// The ends of the scale; 0 is in the middle of a signed one, and a few pixels may be beyond.
+// The ends of the scale; in a signed one 0 is in the middle, and a few pixels may exceed the ends.
 export function range(map, signed) {
   const values = map.flat();
   if (!signed) return [Math.min(...values), Math.max(...values)];
@@ -26,7 +26,7 @@ export function range(map, signed) {
   return [-most, most];
 }
 
-// In signed maps, what counts little is transparent, so that the picture below is seen.
+// In signed maps, small values are transparent, so that the picture below shows through.
 export function paint(canvas, map, signed, [low, high] = range(map, signed), veil = false) {
   const table = TABLES[Boolean(signed)];
   canvas.width = map[0].length;

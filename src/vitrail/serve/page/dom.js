@@ -9,7 +9,7 @@ export function make(tag, kind = "", text = "") {
   return element;
 }
 
-// Set only what changed: otherwise a screen reader reads it again.
+// Set only what changed: otherwise a screen reader would read it again.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

@@ -14,7 +14,7 @@ export class Hide {
     $("show-all").addEventListener("click", () => hide([]));
   }
 
-  // The first view has a new map: compute its curve once it stays.
+  // The first view has a new map: compute its curve once it stops changing.
   async update(view) {
     const key = view.key();
     if (key === this.key) return;
@@ -25,7 +25,7 @@ export class Hide {
     const {signal} = this.stop;
     if (this.shared.picture.live) $("curve").replaceChildren();
     this.draw();
-    await pause(400);  // of moving pictures only the last
+    await pause(400);  // of live pictures, only the last
     if (this.key !== key) return;
     try {
       const curve = await view.ask("curve", {...view.question(), passes: view.method === "shapley" ? 514 : "", resolution: ""}, signal);

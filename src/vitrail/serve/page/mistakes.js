@@ -9,7 +9,7 @@ import {openStored} from "./sources.js";
 export function tile(model, {kind = "pictures", index, label, text}, open) {
   const button = make("button"), pair = make("span", "pair"), image = make("img"), canvas = make("canvas");
   image.src = `/api/models/${encoded(model)}/${kind}/${index}`;
-  image.alt = "";  // the caption says it
+  image.alt = "";  // the caption describes it
   pair.append(image, canvas);
   const caption = make("span", "", text);
   button.append(pair, caption);
@@ -63,7 +63,7 @@ export class Mistakes {
 
   cell(classes, i, j, count, total) {
     const cell = make("td"), button = make("button", "", count || "·");
-    const share = total ? count / total : 0, strength = count ? 12 + 36 * Math.sqrt(share) : 0;  // text stands out from each
+    const share = total ? count / total : 0, strength = count ? 12 + 36 * Math.sqrt(share) : 0;  // text is readable on each
     button.style.background = `color-mix(in srgb, var(${i === j ? "--right" : "--wrong"}) ${strength}%, var(--paper))`;
     button.setAttribute("aria-label", `${count} images of ${classes[i]} predicted as ${classes[j]}`);
     button.disabled = count === 0;

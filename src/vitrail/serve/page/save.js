@@ -44,7 +44,7 @@ function drawView(context, view, shared, x, color, shown) {
   }
   const now = view.changed ?? view.base, top = GAP + SIDE + 28;
   text(`${now[0].class}, ${percent(now[0].probability)}`, x, top, "--ink", 650, 20);
-  text(`${METHODS[view.method][0]} of “${view.explained()}”, ${view.model.name}`, x, top + 24, "--soft", 400, 14);
+  text(`${METHODS[view.method][0]} for “${view.explained()}”, ${view.model.name}`, x, top + 24, "--soft", 400, 14);
   now.slice(0, shown).forEach((each, i) => {
     const y = GAP + SIDE + TITLES + i * LINE;
     text(each.class.slice(0, 16), x, y + 15);
@@ -56,7 +56,7 @@ function drawView(context, view, shared, x, color, shown) {
   });
 }
 
-// The server computes every method for it, which takes some seconds.
+// The server computes every method for it, which takes a few seconds.
 export async function saveHtml(view, shared, button) {
   const {textContent} = button;
   Object.assign(button, {disabled: true, textContent: "Computing all maps …"});

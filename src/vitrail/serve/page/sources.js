@@ -152,7 +152,7 @@ export class Brush {
       Object.assign(this.context, {strokeStyle: this.color, lineWidth: Number($("brush").value), lineCap: "round"});
       this.context.beginPath();
       this.context.moveTo(fromX, fromY);
-      this.context.lineTo(x, y + .01);  // a point, too, is drawn
+      this.context.lineTo(x, y + .01);  // so that a single click draws a point
       this.context.stroke();
       last = [x, y];
       this.send();

@@ -9,11 +9,11 @@ export const METHODS = {
   occlusion: ["Occlusion", "How much the score of “{}” falls when patches are hidden."],
   shapley: ["Shapley values", "What each patch adds to the score of “{}”, on average over many orders of uncovering them."],
   relevance: ["Relevance", "Attention that raised the score of “{}”, accumulated through the layers."],
-  rollout: ["Rollout", "Attention through all layers: where the information may come from, for every class alike."],
-  attention: ["Attention", "The attention weights of one layer, for every class alike."],
+  rollout: ["Rollout", "Attention through all layers: where the information may come from; the same for every class."],
+  attention: ["Attention", "The attention weights of one layer; the same for every class."],
   gradcam: ["Grad-CAM", "Patches whose features, before the last attention, raise the score of “{}”."],
   gradient_rollout: ["Gradient rollout", "Rollout with attention weighted by its gradient for “{}”."],
-  integrated_gradients: ["Integrated gradients", "Gradients for “{}” summed on the way from a blank picture."],
+  integrated_gradients: ["Integrated gradients", "Gradients for “{}”, summed along the way from a blank picture to this one."],
 };
 export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients", "occlusion", "shapley"];
 const PIXELS = ["balanced", "integrated_gradients"];
@@ -90,7 +90,7 @@ export class View {
 
   // ---- Asking the server ---------------------------------------------------------------------
 
-  // What the answer depends on.
+  // What the map depends on.
   key() {
     const {picture, className, against, pixels} = this.shared;
     return [picture?.number, this.model?.name, this.step, this.method, className, against, pixels].join("|");
@@ -121,7 +121,7 @@ export class View {
   refresh() {
     if (!this.shared.picture || !this.model) return;
     clearTimeout(this.timer);
-    if (!this.shared.picture.live) this.stop?.abort();  // what is being computed is no longer asked for
+    if (!this.shared.picture.live) this.stop?.abort();  // cancel what is no longer needed
     if (this.shared.picture.live && SLOW.includes(this.method)) {
       this.predict();
       this.timer = setTimeout(this.explain, IDLE);
@@ -252,7 +252,7 @@ export class View {
     event.preventDefault();
   }
 
-  // The same place of the picture, as fractions, in every view.
+  // Mark a place of the picture, given as fractions; the same one in every view.
   link(x, y) {
     const {rows, columns} = this.model ?? {}, patch = x === null || !rows ? -1 : Math.floor(y * rows) * columns + Math.floor(x * columns);
     this.cells?.forEach((cell, i) => cell.classList.toggle("linked", i === patch));
@@ -326,7 +326,7 @@ export class View {
     const errors = this.answer.errors?.flat(), {rows, columns} = this.model;
     const values = Array.from({length: rows * columns}, (_, i) => this.valueAt((i % columns + .5) / columns, (Math.floor(i / columns) + .5) / rows));
     const best = values.indexOf(Math.max(...values));
-    const error = errors ? ` Error of a value: ± ${short(errors.reduce((sum, value) => sum + value, 0) / errors.length)}.` : "";
+    const error = errors ? ` Mean standard error: ± ${short(errors.reduce((sum, value) => sum + value, 0) / errors.length)}.` : "";
     say(this.find(".note"), `Highest at row ${Math.floor(best / columns) + 1}, column ${best % columns + 1}.${error}`);
   }
 
