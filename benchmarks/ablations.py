@@ -3,7 +3,7 @@
     python benchmarks/ablations.py RECORD_FOLDER --preset fast --seeds 0 1 2
 
 Appends each finished run to runs.jsonl and prints a table of validation accuracy at the end; runs
-that are in the file already are skipped. The test split is not used.
+already in the file are skipped. The test split is not used.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ VARIANTS: dict[str, Change] = {
     "crop and flip only": part("augment", randaugment_ops=0, random_erasing=0.0),
     "one block": part("model", n_layers=1),
 }
-PATCHES = {  # what no setting changes
+PATCHES = {  # changes for which there is no setting
     "one rate for vectors and head": mock.patch.object(optim, "VECTOR_RATE", 1),
     "first kernels random, not whitened": mock.patch.object(ConvStem, "whiten"),
     "kernels random, not partly identity": mock.patch.object(nn.init, "dirac_"),
@@ -125,16 +125,16 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Train the runs that are missing in the record, and print the table."""
+    """Train the runs that are missing from the record, and print the table."""
     options = tyro.cli(Options)
     for name in options.variants:
         if name not in VARIANTS:
-            sys.exit(f"no variant {name!r}: one of {', '.join(VARIANTS)}")
+            sys.exit(f"no variant {name!r}: give one of {', '.join(VARIANTS)}")
     keep_freed_memory()
     options.record.mkdir(parents=True, exist_ok=True)
     record = options.record / "runs.jsonl"
     rows = read_lines(record)
-    for seed in options.seeds:  # all variants by seed, so that a slow hour slows them all
+    for seed in options.seeds:  # all variants seed by seed, so that a slow hour slows them all
         for name in options.variants:
             if not any((row["variant"], row["seed"]) == (name, seed) for row in rows):
                 rows.append(score(options, name, seed))

@@ -1,4 +1,4 @@
-"""Measure speed and memory of training, testing and explaining; alone or beside other systems.
+"""Measure speed and memory of training, testing and explaining; alone or next to other systems.
 
     python benchmarks/bench.py --quick
     python benchmarks/bench.py --peers peers        (made by benchmarks/peers.sh)
@@ -51,7 +51,7 @@ class MeasureOptions(PresetOption):
     """What is measured, and which other systems."""
 
     quick: Flag = False
-    """Fewer steps and rounds, for a first impression."""
+    """Fewer steps and rounds, for a quick look."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto selects cuda, then mps, then cpu."""
     workloads: tuple[Workload, ...] = tuple(TITLES)
@@ -66,7 +66,7 @@ class MeasureOptions(PresetOption):
     data_path: Path = Path("data")
     """Folder of CIFAR-10, which the reference loads itself."""
     growth: Flag = False
-    """Instead, plot how time and memory grow with images, tokens, layers and batch size."""
+    """Plot how time and memory grow with images, tokens, layers and batch size instead."""
     plot: Path | None = None
     """With --growth: file of the plot. Default: growth.png."""
 
@@ -85,7 +85,7 @@ class MeasureOptions(PresetOption):
 
 @dataclass(frozen=True)
 class BenchOptions(Recipe, MeasureOptions):
-    """Measure speed and memory of training, testing and explaining; alone or beside other systems.
+    """Measure speed and memory of training, testing and explaining; alone or next to others.
 
     Prints a table, then one line of JSON. The other systems are plain ViTs of the same width,
     depth, heads, patches and batch size, each in a process of their own environment.
@@ -153,7 +153,7 @@ def grow(options: BenchOptions) -> None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return versions and machine, which the numbers depend on."""
+    """Return the versions and the machine, on which the numbers depend."""
     about = describe_environment(torch.device(device), "")
     return {name: about[name] for name in ("versions", "system", "processor", "threads", "device")}
 

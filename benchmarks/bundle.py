@@ -1,4 +1,4 @@
-"""Put a finished run's best model into the package: weights in float16, calibrated, and its card.
+"""Bundle a finished run's best model with the package: float16 weights, calibration and card.
 
 python benchmarks/bundle.py RUN_FOLDER NAME RECORD_FOLDER [DATA_FOLDER]
 """
@@ -40,7 +40,7 @@ def main() -> None:
         parameters=result["parameters"],
         record=record,
     )
-    calibrate(name, Path(*sys.argv[4:5] or ["data"]))  # of the weights in float16
+    calibrate(name, Path(*sys.argv[4:5] or ["data"]))  # for the weights in float16
     write_json(bundled.FOLDER / f"{name}.json", dataclasses.asdict(card))
     size = sum(path.stat().st_size for path in bundled.FOLDER.iterdir())
     print(f"{bundled.weights_path(name)}: all bundled files together {size / 2**20:.2f} MiB")

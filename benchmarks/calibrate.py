@@ -1,4 +1,4 @@
-"""Fit the calibration of a bundled model on its validation images; its weights stay as they are.
+"""Fit the calibration of a bundled model on its validation images; its weights do not change.
 
 python benchmarks/calibrate.py NAME [DATA_FOLDER]
 """
@@ -40,7 +40,7 @@ def calibrate(name: str, folder: Path) -> None:
     print(
         f"{name}: temperature {calibration.temperature:.4f}; calibration error on "
         f"{len(images):,} validation images {metrics.expected_calibration_error:.2%}, "
-        f"without it {metrics.calibration_error_before:.2%}"
+        f"uncalibrated {metrics.calibration_error_before:.2%}"
     )
 
 

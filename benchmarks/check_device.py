@@ -38,7 +38,7 @@ BOUNDS = {
     ("bfloat16", "gradients"): 0.1,
     ("bfloat16", "loss curve"): 0.05,
 }
-"""Largest difference: of logits and gradients relative to their norm; of the curve in nats."""
+"""Largest difference: for logits and gradients relative to their norm; for the curve in nats."""
 
 
 def outcomes(

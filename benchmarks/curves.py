@@ -1,8 +1,8 @@
-"""Plot accuracy on CIFAR-10 over the floating-point operations of training, with published results.
+"""Plot CIFAR-10 accuracy against the floating-point operations of training, with published results.
 
     python benchmarks/curves.py docs/pictures/curves.png fast=records/fast small=records/small ...
 
-Each folder holds config.json and pairs metrics*.jsonl, result*.json, one for each seed. Lines are
+Each folder holds config.json and a pair metrics*.jsonl, result*.json for each seed. Lines are
 the validation (or monitored) accuracy of the epochs; a dot is the final test accuracy. Operations
 are those of the forward and backward passes, as torch counts them.
 """
@@ -43,7 +43,7 @@ LABELED_LEFT = {
     "airbench95 (CNN, TTA)": 9,
     "CCT-7/3x2": 3,
 }
-"""Published results whose label is to the left, and how many points above."""
+"""Published results labeled on the left, and by how many points the label is raised."""
 
 
 def draw_run(axes: Axes, name: str, folder: Path, color: str) -> None:

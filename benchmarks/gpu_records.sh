@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Records on a GPU, from the repository alone: set up, check, measure, train, gather.
+# Make the GPU records from the repository alone: set up, check, measure, train, gather.
 #
 #     bash benchmarks/gpu_records.sh [--dry_run] [--output FOLDER] [--stages "check measure ..."]
 #
@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
     --dry_run) dry=yes ;;
     --output) output=$2 && shift ;;
     --stages) stages=$2 && shift ;;
-    *) echo "gpu_records.sh: unknown word $1 (see its first lines)" >&2 && exit 2 ;;
+    *) echo "gpu_records.sh: unknown argument $1 (see the top of the script)" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -117,7 +117,7 @@ train() {
     [ $dry = no ] || rest=(--epochs 1 --monitor validation)
     for seed in $seeds; do run "base-s$seed" --preset "$base" --seed $seed "${rest[@]}"; done
     run strongest-s1 --preset "$base" --seed 1 "${rest[@]}" --epochs "$(epochs_in 1700 base)"
-    # Time to 94%: halve the time until 94% is missed, then two more seeds of the shortest.
+    # Time to 94%: halve the time until 94% is missed, then run two more seeds at the shortest.
     if vitrail train --help | grep -q stop_at_accuracy; then stop=(--stop_at_accuracy $goal)
     elif [ $dry = no ]; then echo "gpu_records.sh: train has no --stop_at_accuracy" >&2 && exit 1
     fi

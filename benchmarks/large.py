@@ -2,8 +2,8 @@
 
     python benchmarks/large.py FOLDER PHOTOGRAPH [--methods features,relevance]
 
-FOLDER is that of benchmarks/dinov2.py. Each map is one `vitrail explain` in a process of its own;
-the methods that explain a class do so for a random head of 10 classes, which has no meaning.
+FOLDER is the one that benchmarks/dinov2.py wrote. Each map is one `vitrail explain` in a process of
+its own; the methods that explain a class use a random, meaningless head of 10 classes.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.weights.checkpoint import CheckpointInfo, save_weights_file
 
 SLOW = ("occlusion", "shapley")
-"""Left out unless they are named: they take more than a thousand passes."""
+"""Left out unless requested: they take more than a thousand passes."""
 GIB = 2**20
-"""Kilobytes, in which Linux counts a process's memory."""
+"""In KiB, the unit in which Linux reports a process's memory."""
 
 
 def add_classes(folder: Path, path: Path) -> None:
-    """Write the network at 518 pixels with a random head for 10 classes."""
+    """Write the network for 518 pixels with a random head for 10 classes."""
     torch.manual_seed(0)
     backbone = vitrail.load(folder, image_size=518, device="cpu")
     model = dataclasses.replace(backbone.config.model, n_classes=10, pool="cls_mean")

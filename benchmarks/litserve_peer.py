@@ -2,9 +2,9 @@
 
     python benchmarks/litserve_peer.py PORT MODEL BATCH SECONDS WORKERS [traced]
 
-BATCH is the largest batch, SECONDS how long one waits for more pictures, WORKERS the number of
-processes with a model; traced: the network is a graph. The body of a request is a picture's file,
-as in vitrail serve.
+BATCH is the largest batch, SECONDS how long a batch waits for more pictures, WORKERS the number of
+processes, each with its own model; with traced, the network is a traced graph. The body of a
+request is a picture file, as in vitrail serve.
 """
 
 import sys

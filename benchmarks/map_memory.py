@@ -2,10 +2,10 @@
 
     python benchmarks/map_memory.py cifar10 --images 10000
 
-Every method is measured in processes of its own, at two numbers of images: the peak above the
-memory in use when the model and the images are there, one image having been explained. Only the
-images and the maps grow, so the last column adds those of ``--images`` to the second peak. (Methods
-that take many passes: fewer images, and a single pair of orders for Shapley values.)
+Every method is measured in its own processes, at two numbers of images: the peak above the memory
+in use once the model and the images are loaded and one image has been explained. Only the images
+and the maps grow, so the last column extrapolates the second peak to ``--images``. (Methods that
+take many passes use fewer images, and Shapley values a single pair of orders.)
 """
 
 import json
@@ -31,7 +31,7 @@ SLOW: dict[Method, tuple[int, int]] = {
 
 
 def measure(source: str, method: Method, images: int) -> dict[str, float]:
-    """Return MiB: the process before the maps, its peak with them, and an image with its maps."""
+    """Return MiB: of the process before the maps, of its peak, and of an image with its maps."""
     model = vitrail.load(source, device="cpu").model
     images_BCHW = torch.randn(images, model.config.n_channels, *model.config.image_hw)
     more = {"passes": 2} if method == "shapley" else {}

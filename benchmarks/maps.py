@@ -69,7 +69,7 @@ def timed(images_BCHW: Tensor, explain: Callable[[Tensor], object]) -> Callable[
 def report(title: str, speeds: dict[str, list[float]], **about: object) -> None:
     """Print the table, and everything as one JSON object on the last line."""
     table = Table(title=title, title_justify="left")
-    for column in ("", "images/s", "least", "most", "ratio"):
+    for column in ("", "images/s", "min", "max", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     first = next(iter(medians.values()))
@@ -128,8 +128,8 @@ def main(
         rounds=rounds,
     )
     peak = round(peak_mib("cpu") / 2**10, 2)
-    print(f"Peak memory of the process, {images} images and all: {peak} GiB")
-    print(f"bfloat16: entries of a map differ by at most {apart:.1e} of its highest")
+    print(f"Peak memory of the process, including {images} images: {peak} GiB")
+    print(f"bfloat16: entries of a map differ by at most {apart:.1e} of its largest")
     about = {"preset": preset, "layers": layers, "images": images, "peak_gib": peak}
     report(f"Maps, {preset} with {layers} layers", speeds, **about)
 

@@ -1,9 +1,9 @@
-"""The share of a class's map in its tile of mosaics of four test images, for each method.
+"""How much of a class's map lies in its tile, in mosaics of four test images, for each method.
 
     python benchmarks/mosaics.py cifar10 --mosaics 500 --methods gradcam occlusion:window=3
 
-As in ``explain --score``, but of more images. A line for each method, and of how many tiles the
-class is among the four most probable ones.
+As in ``explain --score``, but on more images. Prints for what share of the tiles the class is among
+the four most probable ones, then a line for each method.
 """
 
 import json
@@ -25,7 +25,7 @@ from vitrail.training.run_folder import load_split
 
 @dataclass(frozen=True)
 class Options:
-    """Measure in which tile of mosaics the maps are."""
+    """Measure how much of the maps lies in the right tile of mosaics."""
 
     model: Annotated[str, tyro.conf.Positional]
     mosaics: int = 500
@@ -36,10 +36,10 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    keep_freed_memory()  # a third of the time went into page faults
+    keep_freed_memory()  # otherwise page faults take a third of the time
     classifier = vitrail.load(options.model, device="cpu")
     images = load_split(classifier, "test", data_path=options.data_path)
-    # Some more images than are used, as the classes are not equally frequent.
+    # More images than needed, as the classes are not equally frequent.
     raw_BCHW = images.raw_BCHW[: options.mosaics * TILES * 5 // 4]
     images_BCHW = classifier.normalize(raw_BCHW.permute(0, 2, 3, 1).numpy())
     found = make_mosaics(images_BCHW, images.labels_B[: len(raw_BCHW)])

@@ -22,7 +22,7 @@ commit=31be6ce
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/torch-of-vitrail.pth"
 
-# torchvision is pinned by torch (2.13 goes with 0.28), and --no-deps keeps it from bringing another.
+# torchvision must match torch (0.28 for 2.13), and --no-deps keeps it from installing another torch.
 minor=$("$python" -c 'import torch; print(torch.__version__.split(".")[1])')
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --no-deps \
@@ -30,8 +30,8 @@ pip install --quiet --no-deps \
 # transformers (which needs no torch), and what the reference and timm import.
 pip install --quiet transformers==5.24.0 tqdm==4.70.1 scikit-learn==1.9.1
 
-# The package index's torchvision is built for CUDA. Beside a CPU torch it lacks two operators that
-# no system here calls, but cannot be imported without them: sitecustomize.py declares them.
+# The package index's torchvision is built for CUDA. With a CPU-only torch it lacks two operators that
+# no system here calls, but it cannot be imported without them: sitecustomize.py declares them.
 import_all='import torchvision, timm, vit_pytorch, transformers, sklearn.metrics'
 if ! "$folder/bin/python" -c 'import torchvision' 2>/dev/null; then
     cat >"$site/sitecustomize.py" <<'PYTHON'

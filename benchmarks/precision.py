@@ -44,7 +44,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     data_path: Path = Path("data")
     window: int = 40
-    """Updates whose mean loss is a point of the curve."""
+    """Number of updates averaged for one point of the curve."""
 
 
 def losses(options: Options, precision: Precision, seed: int) -> list[float]:
@@ -71,7 +71,7 @@ def losses(options: Options, precision: Precision, seed: int) -> list[float]:
 
 
 def main() -> None:
-    """Train all, write curves.json and curves.png."""
+    """Train with every seed and precision; write curves.json and curves.png."""
     options = tyro.cli(Options)
     keep_freed_memory()
     curves: dict[str, list[list[float]]] = {name: [] for name in FORMATS}

@@ -34,7 +34,7 @@ def mark(found: Json) -> str:
 
 
 def score_rows(found: Json) -> list[list[str]]:
-    """Return SRG, its difference to the next method's, correlation and share of the ceiling."""
+    """Return SRG, its difference from the next method's, correlation and share of the ceiling."""
     scores = sorted(found["scores"], key=lambda score: -score["measures"]["srg"]["mean"])
     methods = [score["method"] for score in scores if score["method"] not in CONTROLS]
     after = dict(pairwise(methods))
@@ -56,7 +56,7 @@ def score_rows(found: Json) -> list[list[str]]:
 
 
 def test_rows(found: Json) -> list[list[str]]:
-    """Return what the other tests say, and which of them a method fails."""
+    """Return the results of the other tests, and which of them a method fails."""
     measures = {score["method"]: score["measures"] for score in found["scores"]}
     checks = {check["method"]: check for check in found["checks"]}
     on_object = [name for name in ("pointing", "mass") if name in found["scores"][0]["measures"]]
@@ -98,7 +98,7 @@ def main(paths: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     """Print the tables, the differences of SRG between all methods, and the verdict.
 
     Args:
-        paths: one or several scores.json with all numbers.
+        paths: one or more scores.json files.
     """
     reports = {str(path.parent.name): json.loads(path.read_text()) for path in paths}
     if len(reports) > 1:
@@ -111,7 +111,7 @@ def main(paths: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     for higher, lowers in found["differences"].items():
         for lower, difference in lowers.items():
             if lower not in CONTROLS and higher not in CONTROLS:
-                print(f"- {higher} less {lower}: {interval(difference)}")
+                print(f"- {higher} minus {lower}: {interval(difference)}")
 
 
 if __name__ == "__main__":

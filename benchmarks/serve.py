@@ -1,14 +1,14 @@
-"""Measure ``vitrail serve``: round trips, a load of connections, memory; and LitServe in turns.
+"""Measure ``vitrail serve``: round trips, load from many connections, memory; LitServe in turns.
 
     python benchmarks/serve.py --peer litserve/bin/python --output_path records/serve
 
-It needs wrk, which makes the load, and for the peer another environment with LitServe:
+It needs wrk, which generates the load, and for the peer a separate environment with LitServe:
 
     apt install wrk
     python -m venv litserve && litserve/bin/pip install litserve==0.2.19 -r requirements.txt
 
-First LitServe's settings are compared in short loads; then the servers take turns (A B A B), each
-alone on the machine. The body of every request is one picture of 32 x 32, a PNG of 2 kB.
+First LitServe's settings are compared under short loads; then the servers take turns (A B A B),
+each alone on the machine. The body of every request is one picture of 32 x 32, a PNG of 2 kB.
 """
 
 import http.client
@@ -74,16 +74,16 @@ class Options:
 
     model: str = "cifar10"
     seconds: int = 60
-    """Of each load."""
+    """Duration of each load."""
     connections: int = 32
     rounds: int = 2
-    """Loads of each server."""
+    """Number of loads for each server."""
     requests: int = 100_000
     """After this many requests, the memory is read again."""
     trial: int = 8
     """Seconds of load for each of LitServe's settings."""
     peer: Path | None = None
-    """A Python that has LitServe; without it, only vitrail serve is measured."""
+    """Python interpreter with LitServe; without it, only vitrail serve is measured."""
     output_path: Path | None = None
     """Folder for README.md and serve.json; without it, the JSON is printed only."""
 
@@ -109,7 +109,7 @@ class Bench:
         (self.folder / "post.lua").write_text(script, encoding="utf-8")
 
     def load(self, path: str, seconds: float) -> dict[str, float]:
-        """Send requests for some seconds, by wrk in a process of its own."""
+        """Send requests for some seconds, with wrk in a process of its own."""
         command = ["wrk", "-t1", f"-c{self.options.connections}", f"-d{math.ceil(seconds)}s"]
         command += ["-s", str(self.folder / "post.lua"), f"http://127.0.0.1:{self.port}{path}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -117,7 +117,7 @@ class Bench:
         return found | {"per_second": found["requests"] / found["seconds"]}
 
     def round_trips(self, path: str) -> dict[str, float]:
-        """Time one client with a kept connection."""
+        """Time one client with a keep-alive connection."""
         client = http.client.HTTPConnection("127.0.0.1", self.port)
         body, taken = self.picture.read_bytes(), []
         for _ in range(WARM_UP + ROUND_TRIPS):
@@ -154,7 +154,7 @@ def running(command: list[str], **environment: str) -> Iterator[subprocess.Popen
 
 @contextmanager
 def vitrail_server(bench: Bench, python: str = sys.executable) -> Iterator[int]:
-    """Serve with Vitrail; yield the process's number."""
+    """Serve with Vitrail; yield the process id."""
     words = ["serve", "--no_browser", "--port", "0", bench.options.model]
     with running([python, "-m", "vitrail", *words]) as server:
         assert server.stdout is not None
@@ -171,7 +171,7 @@ def litserve_server(
     """Serve with LitServe."""
     script = str(Path(__file__).parent / "litserve_peer.py")
     words = [str(PEER_PORT), bench.options.model, *map(str, settings), *["traced"] * traced]
-    spins = str(IDLE_SPINS)  # as the commands of Vitrail choose
+    spins = str(IDLE_SPINS)  # as Vitrail's own commands do
     with running([str(bench.options.peer), script, *words], GOMP_SPINCOUNT=spins):
         bench.port = PEER_PORT
         for _ in range(120):
@@ -196,7 +196,7 @@ def memory(pid: int) -> float:
 
 
 def choose_settings(bench: Bench) -> tuple[tuple[int, float, int], list[dict[str, Any]]]:
-    """Return LitServe's fastest settings, and the loads of all."""
+    """Return LitServe's fastest settings, and the results of all trials."""
     trials = []
     for settings in PEER_SETTINGS:
         with litserve_server(bench, settings):
@@ -206,7 +206,7 @@ def choose_settings(bench: Bench) -> tuple[tuple[int, float, int], list[dict[str
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Run everything; the servers that wait do not run."""
+    """Run everything; a server that is waiting its turn is paused."""
     options = bench.options
     found: dict[str, Any] = {"load_average_before": os.getloadavg()[0]}
     if options.peer:
@@ -310,7 +310,7 @@ def describe(found: dict[str, Any], options: Options) -> str:
 def _times(found: dict[str, Any], trips: dict[str, Any], options: Options) -> list[str]:
     """Return the tables of round trips and of loads."""
     lines = [
-        "One client with a kept connection:",
+        "One client with a keep-alive connection:",
         "",
         *_row("", "p50, ms", "p95, ms", "p99, ms"),
         *_row("---", *["---:"] * 3),

@@ -1,9 +1,10 @@
-"""Which share of pictures of other kinds a model says to be unlike its training images.
+"""The share of pictures of other kinds that a model reports as unlike its training images.
 
 python benchmarks/unlike.py MODEL [DATA_FOLDER]     needs scikit-learn and scikit-image
 
-Compares the familiarity with the energy of the logits (Liu et al. 2020, arXiv:2010.03759); of both,
-the area under the ROC curve against test images, and the share below the fifth percentile.
+Compares familiarity with the energy of the logits (Liu et al. 2020, arXiv:2010.03759): for both,
+the area under the ROC curve against test images, and the share below the fifth percentile of the
+validation images.
 """
 
 import json
@@ -78,7 +79,7 @@ def fit(image: Image.Image) -> np.ndarray:
 
 
 def crops(names: tuple[str, ...], random: np.random.Generator) -> np.ndarray:
-    """Return square parts of scikit-image's pictures, a third to all of their height."""
+    """Return square parts of scikit-image's pictures, a third to all of their shorter side."""
     pictures = []
     for number in range(COUNT):
         image = Image.fromarray(getattr(skimage.data, names[number % len(names)])())
@@ -89,7 +90,7 @@ def crops(names: tuple[str, ...], random: np.random.Generator) -> np.ndarray:
 
 
 def pink_noise(random: np.random.Generator) -> np.ndarray:
-    """Return noise whose amplitude falls with the frequency, as that of photographs."""
+    """Return noise whose amplitude falls with the frequency, as in photographs."""
     waves = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE), np.fft.fftfreq(SIDE)))
     waves[0, 0] = 1
     flat = random.normal(size=(4, SIDE, SIDE))

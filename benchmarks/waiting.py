@@ -1,11 +1,11 @@
-"""Speed of training, alone and beside a busy process, by how long OpenMP's threads spin.
+"""Training speed, alone and next to a busy process, by how long OpenMP's threads spin.
 
     python benchmarks/waiting.py --rounds 5 --spins 300000 30000 10000 1000
     python benchmarks/waiting.py --rounds 5 --package /path/to/another/checkout/src
 
 Every round trains `quick` for two short epochs once per setting, in turns: on the idle machine, and
-beside one process that multiplies matrices. `chosen` is the setting that the commands use;
-300000 is the default of GNU's OpenMP. The other checkout is measured as it is.
+next to one process that multiplies matrices. `chosen` is the setting that the commands use;
+300000 is the default of GNU's OpenMP. The other checkout is measured with its own setting.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TRAIN = ["train", "--preset", "quick", "--epochs", "2", "--num_train_images", "5
 
 
 def train(environment: dict[str, str], package: str) -> float:
-    """Return the images per second of one training."""
+    """Return the images per second of one training run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", package, *TRAIN]
         command += ["--output_path", folder, "--folder_name", "run"]
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="trainings of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="training runs of each kind")
     parser.add_argument("--spins", nargs="*", default=[], help="values of GOMP_SPINCOUNT")
     parser.add_argument("--package", type=Path, help="src folder of another checkout")
     options = parser.parse_args()

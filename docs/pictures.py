@@ -1,8 +1,8 @@
-"""Draw the pictures of the README and the how-tos, each for light and for dark pages.
+"""Draw the pictures of the README and the how-tos; those named -dark are for dark pages.
 
-    python docs/pictures.py                 # those of examples/cat.jpg by the bundled model
+    python docs/pictures.py                 # those of examples/cat.jpg, and ranking.png
     python docs/pictures.py cifar10 data    # sheet.png, from test images in data/
-    vitrail inspect cifar10 --output_path docs/pictures    # insides.png; the data in data/
+    vitrail inspect cifar10 --output_path docs/pictures    # insides.png, with the data in data/
 
 benchmarks/curves.py draws ``curves.png``, docs/pictures/architecture.py ``architecture.svg``,
 docs/pictures/serve.py ``serve.webp``;
@@ -61,7 +61,7 @@ def draw_cat() -> None:
 
 
 def draw_ranking() -> None:
-    """Draw how faithful each method is to the bundled model, from the record of its scores."""
+    """Draw how faithful each method is to the bundled model, from the recorded scores."""
     found = json.loads((ROOT / "records/map-scores-bundled/scores.json").read_text())
     badges = tuple(Badge(**badge) for badge in found["badges"])
     verdict = Verdict(found["split"], found["images"], badges, found["trust"])
@@ -74,7 +74,7 @@ def draw_ranking() -> None:
 
 
 def draw_sheet(model: str, data_path: str) -> None:
-    """Draw test images, a row each, and what the model looked at, a column per method."""
+    """Draw test images, one per row, and what the model looked at, one column per method."""
     classifier = vitrail.load(model, device="cpu")
     data = DataConfig(dataset="cifar10", data_path=Path(data_path))
     images = load_data(data, ("test",), image_hw=(32, 32), n_channels=3).images["test"]

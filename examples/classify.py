@@ -8,7 +8,7 @@ import vitrail
 
 
 def main(model: str, *pictures: str) -> None:
-    """Print the most probable classes of each picture, and the shape of the attention."""
+    """Print the most probable classes of each picture, and the shape of the attention tensor."""
     classifier = vitrail.load(model)
     for picture, predictions in zip(pictures, classifier.predict(pictures), strict=True):
         print(picture, *(f"{p.name} {p.probability:.1%}" for p in predictions))

@@ -137,7 +137,7 @@ def test_scores_are_shared_and_bit_identical(both: list[dict[str, Any]]) -> None
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both: list[dict[str, Any]]) -> None:
     for rank in both:
         assert rank["broken"]["error"].startswith("TrainingError: loss nan")
-        assert "update 2: stopped before it" in rank["broken"]["error"]
+        assert "update 2: stopped before applying it" in rank["broken"]["error"]
         assert rank["broken"]["step"] == 1
     assert [rank["broken"]["same"] for rank in both] == [True, False]
 

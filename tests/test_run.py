@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     with torch.no_grad():
         run.state.model.head.fc2.bias[0] = float("nan")
         weights["head.fc2.bias"][0] = float("nan")
-    with pytest.raises(TrainingError, match="update 2: stopped before it"):
+    with pytest.raises(TrainingError, match="update 2: stopped before applying it"):
         next(events)
     for name, tensor in run.state.model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7), weights[name].nan_to_num(7)), name

@@ -254,7 +254,7 @@ def test_a_study_with_other_settings_is_not_joined(study_folder: Path, tiny_run:
         (other, SEARCH, "batch_size"),
         (tiny_run, SEARCH[:1], "--search forward_mul=1,2"),
     ):
-        with pytest.raises(ConfigError, match=f"has other settings: {name}: give the same"):
+        with pytest.raises(ConfigError, match=f"has different settings: {name}: give the same"):
             Sweep(base, folder, search=search)
 
 

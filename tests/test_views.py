@@ -223,7 +223,7 @@ def test_pictures_take_the_colors_of_others(classifier: Classifier, pictures: li
     )
     np.testing.assert_allclose(shared, expected.maps_FGJ, atol=1e-3)
     assert np.abs(shared - classifier.explain(pictures[0], method="features").maps_FGJ).max() > 0.1
-    with pytest.raises(ConfigError, match="only method features has a basis"):
+    with pytest.raises(ConfigError, match="only method features uses a basis"):
         classifier.explain(pictures[0], method="norms", basis=basis)
 
 

@@ -1,1 +1,1 @@
-"""How fast, with how much memory, beside which others: what ``benchmarks/bench.py`` measures."""
+"""What ``benchmarks/bench.py`` measures: speed and memory, alone or next to other systems."""

@@ -91,7 +91,7 @@ class Comparison:
     remarks: list[str] = field(default_factory=list)
 
     def note(self, remark: str) -> None:
-        """Add a remark unless it is there."""
+        """Add a remark unless it is already there."""
         if remark not in self.remarks:
             self.remarks.append(remark)
 
@@ -250,7 +250,7 @@ def measure_rounds(
 def make_row(
     job: Job, worker: Worker, rates: list[float], speed: dict[str, float], found: Comparison
 ) -> Row:
-    """Return the row of a job; remark on its difference from the reference's probabilities."""
+    """Return the row of a job; note how far its probabilities are from the reference's."""
     own, peak = None, None
     if job.workload != "explanation":
         kind = (
@@ -266,7 +266,7 @@ def make_row(
         found.note(
             f"test, {job.precision}: with the reference's weights the largest difference in "
             f"probability is {difference:.1e} ({verdict} within {PROBABILITY_TOLERANCE:g}), the "
-            f"mean of the highest probability {about['mean_confidence']:.2f}"
+            f"mean confidence is {about['mean_confidence']:.2f}"
         )
     return Row(job, tuple(rates), worker.peak_mib, rest_mib, own, peak, about)
 

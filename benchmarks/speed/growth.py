@@ -140,7 +140,7 @@ def by_series(points: list[Point]) -> dict[tuple[str, str], list[Point]]:
 
 
 def growth_table(points: list[Point], title: str) -> Table:
-    """Return a row per axis and series: time and memory at its values, and the power law."""
+    """Return one row per axis and series: time and memory at its values, and the power law."""
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for column in ("with", "", "seconds", "grows as", "MiB"):
         table.add_column(column)

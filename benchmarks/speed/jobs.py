@@ -33,7 +33,7 @@ PEERS_FOR: dict[Workload, tuple[str, ...]] = {
 returns no maps."""
 TRAINS = ("step", "epoch")
 CLASSES = 10
-"""Number of classes where the settings leave it to the data set, as none is loaded here."""
+"""Number of classes if the settings leave it to the data set, as no data set is loaded here."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Recipe:
 
     @classmethod
     def of(cls, config: Config) -> "Recipe":
-        """Return those of a run."""
+        """Return the recipe of a run."""
         return cls(config.model, config.augment, config.training)
 
     def config(self, precision: str | None = None) -> Config:
@@ -97,7 +97,7 @@ class Amounts:
     rounds: int = 5
 
     def request(self, workload: Workload) -> int:
-        """Return the amount that a worker is asked for in a round; testing always runs once."""
+        """Return the amount requested from a worker in each round; testing always runs once."""
         return 1 if workload == "test" else int(getattr(self, workload))
 
 

@@ -1,4 +1,4 @@
-"""Vitrail's own work in a worker process: what the commands do, without reading or writing files.
+"""Vitrail's own work in a worker process: what the commands do, without writing files.
 
 python ours.py SPEC        (see jobs.py)
 """
@@ -43,7 +43,7 @@ LEAST_SECONDS = 0.1
 
 
 class OneBatch:
-    """The same batch for every step, in place of ``Batches``."""
+    """The same batch for every step, instead of ``Batches``."""
 
     steps_per_epoch = 1_000
 
@@ -78,7 +78,7 @@ def noise(config: Config, count: int) -> ImageSet:
 
 
 def training_measure(config: Config, batches: Any) -> Measure:
-    """Return a function that trains for N steps as ``vitrail train`` does and counts the images."""
+    """Return a function that trains N steps as ``vitrail train`` does and returns their images."""
     state = TrainingState.start(fresh_model(config, batches.device), config.training)
 
     def updates() -> Iterator[Any]:

@@ -70,7 +70,7 @@ def vit_pytorch_model(spec: Spec) -> Any:
 
 
 def transformers_model(spec: Spec) -> Any:
-    """Return transformers' ViT with the attention kernel that ends the system's name."""
+    """Return transformers' ViT with the attention kernel named at the end of the system's name."""
     from transformers import ViTConfig, ViTForImageClassification
 
     m = spec["model"]

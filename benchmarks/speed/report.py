@@ -46,7 +46,7 @@ def cells(row: Row, first: float) -> list[str]:
 
 
 def below(found: Comparison, sizes: dict[str, tuple[int, int, int]]) -> list[str]:
-    """Return the lines below the table: the columns, matrix products, and what was skipped."""
+    """Return the lines below the table: column meanings, matrix products, and what was skipped."""
     names = {name: " x ".join(map(str, size)) for name, size in sizes.items()}
     memory = "GPU" if found.bench.device == "cuda" else "process"
     lines = [EXPLAINED.format(own=names["own"], memory=memory)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent
 LARGE = 300_000
-"""A PNG of more characters of base64 becomes a JPEG."""
+"""A PNG with more base64 characters than this becomes a JPEG."""
 
 
 def main(*wanted: str) -> None:
@@ -38,7 +38,7 @@ def main(*wanted: str) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Keep text, code, outputs and tags; make large pictures JPEGs."""
+    """Keep text, code, outputs and tags; convert large pictures to JPEG."""
     notebook.metadata = {
         "kernelspec": {
             "display_name": "Python 3",
@@ -52,7 +52,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
-            # Warnings name paths of this machine; the test shows them.
+            # Warnings contain local paths; the tests check them.
             cell.outputs = [
                 output for output in cell.outputs if output.get("name") != "stderr"
             ]

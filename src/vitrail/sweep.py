@@ -1,4 +1,4 @@
-"""Hyperparameter search: what is searched, the trials of a study, and their ranking.
+"""Hyperparameter search: the search space, the trials of a study, and their ranking.
 
 Optuna chooses and prunes the trials; any number of processes and machines may share a study.
 
@@ -45,13 +45,13 @@ HEARTBEAT_SECONDS = 5
 GRACE_SECONDS = 30
 """A trial without a heartbeat for this long counts as killed, and is repeated."""
 RETRIES = 2
-"""Maximum number of times that a killed trial is repeated; it may be the cause itself."""
+"""Maximum number of times that a killed trial is repeated; it may be what kills the process."""
 POLL_SECONDS = 1.0
 """Polling interval of a process that waits for others."""
 SEARCHED = ("model", "augment", "training")
-"""Sections of the settings that can be searched; the seed can be, too."""
+"""Sections of the settings that can be searched; so can the seed."""
 LOCAL = {field.name for field in fields(RunConfig)} - {"seed"} | {"data_path", "num_workers"}
-"""Settings in which the processes of a study may differ."""
+"""Settings that may differ between the processes of a study."""
 NO_VALIDATION = (
     "a sweep compares trials on validation images, but there are none: give --validation_images "
     "(or more data), and --monitor validation"
@@ -61,7 +61,7 @@ Pruning = Literal["median", "hyperband", "none"]
 Events = Callable[[Run], Iterator[Update | EpochEnd]]
 
 
-# --- what is searched -----------------------------------------------------------------------------
+# --- the search space -----------------------------------------------------------------------------
 
 
 def parse_space(words: Iterable[str]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _parse_list(name: str, text: str, hint: Any) -> Any:
 
 
 def _read_choice(name: str, text: str, hint: Any) -> Any:
-    """Parse one value; ``none`` is a choice of some settings, and no value for others."""
+    """Parse one value; ``none`` is a name that some settings accept, and no value for others."""
     try:
         return convert(name, text, hint)
     except ConfigError:
@@ -162,15 +162,15 @@ class Sweep:
 
     Args:
         base: the settings common to all trials.
-        folder: the study's folder; its name is the study's.
+        folder: the study's folder, which has the study's name.
         search: the arguments of --search.
         trials: the number of trials of the study.
         storage: URL of a database that Optuna supports. Default: SQLite in the study's folder.
-        events: replaces ``Run.train``, e.g. to show progress. A trial whose events end early is put
-            back into the study.
+        events: replaces ``Run.train``, e.g. to show progress. A trial whose events end early is
+            queued again.
 
     Raises:
-        ConfigError: Optuna is not installed, a setting is invalid, or the study has others.
+        ConfigError: Optuna is not installed, or a setting is invalid or differs from the study's.
         OutputError: the storage cannot be used.
     """
 
@@ -209,7 +209,7 @@ class Sweep:
         return pruners.NopPruner()
 
     def _check_same_settings(self, search: Sequence[str]) -> None:
-        """Store the settings in a new study; refuse to join one that has others."""
+        """Store the settings in a new study; refuse to join one with different settings."""
         ours = {f"--search {word}": "" for word in sorted(search)}
         ours |= {n: str(value) for n, value in self.base.flat().items() if n not in LOCAL}
         theirs = self.study.user_attrs.get("settings")
@@ -219,7 +219,7 @@ class Sweep:
         names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if names:
             raise ConfigError(
-                f"the study {self.folder.name} has other settings: {', '.join(names[:4])}: "
+                f"the study {self.folder.name} has different settings: {', '.join(names[:4])}: "
                 "give the same settings, or another --study_name"
             )
 
@@ -231,7 +231,7 @@ class Sweep:
             waiting for the last trials of other processes.
 
         Raises:
-            Stopped: the events of a trial ended early; the trial is back in the study.
+            Stopped: the events of a trial ended early; the trial is queued again.
         """
         state = self.optuna.trial.TrialState
         while True:
@@ -252,7 +252,7 @@ class Sweep:
             yield self.study.trials[self.current]
 
     def _fail_killed_trials(self) -> None:
-        """Fail the trials of killed processes, also of those killed before the first heartbeat."""
+        """Fail the trials of killed processes, including any killed before the first heartbeat."""
         self.optuna.storages.fail_stale_trials(self.study)
         state = self.optuna.trial.TrialState
         for trial in self.study.get_trials(deepcopy=False, states=(state.RUNNING,)):
@@ -263,7 +263,7 @@ class Sweep:
     def _objective(self, trial: Any) -> float:
         """Run one trial; return its best validation accuracy."""
         self.current = trial.number
-        # Processes that share a study draw different trials; a single one is reproducible.
+        # Processes that share a study draw different trials; a single process is reproducible.
         seed = derive_seed(self.base.run.seed, "sweep", trial.number) % 2**32
         self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
         values = {name: suggest(trial, name, among) for name, among in self.space.items()}
@@ -402,7 +402,7 @@ def plot_importances(study: Any, path: Path) -> dict[str, float]:
 
 
 def flags(start: Config, best: Config) -> str:
-    """Return the flags that turn one configuration into another, numbers with four digits."""
+    """Return the flags that turn one configuration into another, with numbers to four digits."""
     words: list[str] = []
     before = start.flat()
     for name, value in best.flat().items():

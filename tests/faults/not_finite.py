@@ -95,7 +95,7 @@ def injected(folder: Path, config: Config, *, every: int = 1, seed: int = 8) -> 
     for what, fault in found[::every]:
         with tally.trial(what), fault():
             before = {name: tensor.clone() for name, tensor in everything(run).items()}
-            require_stopped(run, f"update {step + 1}: stopped before it")
+            require_stopped(run, f"update {step + 1}: stopped before applying it")
             after = everything(run)
             same = all(
                 torch.equal(after[n], t) or not t.isfinite().all() for n, t in before.items()

@@ -1,1 +1,1 @@
-"""Fuzzing of every reader of files; see ``__main__.py``."""
+"""Fuzzing of every file reader; see ``__main__.py``."""

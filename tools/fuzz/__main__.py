@@ -1,4 +1,4 @@
-"""Fuzz every reader of files, each target in a process that can be killed.
+"""Fuzz every file reader, each target in a process that can be killed.
 
     PYTHONPATH=tools:$PYTHONPATH python -m fuzz --cases 20000 --json records/hostile/hostile.json
 
@@ -36,9 +36,9 @@ MODULES = {
     "files": "names.FILES",
 }
 STUCK = 60.0
-"""CPU seconds, or ten times as many of wall time, without a new case until a process is killed."""
+"""CPU seconds without a new case, or ten times as many of wall time, before a process is killed."""
 LOST = 20
-"""Processes of a target that may die before it is given up."""
+"""Number of processes of a target that may die before the target is abandoned."""
 INSTRUMENTED = ["vitrail", "pickle", "tomllib", "zipfile", "json"]
 
 
@@ -47,14 +47,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=20_000, help="cases of each target")
+    parser.add_argument("--cases", type=int, default=20_000, help="cases per target")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--targets", nargs="+", default=list(MODULES), choices=list(MODULES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--engine", choices=["atheris", "seeded"])
     parser.add_argument("--keep", type=Path, help="folder for faulty cases")
-    parser.add_argument("--replay", type=Path, help="run the one case in this file")
+    parser.add_argument("--replay", type=Path, help="run the single case in this file")
     parser.add_argument("--slot", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.engine = options.engine or ("atheris" if find_spec("atheris") else "seeded")

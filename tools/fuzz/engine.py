@@ -249,7 +249,7 @@ class Watch:
 
 
 def keep_fault(folder: Path, number: int, data: bytes, what: str) -> None:
-    """Write a faulty case to a file, up to 50."""
+    """Write a faulty case to a file, for the first 50."""
     if number <= 50:
         folder.mkdir(exist_ok=True)
         (folder / f"{number:03}.case").write_bytes(data)
@@ -270,7 +270,7 @@ def fuzz(watch: Watch, seeds: Sequence[bytes], *, seed: int, engine: str, scratc
             f"-seed={seed + first + 1}",
             "-max_len=8192",
             "-verbosity=0",
-            "-timeout=600",  # Watch has its own; 0 means "at once" to atheris
+            "-timeout=600",  # Watch has its own; 0 means immediately in atheris
             "-rss_limit_mb=0",
             "-malloc_limit_mb=0",
             "-reload=0",

@@ -67,7 +67,7 @@ def encoded(image: Image.Image, format: str, **settings: object) -> bytes:
     """Return an image as a file's content."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of deprecated formats
+        warnings.simplefilter("ignore", DeprecationWarning)  # about deprecated formats
         image.save(file, format, **settings)
     return file.getvalue()
 
@@ -114,7 +114,7 @@ def strange(rgb: Image.Image) -> list[bytes]:
 
 
 def bombs() -> list[bytes]:
-    """Return small files that expand: to the maximum of pixels, to too many, to texts of zeros."""
+    """Return small files that expand: to the most pixels allowed, too much data, long texts."""
     side = 9_999
     rows = zlib.compress(bytes(side * (side // 8 + 2)), 9)
     text = zlib.compress(bytes(30_000_000), 9)

@@ -118,7 +118,7 @@ def set_values(table: dict[str, Any], choices: bytes) -> dict[str, Any]:
 
 
 def attack_json(data: bytes, folder: Path) -> None:
-    """Read settings from JSON: bytes as they are, or places and values."""
+    """Read settings from JSON: the bytes themselves, or values set at places."""
     path = folder / "config.json"
     if data[:1] == b"v":
         text = json.dumps(set_values(to_json(Config()), data[1:]))
@@ -129,7 +129,7 @@ def attack_json(data: bytes, folder: Path) -> None:
 
 
 def attack_toml(data: bytes, folder: Path) -> None:
-    """Read settings from TOML: bytes as they are, or settings and values, with sections or not."""
+    """Read settings from TOML: the bytes themselves, or chosen settings and values."""
     path = folder / "mine.toml"
     path.write_bytes(as_toml(data[1:]) if data[:1] == b"v" else data)
     check(read_toml(path, Config()))

@@ -65,7 +65,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
 
 @cache
 def reference_state() -> dict[str, Tensor]:
-    """Return a state dict of the reference implementation's layout."""
+    """Return a state dict in the reference implementation's layout."""
     D, M = 4, 8
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.pos_embedding": (1, 4, D),
@@ -122,7 +122,7 @@ def saved() -> tuple[bytes, dict[str, bytes]]:
 
 
 def rezip(content: bytes, *, packing: int = zipfile.ZIP_STORED) -> bytes:
-    """Return the zip archive with another pickle."""
+    """Return the zip archive with a different pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", packing) as opened:
         for name, part in {**saved()[1], PICKLE: content}.items():
@@ -333,7 +333,7 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def attack_foreign(data: bytes, folder: Path) -> None:
-    """Load weights of another system: an .npz, or a folder with a modified config.json."""
+    """Load weights of another library: an .npz, or a folder with a modified config.json."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     kind, rest = data[:1], data[1:]
     if kind == b"n":
@@ -358,7 +358,7 @@ def attack_foreign(data: bytes, folder: Path) -> None:
 
 @cache
 def foreign_files() -> dict[str, dict[str, bytes]]:
-    """Return the tiny model's files in the formats of other systems."""
+    """Return the tiny model's files in the formats of other libraries."""
     model = replace(TINY, head="linear", dropout=0.0)
     torch.manual_seed(0)
     weights = VisionTransformer(model).state_dict()
@@ -375,7 +375,7 @@ def foreign_files() -> dict[str, dict[str, bytes]]:
 
 
 def foreign_seeds() -> list[bytes]:
-    """Return valid and invalid files of other systems."""
+    """Return valid and invalid files of other libraries."""
     files = foreign_files()
     archive = files["google"]["x.npz"]
     arrays = [{"a": np.zeros((0, 3))}, {"a": np.array(["x"])}, {"a": np.array([1 + 2j])}, {}]

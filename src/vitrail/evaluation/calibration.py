@@ -1,11 +1,11 @@
-"""What validation images teach about a model: how sure to be, and which pictures are unlike them.
+"""Calibration on validation images: how confident to be, and which pictures are unlike them.
 
 A model trained with label smoothing learns smoothed probabilities, so the smoothing is undone. Then
-the logits are divided by one temperature, fitted on validation, before they become probabilities:
-neither their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). The features of
-validation images, which the head reads, lie near a subspace: a picture is unlike the training
-images if its features are farther from it than those of nearly all validation images ("Residual"
-in Wang et al. 2022, arXiv:2203.10807). Imports torch only to fit, and for models of torch.
+the logits are divided by a temperature, fitted to validation images, before the softmax; neither
+their order nor the accuracy changes (Guo et al. 2017, arXiv:1706.04599). The features of validation
+images (the input of the head) lie near a subspace: a picture counts as unlike the training images
+if its features are farther from it than those of nearly all validation images ("Residual" in Wang
+et al. 2022, arXiv:2203.10807). Torch is imported only for fitting and for torch models.
 """
 
 import base64
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 FALSE_ALARMS = 0.05
 """Share of the validation images that counts as unlike the training images."""
 FEWEST_IMAGES = 200
-"""With fewer validation images, half of which set the threshold, it would rest on less than 5."""
+"""Half of the images set the threshold; with fewer than this, fewer than 5 would lie beyond it."""
 SHARES = np.linspace(0, 1, 101)
 LEAST = 1e-3
-"""The share that is left of a probability below what label smoothing adds to every class."""
+"""The fraction kept of a probability that is below what label smoothing adds to every class."""
 
 
 @dataclass(frozen=True)
 class Calibration(Checked):
-    """How a model's logits become probabilities, and its features a familiarity."""
+    """Turns a model's logits into probabilities, and its features into a familiarity."""
 
     temperature: float = 1.0
     """What the logits are divided by; 1 if it was not fitted."""
@@ -43,7 +43,7 @@ class Calibration(Checked):
     directions: str = ""
     """Their principal directions (K, D), likewise."""
     distances: tuple[float, ...] = ()
-    """Percentiles 0 to 100 of the distance from them of other validation images."""
+    """Percentiles 0 to 100 of the distance of the other validation images from that subspace."""
     smoothing: float = 0.0
     """Label smoothing of the training, which is undone before the temperature applies."""
 
@@ -69,11 +69,11 @@ class Calibration(Checked):
         return powers_BY / powers_BY.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
 
     def scale(self, logits_BY: "Tensor") -> "Tensor":
-        """Return calibrated logits, of which softmax makes the probabilities.
+        """Return calibrated logits, whose softmax gives the probabilities.
 
-        Smoothing s mixes each label with s / Y of every class, and so do the probabilities that a
-        model learns. This is subtracted; of smaller probabilities LEAST is left, so that the order
-        of the classes stays.
+        Label smoothing s adds s / Y to the target of every class, and thus to the probabilities
+        that a model learns. This is subtracted; a smaller probability is multiplied by LEAST
+        instead, so that the order of the classes stays the same.
         """
         if self.smoothing:
             log_BY = logits_BY.log_softmax(-1)
@@ -90,24 +90,24 @@ class Calibration(Checked):
         return mean_D, _unpack(self.directions).reshape(-1, max(1, len(mean_D)))
 
     def familiarity(self, features_BD: np.ndarray) -> np.ndarray | None:
-        """Return the share (B,) of validation images that are farther away; None if not known."""
+        """Return the share (B,) of validation images that are farther away; None if unknown."""
         return self.rank(distance(features_BD, *self.subspace)) if self.mean else None
 
     def rank(self, distance_B: np.ndarray) -> np.ndarray:
-        """Return the share (B,) of validation images that are farther away than distances."""
+        """Return the share (B,) of validation images that are farther away than these distances."""
         familiarity_B: np.ndarray = np.interp(distance_B, self.distances, 1 - SHARES)
         return familiarity_B
 
 
 def distance(features_BD: Any, mean_D: Any, directions_KD: Any) -> Any:
-    """Return how far features are from a subspace, (B,), of arrays or of tensors."""
+    """Return the distance (B,) of features from a subspace, for arrays or tensors."""
     centered_BD = features_BD - mean_D
     outside_BD = centered_BD - centered_BD @ directions_KD.T @ directions_KD
     return (outside_BD**2).sum(1) ** 0.5
 
 
 def describe_unlike(familiarity: np.ndarray | float | None) -> str:
-    """Return what to say of a picture that is unlike the training images, else ""."""
+    """Return a note for a picture that is unlike the training images, else ""."""
     if familiarity is None or (familiarity := np.asarray(familiarity).item()) >= FALSE_ALARMS:
         return ""
     share = min(1 - familiarity, 0.999)
@@ -120,9 +120,9 @@ def fit(
     """Fit temperature and subspace to the logits and features of validation images.
 
     The temperature minimizes the cross-entropy. Its targets are smoothed as in Platt 1999, as if
-    two further images had been seen, one right and one wrong: so a few images that are all right
-    do not make a model certain. The subspace is fitted to half of the images, and its distances
-    are those of the other half, which are as far away as new images.
+    two more images had been seen, one right and one wrong, so that a few images that are all right
+    do not make the model certain. The subspace is fitted to half of the images, and the distances
+    are those of the other half, which are as far from it as new images.
 
     Args:
         smoothing: the label smoothing of the training, which is undone first.

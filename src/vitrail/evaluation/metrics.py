@@ -57,11 +57,11 @@ class Metrics:
     expected_calibration_error: float
     """Weighted mean gap between confidence and accuracy (Guo et al. 2017, equation 3)."""
     calibration_error_before: float
-    """The same of the plain logits."""
+    """The same for the uncalibrated logits."""
     temperature: float
-    """What the logits were divided by for all probabilities, so for the loss, too."""
+    """What the logits were divided by, for all probabilities and so for the loss."""
     smoothing: float
-    """The label smoothing that was undone before."""
+    """The label smoothing that was undone before the division."""
     macro_precision: float
     """Mean over the classes that have images; a class never predicted counts as 0."""
     macro_recall: float
@@ -118,8 +118,8 @@ def predict_logits(
 ) -> Tensor:
     """Run the model, already on ``device``, over all images in order.
 
-    The ranks of a run share the batches, so that the logits equal those of a single process bit
-    for bit; every rank returns the logits of all images.
+    The ranks of a run divide whole batches among them, so the logits equal those of a single
+    process bit for bit; every rank returns the logits of all images.
 
     Shapes:
         returns logits_BY, float32, on the CPU
@@ -143,7 +143,7 @@ def predict_logits(
 
 
 class Features(nn.Module):
-    """What the head of a model reads, (B, D), in place of its logits."""
+    """A model that returns the input of its head, (B, D), instead of its logits."""
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
@@ -155,10 +155,10 @@ class Features(nn.Module):
 
 
 class SixViews(nn.Module):
-    """A model with test-time augmentation: the mean logits of an image, two shifts and mirrors.
+    """A model with test-time augmentation: mean logits of an image, two shifts, and mirror images.
 
-    The image itself counts as much as the two copies together that are shifted by one pixel along
-    a diagonal (reflected at the border); of each, the mirror image counts as much as the original.
+    The image has weight 1/2, and two copies shifted by one pixel along a diagonal (reflected at the
+    border) have 1/4 each; half of every weight goes to the mirror image.
 
     Source: Jordan 2024, arXiv:2404.00498, section 3.5.
     """

@@ -39,7 +39,7 @@ BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
 DARK, LIGHT = "#333333", "#E5E5E5"
 SPLITS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MARKED_EPOCHS = 30
-"""Up to this many epochs, each has a dot."""
+"""Up to this many epochs, each is marked with a dot."""
 COUNTED_CLASSES = 120
 """With more classes, the cells of the confusion matrix are too small for counts and all names."""
 SMALLEST_SPAN = 0.1
@@ -47,9 +47,9 @@ SMALLEST_SPAN = 0.1
 NAME_LENGTH = 20
 """Longer class names are truncated."""
 NOTE_LENGTH = 80
-"""Characters of a line below a title."""
+"""Maximum length of the line below a title."""
 FEW_IMAGES = 0.01
-"""Share of the images below which a bin of the calibration is pale."""
+"""A calibration bin with a smaller share of the images is drawn pale."""
 
 
 # Tables.
@@ -278,11 +278,11 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[Any, Any]], split: str, quant
 
 def _draw_reliability(axes: Axes, metrics: Metrics) -> None:
     filled = [bin for bin in metrics.calibration if bin.share]
-    filled.sort(key=lambda bin: bin.share, reverse=True)  # the legend has the first one's color
+    filled.sort(key=lambda bin: bin.share, reverse=True)  # the legend has the first bar's color
     lefts, width = [bin.low for bin in filled], 1 / len(metrics.calibration)
     accuracies = [bin.accuracy or 0.0 for bin in filled]
     gaps = [(bin.confidence or 0.0) - (bin.accuracy or 0.0) for bin in filled]
-    # Bins of few images say little.
+    # Bins with few images say little.
     opacities = [1.0 if bin.share >= FEW_IMAGES else 0.3 for bin in filled]
     blue, orange = ([to_rgba(name, a) for a in opacities] for name in (SKY, ORANGE))
     bars: dict[str, Any] = {"align": "edge", "width": width}
@@ -368,17 +368,17 @@ def plot_run(
     """Plot the curves and, given test metrics, what ``plot_metrics`` plots.
 
     Args:
-        rows: of the epochs.
-        metrics: of the test split.
-        folder: the run's.
+        rows: one per epoch.
+        metrics: those of the test split.
+        folder: the run folder.
         data: name of the data set.
-        smoothing: of the labels in training, which its loss includes.
+        smoothing: the label smoothing, which the training loss includes.
 
     Returns:
-        one line for each plot that failed: a failed plot must not lose the numbers.
+        one line for each plot that failed, since a failed plot must not lose the numbers.
     """
     name = f"{folder.name}, {data}"
-    smoothed = f"{name}; train: with labels smoothed by {smoothing:g}" if smoothing else name
+    smoothed = f"{name}; train: with label smoothing {smoothing:g}" if smoothing else name
     curves = {
         "graph_loss.png": partial(plot_curve, rows, "loss", smoothed),
         "graph_accuracy.png": partial(plot_curve, rows, "accuracy", name),

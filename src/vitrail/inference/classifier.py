@@ -49,12 +49,12 @@ class Classifier(BaseClassifier):
     classes: tuple[str, ...]
     source: str = ""
     notes: tuple[str, ...] = ()
-    """What was assumed to read another system's weights."""
+    """What was assumed in order to read another library's weights."""
     calibration: Calibration = UNCALIBRATED
     verdict: Verdict | None = None
-    """Which maps to trust, if ``vitrail explain --score`` has stored it beside the weights."""
+    """Which maps to trust, if ``vitrail explain --score`` stored it next to the weights."""
     result: Mapping[str, Any] | None = None
-    """Of a model that ``vitrail.train`` made: scores and seconds, as in result.json."""
+    """For a model made by ``vitrail.train``: scores and seconds, as in result.json."""
     outputs: Outputs | None = None
     """The model as a graph, if ``trace`` has been called."""
 
@@ -96,10 +96,10 @@ class Classifier(BaseClassifier):
         return next(self.model.parameters()).device
 
     def trace(self) -> "Classifier":
-        """Return a classifier with the same predictions that computes them as a graph.
+        """Return a classifier that makes the same predictions with a traced graph.
 
-        On a CPU a graph takes a tenth less time than modules do, and never waits for Python's lock:
-        for programs that predict in several threads.
+        On a CPU a graph takes a tenth less time than modules do, and does not wait for Python's
+        GIL, which helps programs that predict in several threads.
         """
         return replace(self, outputs=trace(self.model))
 
@@ -126,7 +126,7 @@ class Classifier(BaseClassifier):
                 what fits the method; without a method, the evidence after each layer.
             class_name: the class to explain. Default: the predicted one.
             name: the picture's name. Default: its file name.
-            basis: the colors of features of several pictures, from
+            basis: for method features, colors shared by several pictures, from
                 ``explain.token_views.fit_colors``. Default: fitted to this picture.
             settings: fields of ``explain.map_settings.MapSettings``: method, fusion, query, layers
                 and more; ``against`` may be the name of a class. method "all" shows every method,
@@ -138,7 +138,7 @@ class Classifier(BaseClassifier):
         """
         check_names(settings)
         method = settings.pop("method", None)
-        require(basis is None or method == "features", "only method features has a basis")
+        require(basis is None or method == "features", "only method features uses a basis")
         subject = replace(self.subject(picture, name=name), basis=basis)
         if isinstance(settings.get("against"), str):
             settings["against"] = subject.find_class(settings["against"])
@@ -152,7 +152,7 @@ class Classifier(BaseClassifier):
         return explain(subject, asked, kind=frames, class_name=class_name)
 
     def subject(self, picture: Picture, *, name: str = "", label: str = "") -> Subject:
-        """Return one picture with all that an explanation needs."""
+        """Return one picture with everything that an explanation needs."""
         named = name or Path(source_name(picture)).name or "picture"
         picture = only_picture(picture)
         picture_HWC = read_picture(picture, pixel_range=self.config.data.pixel_range)
@@ -166,7 +166,7 @@ class Classifier(BaseClassifier):
         name: str = "picture",
         label: str = "",
     ) -> Subject:
-        """Return what ``subject`` does, for a picture returned by ``read`` and at its own size."""
+        """Like ``subject``, for a picture as returned by ``read`` and at its own size."""
         return Subject(
             model=self.model,
             image_1CHW=self.normalize(raw_HWC[None]),
@@ -197,18 +197,18 @@ class Classifier(BaseClassifier):
         return normalize(raw_BCHW, self.mean, self.std)
 
     def probabilities(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
-        """Return class probabilities (B, Y) on the CPU; refuse weights that give no finite ones."""
+        """Return class probabilities (B, Y) on the CPU, or raise CheckpointError if not finite."""
         logits_BY = self.logits(images_BCHW, batch_size)
         return self.calibration.scale(logits_BY).softmax(1)
 
     def logits(self, images_BCHW: Tensor, batch_size: int = 500) -> Tensor:
-        """Return the logits (B, Y) on the CPU; refuse weights that give no finite ones."""
+        """Return the logits (B, Y) on the CPU, or raise CheckpointError if not finite."""
         return self._run(images_BCHW, batch_size)[0]
 
     def _run(self, images_BCHW: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return logits (B, Y) and features (B, D), float32, on the CPU."""
         self.require_classes()
-        self.model.check_images(images_BCHW)  # which a graph does not
+        self.model.check_images(images_BCHW)  # a graph would not
         outputs = self.outputs or LogitsAndFeatures(self.model)
         logits, features = [], []
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A classifier -> an ONNX model or a torch program, checked against it before it is written."""
+"""Export a classifier to ONNX or a torch program; outputs are compared before it is written."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ CHECKED_BATCHES = (1, 7, 64)
 TOLERANCE = 1e-4
 """Maximum difference from the model in any output."""
 METADATA = "vitrail.json"
-"""Name of the extra file in a .pt2 with the metadata that an ONNX file has."""
+"""Name of the extra file in a .pt2 that holds the same metadata as an ONNX file."""
 MAX_BYTES = 2**31
 """Maximum size of a protobuf message, which an ONNX file is."""
 
@@ -67,7 +67,7 @@ class Graph(nn.Module):
         return tuple(outputs)
 
     def batch(self, images: int) -> Tensor:
-        """Return N noise images in the input's format, always the same."""
+        """Return noise images in the input's format, the same every time."""
         config = self.model.config
         raw_BHWC = torch.randint(
             256, (images, *config.image_hw, config.n_channels), dtype=torch.uint8,
@@ -89,7 +89,7 @@ def check_outputs(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> fl
         the largest difference.
 
     Raises:
-        ExportError: an output differs by more than TOLERANCE, or has another shape.
+        ExportError: an output differs by more than TOLERANCE, or has a different shape.
     """
     worst = 0.0
     for images in CHECKED_BATCHES:
@@ -118,7 +118,7 @@ def to_program(
     It runs with torch alone: ``torch.export.load(path).module()(batch)`` gives a tuple of outputs.
 
     Raises:
-        ExportError: the exported program computes something else.
+        ExportError: the exported program's outputs differ from the model's.
     """
     graph = Graph(classifier, attention=attention, raw=raw)
     program = torch.export.export(
@@ -138,7 +138,7 @@ def to_onnx(
 
     Raises:
         ConfigError: an optional package is not installed, or the model is too large for one file.
-        ExportError: the exported model computes something else.
+        ExportError: the exported model's outputs differ from the original's.
     """
     graph = Graph(classifier, attention=attention, raw=raw)
     size = sum(t.numel() * t.element_size() for t in graph.model.state_dict().values())
@@ -219,12 +219,12 @@ def _quiet(name: str = "torch.onnx") -> Iterator[None]:
 def quantize(proto: Any) -> Any:
     """Return the ONNX model with the weights of its linear layers as int8, scaled per channel.
 
-    Tokens are quantized at run time (dynamic quantization), so no data is needed. The
-    products of attention, the stem and the norms stay in float32. The integers use 7 bits: with 8,
-    processors without VNNI instructions overflow within a product.
+    Tokens are quantized at run time (dynamic quantization), so no data is needed. The attention
+    products, the stem and the norms stay in float32. The integers use 7 bits: with 8, processors
+    without VNNI instructions overflow within a product.
     """
     quantization = import_optional("onnxruntime.quantization")
-    with TemporaryDirectory() as folder, _quiet("root"):  # it recommends another program
+    with TemporaryDirectory() as folder, _quiet("root"):  # it recommends preprocessing
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(proto.SerializeToString())
         quantization.quantize_dynamic(

@@ -1,13 +1,13 @@
 """Pictures -> predictions with an exported ONNX file. Does not import torch, so it starts fast.
 
-A file's metadata contain all that reading pictures needs, as JSON: ``model`` (its settings),
-``classes``, and the fields of PREPARATION (``fit`` and ``interpolation`` as plain words);
-``distances`` (see ``Calibration``), if they are known.
+A file's metadata has everything needed to read pictures, as JSON: ``model`` (its settings),
+``classes``, the fields of PREPARATION (``fit`` and ``interpolation`` as plain words), and, if
+known, ``distances`` (see ``Calibration``).
 
 It has one of two interfaces. Input ``images`` (B, C, H, W), float32, normalized, gives ``logits``
 (B, Y), already divided by the temperature; input ``raw`` (B, H, W, C), uint8, gives
-``probabilities`` (B, Y). Further outputs ``attention_1`` ... ``attention_L`` (B, A, T, T) are the
-blocks' attention; ``distance`` (B,) is that of the features from those of validation images.
+``probabilities`` (B, Y). Optional outputs ``attention_1`` ... ``attention_L`` (B, A, T, T) are the
+blocks' attention; ``distance`` (B,) is how far the features are from those of validation images.
 """
 
 import dataclasses
@@ -90,11 +90,11 @@ class OnnxClassifier(BaseClassifier):
         return f"OnnxClassifier({self.source!r}, {len(self.classes)} classes, {height} x {width})"
 
     def prepared(self, **changes: Any) -> "OnnxClassifier":
-        """Return the classifier with changed preparation of pictures, e.g. ``fit``."""
+        """Return the classifier with changes to how pictures are prepared, e.g. ``fit``."""
         fixed = [name for name in ("mean", "std") if name in changes]
         if fixed and self.session.get_inputs()[0].name == "raw":
             raise ConfigError(
-                f"{self.source}: {fixed[0]} is part of the graph (--raw): export it again"
+                f"{self.source}: {fixed[0]} is part of the graph (--raw): export the model again"
             )
         data = dataclasses.replace(self.config.data, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, data=data))
@@ -104,7 +104,7 @@ class OnnxClassifier(BaseClassifier):
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return logits (B, Y), float32, of pictures at the model's size, and familiarity (B,).
 
-        The logits of a graph that gives probabilities are their logarithms.
+        If the graph returns probabilities, the logits are their logarithms.
         """
         chunks = range(0, len(raw_BHWC), batch_size)
         parts = [self._run(raw_BHWC[start : start + batch_size]) for start in chunks]
@@ -155,7 +155,7 @@ def load_onnx(
         threads: number of threads. Default: the number of cores.
 
     Raises:
-        CheckpointError: there is no such file, or it is corrupt or not ours.
+        CheckpointError: there is no such file, or it is corrupt or not written by vitrail.
         ConfigError: onnxruntime is not installed, or has no such device.
     """
     runtime, path = import_optional("onnxruntime"), Path(path)

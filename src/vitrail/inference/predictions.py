@@ -29,7 +29,7 @@ class Ranking(list[Prediction]):
     """The most probable classes of one picture: a list, which a notebook shows as bars."""
 
     familiarity: float | None = None
-    """Share of validation images that are less like the training images; None if not known."""
+    """Share of validation images that are less like the training images; None if unknown."""
 
     @property
     def unlike(self) -> bool:
@@ -79,7 +79,7 @@ def rank(probabilities_BY: np.ndarray, classes: Sequence[str], top_k: int) -> Ra
 
 
 def check_classes(names: object, config: Config, where: Path) -> tuple[str, ...]:
-    """Return the class names stored with a model, which must have that many classes."""
+    """Return the class names stored with a model, after checking that their number is right."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: its classes are not a list of names")
     if len(names) != config.model.n_classes:

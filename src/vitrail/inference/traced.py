@@ -1,4 +1,4 @@
-"""A network as a graph that runs without Python."""
+"""A network traced to a graph that runs without Python."""
 
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Load weights into a model, also one with another image size or other classes (fine-tuning)."""
+"""Load weights into a model, even with a different image size or classes (fine-tuning)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,18 @@ from vitrail.errors import CheckpointError
 from vitrail.model.vit import VisionTransformer
 
 ADAPTABLE_FIELDS = ("image_size", "n_classes", "dropout", "drop_path", "init_std")
-"""Settings in which a model may differ from the one that its weights come from."""
+"""Settings that may differ between a model and the one that its weights come from."""
 
 
 def adapt(
     model: VisionTransformer, source: ModelConfig, weights: dict[str, Tensor], *, new_head: bool
 ) -> list[str]:
-    """Load weights into a model with another image size or other classes; return the changes.
+    """Load weights into a model with a different image size or classes; return the changes.
 
-    Learned positions are resized. With ``new_head``, the head keeps the weights it has.
+    Learned positions are resized. With ``new_head``, the model's own head is kept.
 
     Raises:
-        CheckpointError: the models differ otherwise, or in the classes without ``new_head``.
+        CheckpointError: other settings differ, or the classes do and ``new_head`` is not set.
     """
     target, own = model.config, model.state_dict()
     free = {*ADAPTABLE_FIELDS, "head"} if new_head else set(ADAPTABLE_FIELDS)
@@ -30,7 +30,7 @@ def adapt(
         if name not in free and value != getattr(target, name)
     ]
     if differing:
-        raise CheckpointError(f"the weights are for another model: {', '.join(differing[:3])}")
+        raise CheckpointError(f"the weights are for a different model: {', '.join(differing[:3])}")
     weights, notes = resize(weights, source, target)
     if new_head:
         head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
@@ -49,7 +49,7 @@ def adapt(
 def resize(
     weights: dict[str, Tensor], source: ModelConfig, target: ModelConfig, *, antialias: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights with positions for another image size, and notes of what was changed."""
+    """Return the weights with positions resized for the target, and notes on the changes."""
     if source.grid_GJ == target.grid_GJ or "position_ND" not in weights:
         return dict(weights), []
     position_ND = resize_positions(
@@ -66,7 +66,7 @@ def build_model(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransf
     The config is compared with the weights before memory for the model is allocated.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ; the message has the first ones.
+        CheckpointError: names, shapes or dtypes differ; the message lists the first few.
     """
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(blocks) != config.n_layers:
@@ -80,7 +80,7 @@ def build_model(config: ModelConfig, weights: dict[str, Tensor]) -> VisionTransf
 
 
 def _load(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
-    """Load weights that fit the model."""
+    """Load weights after checking that they fit the model."""
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights))
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
@@ -103,12 +103,12 @@ def resize_positions(
     *,
     antialias: bool = False,
 ) -> Tensor:
-    """Return the positions for another grid of patches, by bicubic interpolation.
+    """Return the positions for a different grid of patches, by bicubic interpolation.
 
     Both grids cover the same area (corners are not aligned); the border is replicated. With
-    ``antialias``, the filter widens where the grid shrinks, and a is -0.5.
+    ``antialias``, the filter widens where the grid shrinks, and Keys's a is -0.5, not -0.75.
 
-    Source: Keys 1981, with a = -0.75; as in Dosovitskiy et al. 2021, section 3.2, for fine-tuning.
+    Source: Keys 1981; Dosovitskiy et al. 2021, section 3.2 (resizing for fine-tuning).
     """
     table_1DGJ = position_ND.T.unflatten(1, from_GJ)[None]
     resized_1DGJ = F.interpolate(

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each of D dimensions.
+    """A learned factor for each of the D dimensions.
 
     Source: Touvron et al. 2021, arXiv:2103.17239, equation 4.
     """
@@ -51,7 +51,7 @@ class LayerScale(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout. On a CPU it takes a tenth of the time of torch's own.
+    """Dropout that on a CPU takes a tenth of the time of torch's own.
 
     It draws 16 random bits per value, four values at once; the probability is rounded to 1/65536.
 
@@ -120,7 +120,7 @@ class WhitePatches(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images_BCHW: Tensor) -> None:
-        """Compute the kernels from normalized images, with the patches of one in memory at a time.
+        """Compute the kernels from normalized images, with one image's patches in memory at a time.
 
         This runs on the CPU, as some devices (MPS) have neither float64 nor ``torch.linalg.eigh``.
         """
@@ -137,8 +137,8 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch normalization that also accepts a batch of one image with one position in training.
 
     Such a batch has no variance. It is normalized with the running statistics, as in evaluation,
-    and leaves them unchanged. (It occurs if the image is a single patch: as the last batch of an
-    epoch, or as the part of a batch in gradient accumulation or of one process.)
+    and leaves them unchanged. (It occurs if an image is a single patch and one image remains: in
+    the last batch of an epoch, one step of gradient accumulation, or one rank's part of a batch.)
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
@@ -155,8 +155,8 @@ class BatchNorm(nn.BatchNorm2d):
 class ConvStem(nn.Sequential):
     """Whitened patches, 3 x 3 convolutions with batch norm, and a 1 x 1 convolution to tokens.
 
-    Max pooling halves the image after some of the convolutions, until one position is P pixels
-    wide.
+    Max pooling halves the image after some of the convolutions, until each position covers P x P
+    pixels.
 
     Source: Xiao et al. 2021, arXiv:2106.14881; Hassani et al. 2021, arXiv:2104.05704 (pooling).
     """
@@ -193,8 +193,8 @@ def _grid_angles(
 ) -> tuple[Tensor, Tensor]:
     """Return row angles and column angles of all patches, row by row, each of shape (N, width).
 
-    The angle is place / base^(f / width) for frequency f. The place is the index or, if
-    ``centered``, the angle that goes from -2 pi to 2 pi across the picture.
+    The angle for frequency f is x / base^(f / width), where x is the index of the row or column
+    or, if ``centered``, goes from -2 pi to 2 pi across the picture.
     """
     rows, columns = grid_GJ
     # On the CPU even if the default device is "meta", on which models are built for loading.
@@ -220,7 +220,7 @@ def sincos_table(grid_GJ: tuple[int, int], embed_dim: int) -> Tensor:
 def rotation_tables(
     grid_GJ: tuple[int, int], head_dim: int, *, n_prefix_tokens: int, centered: bool
 ) -> Rotation:
-    """Return cosines and sines (T, K) of rotary positions; tokens before the patches have none.
+    """Return cosines and sines (T, K) of rotary positions; tokens before the patches do not rotate.
 
     Half of the angles depend on the row, half on the column. The base is 100 instead of 10,000, as
     images have few positions.

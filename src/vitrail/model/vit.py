@@ -115,7 +115,7 @@ class Block(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Linear, Tanh, Linear: the head of the reference, and of the ViT paper in pre-training."""
+    """Linear, tanh, linear: the head of the reference, and of the ViT paper in pre-training."""
 
     def __init__(self, pooled_dim: int, n_classes: int) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ class MLPHead(nn.Module):
 class VisionTransformer(nn.Module):
     """Patch embedding, transformer blocks, and a linear classifier or small MLP.
 
-    Without classes there is no head: what a head would read takes the place of the logits, (B, D)
-    or (B, 2 * D).
+    Without classes there is no head: the model returns the head's input, (B, D) or (B, 2 * D),
+    instead of logits.
 
     Shapes:
         images_BCHW, normalized -> logits_BY
@@ -249,13 +249,13 @@ class VisionTransformer(nn.Module):
         return self.head(self.summarize(tokens_BTD))  # type: ignore[no-any-return]
 
     def summarize(self, tokens_BTD: Tensor) -> Tensor:
-        """Return the input of the head: what ``pool`` returns, normalized before or after."""
+        """Return the input of the head: pooled tokens, normalized before or after pooling."""
         if self.config.fc_norm:
             return self.norm(self.pool(tokens_BTD))  # type: ignore[no-any-return]
         return self.pool(self.norm(tokens_BTD))
 
     def pool(self, tokens_BTD: Tensor) -> Tensor:
-        """Return what the head reads: one token or mean (B, D), or two side by side (B, 2 * D)."""
+        """Return one token or mean (B, D) for the head, or two side by side (B, 2 * D)."""
         first, pool = self.config.n_prefix_tokens, self.config.pool
         if pool == "cls":
             return tokens_BTD[:, 0]
@@ -263,7 +263,7 @@ class VisionTransformer(nn.Module):
         return second_BD if pool == "mean" else torch.cat([tokens_BTD[:, 0], second_BD], dim=1)
 
     def forward_with_attention(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the logits and the attention of each block: the tensors used, for autograd, too.
+        """Return the logits and each block's attention, which is part of the autograd graph.
 
         Shapes:
             images_BCHW -> logits_BY, L tensors attention_BATT. Rows are queries and sum to 1. The
@@ -282,12 +282,12 @@ class VisionTransformer(nn.Module):
 def initialize(module: nn.Module, std: float) -> None:
     """Initialize a module's own weights: normal with a standard deviation, and zero biases.
 
-    The reference implementation and timm use ``trunc_normal_(std=0.02)``, which is equivalent to
-    0.02: it truncates at -2 and 2, i.e. at 100 standard deviations.
+    The reference implementation and timm use ``trunc_normal_(std=0.02)``, which in practice is not
+    truncated: its bounds are -2 and 2, i.e. 100 standard deviations.
 
-    The convolutional stem has He initialization instead, so that its activations do not shrink;
-    but a 3 x 3 kernel passes each input on to one output unchanged, as far as there are outputs.
-    The whitened patches are fitted to images later (ConvStem.whiten).
+    The convolutional stem uses He initialization instead, so that its activations do not shrink;
+    but the first outputs of a 3 x 3 convolution start as copies of its inputs, one each. The
+    whitened patches are fitted to images later (ConvStem.whiten).
 
     Source: He et al. 2015, arXiv:1502.01852, equation 10; Jordan 2024, arXiv:2404.00498,
     section 3.1 (partial identity).

@@ -30,7 +30,7 @@ Pairs: TypeAlias = tuple[Any, Any] | torch.utils.data.Dataset[Any]
 """Pictures and labels (arrays, tensors, lists), or a Dataset of (picture, label)."""
 Data: TypeAlias = str | Path | Pairs
 NAMES = {"train": "train", "validation": "val", "test": "test"}
-"""Splits, and how their arrays are called in the file of arrays."""
+"""Splits, and the prefixes of their arrays' names in the .npz file."""
 
 
 def train(
@@ -49,9 +49,9 @@ def train(
             (N, C, H, W) of any numbers; a ``torch.utils.data.Dataset`` of (picture, label); or a
             path: a folder of class folders or of IDX files, an .npz, a Parquet file, hf:OWNER/NAME.
         preset: the name of a complete configuration.
-        validation, test: the same as ``data``, but no path. Default: a tenth of ``data`` for each,
-            always the same images; with one of them given, no test split is cut.
-        classes: names of the labels 0, 1, 2, ... Default: those of the Dataset, or the labels.
+        validation, test: like ``data``, but not a path. Default: a tenth of ``data`` for each,
+            always the same images; if only ``validation`` is given, there is no test split.
+        classes: names of the labels 0, 1, 2, ... Default: the Dataset's classes, or the labels.
         settings: any setting by name, as in ``vitrail train``. ``folder_name`` (or ``output_path``)
             keeps the run, with the arrays as data.npz, in ``output/``. Gray pictures train with
             n_channels 1 unless it is given.
@@ -89,7 +89,7 @@ def _follow(config: Config, folder: Path) -> Classifier:
     """Run a training to the end and return the best model."""
     console = Console(stderr=True)
     run = Run.start(config, folder)
-    # rich's bar in a notebook needs ipywidgets, without which it warns; a line does as well.
+    # In a notebook, rich's bar needs ipywidgets and warns without it; a plain line is enough.
     with Progress(
         console=console, disable=console.is_jupyter or not console.is_terminal
     ) as progress:
@@ -112,7 +112,7 @@ def _follow(config: Config, folder: Path) -> Classifier:
 
 
 def _arrays(parts: dict[str, Pairs | None], classes: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """Return the content of a file of arrays."""
+    """Return the arrays of the .npz file, by name."""
     arrays: dict[str, np.ndarray] = {}
     alone = parts["validation"] is None and parts["test"] is None
     for split, pairs in parts.items():
@@ -151,7 +151,7 @@ def _split_pairs(pairs: Pairs, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_listed(pairs: object) -> TypeGuard[Sequence[Any]]:
-    """Return whether these are items with a length and an index, as those of a Dataset."""
+    """Return whether this has a length and can be indexed, like a Dataset."""
     return isinstance(pairs, Sized) and hasattr(pairs, "__getitem__")
 
 
@@ -170,16 +170,16 @@ def _stack(pictures: Any, name: str) -> np.ndarray:
     listed = [_pixels(picture, name) for picture in pictures]
     shapes = sorted({pixels.shape for pixels in listed})
     if len(shapes) != 1:
-        raise DataError(f"{name}: pictures of {len(shapes)} shapes ({str(shapes[:3])[1:-1]}): make "
-                        "them equal, or give a folder of picture files")  # fmt: skip
+        raise DataError(f"{name}: pictures of {len(shapes)} shapes ({str(shapes[:3])[1:-1]}): give "
+                        "pictures of one shape, or a folder of picture files")  # fmt: skip
     return np.stack(listed)
 
 
 def _pixels(picture: Any, name: str) -> np.ndarray:
-    """Return a picture as an array; a gray one of Pillow stays gray."""
+    """Return a picture as an array; a gray Pillow image stays gray."""
     if isinstance(picture, Image.Image):
         if is_wide_gray(picture):
-            return np.asarray(picture)  # unchanged, as all pictures have one range
+            return np.asarray(picture)  # unchanged, as all pictures share one range
         rgb_HWC = read_picture(picture, name=name)
         return rgb_HWC[:, :, 0] if picture.mode in ("1", "L") else rgb_HWC
     array = as_array(picture, name)

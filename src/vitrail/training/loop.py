@@ -41,8 +41,8 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
     the same device, with the same number of threads).
 
     Raises:
-        TrainingError: the loss, the gradient or a weight is not finite; the state is that after
-            the last update.
+        TrainingError: the loss, the gradient or a weight is not finite; the state is left as
+            it was after the previous update.
     """
     device = batches.device
     updates = config.training.epochs * batches.steps_per_epoch
@@ -72,10 +72,10 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
 
 
 def count_flops(config: ModelConfig) -> tuple[int, int]:
-    """Return the floating-point operations per image: of inference, and of training.
+    """Return the floating-point operations per image, for inference and for training.
 
-    As torch counts them: matrix products and convolutions, with a multiply-add as two; the
-    optimizer's are not included.
+    Counted as torch does: matrix products and convolutions, a multiply-add as two operations. The
+    optimizer is not included.
     """
     with torch.device("meta"):
         model = VisionTransformer(config).to("meta")
@@ -99,13 +99,13 @@ def _train_step(
     loss, correct = loss_sum.item(), int(correct_sum.item())
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The weights too: after a tanh an infinite one leaves both loss and gradient finite.
+    # The weights, too: before a tanh, an infinite one leaves both loss and gradient finite.
     size = torch.nn.utils.get_total_norm(parameters)
     if not (math.isfinite(loss) and math.isfinite(norm + size)):
         raise TrainingError(
             f"loss {loss}, gradient norm {float(norm)}, weight norm {float(size)} at update "
-            f"{state.step + 1}: stopped before it. Lower learning_rate, raise warmup_epochs, or "
-            "set clip_norm 1.0"
+            f"{state.step + 1}: stopped before applying it. Lower learning_rate, raise "
+            "warmup_epochs, or set clip_norm 1.0"
         )
     if config.training.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.training.clip_norm, norm)

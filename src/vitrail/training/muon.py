@@ -12,9 +12,9 @@ class Muon(Optimizer):
     """Moves weights along the orthogonal matrix nearest to their Nesterov momentum.
 
     The norm of a step is ``lr`` times the norm of the weight, which is then scaled back to its
-    former norm. So one learning rate suits matrices of every shape, and weight decay has nothing to
-    do. Convolution kernels count as matrices with one row per output channel; matrices of the same
-    shape are processed as a batch. A weight of zeros stays zero.
+    former norm. So one learning rate suits matrices of every shape, and weight decay would have no
+    effect. Convolution kernels count as matrices with one row per output channel; matrices of the
+    same shape are processed as a batch. A weight of zeros stays zero.
 
     Args:
         params: weights, or groups of them.
@@ -72,10 +72,10 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int]:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 3) -> Tensor:
-    """Bring the singular values of each matrix together by Newton–Schulz iteration.
+    """Bring the singular values of each matrix close to 1 by Newton–Schulz iteration.
 
-    Three steps bring those above 1/50 of the Frobenius norm to 0.65 to 1.2; five, those above
-    1/600.
+    Three steps bring those above 1/50 of the Frobenius norm into the range 0.65 to 1.2; five steps,
+    those above 1/600.
 
     Shapes:
         matrices (n, rows, columns) -> the same shape and dtype; computed in ``dtype``.

@@ -12,13 +12,13 @@ from vitrail.runtime.hardware import choose_precision
 from vitrail.training.muon import Muon
 
 VECTOR_RATE = 5
-"""Learning rate of biases and norm weights beside Muon, relative to the head's (docs/log.md)."""
+"""With Muon, the learning rate of biases and norm weights relative to the head's (docs/log.md)."""
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
     """Return AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
-    Beside Muon, AdamW's second beta is 0.95, and vectors learn faster (VECTOR_RATE).
+    Next to Muon, AdamW's second beta is 0.95, and vectors learn faster (VECTOR_RATE).
     Every group stores its highest learning rate as ``peak``; set_learning_rate scales it.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Jordan et al. 2024 (Muon).
@@ -120,8 +120,8 @@ def multiplier(step: int, config: TrainingConfig, *, steps_per_epoch: int) -> fl
     """Return the learning rate of update ``step`` (from 0), relative to the highest.
 
     It rises as (t + 1) / warmup, then falls along a half cosine or a line from 1 to
-    minimum_learning_rate / learning_rate. t counts updates, or with ``schedule_by`` epoch epochs,
-    which is the closed form of LinearLR and CosineAnnealingLR in the reference implementation.
+    minimum_learning_rate / learning_rate. t counts updates or, if ``schedule_by`` is epoch, epochs:
+    the closed form of the reference implementation's LinearLR and CosineAnnealingLR.
 
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5, for the cosine.
     """

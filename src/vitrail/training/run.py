@@ -69,10 +69,10 @@ from vitrail.weights.checkpoint import (
 )
 
 WHITENING_PIXELS = 2_000_000
-"""Pixels of training images that the whitening kernels of the conv stem are computed from."""
+"""Number of training pixels from which the conv stem's whitening kernels are computed."""
 
 EVALUATION_CHUNK = 500
-"""Images evaluated between two checks for a request to stop."""
+"""Number of images evaluated between two checks for a stop request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Run:
         """The last checkpoint that was written or loaded."""
 
     def _build_model(self, train_set: ImageSet, fresh: bool) -> VisionTransformer:
-        """Return the initialized model; of a resumed run, its weights will be overwritten."""
+        """Return the initialized model; a resumed run overwrites its weights."""
         config = self.config
         with rng.seeded(config.run.seed, "init", device=self.device):
             model = VisionTransformer(config.model).to(self.device)
@@ -151,7 +151,7 @@ class Run:
     def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
         """Begin a new run in an empty folder (see run_folder.new_folder).
 
-        ``manifest`` is that of a data set that is a folder, if its files are listed already.
+        ``manifest`` lists the files of a folder data set, if they were scanned already.
 
         Raises:
             ConfigError: the folder is not empty.
@@ -172,7 +172,7 @@ class Run:
         The settings are those in its config.json; only RESUME_OVERRIDES may differ.
 
         Raises:
-            CheckpointError: no checkpoint is valid, or it was made with other settings.
+            CheckpointError: no checkpoint is valid, or the newest has different settings.
             OutputError: another process is writing to the folder.
         """
         distributed.on_leader(require_run_folder, folder)  # the lock would create the folder
@@ -199,13 +199,13 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """Number format of the matrix products, as chosen: float32 or bfloat16."""
+        """The number format chosen for matrix products: float32 or bfloat16."""
         dtype = choose_precision(self.config.training.precision, self.device)
         return str(dtype).removeprefix("torch.")
 
     @property
     def compiled(self) -> bool:
-        """Whether the model is compiled, as chosen."""
+        """Whether the model is compiled, with ``auto`` resolved."""
         return choose_compile(self.config.training.compile, self.device, self.total_steps)
 
     @property
@@ -221,9 +221,9 @@ class Run:
     def train(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and the end of every epoch.
 
-        The iteration may be left at any time; save() then keeps all progress. ``stopping`` is
-        polled during the evaluation of an epoch, which may take long. If it returns True, the
-        evaluation is postponed; leave the iteration after that update, or it starts over.
+        You may break out of the loop at any time; save() then keeps all progress. ``stopping`` is
+        polled while an epoch is evaluated, which may take a while. If it returns True, the
+        evaluation is postponed; break out after that update, or the evaluation starts over.
 
         Raises:
             TrainingError: the loss, the gradient or a weight is not finite.
@@ -237,7 +237,8 @@ class Run:
                         trackers.write(event.row, self._draw_attention(event.row))
                     yield event
         except (TrainingError, OutputError) as error:
-            kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was saved"
+            saved = self.saved
+            kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved"
             raise type(error)(f"{error}; {kept}") from error
 
     def _events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
@@ -248,7 +249,7 @@ class Run:
         if self.is_enough():
             return
         for update in train(self.state, self.batches, self.config):
-            # Before the update is yielded, so that leaving then loses nothing of the epoch.
+            # Before the update is yielded, so that breaking out then loses nothing of the epoch.
             end = self._end_epoch(stopping) if update.ends_epoch else None
             yield update
             if update.ends_epoch and (end := end or self._end_epoch(lambda: False)):
@@ -381,7 +382,7 @@ class Run:
 
         ``problems`` then lists the plots and weights that could not be written.
         """
-        best = distributed.on_leader(  # on the CPU, from where it can be sent to every rank
+        best = distributed.on_leader(  # on the CPU, so that it can be sent to every rank
             lambda: pretrained.load(read_pointer(self.checkpoints, "BEST"), device="cpu")
         )
         metrics, calibration = None, self._calibrate(best)
@@ -399,7 +400,7 @@ class Run:
         return distributed.on_leader(self._write_result, best, metrics, calibration)
 
     def _calibrate(self, best: Classifier) -> Calibration | None:
-        """Fit the calibration on validation and keep it with the weights; None without images."""
+        """Fit the calibration to the validation images, if any, and save it with the weights."""
         validation = self.monitored.get("validation")
         if validation is None:
             return None
@@ -453,12 +454,12 @@ class Run:
 
 
 def _speed(images: int, seconds: float) -> float:
-    """Return images per second, also if the clock did not advance."""
+    """Return images per second, even if the clock did not advance."""
     return round(images / max(seconds, 1e-9), 1)
 
 
 def _write_weights(best: Classifier, run_name: str) -> None:
-    """Write the best weights to ``model_path``, named by epoch as in the reference, from 0."""
+    """Write the best weights to ``model_path``; epochs count from 0, as in the reference."""
     info = load_info(Path(best.source))
     run, model = info.config.run, info.config.model
     size = "x".join(map(str, dict.fromkeys(model.image_hw)))
@@ -474,7 +475,7 @@ def _complete(
     """Return the settings with the number of classes and the pixel range of the loaded dataset.
 
     Raises:
-        ConfigError: the settings ask for another number of classes.
+        ConfigError: the settings ask for a different number of classes.
     """
     asked, there = config.model.n_classes, len(classes)
     if asked not in (0, there):

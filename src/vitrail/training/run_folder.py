@@ -4,14 +4,14 @@ output/NAME/
 ├── config.json  env.json          settings; software and hardware
 ├── manifest.json                  for a folder of pictures: every file with its split
 ├── data.json                      for arrays: the fingerprint of each part
-├── data.npz                       of vitrail.train: the arrays, unless they are a path
+├── data.npz                       from vitrail.train: the arrays, unless a path was given
 ├── metrics.jsonl                  one line per epoch
 ├── result.json                    at the end: validation and test scores, seconds, parameters
 ├── test_uses.jsonl                one line for each use of the test split
 ├── graph_loss.png  graph_accuracy.png  confusion_matrix.png  calibration.png
 ├── checkpoints/                   LAST, BEST and the folders they name: see checkpoint.py
 ├── attention/                     with --attention_epochs: a picture every N epochs
-├── trackers.json                  with --wandb or --mlflow: the ids of this run there
+├── trackers.json                  with --wandb or --mlflow: this run's ids in them
 └── tensorboard/                   with --tensorboard
 """
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
 
 DATA = "data.npz"
-"""The arrays that a run was given from Python."""
+"""The arrays passed to a run from Python."""
 FINGERPRINTS = "data.json"
 LOCK = ".lock"
 """A file that the writing process locks; the system unlocks it when the process ends."""
@@ -78,7 +78,7 @@ class EpochRow(TypedDict):
 def new_folder(output_path: Path, folder_name: str, default_name: str) -> Path:
     """Create the folder of a new run: ``folder_name``, or the default name with a number.
 
-    An existing folder of that name is accepted if it is empty, as after an immediate kill.
+    An existing folder of that name is accepted if it is empty, as after a kill at the start.
 
     Raises:
         ConfigError: ``folder_name`` is taken.
@@ -114,7 +114,7 @@ def require_unused(folder: Path) -> None:
 
 
 def is_unused(path: Path) -> bool:
-    """Return whether a folder is empty except for what a run that never began leaves."""
+    """Return whether a folder is empty except for what a run that never began leaves behind."""
     return path.is_dir() and all(
         entry.name in (LOCK, DATA) or entry.name.startswith(".partial-") for entry in path.iterdir()
     )
@@ -135,7 +135,7 @@ def require_run_folder(folder: Path) -> None:
 
 
 def hold(folder: Path) -> AbstractContextManager[object]:
-    """Lock a run folder against other processes until the result is released or collected.
+    """Lock a run folder against other processes until the result is released or garbage-collected.
 
     A process may hold a folder several times, e.g. when a notebook resumes its own run. With
     several ranks, rank 0 holds it.
@@ -173,7 +173,7 @@ def lock_of(folder: Path) -> BaseFileLock:
 
 
 def _run_of(source: str) -> Path | None:
-    """Return the run folder that a model was loaded from, itself or one of its checkpoints."""
+    """Return the run folder that a model was loaded from, directly or as one of its checkpoints."""
     checkpoints = Path(source).resolve().parent
     if is_run_folder(Path(source)):
         return Path(source)
@@ -184,8 +184,8 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
     """Load a split of the data that a model was trained on, or of other data.
 
     If the model comes from a run, the run's manifest determines the splits, and arrays must be
-    those of the run. All of another folder is its test split. ``changes`` are data settings that
-    differ, such as ``data_path``.
+    those of the run. Any other folder is a test split as a whole. ``changes`` are data settings
+    that differ, such as ``data_path``.
 
     Raises:
         DataError: data are missing, or changed since the training.
@@ -229,14 +229,14 @@ def write_fingerprints(config: Config, folder: Path) -> None:
 
 
 def locate_arrays(data: DataConfig, folder: Path) -> DataConfig:
-    """Return the settings with the path of the arrays in a run folder that was moved."""
+    """Return the settings, with the path of the arrays corrected if the run folder was moved."""
     kept = (folder / DATA).absolute()
     moved = data.data_path.name == DATA and not data.data_path.exists() and kept.exists()
     return dataclasses.replace(data, data_path=kept) if moved else data
 
 
 def _verify_arrays(data: DataConfig, folder: Path, splits: Sequence[Split]) -> None:
-    """Refuse arrays that are not those of the run, if it has recorded them."""
+    """Refuse arrays that differ from the run's, if it recorded their fingerprints."""
     path = folder / FINGERPRINTS
     if path.is_file():
         require_same(open_source(data), read_json_object(path), splits)
@@ -275,7 +275,7 @@ def read_rows(folder: Path) -> list[EpochRow]:
     """Return the lines of metrics.jsonl, if there are any.
 
     Raises:
-        CheckpointError: a line is not that of an epoch.
+        CheckpointError: a line does not describe an epoch.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -288,7 +288,7 @@ def read_rows(folder: Path) -> list[EpochRow]:
         and all(value is None or isinstance(value, int | float) for value in row.values())
         for row in rows
     ):
-        raise CheckpointError(f"{path}: corrupt: a line is not an epoch of a run")
+        raise CheckpointError(f"{path}: corrupt: a line does not describe an epoch")
     return rows
 
 

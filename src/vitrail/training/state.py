@@ -113,7 +113,7 @@ class TrainingState:
         """Restore what weights(), tensors() and numbers() returned.
 
         Raises:
-            CheckpointError: it belongs to another model or optimizer.
+            CheckpointError: they are for a different model or optimizer.
         """
         try:
             self.eval_model.load_state_dict(weights)
@@ -151,7 +151,7 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
 def _warming_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """Return an update function for AveragedModel with a decay that warms up to ``decay``.
 
-    So the initial weights do not dominate the average of a short run. The first update is copied.
+    The initial weights then do not dominate a short run's average. The first update is a copy.
 
     Source: TensorFlow's ExponentialMovingAverage, ``num_updates``; timm's ModelEmaV3.
     """
@@ -179,10 +179,10 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def quality(row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Return a sort key for epochs, the best one highest: accuracy, then loss, then the first.
+    """Return a sort key for epochs, highest for the best: by accuracy, then loss, then earliest.
 
-    Without validation the newest epoch is the best. Before any epoch stands a checkpoint inside
-    one, of which only the step is known.
+    Without validation the newest epoch is the best. A checkpoint saved within an epoch, of which
+    only the step is known, ranks below all epochs.
     """
     if "validation_accuracy" in row:
         return 1, row["validation_accuracy"], -row["validation_loss"], -row["step"]
@@ -190,7 +190,7 @@ def quality(row: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def checkpoint_folders(checkpoints: Path, last: int | None = None) -> list[Path]:
-    """Return the checkpoint folders in the order of their steps. Default: all, else to ``last``."""
+    """Return the checkpoint folders in order of step: all, or those up to step ``last``."""
     found = [(step_of(path), path) for path in checkpoints.glob("step-*")]
     known = sorted((step, path) for step, path in found if step is not None)
     return [path for step, path in known if last is None or step <= last]
@@ -225,14 +225,14 @@ class SavedState(NamedTuple):
     training: dict[str, Tensor]
     notices: list[str]
     best: Mapping[str, Any] = {}
-    """The row of the checkpoint that BEST names; only its step before the first epoch."""
+    """The row of the checkpoint that BEST names; only its step if it was saved within an epoch."""
 
 
 def recover(folder: Path, config: Config) -> SavedState | None:
     """Repair a run folder and load its newest valid checkpoint; None if there was none yet.
 
     Raises:
-        CheckpointError: it has no valid checkpoint, or one made with other settings.
+        CheckpointError: no checkpoint is valid, or the newest has different settings.
         OutputError: the folder cannot be written.
     """
     checkpoints = folder / "checkpoints"
@@ -276,7 +276,7 @@ def newest_valid(checkpoints: Path) -> SavedState:
 
 
 def _require_same_settings(config: Config, saved: SavedState) -> None:
-    """Refuse to resume with other settings than those of the checkpoint."""
+    """Refuse to resume with settings that differ from the checkpoint's."""
     asked, made = config.flat(), saved.info.config.flat()
     given = {name: value for name, value in asked.items() if (name, value) != ("n_classes", 0)}
     other = [
@@ -305,4 +305,4 @@ def _best_valid(checkpoints: Path, saved: SavedState) -> tuple[Path, Mapping[str
             saved.notices.append(f"skipped a corrupt checkpoint: {error}")
         else:
             return folder, rows[folder]
-    raise CheckpointError(f"{checkpoints}: no valid checkpoint")  # the newest was, a moment ago
+    raise CheckpointError(f"{checkpoints}: no valid checkpoint")  # the newest was valid just now

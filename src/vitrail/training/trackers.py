@@ -109,8 +109,8 @@ _KINDS: dict[str, tuple[Callable[[Config, Path, str | None], _Tracker], str]] = 
     "wandb": (_Wandb, "run wandb login, or set WANDB_MODE=offline"),
     "mlflow": (_Mlflow, "set MLFLOW_TRACKING_URI, e.g. sqlite:///mlflow.db"),
 }
-"""By the setting that turns a tracker on, which is also the name of its library: its class, and
-what to do if it cannot be started."""
+"""For each setting that turns a tracker on, which is also the name of its library: the tracker's
+class, and what to do if it cannot be started."""
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -158,7 +158,7 @@ class Trackers:
                 self.problems[-1] += f"; nothing was sent to it from step {row['step']} on"
 
     def _try(self, name: str, action: Callable[..., None], *args: Any) -> bool:
-        """Do something with a tracker; if it raises, note the problem and return False."""
+        """Run an action of a tracker; if it raises, note the problem and return False."""
         try:
             action(*args)
         except Exception as error:  # noqa: BLE001 (whatever the user's library raises)
@@ -167,7 +167,7 @@ class Trackers:
         return True
 
     def _close(self, end: End) -> None:
-        """Close all trackers, whichever of them raises."""
+        """Close all trackers, even if some of them raise."""
         for name, tracker in self.open.items():
             self._try(name, tracker.close, end)
 
