@@ -9,7 +9,7 @@ format:  ## fix what can be fixed automatically
 	ruff check --fix .
 	ruff format .
 
-test:  ## the default tests, under 3 minutes on 2 cores
+test:  ## the default tests, about four minutes on 2 cores
 	pytest
 
 slow:  ## the long tests

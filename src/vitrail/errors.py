@@ -55,6 +55,11 @@ def printable(text: str) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its period, or the error's type."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 SYNONYMS = {
     "lr": "learning_rate", "min_lr": "minimum_learning_rate", "bs": "batch_size",
     "batch": "batch_size", "wd": "weight_decay", "n_epochs": "epochs", "num_epochs": "epochs",

@@ -30,6 +30,7 @@ from vitrail.errors import (
     DataError,
     OutputError,
     TrainingError,
+    first_line,
     import_optional,
     nearest,
 )
@@ -271,7 +272,7 @@ class Sweep:
             return self._train(trial, apply(self.base, values))
         except (ConfigError, TrainingError, torch.OutOfMemoryError) as error:
             # Incompatible values, a loss that is not finite: a bad trial, but a result.
-            trial.set_user_attr("error", str(error).splitlines()[0])
+            trial.set_user_attr("error", first_line(error))
             raise self.optuna.TrialPruned from error
 
     def _train(self, trial: Any, config: Config) -> float:

@@ -76,6 +76,7 @@ def make_metrics(classes: tuple[str, ...]) -> Metrics:
         expected_calibration_error=0.0,
         calibration_error_before=0.0,
         temperature=1.0,
+        smoothing=0.0,
         macro_precision=0.75,
         macro_recall=0.75,
         precision_Y=(0.5, 1.0),

@@ -22,7 +22,7 @@ import numpy as np
 from vitrail.config.files import from_json, to_json
 from vitrail.config.settings import PREPARATION, Config
 from vitrail.data.pictures import channel_scale
-from vitrail.errors import CheckpointError, ConfigError, import_optional
+from vitrail.errors import CheckpointError, ConfigError, first_line, import_optional
 from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.inference.predictions import BaseClassifier, check_classes
 
@@ -191,4 +191,4 @@ def _choose_providers(device: str, available: Sequence[str]) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     """Return the first line of a message, without onnxruntime's own prefix."""
-    return str(error).splitlines()[0].rpartition("[ONNXRuntimeError] : ")[2][:150]
+    return first_line(error).rpartition("[ONNXRuntimeError] : ")[2][:150]

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitrail.config.settings import Config, RunConfig
 from vitrail.data.pictures import read_picture
-from vitrail.errors import CheckpointError, OutputError, import_optional
+from vitrail.errors import CheckpointError, OutputError, first_line, import_optional
 from vitrail.runtime import distributed
 from vitrail.runtime.files import write_json
 
@@ -142,7 +142,7 @@ class Trackers:
                 self.open[name] = tracker = kind(config, folder, ids.get(name))
             except Exception as error:
                 self._close("failed")
-                raise OutputError(f"{name}: {_first_line(error)}: {remedy}") from error
+                raise OutputError(f"{name}: {first_line(error)}: {remedy}") from error
             if tracker.run_id is not None:
                 ids[name] = tracker.run_id
                 write_json(folder / "trackers.json", ids)
@@ -162,7 +162,7 @@ class Trackers:
         try:
             action(*args)
         except Exception as error:  # noqa: BLE001 (whatever the user's library raises)
-            self.problems.append(f"{name}: {_first_line(error)}")
+            self.problems.append(f"{name}: {first_line(error)}")
             return False
         return True
 
@@ -186,11 +186,6 @@ def _parameters(config: Config) -> dict[str, Any]:
         name: value if isinstance(value, bool | int | float | None) else str(value)
         for name, value in config.flat().items()
     }
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_ids(path: Path) -> dict[str, str]:

@@ -39,7 +39,7 @@ const events = {
     shared.hidden = new Set();
     curve.draw();
     fillClasses(view.model.classes);
-    showTabs(view.model.name);
+    showTabs();
     showExamples(view.model.name, choose).then(first => first && (!shared.picture || shared.picture.prepared) && choose(first)).catch(complain);
   },
   map(view) {
