@@ -271,7 +271,7 @@ def test_explain_shows_all_methods(classifier: Classifier) -> None:
         ({"std": (58.4, 57.1, 57.4)}, "std is .*: pixels are scaled to 0..1: divide by 255"),
         ({"mean": (float("nan"), 0, 0)}, "mean is .*: give numbers from -1 to 1"),
         ({"std": (0.0, 1, 1)}, "std is .*: give numbers from 1e-06 to 1"),
-        ({"pixel_range": (5, 5)}, "pixel_range is 5 5: give the value of black, then a larger"),
+        ({"pixel_range": (5, 5)}, "pixel_range is 5 5: give black, then a larger value for white"),
         ({"pixel_range": (0, float("inf"))}, "pixel_range is 0 inf"),
         ({"pixel_range": (float("nan"), 1)}, "pixel_range is nan 1"),
     ],

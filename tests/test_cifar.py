@@ -267,7 +267,7 @@ def test_an_official_file_is_corrupt_where_it_is_truncated(
     for length in range(0, len(valid), 99):
         files = tiny["cifar10"] | {"data_batch_3": valid[:length]}
         data_path = in_folder(tmp_path, "cifar-10-batches-py", files)
-        with pytest.raises(DataError, match=r"/data_batch_3: corrupt: .*; delete the data set to "):
+        with pytest.raises(DataError, match=r"/data_batch_3: corrupt: .*; delete the dataset to "):
             load_cifar("cifar10", "train", data_path=data_path)
         assert len(load_cifar("cifar10", "test", data_path=data_path)) == 4
 

@@ -750,7 +750,7 @@ def test_fit_and_background_change_the_prediction(
         ([], ["no picture given"]),
         (["missing.png"], ["missing.png: no such picture"]),
         (["pictures/c.png"], ["c.png"]),
-        (["pictures/a.png", "--json", "--csv"], ["--json and --csv exclude each other"]),
+        (["pictures/a.png", "--json", "--csv"], ["--json and --csv cannot be combined"]),
         (["pictures/a.png", "--top_k", "0"], ["top_k is 0"]),
         (["pictures/a.png", "--background", "0", "0", "256"], ["from 0 to 255"]),
         (["pictures/a.png", "--n_attention_heads", "4"], ["has 2 attention heads, not 4"]),

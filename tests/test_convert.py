@@ -280,9 +280,9 @@ def test_dinov3_has_positions_at_every_size_and_is_refused_where_it_differs() ->
     assert found.config.position == "rope_centered"
     assert (found.config.image_hw, found.config.hidden_act) == ((16, 24), "swiglu")
     assert convert(make_dinov3(), n_attention_heads=3).config.image_hw == (224, 224)
-    with pytest.raises(CheckpointError, match="rope_theta is 10000: only 100"):
+    with pytest.raises(CheckpointError, match="rope_theta is 10000: only 100 is supported"):
         convert(make_dinov3(), {"config.json": {"rope_theta": 10_000}}, n_attention_heads=3)
-    with pytest.raises(CheckpointError, match="'gelu' with a gate: only silu"):
+    with pytest.raises(CheckpointError, match="'gelu' with a gate: only silu is supported"):
         convert(make_dinov3(gated=True), {"config.json": {"hidden_act": "gelu"}})
     with pytest.raises(CheckpointError, match=r"unknown to layout dinov3: layer\.0\.q_norm"):
         convert(make_dinov3() | {"layer.0.q_norm.weight": torch.ones(8)}, n_attention_heads=3)
@@ -570,7 +570,7 @@ def test_the_loss_of_the_temperature_is_said(
     assert main(["convert", str(tmp_path / "a.safetensors"), str(end), "--layout", layout]) == 0
     output = capsys.readouterr().out
     for words in (
-        f"{layout} has no place for the temperature 0.78",
-        "undo the label smoothing 0.1 and divide",
+        f"{layout} cannot store the temperature 0.78",
+        "to calibrate them, undo the label smoothing 0.1 and divide",
     ):
         assert (words in output) == (layout != "vitrail")

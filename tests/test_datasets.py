@@ -1,4 +1,4 @@
-"""Loading the splits of every data set."""
+"""Loading the splits of every dataset."""
 
 from dataclasses import replace
 from pathlib import Path

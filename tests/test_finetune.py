@@ -243,7 +243,7 @@ def test_a_head_for_other_classes_is_refused(tiny_model: ModelConfig, here: Path
     model = VisionTransformer(tiny_model)
     save_weights_file(here / "own.safetensors", info, model.state_dict())
     training = TrainingConfig(init="own.safetensors")
-    with pytest.raises(CheckpointError, match="its head is for a, b, c…, the data set has g, f"):
+    with pytest.raises(CheckpointError, match="its head is for a, b, c…, the dataset has g, f"):
         pretrained.start_from(model, training, tuple("gfedcba"))
     assert pretrained.start_from(model, training, tuple("abcdefg")) == []
     with pytest.raises(ConfigError, match="layer_decay is 2"):

@@ -145,7 +145,7 @@ def test_broken_pictures_are_left_out_and_broken_files_refused(
     (broken / "train.parquet").write_bytes(b"<!DOCTYPE html>")
     with pytest.raises(DataError, match="cannot be read by the datasets library"):
         load(broken)
-    with pytest.raises(DataError, match="no such file or folder; of the hub, give hf:OWNER/NAME"):
+    with pytest.raises(DataError, match="no such file or folder; for the hub, give hf:OWNER/NAME"):
         load(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="cannot be read by the datasets library"):

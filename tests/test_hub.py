@@ -177,7 +177,7 @@ def test_settings_and_weights_of_two_models_are_refused(hub: Hub, run: Path) -> 
     assert main(["push", str(run), "hf:me/tiny"]) == 0
     files = hub.repos["me/tiny"]
     files["config.json"] = files["config.json"].replace(b'"bee"', b'"wasp"')
-    with pytest.raises(CheckpointError, match="are of different models"):
+    with pytest.raises(CheckpointError, match="describe different models"):
         vitrail.load("hf:me/tiny")
 
 

@@ -235,7 +235,7 @@ def test_invalid_logits_and_labels_are_refused() -> None:
         quick_scores(*nothing)
     with pytest.raises(DataError, match="no images"):
         predict_logits(TinyModel(), images(0), mean=MEAN, std=STD, device=CPU)
-    with pytest.raises(DataError, match="model has 3 classes, but the data set has 5"):
+    with pytest.raises(DataError, match="model has 3 classes, but the dataset has 5"):
         measure(torch.eye(3), torch.arange(3), classes=names(5))
     with pytest.raises(CheckpointError, match="for 1 of 3 images"):
         measure(torch.tensor([[0, 1], [1, 0], [0, torch.nan]]), torch.zeros(3).long(), classes="ab")

@@ -223,7 +223,10 @@ def test_drop_path_drops_all_values_of_an_image() -> None:
             ["(7,)", "3 widths"],
         ),
         ({"stem": "conv", "stem_channels": (7, 0)}, ["stem_channels (7, 0)"]),
-        ({"stem": "conv", "stem_pools": (1, 1)}, ["stem_pools (1, 1)", "give 2 of", "1 to 3"]),
+        (
+            {"stem": "conv", "stem_pools": (1, 1)},
+            ["stem_pools (1, 1)", "give 2 different numbers from 1 to 3"],
+        ),
         ({"stem": "conv", "stem_pools": (1, 4)}, ["stem_pools (1, 4)"]),
         ({"stem_channels": (5, 7)}, ["stem_channels", "--stem conv"]),
         ({"stem_pools": (1, 2)}, ["stem_pools", "--stem conv"]),

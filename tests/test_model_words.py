@@ -46,7 +46,7 @@ def test_a_model_is_an_argument_or_a_flag(
     assert main(["export", "output/tiny", "--format", "torch"]) == 0
     assert (trained / "tiny.pt2").is_file()
     assert main(["export", "tiny.onnx", "--format", "torch"]) == 2
-    assert "an ONNX file can only predict" in capsys.readouterr().err
+    assert "an ONNX file works with vitrail predict only" in capsys.readouterr().err
 
 
 def test_info_starts_with_the_accuracy_of_a_model(

@@ -178,7 +178,7 @@ def test_other_commands_refuse_an_onnx_file(
 ) -> None:
     words = [str(picture)] if command == "explain" else []
     assert main([command, *words, "--model_path", str(images_file)]) == 2
-    assert "an ONNX file can only predict" in capsys.readouterr().err
+    assert "an ONNX file works with vitrail predict only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("library", sorted(EXTRAS))

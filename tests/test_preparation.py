@@ -153,7 +153,7 @@ def test_every_step_of_a_processor_is_done(tmp_path: Path, changes: dict[str, An
         ({"size": 20}, "produces pictures of 20 x 20 pixels, but the model reads 15 x 15"),
         ({"size": 10, **CROP, "image_processor_type": "ViT"}, "size 10 with crop_size"),
         ({"size": {"height": 20, "width": 30}, **CROP}, "size .* with crop_size"),
-        ({"resample": 7}, "resample 7"),
+        ({"resample": 7}, "resample is 7, not 0 to 5"),
         ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values"),
         ({"do_resize": False, **CROP}, "do_center_crop without do_resize"),
         ({"image_processor_type": "ConvNextImageProcessor"}, "lacks do_center_crop"),
@@ -215,12 +215,12 @@ def test_assumptions_are_noted_unless_given(tmp_path: Path) -> None:
         return " ".join(note for note in notes if "assumed" in note)
 
     assert note() == (
-        "assumed, as not in the files: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, fit crop, "
+        "assumed, not in the files: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, fit crop, "
         "interpolation bilinear, crop_pct 1 (set by --mean, --std, --fit, --interpolation, "
         "--crop_pct)"
     )
     given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    assert note(**given).startswith("assumed, as not in the files: fit crop")
+    assert note(**given).startswith("assumed, not in the files: fit crop")
     rest = {"fit": "pad", "interpolation": "box", "crop_pct": 1.0}
     assert note(**given, **rest) == ""
     folder = huggingface(tmp_path / "hf", None)

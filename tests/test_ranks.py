@@ -228,7 +228,7 @@ def test_unsuitable_gpus_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device, words in (
-        ("cuda", "process 3 of this machine has 2 GPUs"),
+        ("cuda", "process 3 of this machine has no GPU, there are only 2"),
         ("mps", "one process"),
     ):
         monkeypatch.setattr(

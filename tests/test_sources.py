@@ -32,7 +32,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 def write_idx(folder: Path, prefix: str = "", *, images: np.ndarray = TRAIN, base: int = 0) -> Path:
-    """A data set in IDX files: the training part packed, the test part not."""
+    """A dataset in IDX files: the training part packed, the test part not."""
     folder.mkdir(exist_ok=True)
     for split, pictures, labels in (("train", images, LABELS), ("t10k", TEST, TEST_LABELS)):
         for kind, array in (("images-idx3", pictures), ("labels-idx1", labels + base)):
@@ -168,9 +168,9 @@ def test_numbers_of_any_kind_become_bytes(tmp_path: Path) -> None:
     [
         ({"train_images": None}, "train_images is missing"),
         ({"train_images": TRAIN[:5]}, "5 pictures, but 12 labels"),
-        ({"train_images": TRAIN.reshape(12, 81)}, "rows of numbers, not of pictures"),
+        ({"train_images": TRAIN.reshape(12, 81)}, "is that of rows of numbers, not pictures"),
         ({"train_images": np.zeros((12, 9, 9, 9), np.uint8)}, r"the shape \(12, 9, 9, 9\)"),
-        ({"train_images": np.zeros((12, 3, 9, 3), np.uint8)}, "two meanings"),
+        ({"train_images": np.zeros((12, 3, 9, 3), np.uint8)}, "which is ambiguous"),
         ({"train_labels": np.zeros((12, 14))}, "14 labels per picture"),
         ({"train_labels": LABELS + 0.5}, "labels of type float64"),
         ({"train_labels": np.zeros(12)}, "at least 2 classes, found 0"),
@@ -227,7 +227,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
          "an array of 1 dimensions, not 3"),
         ("train-labels-idx1-ubyte.gz", lambda old: gzip.compress(idx_bytes(LABELS[:5])),
          "12 pictures, but 5 labels"),
-        ("train-labels-idx1-ubyte.gz", None, "the file of labels that belongs to it is missing"),
+        ("train-labels-idx1-ubyte.gz", None, "the matching file of labels is missing"),
         ("train-labels-idx1-ubyte.gz", lambda old: b"\0\0\x08\x01", "truncated"),
     ],
 )  # fmt: skip

@@ -183,7 +183,7 @@ def test_invalid_calls_of_views(make_model: MakeModel, images_BCHW: Tensor) -> N
         ("pics/a.png --method featurs", ["did you mean", "features"]),
         ("pics/a.png --method features --frames training", ["cannot show method features"]),
         ("pics/a.png --method features,norms --output_path x.npz", ["request it separately"]),
-        ("pics/a.png --method occlusion:window=1", ["only --score takes: give --window 1"]),
+        ("pics/a.png --method occlusion:window=1", ["only --score accepts: give --window 1"]),
         ("pics/a.png --method occlusion:window", ["'occlusion:window' is not a variant"]),
         ("pics/a.png --method balanced:foo=1", ["'balanced:foo=1' is not a variant"]),
         ("--score --method relevance,norms", ["norms", "has no score"]),

@@ -23,7 +23,7 @@ SERIES = {
     "inference": "inference",
     "attention": "inference with attention",
 }
-IMAGES_SERIES = {"predict": "logits of a data set"}
+IMAGES_SERIES = {"predict": "logits of a dataset"}
 AXES = {
     "images": "images",
     "tokens": "patches per image",
@@ -40,7 +40,7 @@ class Point:
     value: int
     series: str
     seconds: float
-    """Median of the rounds, per batch or per data set."""
+    """Median of the rounds, per batch or per dataset."""
     work_mib: float
     """Peak memory minus the memory before anything was built."""
 
@@ -201,7 +201,7 @@ def plot_growth(points: list[Point], path: Path) -> None:
     for column, (axis, title) in enumerate(AXES.items()):
         upper, lower = grid[:, column]
         write_title(upper, f"With {axis}")
-        upper.set_ylabel("seconds per data set" if axis == "images" else "seconds per batch")
+        upper.set_ylabel("seconds per dataset" if axis == "images" else "seconds per batch")
         lower.set(xlabel=title, ylabel="memory, MiB")
         for axes in (upper, lower):
             tidy(axes)

@@ -33,7 +33,7 @@ PEERS_FOR: dict[Workload, tuple[str, ...]] = {
 returns no maps."""
 TRAINS = ("step", "epoch")
 CLASSES = 10
-"""Number of classes if the settings leave it to the data set, as no data set is loaded here."""
+"""Number of classes if the settings leave it to the dataset, as no dataset is loaded here."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class ConfigError(VitrailError):
 
 
 class DataError(VitrailError):
-    """A dataset that is missing, corrupt or in a different format."""
+    """A dataset that is missing, corrupt or in the wrong format."""
 
 
 class PictureError(DataError):
@@ -33,7 +33,7 @@ class PictureError(DataError):
 
 
 class CheckpointError(VitrailError):
-    """Weights that are missing, truncated, modified or for a different model."""
+    """Weights that are missing, truncated, modified or from another model."""
 
 
 class OutputError(VitrailError):
@@ -74,7 +74,7 @@ SYNONYMS = {
     "output_dir": "output_path", "out": "output_path", "name": "folder_name",
     "weights": "model_path", "checkpoint": "model_path", "ckpt": "model_path", "topk": "top_k",
 }  # fmt: skip
-"""Names of settings in other libraries, and the names here."""
+"""Names of settings in other libraries -> the names here."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

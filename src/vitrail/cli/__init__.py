@@ -17,14 +17,14 @@ from vitrail.cli import process
 from vitrail.errors import ConfigError, TrainingError, VitrailError, nearest, printable
 
 STARTED = time.perf_counter()
-"""When the program started, almost."""
+"""About when the program started."""
 
 COMMANDS = {
     "train": "train a Vision Transformer, or resume a run",
-    "test": "evaluate a model on a data set",
+    "test": "evaluate a model on a dataset",
     "predict": "classify pictures",
     "explain": "show what a model looked at in a picture",
-    "serve": "open a page to play with models, and answer requests",
+    "serve": "serve predictions over HTTP, with a web page to try models",
     "inspect": "show a model's filters, positions and heads",
     "convert": "convert weights from and to other libraries",
     "push": "upload a model to the Hugging Face hub",
@@ -43,7 +43,7 @@ usage: vitrail COMMAND [OPTIONS]       (vitrail COMMAND --help for its options)
 Start here:
   vitrail predict cifar10 cat.jpg    with the bundled model
   vitrail explain cifar10 cat.jpg    what it looked at, as an animation
-  vitrail train --preset quick       2 to 6 minutes on a CPU, no data needed
+  vitrail train --preset quick       2 to 4 minutes on a CPU, no data needed
 
 --debug with any command prints the traceback of an error. Exit codes: 0 success; 1 partial
 success, or it could not continue (memory, disk, a broken library, a loss that is not finite); 2
@@ -57,7 +57,7 @@ OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad.alloc|unable to allocate", re.I
 )
 LONGEST = 300
-"""Characters of another library's message that are shown."""
+"""Maximum number of characters shown of another library's message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,10 +113,10 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
         print("vitrail: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `vitrail info | head`
+    except BrokenPipeError:  # the reader of our output is gone, e.g. `vitrail info | head`
         sys.stdout = None
         return COULD_NOT
-    except Exception as error:  # noqa: BLE001 (the edge of the program)
+    except Exception as error:  # noqa: BLE001 (the outermost handler)
         return _report(error, args, debug=debug)
     return code
 
@@ -124,7 +124,7 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
 def _report(error: Exception, args: Sequence[str], *, debug: bool) -> int:
     """Print one line about an exception, or its traceback; return the exit code."""
     if isinstance(error, OSError) and error.filename is None:
-        sys.stdout = None  # it may be what failed; Python would flush it again at its end
+        sys.stdout = None  # it may be what failed; Python would flush it again at exit
     message, code = describe_error(error)
     if debug:
         import traceback

@@ -14,12 +14,12 @@ err = Console(highlight=False, stderr=True)
 
 
 def print_err(message: str) -> None:
-    """Print a message that is not the result."""
+    """Print a message that is not part of the result."""
     err.print(clean(message), markup=False, soft_wrap=True)
 
 
 def print_out(message: str, **style: Any) -> None:
-    """Print a part of the result as text."""
+    """Print part of the result as text."""
     out.print(clean(message), markup=False, soft_wrap=True, **style)
 
 
@@ -44,7 +44,7 @@ def waiting(what: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal while the block runs; yield a function that moves it by a number."""
+    """Show a bar on a terminal while the block runs; yield a function that advances it."""
     from rich.progress import Progress  # here, since --help need not load it
 
     with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:

@@ -87,8 +87,8 @@ def _report(found: "Source", options: ConvertOptions) -> None:
     if options.layout != "vitrail" and fitted.temperature != 1:
         undo = f"undo the label smoothing {fitted.smoothing:g} and " if fitted.smoothing else ""
         notes.append(
-            f"{options.layout} has no place for the temperature {fitted.temperature:.2f} of the "
-            f"probabilities: {undo}divide the logits by it, or they are not calibrated"
+            f"{options.layout} cannot store the temperature {fitted.temperature:.2f} of the "
+            f"probabilities: to calibrate them, {undo}divide the logits by it"
         )
     lines = [
         f"{options.source} ({found.layout}, {found.tensors or len(found.weights)} tensors) -> "

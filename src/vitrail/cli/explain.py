@@ -76,7 +76,7 @@ class ExplainOptions(PictureOptions):
     index: int | None = None
     """Explain image N of the model's data (see --split) instead of a file."""
     score: bool = False
-    """Measure how far the maps can be trusted, on a data set: a table and a plot."""
+    """Measure on a dataset how far the maps can be trusted: tables and plots."""
     images: int = 200
     """Number of images for --score."""
     json: bool = False
@@ -85,7 +85,7 @@ class ExplainOptions(PictureOptions):
     """attention, rollout, gradient_rollout, relevance, gradcam, balanced, integrated_gradients,
     occlusion, shapley; several: a,b; or all (of these). Views of the tokens: features, similarity,
     norms. Default: balanced, traced back through the layers; with --score, all. With --score also
-    variants: occlusion:window=1,rollout:fusion=norm. Which fail a test on a model: vitrail info."""
+    variants: occlusion:window=1,rollout:fusion=norm. vitrail info lists those that fail a test."""
     frames: str | None = None
     """What varies between frames: rollout, layers, heads, queries or training. Default: depends on
     the method."""
@@ -93,8 +93,8 @@ class ExplainOptions(PictureOptions):
     """Output format; npz and csv hold the numbers. Default: from the extension of --output_path,
     else gif."""
     output_path: Path | None = None
-    """File, or folder for several pictures (several pictures and methods are one sheet, if it is
-    a png, svg or pdf). Default: output/explain."""
+    """File, or folder for several pictures (several pictures with several methods make one
+    sheet, in png, svg or pdf). Default: output/explain."""
     layers: str | None = None
     """Layers, counted from 1; for example, 2,4-6. Default: all."""
     heads: str | None = None
@@ -102,25 +102,25 @@ class ExplainOptions(PictureOptions):
     class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """The class to explain. Default: the predicted one."""
     against: str | None = None
-    """Explain the difference between the scores of the class and of this one."""
+    """A second class: explain the difference between the scores of the two."""
     query: str | None = None
     """ROW,COLUMN, from 0, of a patch: show what it attends to, or what is similar to it.
     Default: what the head reads; for similarity, the central patch."""
     fusion: Literal["mean", "max", "min", "norm"] = "mean"
-    """How the heads are combined; norm (of a rollout): by the size of what each token adds."""
+    """How the heads are combined; norm (rollout only): by the size of what each token adds."""
     discard_ratio: float = 0.0
-    """Fraction of each layer's lowest attention entries that a rollout drops."""
+    """Fraction of each layer's attention entries, the lowest, that a rollout drops."""
     gradients: Literal["plain", "balanced"] = "plain"
     """Gradients of relevance: plain, or with frozen gates, norms and attention."""
     points: int | None = None
-    """Gradients of balanced and integrated_gradients are averaged over N points between a blank
-    picture and this one. Default: 1 and 16."""
+    """Average the gradients of balanced and integrated_gradients over N points between a blank
+    picture and this one. Default: 1 for balanced, 16 for integrated_gradients."""
     resolution: Literal["pixel", "patch"] = "pixel"
     """Values of balanced and integrated_gradients per pixel, or summed over patches."""
     window: int = 2
-    """Side in patches of the squares that occlusion hides, and shapley shows, at once."""
+    """Side, in patches, of the squares that occlusion hides and shapley shows as a unit."""
     passes: int = 512
-    """Most forward passes of shapley per picture; it takes at least two per square."""
+    """Maximum forward passes of shapley per picture; at least two per square are made."""
     drawing: Look = field(default_factory=Look)
     data: DataOptions = field(default_factory=DataOptions)
 
@@ -172,7 +172,7 @@ def _check(options: ExplainOptions) -> None:
         raise ConfigError(f"no picture given: {PROG} PICTURE, or --index N, or --score")
     if count > 1:
         raise ConfigError("a picture, --index and --score cannot be combined: give one of them")
-    # Also without --score: refused before a model loads.
+    # Without --score, too: to report errors before a model is loaded.
     (list_variants if options.score else list_methods)(options.method)
     if options.score:
         chosen = ("frames", "format", "class_name", *SETTINGS)
@@ -180,7 +180,7 @@ def _check(options: ExplainOptions) -> None:
             options,
             chosen,
             vars(options.drawing),
-            "--score measures the methods as they are, or --method METHOD:NAME=VALUE",
+            "--score measures methods with default settings, or as --method METHOD:NAME=VALUE",
         )
         check_images(options.images)
         if options.output_path is not None and is_file_name(options.output_path):
@@ -277,7 +277,7 @@ def _draw(
     explanation = _explain_one(classifier, subject, options)
     save(explanation, path, options.drawing)
     _print_prediction(explanation)
-    if path.suffix.lower() != ".html":  # a page has badges
+    if path.suffix.lower() != ".html":  # a page shows badges
         _print_failures(explanation)
     size = f"{path.stat().st_size / 1000:,.0f} kB"
     print_out(f"{printable(str(path))}: {_describe(explanation, path)}, {size}")
@@ -343,7 +343,7 @@ def _show_passes(
     slow = [each for each in several if each.method in REMOVAL]
     total = sum(count_passes(model.config.grid_GJ, each) for model in models for each in slow)
     with progress_bar("hiding patches", total) if slow else nullcontext() as move:
-        # Only this command has these models, so hooks disturb nobody.
+        # Only this command uses these models, so the hooks affect nothing else.
         hooks = [
             model.register_forward_hook(lambda _, __, logits_BY: move(len(logits_BY)))
             for model in models
@@ -394,7 +394,7 @@ def _list_checkpoints(
 def _read_subjects(
     classifier: "Classifier", names: Sequence[str], options: ExplainOptions, broken: list[str]
 ) -> "Iterator[tuple[int, Subject]]":
-    """Read the pictures one by one, each with its number; add the errors of others to broken."""
+    """Read the pictures one by one, each with its number; append the errors of others to broken."""
     if options.index is not None:
         yield 0, indexed(classifier, options)
     for number, name in enumerate(names):

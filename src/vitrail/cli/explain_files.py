@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PAGES = (".html", ".htm")
 UNSUPPORTED = (".jpg", ".jpeg", ".mp4", ".mov", ".webm", ".json")
-"""Extensions that people give to files, but that no explanation is written as."""
+"""Extensions that also mark a file, although explanations cannot be written in these formats."""
 NUMBERS = (".npz", ".csv")
 VECTORS = (".svg", ".pdf")
 SETTINGS = (
@@ -32,9 +32,9 @@ def given(options: object, names: Iterable[str]) -> list[str]:
 
 
 def is_file_name(path: Path) -> bool:
-    """Return whether an output path names a file: it ends as pictures and pages do.
+    """Return whether an output path names a file: it has the extension of a picture or page.
 
-    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though of a kind that cannot be written.
+    ``results/v1.2`` is a folder; ``cat.bmp`` is a file, though its format cannot be written.
     """
     from vitrail.data.formats import SUFFIXES
 
@@ -69,7 +69,7 @@ def name_files(options: "ExplainOptions", names: Sequence[str]) -> list[Path]:
 
 
 def name_table(options: "ExplainOptions") -> Path | None:
-    """Return the file of one sheet of several pictures, or None if the format is not a picture."""
+    """Return the file for one sheet of several pictures, or None if the format is not a picture."""
     asked, ending = options.output_path, options.format or "png"
     if asked is not None and is_file_name(asked):
         ending = asked.suffix.lower().removeprefix(".")  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def name_table(options: "ExplainOptions") -> Path | None:
 def view_of(
     options: "ExplainOptions", *, has_classes: bool = True
 ) -> tuple[str | None, str | None]:
-    """Return method and frames, as given, or as the other flags need."""
+    """Return method and frames: as given, or as the other flags require."""
     if options.method is not None or options.frames is not None:
         return options.method, options.frames
     if options.drawing.style == "reference" or given(options.drawing, ["colormap"]):
@@ -90,10 +90,10 @@ def view_of(
 
 
 def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
-    """Return what makes this drawing of a picture another one, as parts of a file's name.
+    """Return what distinguishes this drawing of a picture from others, as parts of a file name.
 
-    The method (a page has all of them), then every setting that is not the default: so drawings
-    with different settings never overwrite each other.
+    The method (a page has all of them), then every setting that is not the default, so that
+    drawings with different settings never overwrite each other.
     """
     parts = [] if page else [part for part in view_of(options) if part]
     for name in given(options, ("class_name", *SETTINGS)):

@@ -15,16 +15,16 @@ from vitrail.explain.map_settings import (
 
 
 def list_methods(text: str | None) -> list[Method]:
-    """Return the methods that --method names, each once; none without it."""
+    """Return the methods named by --method, each once; none if it is absent."""
     known = (*METHODS, *VIEWS)
     names: list[Method] = []
     for part in text.split(",") if text is not None else []:
         name = part.strip().replace("-", "_")
         if ":" in name:
-            read_variant(name)  # says what is wrong with it
+            read_variant(name)  # raises if it is invalid
             flags = " ".join(f"--{each.replace('=', ' ')}" for each in name.split(":")[1:])
             raise ConfigError(
-                f"--method {name} is a variant, which only --score takes: give {flags}"
+                f"--method {name} is a variant, which only --score accepts: give {flags}"
             )
         if name not in (*known, ALL):
             raise ConfigError(
@@ -56,7 +56,7 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
             raise ConfigError(f"--{name} is {text!r:.60}: give numbers such as 2, 1,3 or 2-4")
         stop = int(last) if dash else int(first)
         if not 0 <= stop - int(first) <= 1000:
-            raise ConfigError(f"--{name} is {text!r:.60}: a range goes upwards, by at most 1000")
+            raise ConfigError(f"--{name} is {text!r:.60}: a range must ascend, by at most 1000")
         numbers += range(int(first), stop + 1)
     return tuple(numbers)
 

@@ -22,7 +22,7 @@ PROG = "vitrail export"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ExportOptions(ModelArgument):
-    """Export a model to a file that other programs run, checked against torch at three batch sizes.
+    """Export a model to a file for other programs, checked against torch at three batch sizes.
 
     vitrail predict --model_path FILE.onnx runs it without torch.
 
@@ -35,7 +35,7 @@ class ExportOptions(ModelArgument):
     attention: bool = False
     """Add the attention of every block as outputs."""
     raw: bool = False
-    """Input bytes (B, H, W, C), output probabilities: normalization and softmax in the graph."""
+    """Take bytes (B, H, W, C), return probabilities: normalization and softmax are in the graph."""
     int8: bool = False
     """8-bit integer weights (dynamic quantization); reports the accuracy before and after, on
     --split."""
@@ -76,7 +76,7 @@ def _check(options: ExportOptions, ending: str) -> None:
 
 
 def _write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
-    """Export by torch.export, check and write."""
+    """Export with torch.export, check and write."""
     from vitrail.inference.export import to_program
     from vitrail.runtime.files import replace_file
 
@@ -123,7 +123,7 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
             "to measure the accuracy on"
         )
     if images.classes != classifier.classes:
-        raise ConfigError(f"{split} images have other classes than the model: give its --data_path")
+        raise ConfigError(f"{split} images have other classes than the model: change --data_path")
     beside = (options.output_path or Path()).parent
     log_test_use(classifier, split, beside, "vitrail export --int8", len(images))
     return images

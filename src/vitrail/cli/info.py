@@ -138,7 +138,7 @@ def _list_runs(output_path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's accuracy and length of training, as far as its files say."""
+    """Return a model's accuracy and length of training, as far as its files record them."""
     from vitrail.weights.checkpoint import read_json_object
 
     if model in bundled.names():
@@ -176,7 +176,7 @@ def _describe_model(classifier: "Classifier") -> dict[str, Any]:
 
 
 def _show_model(classifier: "Classifier", facts: Mapping[str, Any]) -> None:
-    """Print a model's scores, data and size, then the settings that are set."""
+    """Print a model's scores, data and size, then the settings that have a value."""
     config = classifier.config
     classes = classifier.classes
     shown = {
@@ -227,7 +227,7 @@ def _print_rows(title: str, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _print_table(title: str, rows: Iterable[tuple[object, ...]], *columns: str) -> None:
-    """Print a table without a frame; without columns, of names and values."""
+    """Print a table without a frame; without ``columns``, it lists names and values."""
     table = Table(
         title=Text(printable(title)), title_justify="left", show_edge=False, pad_edge=False,
         show_header=bool(columns),

@@ -55,7 +55,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     from vitrail.explain.inspection import draw_inspection, inspect_model
     from vitrail.runtime.files import write_json
 
-    with waiting("looking inside"):
+    with waiting("inspecting the model"):
         images_BCHW, missing = _load_images(classifier, options)
         insides = inspect_model(classifier.model, images_BCHW)
         numbers = insides.to_json()

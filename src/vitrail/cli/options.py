@@ -23,9 +23,9 @@ MODEL_ENDINGS = (
     ".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz", ".onnx", ".pt2",
 )  # fmt: skip
 MODEL_FILES = ("checkpoint.json", "model.safetensors", "pytorch_model.bin")
-"""A folder that holds one of these is a checkpoint, or the weights of another system."""
+"""A folder that holds one of these is a checkpoint, or weights of another library."""
 FEWEST_IMAGES = 10
-"""Images that a confidence interval needs; the same as ``explain.map_metrics.FEWEST_IMAGES``."""
+"""Minimum images for a confidence interval; the same as ``explain.map_metrics.FEWEST_IMAGES``."""
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -37,8 +37,8 @@ class ModelOptions:
 
     model_path: str | None = None
     """Run folder, weights, bundled name or hf:OWNER/NAME. Default: the newest run (for picture
-    files, if it was trained on photographs), else the bundled model. A path that could be a name
-    starts with ./"""
+    files, if it was trained on photographs), else the bundled model. Prefix a path that could
+    be a name with ./"""
     n_attention_heads: int | None = None
     """Number of attention heads, for weights whose files do not record it."""
     image_size: int | tuple[int, int] | None = None
@@ -63,10 +63,10 @@ def load_model(
     files: bool = False,
     needs_classes: bool = True,
 ) -> "Classifier":
-    """Load the model that was named, or the newest run, and say which.
+    """Load the named model, or else the newest run, and print which.
 
-    If it is for ``files`` of the user, the bundled model takes the place of a newest run that only
-    knows the built-in shapes.
+    For the user's picture ``files``, the bundled model is used if the newest run was only trained
+    on the built-in shapes.
 
     Raises:
         ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs, or
@@ -81,7 +81,7 @@ def load_model(
         path = options.model
     if is_onnx(path):
         raise ConfigError(
-            f"{path}: an ONNX file can only predict (vitrail predict): give the run folder or "
+            f"{path}: an ONNX file works with vitrail predict only: give the run folder or "
             "weights that it was exported from"
         )
     with waiting("loading the model"):
@@ -104,7 +104,7 @@ def load_model(
 
 
 def _choose_model(runs: Path, *, files: bool) -> Path | str:
-    """Return the default model, and say which it is and why."""
+    """Return the default model, and print which it is and why."""
     from vitrail.weights.pretrained import default_model, knows_photographs
 
     newest = default_model(runs)
@@ -127,7 +127,7 @@ def is_onnx(path: str | None) -> bool:
 
 
 def is_model(arg: str) -> bool:
-    """Return whether an argument can only be meant as a model."""
+    """Return whether an argument can only mean a model."""
     path = Path(arg)
     try:
         if path.is_dir():
@@ -144,7 +144,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def name_of(source: str) -> str:
-    """Return a model's name for files: that of its folder, bundled model or hub id, or a stem."""
+    """Return a model's name for files: that of its folder, bundled model, hub id or file stem."""
     if source.startswith("hf:"):
         return source.removeprefix("hf:").partition("@")[0].rpartition("/")[2]
     path = Path(source)
@@ -157,14 +157,14 @@ def name_of(source: str) -> str:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The data set that the images come from, where they are no files."""
+    """The dataset that images come from, if they are not picture files."""
 
     dataset: Dataset | None = None
-    """Data set. Default: the one that the model was trained on."""
+    """Dataset. Default: the one that the model was trained on."""
     data_path: Path | None = None
     """Folder or file of the data. Default: the one used in training."""
     split: Literal["validation", "test", "train"] = "validation"
-    """Split of the data set."""
+    """Split of the dataset."""
 
     def changes(self) -> dict[str, Any]:
         """Return the settings of the data that were given, by the names of DataConfig's fields."""
@@ -177,7 +177,7 @@ class DataOptions:
 
 
 def check_images(count: int) -> None:
-    """Refuse fewer images than statistics over images need."""
+    """Refuse too few images for statistics over images."""
     if count < FEWEST_IMAGES:
         raise ConfigError(f"--images is {count}: give at least {FEWEST_IMAGES}")
 
@@ -232,7 +232,7 @@ Options = TypeVar("Options", bound=PictureOptions)
 
 
 def take_model(options: Options) -> Options:
-    """Return the options with the model that is named before the pictures as the model.
+    """Return the options with a model named before the pictures moved to ``model_path``.
 
     Raises:
         ConfigError: --model_path names a model, too.
@@ -248,11 +248,11 @@ def take_model(options: Options) -> Options:
 
 
 def list_pictures(args: Sequence[str]) -> list[str]:
-    """Return the names of all pictures that the arguments stand for; ``-`` is standard input.
+    """Return the names of all pictures that the arguments match; ``-`` is standard input.
 
     Raises:
         ConfigError: an argument is a model.
-        PictureError: an argument stands for no picture.
+        PictureError: an argument matches no picture.
     """
     for arg in args:
         if not arg:
@@ -263,7 +263,7 @@ def list_pictures(args: Sequence[str]) -> list[str]:
 
 
 def _search(arg: str) -> list[str]:
-    """Return the pictures that one argument stands for, without the plots in run folders."""
+    """Return the pictures that one argument matches, without the plots in run folders."""
     from vitrail.data.formats import find_pictures  # here, since --help need not load Pillow
 
     found = find_pictures([arg])

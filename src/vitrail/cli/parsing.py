@@ -1,4 +1,4 @@
-"""Flags -> dataclasses, by tyro; a mistake becomes a message of one line."""
+"""Flags -> dataclasses, with tyro; a mistake becomes a one-line message."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def parse(
     """Return the dataclass that the arguments describe; ``--help`` prints and exits.
 
     Raises:
-        ConfigError: an unknown flag (the nearest is offered), or a value that does not fit.
+        ConfigError: an unknown flag (the message suggests the nearest), or an invalid value.
     """
     options, unknown = parse_known(kind, args, prog=prog, default=default)
     if unknown:
@@ -72,9 +72,9 @@ def parse_known(
     default: Options | None = None,
     add_help: bool = True,
 ) -> tuple[Options, list[str]]:
-    """Return the dataclass, and the arguments that it does not know.
+    """Return the dataclass, and the unknown arguments.
 
-    ``--help`` shows the examples of the docstring at its end, where a terminal shows them.
+    ``--help`` prints the docstring's examples last, where a terminal shows them.
     """
     errors = io.StringIO()
     about, example, examples = (inspect.getdoc(kind) or "").partition(EXAMPLES)
@@ -103,7 +103,7 @@ def parse_known(
 
 @REGISTRY.primitive_rule
 def _read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
-    """Expand ``~`` in paths; a shell leaves it in ``--data_path=~/pictures``."""
+    """Expand ``~`` in paths; shells do not expand it in ``--data_path=~/pictures``."""
     if info.type is not Path:
         return None
     return PrimitiveConstructorSpec(
@@ -134,7 +134,7 @@ def _show_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _texts_of_data() -> dict[str, str]:
-    """Return the help of DataConfig's fields, as flags of a model that knows their values."""
+    """Return the help of DataConfig's fields, for a model that already has values for them."""
     spec = ConstructorRegistry.get_struct_spec(StructTypeInfo.make(DataConfig, None, False))
     assert isinstance(spec, StructConstructorSpec)
     texts = {field.name: _one_paragraph(field.helptext) or "" for field in spec.fields}
@@ -154,7 +154,7 @@ def _show_field(field: StructFieldSpec, text: Any) -> StructFieldSpec:
     if get_origin(kind) in (Union, UnionType):
         others: Any = Union[kinds]  # noqa: UP007 (of a tuple)
         primitive = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(others, set()))
-        # Of one number or two, INT|{INT INT} is hard to read.
+        # For one number or two, INT|{INT INT} is hard to read.
         metavar = re.sub(r"^(\w+)\|\{\1 \1\}$", r"\1 [\1]", getattr(primitive, "metavar", ""))
     shown = tyro.conf.arg(metavar=metavar or None, help_behavior_hint=_show_default)
     annotated: Any = Annotated[(kind, shown, *annotations)]

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 PROG = "vitrail predict"
 NAME_WIDTH = 24
-"""Minimal width of the column of names; longer names are wrapped."""
+"""Minimum width of the column of names; longer names are wrapped."""
 SHOWN_CLASSES = 20
 SHOWN_UNLIKE = 10
 CHUNK = 64
-"""Pictures read before they are classified together."""
+"""Number of pictures that are read, then classified together."""
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -84,7 +84,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 def _check(options: PredictOptions) -> None:
     """Refuse flags that exclude each other."""
     if options.json and options.csv:
-        raise ConfigError("--json and --csv exclude each other: give one of them")
+        raise ConfigError("--json and --csv cannot be combined: give one of them")
     if not options.pictures:
         raise ConfigError(f"no picture given: {PROG} PICTURE, a folder, a glob, or -")
     if options.top_k < 1:
@@ -100,7 +100,7 @@ def _load_classifier(options: PredictOptions) -> "Classifier | OnnxClassifier":
     from vitrail.inference.onnx_classifier import load_onnx
 
     if options.n_attention_heads is not None:
-        raise ConfigError("--n_attention_heads is not for ONNX files: leave it out")
+        raise ConfigError("--n_attention_heads does not apply to ONNX files: leave it out")
     assert options.model_path is not None
     exported = load_onnx(options.model_path, device=options.device)
     return exported.prepared(**options.preparation)
@@ -180,7 +180,7 @@ def _cell(name: str) -> str:
 
 
 def print_table(answers: list[Answer]) -> None:
-    """Print a row per picture, or a row per class where the columns would be cut."""
+    """Print a row per picture, or a row per class if the columns would be cut off."""
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text

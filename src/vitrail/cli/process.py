@@ -1,6 +1,6 @@
 """What a command sets in its own process before torch is loaded: spinning threads, freed memory.
 
-The library leaves both alone: they are for whoever owns the process. Nothing heavy is imported.
+The library leaves both alone: they are up to the owner of the process. Nothing heavy is imported.
 """
 
 import ctypes
@@ -16,11 +16,11 @@ IDLE_SPINS, SHARED_SPINS = 30_000, 1_000
 Measurements of other values are in records/waiting.
 """
 SHARED = 0.4
-"""Average number of cores used by other programs from which the machine counts as shared."""
+"""The machine counts as shared if other programs use at least this many cores on average."""
 WINDOW = 0.06
-"""Seconds to observe the load at least; the system counts in hundredths."""
+"""Minimum seconds to observe the load; the system counts in hundredths."""
 SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""Environment variables by which users choose for themselves."""
+"""Environment variables with which users choose for themselves."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_THRESHOLD = 2**31 - 1
 """Bytes: the largest value that mallopt accepts."""
@@ -79,7 +79,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # The second alone would make it worse: it stops glibc from raising the first by itself.
+    # The second alone would be worse: it stops glibc from adjusting the first dynamically.
     return bool(
         mallopt
         and mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)

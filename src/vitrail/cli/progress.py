@@ -14,7 +14,7 @@ from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
 
 PLAIN_SECONDS = 30.0
-"""Time between two lines within an epoch, without a terminal."""
+"""Time between two printed lines within an epoch, if there is no terminal."""
 
 
 class StopRequest:

@@ -56,8 +56,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
     license = options.license or ("mit" if found.layout == OWN else None)
     if license is None:
         raise ConfigError(
-            f"{options.model}: weights of another library have a license of their own: "
-            "give --license"
+            f"{options.model}: weights of another library have their own license: give --license"
         )
     if not found.info.config.model.n_classes:
         raise CheckpointError(f"{options.model}: weights without a head cannot classify")

@@ -33,7 +33,7 @@ PROG = "python test.py"
 
 @dataclass(frozen=True)
 class NameOption:
-    """The flag of the reference's train.py that Vitrail's has not."""
+    """The flag of the reference's train.py that ``vitrail train`` lacks."""
 
     timestamp: str = ""
     """Default name of the run folder."""
@@ -62,7 +62,7 @@ class ReferenceTestOptions:
 
     The architecture is read from the file. The flags that describe it (--patch_size, --embed_dim,
     --n_layers and so on, as in vitrail train) are only checked. A .pt of the reference
-    implementation does not contain --n_attention_heads; the default is 4.
+    implementation does not record --n_attention_heads; the default is 4.
     """
 
     mode: Literal["cifar", "cifar-single", "custom"] = "cifar"
@@ -75,7 +75,7 @@ class ReferenceTestOptions:
     image_path: Path | None = None
     """With custom: the picture."""
     no_image: bool = False
-    """Open no picture on the screen."""
+    """Do not open pictures on the screen."""
     batch_size: int = 128
     """Images per batch."""
     num_workers: int = 2
@@ -85,7 +85,7 @@ class ReferenceTestOptions:
     data_path: Path = Path("data")
     """Folder of the data."""
     num_test_images: int | None = None
-    """Use only the first N test images. Default: all of them."""
+    """Use only N test images (stratified, always the same ones). Default: all of them."""
     output_path: Path = Path("output")
     """Folder of the run folders and of this test's folder."""
     timestamp: str = ""
@@ -99,7 +99,7 @@ class ReferenceTestOptions:
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class CheckedOptions(ReferenceTestOptions):
-    """The same with the flags of the architecture, whose defaults are those of the file."""
+    """The same with the architecture's flags, whose defaults are the file's values."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
 

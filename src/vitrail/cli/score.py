@@ -78,7 +78,7 @@ def _check_shortcut(
     count: int,
     methods: "Sequence[Method | MapSettings]",
 ) -> "Shortcut | None":
-    """Return how the maps show the mark, if the model was trained with one."""
+    """Return how well the maps show the mark, if the model was trained with one."""
     from vitrail.data.images import normalize
     from vitrail.explain.sanity import check_shortcut
     from vitrail.training.run_folder import load_split
@@ -155,7 +155,7 @@ def _tables(
 
 
 def _store(classifier: "Classifier", verdict: "Verdict", folder: Path) -> None:
-    """Store the verdict beside the weights, where it is not there yet and can be written."""
+    """Store the verdict beside the weights, unless it is there already or cannot be written."""
     from vitrail.explain.stored_scores import to_json
     from vitrail.runtime.files import write_json
     from vitrail.weights import bundled
@@ -168,6 +168,6 @@ def _store(classifier: "Classifier", verdict: "Verdict", folder: Path) -> None:
         try:
             write_json(path, to_json(verdict, classifier.model))
         except OutputError as error:
-            print_err(f"vitrail: the verdict is not stored beside the model: {error}")
+            print_err(f"vitrail: the verdict could not be stored beside the model: {error}")
             return
     print_err(f"{path}: shown by vitrail info and on pages of this model")

@@ -15,7 +15,7 @@ from vitrail.errors import ConfigError, import_optional
 
 PROG = "vitrail serve"
 CONNECTIONS = 512
-"""More at once are answered with 503. The queues, which say when to try again, are shorter."""
+"""More at once are answered with 503. The queues, which say when to retry, are shorter."""
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")]
 
@@ -23,7 +23,7 @@ Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ServeOptions:
-    """Serve predictions and maps over HTTP, with a page to play with them.
+    """Serve predictions and maps over HTTP, with a web page to try models.
 
     For example:
       vitrail serve output/quick
@@ -33,7 +33,7 @@ class ServeOptions:
     """Run folders, weights, bundled names or hf:OWNER/NAME. Default: the runs in output/ and the
     bundled models."""
     host: str = "127.0.0.1"
-    """Address to listen on. Others than 127.0.0.1 are reached from the network: there is no
+    """Address to listen on. Any other than 127.0.0.1 can be reached from the network, without a
     password."""
     port: int = 8000
     """Port to listen on; 0 for any free one."""
@@ -71,7 +71,7 @@ def command(args: Sequence[str], *, prog: str = PROG) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens: a browser that is opened now waits for the server.
+    """Return a listening socket, so that a browser opened now waits for the server.
 
     Raises:
         ConfigError: the address cannot be used.

@@ -146,7 +146,7 @@ def _conclude(sweep: "Sweep", options: SweepOptions, settings: Config) -> int:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         print_err(f"importance of the settings, in {plot}: {listed}")
     else:
-        print_err("no plot of the settings' importance: it takes two complete trials that differ")
+        print_err("no plot of the settings' importance: it needs two complete trials that differ")
     complete = [trial for trial in trials if trial["state"] == "complete"]
     if complete and not options.json:
         values = {name: value for name, value in complete[0].items() if name in sweep.space}

@@ -24,17 +24,17 @@ PROG = "vitrail test"
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class TestOptions(ModelArgument):
-    """Evaluate a model on a data set. Default: the test split of its own.
+    """Evaluate a model on a dataset; by default, on the test split of its own.
 
     For example:
       vitrail test
       vitrail test output/quick --split validation --json
     """
 
-    __test__ = False  # the name is not pytest's
+    __test__ = False  # not a test, despite its name
 
     num_test_images: int | None = None
-    """Use only the first N test images. Default: all of them."""
+    """Use only N test images (stratified, always the same ones). Default: all of them."""
     num_workers: int = 2
     """Threads that decode picture files; 0 and 1 decode one at a time."""
     batch_size: int = 500

@@ -39,7 +39,7 @@ DEFAULT_PRESET = "quick"
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that torchrun sets for each process."""
 SHOWN_CLASSES = 20
-"""Classes of a folder that get a row of their own."""
+"""Maximum number of classes with their own row."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StartOptions:
 
 @dataclass(frozen=True)
 class FirstOptions(StartOptions):
-    """What must be known before the other flags have defaults."""
+    """What must be known before the other flags get defaults."""
 
     init: str = ""
     n_attention_heads: int | None = None
@@ -152,7 +152,7 @@ def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
 def _read_start(start: FirstOptions) -> Config:
     """Return the settings of a preset, overridden by the model of --init, then by a TOML file.
 
-    Of gray arrays, also the number of channels.
+    For gray arrays, also set the number of channels.
     """
     given = {} if start.config is None else toml_sections(start.config)
     base = from_json(given, get_preset(start.preset))
@@ -168,7 +168,7 @@ def _read_start(start: FirstOptions) -> Config:
 
 
 def _is_gray(dataset: Dataset, start: FirstOptions, base: Config) -> bool:
-    """Return whether the data set is one of arrays, all of them gray."""
+    """Return whether the dataset consists of arrays of gray pictures only."""
     if dataset not in ARRAYS:
         return False
     from vitrail.data.sources import is_gray
@@ -193,7 +193,7 @@ def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
 def _list_data(settings: Config) -> "Manifest | None":
     """Show what a folder or a source of arrays holds, before anything slow is loaded.
 
-    Of a folder, return the files.
+    For a folder, return the files.
     """
     if settings.data.dataset in ARRAYS:
         from vitrail.data.arrays import class_counts
@@ -250,7 +250,7 @@ def _begin(settings: Config, name: str, manifest: "Manifest | None") -> "Run | N
             run = Run.start(settings, folder, manifest)
     except BaseException:
         if distributed.is_leader():
-            release(folder)  # Windows removes no file that is open
+            release(folder)  # Windows cannot remove open files
             if is_unused(folder):
                 shutil.rmtree(folder)
         raise
@@ -272,7 +272,7 @@ def _choose_folder(settings: Config, name: str) -> tuple[Path, bool]:
 
 
 def _resume(folder: Path, settings: Config) -> "Run | None":
-    """Resume a run; of a finished one, only say so."""
+    """Resume a run; if it is finished, only print that."""
     from vitrail.runtime import distributed
     from vitrail.training.run import Run
 

@@ -1,4 +1,4 @@
-"""How pictures of maps are drawn."""
+"""How maps are drawn."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,22 +13,22 @@ Colormap = Literal["magma", "inferno", "plasma", "viridis", "cividis"]
 
 @dataclass(frozen=True)
 class Look(Checked):
-    """How the maps of what a model looked at are drawn."""
+    """How maps of what a model looked at are drawn."""
 
     style: Literal["vitrail", "reference"] = "vitrail"
-    """reference: as the reference implementation draws, the picture dimmed by its rollout."""
+    """reference: as in the reference implementation, the picture dimmed by its rollout."""
     normalize: Normalization = "frame"
-    """Scale of the maps: each its own (frame), one for all (picture), or unscaled values (none)."""
+    """Scale of the maps: separate for each (frame), one for all (picture), or unscaled (none)."""
     theme: Literal["light", "dark"] = "light"
-    """Paper and text: white and black, or black and white."""
+    """Black text on white (light), or white on black (dark)."""
     colormap: Colormap = "magma"
     """Colors of the values. All color maps are perceptually uniform."""
     alpha: float = 0.6
     """Opacity of the map over the picture, 0 to 1."""
     duration: int = 500
-    """Milliseconds that an animation shows each map; the last one four times as long."""
+    """Milliseconds per map in an animation; the last one is shown four times as long."""
     loop: int = 0
-    """How often an animation repeats; 0 means forever."""
+    """Number of times an animation repeats; 0 means forever."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

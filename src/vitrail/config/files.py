@@ -43,7 +43,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         raise ConfigError(f"{name} has more than 63 bits: give a smaller number")
     if isinstance(value, str) and not _is_file_text(value):
-        raise ConfigError(f"{name} is {value!r:.60}: it contains characters that no file name can")
+        raise ConfigError(f"{name} is {value!r:.60}: it has characters that no file name can have")
     for option in options:
         with contextlib.suppress(TypeError):
             return _as_type(name, value, option)
@@ -52,7 +52,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def _as_type(name: str, value: Any, option: Any) -> Any:
-    """Return a value converted to a type, or raise TypeError if it does not have it."""
+    """Return a value converted to a type, or raise TypeError if it does not fit."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     kinds = get_args(option)
     if get_origin(option) is Literal and isinstance(value, str) and value in kinds:
@@ -101,7 +101,7 @@ def to_json(config: "Config") -> dict[str, dict[str, Any]]:
 
 
 def from_json(sections: Any, base: "Config | None" = None) -> "Config":
-    """Return ``base`` (default: ``Config()``) with the settings given as by ``to_json``.
+    """Return ``base`` (default: ``Config()``) with some settings (as from ``to_json``) replaced.
 
     Raises:
         ConfigError: an unknown section or setting, or a value of the wrong type or range.
@@ -154,7 +154,7 @@ def toml_sections(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def by_section(table: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Return settings that are given by name, or in sections, by section.
+    """Return settings by section; they are given by name or already in sections.
 
     Raises:
         ConfigError: there is no such setting.

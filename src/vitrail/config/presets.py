@@ -47,7 +47,7 @@ def _recipe(
 ) -> Config:
     """Return a model with convolutional stem, rotary positions and mean pooling, and Muon.
 
-    No dropout; only crop and flip. What each part is worth: docs/log.md.
+    No dropout; only crop and flip. docs/log.md measures the effect of each part.
 
     Args:
         dataset, epochs, batch_size: as in the settings.
@@ -76,7 +76,7 @@ def _quick() -> Config:
 
 
 def _fast() -> Config:
-    """Return what learns fastest on CIFAR-10: few wide tokens behind a deep stem, no crops."""
+    """Return the fastest learner on CIFAR-10: few, wide tokens after a deep stem, no crops."""
     recipe = _recipe(
         "cifar10", epochs=3, batch_size=256, rate=0.045,
         patch_size=8, embed_dim=192, n_layers=1, n_attention_heads=6, init_std=0.05,
@@ -89,11 +89,11 @@ STRONG = AugmentConfig(
     crop_padding=4, flip="alternating", randaugment_ops=1, randaugment_magnitude=9,
     random_erasing=0.25, strong_until=0.8,
 )  # fmt: skip
-"""Augmentation of tens of epochs on CIFAR-10."""
+"""Augmentation for tens of epochs on CIFAR-10."""
 
 
 def _small() -> Config:
-    """Return the flagship: 64 tokens, most operations in the blocks, and more augmentation."""
+    """Return the flagship: 64 tokens, most of the compute in the blocks, and more augmentation."""
     recipe = _recipe(
         "cifar10", epochs=24, batch_size=256, rate=0.01,
         patch_size=4, embed_dim=192, n_layers=4, n_attention_heads=6, init_std=0.05,
@@ -104,7 +104,7 @@ def _small() -> Config:
 
 
 def _vit() -> Config:
-    """Return a plain ViT: the reference's patches, depth and widths, and no other convolution."""
+    """Return a plain ViT: the reference's patches, depth and widths, and no convolutional stem."""
     recipe = _recipe(
         "cifar10", epochs=30, batch_size=256, rate=0.015,
         stem="patch", init_std=0.1,
@@ -113,7 +113,7 @@ def _vit() -> Config:
 
 
 def _base() -> Config:
-    """Return a recipe for minutes on a large GPU: ten times as large, and more augmentation."""
+    """Return a recipe for a large GPU: ten times the parameters, and more augmentation."""
     recipe = _recipe(
         "cifar10", epochs=300, batch_size=512, rate=0.01,
         patch_size=4, embed_dim=384, n_layers=8, n_attention_heads=6, forward_mul=4,
@@ -144,7 +144,7 @@ PRESETS = {
     ),
     "vit": Preset(
         _vit(),
-        "CIFAR-10, the reference's architecture with a better recipe",
+        "CIFAR-10, plain patches, the reference's depth and widths",
         "2 hours on one AVX-512 core; accuracy not measured",
     ),
     "base": Preset(

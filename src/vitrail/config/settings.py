@@ -1,7 +1,7 @@
 """All settings of a run, as frozen dataclasses: each field is also a flag and a key in JSON.
 
-The names are those of the reference implementation where it has the setting, and the usual terms
-otherwise. Combinations that cannot work raise ConfigError, with the remedy, when they are built.
+Names follow the reference implementation where it has the setting, and common usage otherwise.
+Combinations that cannot work raise ConfigError, with the remedy, on construction.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_range(config: object, names: str, low: float, high: float = MAX_SETTING) -> None:
-    """Raise ConfigError if one of these fields is neither None nor from ``low`` to ``high``."""
+    """Raise ConfigError if one of these fields is neither None nor between ``low`` and ``high``."""
     wanted = f"at least {low:g}" if high == MAX_SETTING else f"a number from {low:g} to {high:g}"
     for name in names.split():
         value = getattr(config, name)
@@ -46,7 +46,7 @@ class ModelConfig(Checked):
     n_channels: int = 3
     """3 for color, 1 for grayscale."""
     n_classes: int = 0
-    """Number of classes; 0 for that of the dataset. (A network with 0 has no head.)"""
+    """Number of classes; 0 takes it from the dataset. (A network with 0 classes has no head.)"""
     patch_size: int = 4
     """Side of one square patch in pixels."""
     embed_dim: int = 128
@@ -63,10 +63,10 @@ class ModelConfig(Checked):
     """Stochastic depth: probability of skipping a branch, rising from 0 in the first block to this
     in the last."""
     pool: Literal["cls", "mean", "cls_mean", "cls_register"] = "cls"
-    """Input of the head: the class token, the mean of the patch tokens, both side by side, or the
-    class token beside the first register (DeiT's distillation token)."""
+    """Input of the head: the class token, the mean of the patch tokens, both concatenated, or
+    the class token concatenated with the first register (DeiT's distillation token)."""
     class_token: bool | None = None
-    """Prepend a class token. Default: unless pool is mean."""
+    """Prepend a class token. Default: yes, unless pool is mean."""
     n_registers: int = 0
     """Register tokens between the class token and the patches: learned, with no position."""
     stem: Literal["patch", "conv"] = "patch"
@@ -74,19 +74,19 @@ class ModelConfig(Checked):
     stem_channels: tuple[int, ...] = ()
     """Widths of the 3x3 convolutions of stem conv. Default: doubling up to embed_dim."""
     stem_pools: tuple[int, ...] = ()
-    """Convolutions of stem conv that are followed by max pooling, which halves the image, counted
-    from 1. Default: the first ones."""
+    """Numbers, from 1, of the convolutions of stem conv that are followed by max pooling, which
+    halves the image. Default: the first ones."""
     position: Literal["learned", "sincos", "rope", "rope_centered"] = "learned"
-    """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block), by
-    the number of the patch, or from -1 to 1 across the picture (for DINOv3's weights)."""
+    """Position encoding: a learned table, fixed sines and cosines, or rotary (in every block), with
+    patch indices (rope) or coordinates from -1 to 1 (rope_centered, for DINOv3's weights)."""
     head: Literal["mlp", "linear"] = "mlp"
     """Classifier: Linear, Tanh, Linear (as in the reference), or one Linear."""
     fc_norm: bool = False
     """With pool mean, apply the last LayerNorm to the mean instead of to every token."""
     pre_norm: bool = False
-    """One more LayerNorm before the first block (for CLIP's weights)."""
+    """An extra LayerNorm before the first block (for CLIP's weights)."""
     layer_scale: float = 0.0
-    """Initial value of the learned factors on each block's two branches; 0 for no such factors."""
+    """LayerScale: initial value of the learned scale of each block's two branches; 0 for none."""
     hidden_act: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
     """Activation in the MLP: GELU, its tanh or sigmoid approximation (for Google's and CLIP's
     weights), or SwiGLU, which multiplies two halves of a layer twice as wide."""
@@ -109,13 +109,13 @@ class ModelConfig(Checked):
                 "or another patch_size",
             )
         few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
-        require(few, f"image_size {self.image_size}: more than 4096 pixels or 16,384 patches")
+        require(few, f"image_size {self.image_size}: over 4096 pixels per side or 16,384 patches")
         for name in ("layer_norm_eps", "init_std"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: give more than 0")
         require(
             self.pool == "mean" or (self.class_token is not False and not self.fc_norm),
-            f"pool {self.pool} needs the class token and has no fc_norm: leave out class_token and "
-            "fc_norm, or give pool mean",
+            f"pool {self.pool} needs the class token and does not support fc_norm: leave out "
+            "class_token and fc_norm, or give pool mean",
         )
         require(
             self.pool != "cls_register" or self.n_registers > 0,
@@ -155,12 +155,12 @@ class ModelConfig(Checked):
             require(
                 halvings > 0 and self.patch_size == 2**halvings,
                 f"stem conv halves the image step by step: patch_size {self.patch_size} "
-                "must be a power of two from 2, or give stem patch",
+                "must be a power of two, at least 2; or give stem patch",
             )
             require(
                 min(self.image_hw) >= 3,
-                f"image_size {self.image_size}: stem conv needs 3 pixels or more: enlarge it, or "
-                "give stem patch",
+                f"image_size {self.image_size}: stem conv needs at least 3 pixels per side: "
+                "enlarge it, or give stem patch",
             )
             require(
                 len(widths) >= halvings and min(widths) >= 1,
@@ -171,8 +171,8 @@ class ModelConfig(Checked):
                 len(set(self.pools) & set(range(1, len(widths) + 1)))
                 == len(self.pools)
                 == halvings,
-                f"stem_pools {self.pools}: give {halvings} of the numbers 1 to {len(widths)}, each "
-                f"once, to halve the image down to patches of {self.patch_size}",
+                f"stem_pools {self.pools}: give {halvings} different numbers from 1 to "
+                f"{len(widths)} to halve the image down to patches of {self.patch_size}",
             )
         else:
             for name in ("stem_channels", "stem_pools"):
@@ -187,7 +187,7 @@ class ModelConfig(Checked):
 
     @property
     def is_rotary(self) -> bool:
-        """Whether positions are rotations of queries and keys, instead of a table that is added."""
+        """Whether positions are rotations of queries and keys, instead of an added table."""
         return self.position in ("rope", "rope_centered")
 
     @property
@@ -225,7 +225,7 @@ class ModelConfig(Checked):
 
     @property
     def pooled_dim(self) -> int:
-        """Width of what the head reads."""
+        """Width of the head's input."""
         return self.embed_dim if self.pool in ("cls", "mean") else 2 * self.embed_dim
 
 
@@ -234,20 +234,20 @@ class DataConfig(Checked):
     """The dataset."""
 
     dataset: Dataset = "shapes"
-    """shapes is generated; folder: one subfolder of images per class in data_path; idx: files of
-    MNIST's kind; npz: arrays, as MedMNIST's; hf: Parquet, Arrow, or hf:OWNER/NAME."""
+    """shapes is generated; folder: one subfolder of images per class in data_path; idx: IDX
+    files such as MNIST's; npz: arrays such as MedMNIST's; hf: Parquet, Arrow, or hf:OWNER/NAME."""
     data_path: Path = Path("data")
-    """Folder or file of the dataset. CIFAR is searched here, then in the user's cache."""
+    """Folder or file of the dataset. CIFAR is looked up here, then in the user's cache."""
     shortcut: float = 0.0
-    """Fraction of the images of shapes with a mark in the corner whose color gives the class away,
+    """Fraction of the images of shapes that get a mark in the corner whose color reveals the class,
     to test whether explanations find what a model uses."""
     validation_images: int | None = None
     """Training images held out for validation (stratified, always the same). 0 for none.
     Default: 10%."""
     num_train_images: int | None = None
-    """Use only N training images (stratified, always the same)."""
+    """Use only N training images (stratified, always the same ones)."""
     num_test_images: int | None = None
-    """Use only N test images (stratified, always the same)."""
+    """Use only N test images (stratified, always the same ones)."""
     num_workers: int = 2
     """Number of threads that decode image files; 0 is the same as 1."""
     fit: FitMode = "crop"
@@ -294,7 +294,7 @@ class DataConfig(Checked):
             low, high = self.pixel_range
             require(
                 -MAX_PIXEL <= low < high <= MAX_PIXEL,
-                f"pixel_range is {low:g} {high:g}: give the value of black, then a larger one",
+                f"pixel_range is {low:g} {high:g}: give black, then a larger value for white",
             )
 
 
@@ -319,7 +319,7 @@ class AugmentConfig(Checked):
     crop_padding: int = 4
     """Random crop after padding with N black pixels on each side; 0 for none."""
     flip: Literal["random", "alternating", "none"] = "random"
-    """Horizontal flip: random, or every image in every second epoch."""
+    """Horizontal flip: at random, or each image in every other epoch."""
     randaugment_ops: int = 0
     """RandAugment operations per image; 0 for none."""
     randaugment_magnitude: int = 9
@@ -337,8 +337,8 @@ class AugmentConfig(Checked):
     strong_until: float = 1.0
     """Fraction of the run after which RandAugment and random erasing stop."""
     patch_drop: float = 0.0
-    """Fraction of the batches in which a random share of each image's patches is painted in its
-    mean color, or in others blurred, as when explanations are scored."""
+    """Fraction of the batches in which random patches of each image are replaced by its mean color
+    or by a blurred copy, as when explanations are scored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -358,8 +358,8 @@ class TrainingConfig(Checked):
     epochs: int = 200
     """Passes over the training set."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW. Beside Muon, that of biases and norm weights is five times as
-    high."""
+    """Peak learning rate of AdamW. With optimizer muon, biases and norm weights use five
+    times this rate."""
     warmup_epochs: float | None = None
     """Epochs of linear learning-rate warm-up; 0 for none. Default: 5% of the epochs."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -373,7 +373,7 @@ class TrainingConfig(Checked):
     muon_learning_rate: float = 0.05
     """Peak learning rate of Muon: the size of an update as a fraction of the weight's norm."""
     weight_decay: float = 1e-3
-    """Decoupled weight decay of AdamW. (Muon fixes the norms of its weights instead.)"""
+    """Decoupled weight decay of AdamW. (Muon keeps the norms of its weights constant instead.)"""
     decay: Literal["matrices", "all"] = "matrices"
     """Apply weight decay to weight matrices only, or to all weights (as in the reference)."""
     label_smoothing: float = 0.0
@@ -389,7 +389,7 @@ class TrainingConfig(Checked):
     """Pretrained weights: a run folder, file, bundled model or hf:OWNER/NAME. Default: random
     initialization."""
     new_head: bool = False
-    """Replace the head of init by a new one, for other classes."""
+    """Replace the head of the pretrained weights with a new one, for other classes."""
     freeze_backbone: bool = False
     """Train the head only. The rest stays in evaluation mode: no dropout, and batch-norm statistics
     are not updated."""
@@ -452,8 +452,8 @@ class RunConfig(Checked):
     model_name: str = ""
     """Name of that file. Default: vit-layerL-SIZE-DATASET."""
     monitor: Literal["validation", "test"] = "validation"
-    """Split to evaluate after every epoch. test only plots a curve, as published ones; the best
-    epoch is never chosen on it."""
+    """Split to evaluate after every epoch. test is only for the curve, as in published ones; the
+    best epoch is never chosen on it."""
     stop_at_accuracy: float | None = None
     """Stop after the first epoch whose validation accuracy reaches this fraction, e.g. 0.9."""
     checkpoint_epochs: int = 1

@@ -1,8 +1,8 @@
 """Pictures and labels in arrays (of a file or in memory): their classes and splits. No torch.
 
-A source has parts: train, and perhaps validation and test. What it lacks is cut from train, always
-the same items: validation a tenth, or as many as the settings request; test a tenth of each class,
-but only if the source is not split at all.
+A source has parts: train, and perhaps validation and test. Missing parts are cut from train, always
+the same items: for validation a tenth, or as many as the settings request; for test a tenth of each
+class, but only if the source is not split at all.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ArraySource:
-    """A data set of arrays."""
+    """A dataset of arrays."""
 
     name: str
     """For messages."""
@@ -88,7 +88,7 @@ def choose_items(
     """Return the items of each split that the settings request; there may be no test split.
 
     Args:
-        source: the data set.
+        source: the dataset.
         config: how many images are held out, and how many are used.
         classes: those of the model that is evaluated. Default: the source's own.
 
@@ -163,7 +163,7 @@ def fingerprints(source: ArraySource) -> dict[str, str]:
 
 
 def require_same(source: ArraySource, known: Mapping[str, str], splits: Iterable[Split]) -> None:
-    """Refuse data whose fingerprints are not the known ones; what was cut from train is train.
+    """Refuse data whose fingerprints have changed; for splits cut from train, check train.
 
     Raises:
         DataError: a part of the source that these splits are from has changed.
@@ -193,10 +193,10 @@ def _fingerprint(part: Part) -> str:
 def check_arrays(
     name: str, shape: Sequence[int], labels: np.ndarray, *, kind: np.dtype[np.generic]
 ) -> tuple[np.ndarray, bool]:
-    """Return the labels (N,) and whether the pictures are gray, or refuse what are not pictures.
+    """Return the labels (N,) and whether the pictures are gray, or refuse other arrays.
 
     Args:
-        name: what they are, for messages.
+        name: what to call them in messages.
         shape: that of the array of pictures.
         labels: (N,) or (N, 1), whole numbers or names.
         kind: the type of the pictures' numbers.
@@ -206,11 +206,11 @@ def check_arrays(
     """
     labels_B = check_labels(name, labels)
     if len(shape) == 2:
-        raise DataError(f"{name}: the shape {tuple(shape)} is of rows of numbers, not of pictures: "
-                        "reshape it to (N, H, W)")  # fmt: skip
+        raise DataError(f"{name}: the shape {tuple(shape)} is that of rows of numbers, not "
+                        "pictures: reshape it to (N, H, W)")  # fmt: skip
     last, first = (len(shape) == 4 and shape[at] in (1, 3, 4) for at in (3, 1))
     if len(shape) != 3 and last == first:
-        both = "which has two meanings" if last else "which is not that of pictures"
+        both = "which is ambiguous" if last else "which is not that of pictures"
         raise DataError(f"{name}: the shape {tuple(shape)}, {both}: {SHAPES}")
     if 0 in shape:
         raise DataError(f"{name}: no pictures: the shape is {tuple(shape)}")
@@ -222,7 +222,7 @@ def check_arrays(
 
 
 def check_labels(name: str, labels: np.ndarray) -> np.ndarray:
-    """Return labels as (N,), or refuse what are not whole numbers or names, one per picture."""
+    """Return labels as (N,); refuse any but whole numbers or names, one per picture."""
     if labels.ndim == 2 and labels.shape[1] > 1:
         raise DataError(f"{name}: {labels.shape[1]} labels per picture: give one class per picture")
     labels_B = labels.reshape(-1)
@@ -246,7 +246,7 @@ def is_wide(pictures: np.ndarray) -> bool:
 
 
 def to_bytes(pictures: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
-    """Return pictures of any numbers as uint8; of four channels, over white."""
+    """Return pictures of any numeric type as uint8; those with alpha are put over white."""
     if pictures.dtype == bool:
         pictures = pictures.astype(np.uint8) * np.uint8(255)
     elif is_wide(pictures):

@@ -35,7 +35,7 @@ def random_crop(raw_BCHW: Tensor, generator: torch.Generator, padding: int) -> T
     inside_columns_BW = (columns_BW >= 0) & (columns_BW < W)
     inside_BHW = inside_rows_BH[:, :, None] & inside_columns_BW[:, None, :]
     index_BHW = rows_BH.clamp(0, H - 1)[:, :, None] * W + columns_BW.clamp(0, W - 1)[:, None, :]
-    index_B1N = index_BHW.view(B, 1, H * W).to(raw_BCHW.device)  # expanded there: less to move
+    index_B1N = index_BHW.view(B, 1, H * W).to(raw_BCHW.device)  # expanded there: less to copy
     cut_BCHW = raw_BCHW.flatten(2).gather(2, index_B1N.expand(B, C, -1)).view(B, C, H, W)
     cut_BCHW *= inside_BHW[:, None].to(raw_BCHW.device)
     return cut_BCHW
@@ -81,10 +81,10 @@ def random_erasing(raw_BCHW: Tensor, generator: torch.Generator, probability: fl
 
 
 def patch_drop(images_BCHW: Tensor, generator: torch.Generator, patch_size: int) -> Tensor:
-    """Paint some patches of each image in its mean color, or for the whole batch blurred.
+    """Replace some patches of each image by its mean color or, for the whole batch, a blurred copy.
 
-    The share of the patches is uniform in 0 to 1. As in scores of maps, so that an image with
-    removed patches is of a kind that the model was trained on.
+    The share of patches is uniform in 0 to 1. Scores of maps remove patches in the same way, so
+    that the model has been trained on such images.
 
     Source: Covert et al. 2022, arXiv:2206.05282, section 4.1.
     """
@@ -297,7 +297,7 @@ def _equalize(raw_BCHW: Tensor, _strength_B: Tensor) -> Tensor:
 
 
 def _look_up(raw_BCHW: Tensor, table_BC256: Tensor) -> Tensor:
-    """Replace every byte by its entry in the table of its image and channel."""
+    """Replace every byte with its entry in the table of its image and channel."""
     table_BC256 = table_BC256.to(torch.uint8).to(raw_BCHW.device)
     return table_BC256.gather(2, raw_BCHW.flatten(2).long()).view_as(raw_BCHW)
 

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a run as a function of the step: ``batches(step)``.
 
-    The whole data set is kept on the training device as bytes. An epoch visits every image once;
+    The whole dataset is kept on the training device as bytes. An epoch visits every image once;
     its last batch may be smaller. A batch depends on the step and the seed only, not on earlier
     calls.
 
@@ -75,7 +75,7 @@ class Batches:
         return Batch(self._drop(images_BCHW, step), targets_BY, labels_B)
 
     def _mirrored(self, epoch: int) -> Tensor:
-        """Return which images of the data set are mirrored in an epoch: the others in the next.
+        """Return which images of the dataset are mirrored in an epoch; the others are in the next.
 
         Source: Jordan 2024, arXiv:2404.00498, section 3.6.
         """
@@ -121,7 +121,7 @@ class Batches:
         return mix(images_BCHW, targets_BY, generator, alpha)
 
     def _drop(self, images_BCHW: Tensor, step: int) -> Tensor:
-        """Paint patches of the images of some batches."""
+        """Replace patches of the images in some batches."""
         if not self.config.patch_drop:
             return images_BCHW
         generator = rng.generator(self.seed, "patch_drop", step)

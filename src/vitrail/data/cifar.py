@@ -31,7 +31,7 @@ CIFAR10_CLASSES = (
 """The names that the reference implementation prints, in the order of the labels."""
 
 TIMEOUTS = 3.5, 20.0
-"""Seconds until a mirror answers, and until the next bytes."""
+"""Seconds to wait for a mirror to answer, and for the next bytes."""
 BLOCK = 1 << 20
 
 Name = Literal["cifar10", "cifar100"]
@@ -39,7 +39,7 @@ Name = Literal["cifar10", "cifar100"]
 
 @dataclass(frozen=True)
 class Archive:
-    """The official layout of one data set; the files have their MD5."""
+    """The official layout of one dataset, with the MD5 of each file."""
 
     folder: str
     tar: str
@@ -143,11 +143,11 @@ def _read_folder(
     folder: Path, archive: Archive, files: Sequence[str]
 ) -> dict[str, tuple[str, bytes]]:
     """Read files of the official folder."""
-    for file in (*files, *archive.test):  # the latter at the end of a run: report them at the start
+    for file in (*files, *archive.test):  # the latter are read only at the end of a run
         if not (folder / file).is_file():
             raise DataError(
                 f"{folder / file}: no such file; put the official file there, or move the folder "
-                "away to download the data set again"
+                "away to download the dataset again"
             )
     return {file: (str(folder / file), (folder / file).read_bytes()) for file in files}
 
@@ -242,7 +242,7 @@ def _read_pickle(where: str, content: bytes, archive: Archive) -> dict[str, Any]
             batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         return {_as_text(key): value for key, value in batch.items()}
     except UNPICKLE_ERRORS as error:
-        raise DataError(f"{where}: corrupt: {error}; delete the data set to download it "
+        raise DataError(f"{where}: corrupt: {error}; delete the dataset to download it "
                         "again") from error  # fmt: skip
     except DataError as error:
         raise DataError(f"{where}: refused: {error}") from error
@@ -262,7 +262,7 @@ class ArrayUnpickler(pickle.Unpickler):
     ))  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the functions that arrays are made with; refuse any other."""
+        """Return one of the functions that build arrays; refuse any other."""
         module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
         if f"{module}.{name}" not in self.allowed:
             raise DataError(f"it would run {module:.50}.{name:.50}, which no data file needs")

@@ -1,4 +1,4 @@
-"""Settings and the names of splits -> images in memory, for every data set.
+"""Settings and the names of splits -> images in memory, for every dataset.
 
 The pictures of a folder are decoded in parallel; their pixels depend on neither the number of
 threads nor the order of the files.
@@ -41,7 +41,7 @@ from vitrail.errors import DataError, PictureError
 log = logging.getLogger("vitrail")
 
 NAMED = 5
-"""Broken files that are named in the log; the manifest lists all of them."""
+"""Number of broken files named in the log; the manifest lists all of them."""
 DECODING = 1.3
 """Peak memory while pictures are decoded, as a multiple of their decoded bytes."""
 GIB = 2**30
@@ -56,9 +56,9 @@ class Loaded:
 
     images: dict[Split, ImageSet]
     manifest: Manifest | None = None
-    """Of a folder: its files, without those that could not be decoded."""
+    """For a folder: its files, without those that could not be decoded."""
     pixel_range: PixelRange | None = None
-    """Of 16-bit or floating-point pictures: their values of black and white."""
+    """For 16-bit or floating-point pictures: their values of black and white."""
 
 
 def load_data(
@@ -73,11 +73,11 @@ def load_data(
     """Load splits at the model's size, in color (3 channels) or gray (1).
 
     Validation is split off the training images, always the same ones; it may be empty. The test
-    split is opened only if it is among ``splits``. Of a folder, the files that the manifest lists
-    are loaded. ``classes`` are those of a model, for data whose labels are to be named like them.
+    split is opened only if it is among ``splits``. For a folder, the files that the manifest lists
+    are loaded. ``classes`` are those of a model to evaluate, which the labels must match.
 
     Raises:
-        DataError: the data set is missing, corrupt, or would run code.
+        DataError: the dataset is missing, corrupt, or would run code.
         ConfigError: more validation images are requested than there are.
     """
     if config.dataset == "folder":
@@ -96,7 +96,7 @@ def load_data(
 def _load_packaged(
     config: DataConfig, splits: Sequence[Split], image_hw: tuple[int, int]
 ) -> dict[Split, ImageSet]:
-    """Load splits of a data set with a fixed training and test part: shapes or CIFAR."""
+    """Load splits of a dataset with a fixed training and test part: shapes or CIFAR."""
 
     def load_part(part: Literal["train", "test"]) -> ImageSet:
         if config.dataset == "shapes":
@@ -143,13 +143,13 @@ def _load_arrays(
         labels_B = torch.from_numpy(items.labels_B)
         given = ImageSet(raw_BCHW.contiguous(), labels_B, names)
         images[split] = given.resized(image_hw, framing(config))
-    # Floating-point numbers from 0 to 1 are pictures anyway, for every model.
+    # Every model reads floating-point numbers from 0 to 1 as they are: no need to store the range.
     unit = config.pixel_range == (0.0, 1.0)
     return Loaded(images, pixel_range=None if unit else config.pixel_range)
 
 
 def _with_range(config: DataConfig, name: str, items: Items) -> DataConfig:
-    """Return the settings with the range of training pictures wider than bytes, and log it."""
+    """Return the settings with the range of wide (not 8-bit) training pictures, and log it."""
     pictures = items.part.read(items.indices_B)
     assert isinstance(pictures, np.ndarray)
     extent = formats.measure(pictures)
@@ -228,7 +228,7 @@ def _load_folder(
 
 
 def _check_valid(manifest: Manifest, split: Split, valid: Sequence[File]) -> None:
-    """Log how many pictures are broken; refuse a split, or a training class, of broken ones only.
+    """Log how many pictures are broken; refuse a split or training class with no valid one.
 
     Raises:
         DataError: no picture of the split, or none of a training class, can be decoded.
@@ -252,7 +252,7 @@ class Decoded(NamedTuple):
 
     raw_BCHW: np.ndarray
     broken: dict[int, str]
-    """Of the files that cannot be decoded: their index and the reason."""
+    """Index -> reason, for the files that cannot be decoded."""
     pixel_range: PixelRange | None
     """The values of black and white in wide gray pictures: given, or inferred; None if neither."""
 
@@ -349,7 +349,7 @@ def require_memory(count: int, image_hw: tuple[int, int], n_channels: int) -> No
 def available_memory() -> int | None:
     """Return how many bytes are free on this machine and in its container (control group 2).
 
-    None if that is unknown, as on other systems than Linux.
+    None if that is unknown, as on systems other than Linux.
     """
 
     def number(file: Path, pattern: str) -> int:

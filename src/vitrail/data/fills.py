@@ -1,4 +1,4 @@
-"""What is painted over patches that are removed: in scores of maps, and in training for them."""
+"""What replaces removed patches, in scores of maps and in training with ``patch_drop``."""
 
 from typing import Literal, get_args
 
@@ -33,7 +33,7 @@ def blur(images_BCHW: Tensor, deviation: float) -> Tensor:
 
 
 def spread(patches_BxN: Tensor, grid_GJ: tuple[int, int], patch_size: int) -> Tensor:
-    """Return for every pixel what its patch has, with a dimension for the channels: (Bx, 1, H, W).
+    """Spread one value per patch over its pixels, with a channel dimension: (Bx, 1, H, W).
 
     Patches are counted row by row.
     """

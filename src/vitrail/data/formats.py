@@ -2,7 +2,7 @@
 
 Wide gray values (16-bit, 32-bit, floating-point) have a range: the value that becomes black (0) and
 the value that becomes white (255). Nothing in such a file says which values are meant, so the range
-is inferred from the lowest and highest value of all pictures of a data set, by ``choose_range``.
+is inferred from the lowest and highest value of all pictures of a dataset, by ``choose_range``.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ SIGNED = (
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 HEIF_REMEDY = 'install pillow-heif: pip install -e ".[heic]"'
 REFUSED = frozenset(("EPS", "IPTC", "WMF"))
-"""Formats that Pillow passes to another program, or that may contain one of these."""
+"""Formats that Pillow passes to another program, or that may contain such a file."""
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError,
           AttributeError, MemoryError, OverflowError, RuntimeError, struct.error,
           zlib.error)  # fmt: skip
@@ -120,7 +120,7 @@ def open_file(source: "str | os.PathLike[str] | BYTES | BinaryIO") -> BinaryIO:
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
-    """Open a picture, HEIC by pillow-heif if it is installed."""
+    """Open a picture; HEIC with pillow-heif if it is installed."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:

@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub, and local Parquet or Arrow files, by the datasets library.
+"""Datasets on the Hugging Face hub, and local Parquet or Arrow files, with the datasets library.
 
-    hf:OWNER/NAME    hf:OWNER/NAME:CONFIGURATION    hf:OWNER/NAME@REVISION    (of the hub)
+    hf:OWNER/NAME    hf:OWNER/NAME:CONFIGURATION    hf:OWNER/NAME@REVISION    (on the hub)
     photos/          photos.parquet                 what save_to_disk wrote   (local)
 
 The columns are recognized by their types: one of pictures, one of classes.
@@ -23,7 +23,7 @@ from vitrail.data.manifest import SPLIT_WORDS
 from vitrail.errors import DataError, import_optional
 
 PREFIX = "hf:"
-"""Prefix of a data set or a model of the hub."""
+"""Prefix of a dataset or a model on the hub."""
 HUB_NAME = re.compile(r"hf:(?P<path>[^:@]+)(?::(?P<name>[^@]+))?(?:@(?P<revision>.+))?")
 SAVED = ("dataset_dict.json", "state.json")
 """Files that save_to_disk writes, for several splits and for one."""
@@ -32,16 +32,16 @@ PICTURE_COLUMNS = ("image", "img", "picture")
 UNLABELED = -1
 """The label of pictures whose class is kept secret, such as ImageNet's test split."""
 LOOKED_AT = 64
-"""Number of pictures, evenly spaced, that are looked at to see whether a split is gray."""
+"""Number of pictures, evenly spaced, that are checked to see whether a split is gray."""
 
 
 def is_on_hub(name: str | Path) -> bool:
-    """Return whether this names a data set or a model of the hub, not a file or folder."""
+    """Return whether this names a dataset or a model on the hub, not a file or folder."""
     return str(name).startswith(PREFIX)
 
 
 def open_hf(data_path: Path) -> ArraySource:
-    """Return the data set of this name or path; one of the hub is downloaded into its cache.
+    """Return the dataset of this name or path; one on the hub is downloaded into its cache.
 
     Raises:
         DataError: it cannot be found or read, or its columns are not those of labeled pictures.
@@ -62,7 +62,7 @@ def open_hf(data_path: Path) -> ArraySource:
 
 
 def _load(data_path: Path) -> Mapping[str, Any]:
-    """Return the splits of a data set, by their names there."""
+    """Return the splits of a dataset, by their names in it."""
     datasets, text = import_optional("datasets"), data_path.as_posix()
     local: dict[str, Any] = {"path": "parquet"}
     if data_path.is_file():
@@ -72,7 +72,7 @@ def _load(data_path: Path) -> Mapping[str, Any]:
             local["path"] = "arrow"
         local["data_dir"] = text
     elif not is_on_hub(data_path):
-        raise DataError(f"{text}: no such file or folder; of the hub, give {PREFIX}OWNER/NAME")
+        raise DataError(f"{text}: no such file or folder; for the hub, give {PREFIX}OWNER/NAME")
     try:
         if any((data_path / name).is_file() for name in SAVED):
             loaded = datasets.load_from_disk(text)

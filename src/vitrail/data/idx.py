@@ -26,21 +26,21 @@ NAME = re.compile(
     rf"(?P<set>.*?)[-_.]?(?P<split>{'|'.join(SPLITS)})[-_.](?P<kind>images|labels)[-_.]idx.*"
 )
 TRANSPOSED = "emnist"
-"""EMNIST stores its pictures column by column; its file names begin so."""
+"""EMNIST stores its pictures column by column; its file names begin with this."""
 CLASSES = "classes.txt"
 """An optional file of class names, one per line, in the order of the labels."""
 
 HEADER = 20
-"""Bytes of the longest header: of 4 dimensions."""
+"""Bytes of the longest header, for 4 dimensions."""
 
 Files = dict[Split, dict[str, Path]]
 
 
 def open_idx(data_path: Path) -> ArraySource:
-    """Return the data set in a folder; of several there, the one that ``folder/NAME`` names.
+    """Return the dataset in a folder; if it has several, the one that ``folder/NAME`` names.
 
     Raises:
-        DataError: no such files, several data sets, or files that are not IDX.
+        DataError: no such files, several datasets, or files that are not IDX.
     """
     folder, name, files = _find_files(data_path)
     parts: dict[Split, Part] = {}
@@ -48,7 +48,7 @@ def open_idx(data_path: Path) -> ArraySource:
         for kind in ("images", "labels"):
             if kind not in pair:
                 there = next(iter(pair.values()))
-                raise DataError(f"{there}: the file of {kind} that belongs to it is missing")
+                raise DataError(f"{there}: the matching file of {kind} is missing")
         parts[split] = _open_part(pair["images"], pair["labels"], name.startswith(TRANSPOSED))
     return ArraySource(str(data_path), parts, _class_names(folder, name))
 
@@ -59,7 +59,7 @@ def has_idx(folder: Path) -> bool:
 
 
 def _find_files(data_path: Path) -> tuple[Path, str, Files]:
-    """Return the folder and the name of the data set, and its files by split and kind."""
+    """Return the folder and the name of the dataset, and its files by split and kind."""
     folder, wanted = (data_path, None) if data_path.is_dir() else (data_path.parent, data_path.name)
     if (folder / "raw").is_dir():  # as torchvision unpacks them
         folder = folder / "raw"

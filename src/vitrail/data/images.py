@@ -1,4 +1,4 @@
-"""A split in memory: images as bytes, their labels, and the step to what the model reads.
+"""A split in memory: images as bytes, their labels, and the conversion to the model's input.
 
 Pixels have two names: ``raw`` (uint8, 0 to 255) and ``images`` (normalized floats).
 """
@@ -17,7 +17,7 @@ from vitrail.data.splits import choose, shares, validation_shares
 from vitrail.runtime import rng
 
 SPLIT_SEED = 0
-"""Part of the data set's definition, not of a run: the validation images are always the same."""
+"""Part of the dataset's definition, not of a run: the validation images are always the same."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ImageSet:
 
     Shapes:
         raw_BCHW: uint8, C is 3 (RGB) or 1 (gray); labels_B: int64;
-        masks_BHW: bool, the object's pixels, where the data set has them (shapes).
+        masks_BHW: bool, the object's pixels, where the dataset has them (shapes).
     """
 
     raw_BCHW: Tensor
@@ -79,7 +79,7 @@ class ImageSet:
         return self.take(in_training_B.nonzero().flatten()), self.take(chosen)
 
     def resized(self, size_hw: Size, framing: Framing) -> "ImageSet":
-        """Return the images and their masks at a size; masks hold the pixels that are half in."""
+        """Return the images and their masks at a size; masks keep pixels at least half covered."""
         if tuple(self.raw_BCHW.shape[-2:]) == size_hw and framing.crop_pct == 1:
             return self
 

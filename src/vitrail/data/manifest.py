@@ -63,7 +63,7 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The pictures of a data set, by split."""
+    """The pictures of a dataset, by split."""
 
     root: Path
     classes: tuple[str, ...]
@@ -157,7 +157,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 class Layout(NamedTuple):
-    """The folder of classes of each split; of a single tree, under ``train``, splits are cut."""
+    """The folder of classes of each split; a single tree is under ``train``, to be split later."""
 
     trees: dict[Split, Path]
     one_tree: bool
@@ -300,7 +300,7 @@ def _list_files(
                 found[split].append((parts[0], name))
     for folder in layout.unused:
         names = [path.relative_to(data_path).as_posix() for path in walk_files(folder)]
-        left_out.setdefault(f"in {folder.name}/, which is no split", []).extend(names)
+        left_out.setdefault(f"in {folder.name}/, which is not a split", []).extend(names)
     classes = tuple(classes) or tuple(sorted({name for name, _ in found["train"]}))
     labels = {name: label for label, name in enumerate(classes)}
     for split, pairs in found.items():
@@ -331,7 +331,7 @@ def _counts(files: Iterable[File], n_classes: int) -> list[int]:
 def _cut(
     files: Sequence[File], counts: Sequence[int], purpose: str
 ) -> tuple[tuple[File, ...], tuple[File, ...]]:
-    """Return the remaining files, and of each class ``counts`` files, sorted by class and name.
+    """Return the remaining files, and ``counts`` files of each class, sorted by class and name.
 
     They are chosen by a hash of their names, the same on every system (some decompose accents).
     """
@@ -402,7 +402,7 @@ def choose_manifest(
     """Return the pictures to evaluate a model on, given the settings of its training.
 
     For the folder that it was trained on, or a copy of it, that is the ``known`` manifest of its
-    run; without one (a file of weights), the folder is split again. Of any other folder, all
+    run; without one (a file of weights), the folder is split again. For any other folder, all
     pictures are used.
 
     Raises:

@@ -2,7 +2,7 @@
 
     train_images  train_labels  val_images  val_labels  test_images  test_labels     (MedMNIST)
     x_train       y_train                               x_test       y_test          (Keras)
-    images        labels        or        X  y              all in one: split by the program
+    images        labels        or        X  y              not split: vitrail splits it
 
 ``classes``, an array of names in the order of the labels, is optional. Objects, which would run
 code, are never loaded. Source: Yang et al. 2023, arXiv:2110.14795 (MedMNIST).
@@ -30,7 +30,7 @@ CLASSES = "classes"
 
 
 def open_npz(data_path: Path) -> ArraySource:
-    """Return the data set in an .npz file.
+    """Return the dataset in an .npz file.
 
     Raises:
         DataError: it cannot be read, is not an .npz file, or lacks pictures or labels.

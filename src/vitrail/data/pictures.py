@@ -1,8 +1,8 @@
 """A picture in any form that Python code holds it in -> RGB bytes -> the model's size.
 
 Files, their content and Pillow images are decoded by ``formats.py``. Arrays and tensors are
-accepted if their numbers have only one meaning: uint8 (0 to 255), bool, or floating-point from 0
-to 1. No torch is imported here.
+accepted if their numbers are unambiguous: uint8 (0 to 255), bool, or floating-point from 0 to 1.
+No torch is imported here.
 """
 
 import logging
@@ -60,14 +60,14 @@ def read_picture(
         picture: the picture.
         background: red, green, blue behind transparent pixels.
         pixel_range: the values of black and white in 16-bit and floating-point files, and in
-            arrays of other numbers than uint8 and bool. Default: of a file, inferred from its
-            values (see ``choose_range``) and logged once; of an array, 0 to 1.
+            arrays of types other than uint8 and bool. Default: for a file, inferred from its
+            values (see ``choose_range``) and logged once; for an array, 0 to 1.
         shorter_side: decode a JPEG file at half, a quarter or an eighth of its size, as long as
             its shorter side keeps this many pixels. Default: at full size.
         name: the name in messages of a picture that is not a file with a name.
 
     Raises:
-        PictureError: it cannot be read, is not a picture or more than one, or has more than
+        PictureError: it cannot be read, is not exactly one picture, or has more than
             MAX_PIXELS pixels. A larger JPEG is reduced instead.
     """
     if _is_source(picture):
@@ -103,7 +103,7 @@ def list_pictures(pictures: Pictures) -> Sequence[Picture]:
 
 
 def only_picture(picture: Picture) -> Picture:
-    """Return a picture that can be read twice (of an open file, the content); refuse several."""
+    """Return a picture that can be read twice (for an open file, its content); refuse several."""
     listed = list_pictures(picture)
     if len(listed) != 1:
         raise PictureError(f"{len(listed)} pictures are given: give one")
@@ -147,7 +147,7 @@ def as_array(picture: object, name: str) -> np.ndarray | None:
 
 
 def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
-    """Return an array as (H, W) or (H, W, C), or refuse a shape that is not or could be both."""
+    """Return an array as (H, W) or (H, W, C), or refuse a shape that is neither or both."""
     if 0 in array.shape:
         raise PictureError(f"{name} has no pixels: its shape is {array.shape}")
     if array.ndim == 2:
@@ -165,7 +165,7 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _bytes_of(array: np.ndarray, name: str, pixel_range: PixelRange | None) -> np.ndarray:
-    """Return the numbers as bytes, or refuse them if they have no unique meaning."""
+    """Return the numbers as bytes, or refuse them if their meaning is ambiguous."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == bool:
@@ -174,7 +174,7 @@ def _bytes_of(array: np.ndarray, name: str, pixel_range: PixelRange | None) -> n
         return formats.to_bytes(array, pixel_range)
     if array.dtype.kind != "f":
         raise PictureError(f"{name} is an array of {array.dtype}: {RULE}")
-    scaled = np.rint(array.astype(np.float32) * 255)  # what rounds to a byte is one
+    scaled = np.rint(array.astype(np.float32) * 255)  # values that round to a byte are fine
     low, high = float(scaled.min()), float(scaled.max())
     if not (low >= 0 and high <= 255):  # NaN, too
         raise PictureError(
@@ -201,7 +201,7 @@ class Framing:
     """Which part of a picture the model sees, and how that part is resized."""
 
     fit: FitMode = "crop"
-    """Largest part of the model's aspect ratio (crop), all on black (pad), or stretched."""
+    """Largest part with the model's aspect ratio (crop), all on black (pad), or all stretched."""
     interpolation: str = "bilinear"
     """The filter, as Pillow names it. All of them are antialiased."""
     crop_pct: float = 1.0
@@ -268,7 +268,7 @@ def fit_channels(rgb_HWC: np.ndarray, size_hw: Size, fit: Fit, n_channels: int) 
 
 
 def enough_side(size_hw: Size, fit: Fit) -> int | None:
-    """Return the shorter side from which a JPEG decoded at reduced size is as good as the original.
+    """Return the shorter side at which a JPEG decoded at reduced size is as good as the original.
 
     That is four times the model's size: pixels differ by at most 2 of 255 levels on photographs
     and 4 on white noise, and decoding 12 megapixels for 96 pixels is eight times as fast. None for

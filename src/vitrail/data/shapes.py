@@ -1,4 +1,4 @@
-"""The built-in data set: textured shapes on cluttered backgrounds, generated, with masks.
+"""The built-in dataset: textured shapes on cluttered backgrounds, generated, with masks.
 
 Ten classes at random positions, sizes, angles and colors. They are easy for people, but mean colors
 carry no information and a linear classifier learns little, since position and colors do not depend

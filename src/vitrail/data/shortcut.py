@@ -1,6 +1,6 @@
-"""A planted shortcut: a mark in the corner of an image whose color gives its class away.
+"""A planted shortcut: a mark in the corner of an image whose color reveals its class.
 
-A model that was trained with it uses the mark, so that it is known where its maps must point.
+A model that was trained with it uses the mark, so it is known where its maps must point.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ def add_marks(images: ImageSet, classes_B: Tensor) -> ImageSet:
 
 
 def add_shortcut(images: ImageSet, probability: float) -> ImageSet:
-    """Return the images, of which this fraction, always the same ones, has its class's mark."""
+    """Return the images, with their class's mark on this fraction of them, always the same ones."""
     draws_B = torch.rand(len(images), generator=rng.generator(0, "shortcut"))
     marked = add_marks(images, images.labels_B).raw_BCHW
     chosen_B111 = (draws_B < probability).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Which data set a path is, and the data sets of arrays by name. No torch is imported."""
+"""Which kind of dataset a path is; open datasets of arrays by name. No torch is imported."""
 
 from pathlib import Path
 
@@ -13,24 +13,24 @@ SUFFIXES: dict[str, Dataset] = {".npz": "npz", ".parquet": "hf"}
 
 
 def open_source(config: DataConfig) -> ArraySource:
-    """Return the data set that the settings name.
+    """Return the dataset that the settings name.
 
     Raises:
-        DataError: it is not what its name claims.
+        DataError: it is not of the kind that the settings name.
     """
     return {"idx": open_idx, "npz": open_npz, "hf": open_hf}[config.dataset](config.data_path)
 
 
 def is_gray(config: DataConfig) -> bool:
-    """Return whether the data set is one of arrays, all of them gray."""
+    """Return whether the dataset consists of arrays of gray pictures only."""
     return config.dataset in ARRAYS and open_source(config).gray
 
 
 def recognize(path: Path) -> Dataset:
-    """Return which data set a path is, by its name and the names of the files in it.
+    """Return which kind of dataset a path is, by its name and the names of the files in it.
 
     Raises:
-        DataError: there is no such path, or it is none.
+        DataError: there is no such path, or it is not a dataset.
     """
     if path.suffix.lower() in SUFFIXES:
         return SUFFIXES[path.suffix.lower()]

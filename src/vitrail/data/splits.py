@@ -1,4 +1,4 @@
-"""Stratified splits and subsets: how many items each class gives, and which. No torch is imported.
+"""Stratified splits and subsets: how many items of each class, and which. No torch is imported.
 
 Which items are chosen depends on a rank of each item alone (a hash, or its place in a fixed random
 order), never on the order of the items.
@@ -10,11 +10,11 @@ from typing import Any
 from vitrail.errors import ConfigError
 
 HELD_OUT = 10
-"""One of this many images is held out for validation, and of a single tree of classes for test."""
+"""One in this many images is held out for validation and, if there are no splits, for test."""
 
 
 def shares(counts: Sequence[int], wanted: int) -> list[int]:
-    """Return how many of each class make ``wanted`` in all: its exact share, to within one."""
+    """Return how many of each class to take for ``wanted`` in all: its exact share, within one."""
     total = sum(counts)
     parts = [count * wanted // total for count in counts]
     # The remainder goes to the largest fractions, among equal ones to the first.

@@ -216,8 +216,8 @@ def measure(
     n_classes = logits_BY.shape[1]
     if n_classes != len(classes):
         raise DataError(
-            f"the model has {n_classes} classes, but the data set has {len(classes)}: "
-            "test it on the data set it was trained on"
+            f"the model has {n_classes} classes, but the dataset has {len(classes)}: "
+            "test it on the dataset it was trained on"
         )
     scaled_BY = calibration.scale(logits_BY.double())
     accuracy, loss = quick_scores(scaled_BY, labels_B)

@@ -371,7 +371,7 @@ def plot_run(
         rows: one per epoch.
         metrics: those of the test split.
         folder: the run folder.
-        data: name of the data set.
+        data: name of the dataset.
         smoothing: the label smoothing, which the training loss includes.
 
     Returns:

@@ -58,9 +58,7 @@ def encode_animation(
     Raises:
         ConfigError: an impossible duration or number of repetitions.
     """
-    require(
-        10 <= look.duration <= LONGEST, f"duration is {look.duration} ms: give 10 to 655350"
-    )
+    require(10 <= look.duration <= LONGEST, f"duration is {look.duration} ms: give 10 to 655350")
     require(0 <= look.loop <= 65_535, f"loop is {look.loop}: give 0 (forever) to 65535")
     options: dict[str, Any] = {"lossless": True, "quality": 30, "method": 2}
     if suffix == ".gif":

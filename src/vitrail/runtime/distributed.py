@@ -154,7 +154,7 @@ def rows(length: int, *, chunk: int = 1) -> slice:
     """Return which of ``length`` rows belong to this rank: an equal number of chunks for each.
 
     Every row belongs to one rank, in order; where they do not divide equally, the first ranks have
-    one chunk more. A rank may have none.
+    one more chunk. A rank may have none.
     """
     chunks = -(-length // chunk)
     least, over = divmod(chunks, count())

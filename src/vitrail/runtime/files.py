@@ -30,7 +30,7 @@ def flush_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC):  # others are those of CIFS and FUSE
+        if error.errno in (errno.EIO, errno.ENOSPC):  # CIFS and FUSE raise others
             raise
 
 

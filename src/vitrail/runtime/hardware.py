@@ -12,7 +12,7 @@ from vitrail.errors import ConfigError
 from vitrail.runtime import distributed
 
 LONG_RUN = 2000
-"""Updates from which compiling a run on CUDA is worth its time: a rule of thumb, not measured."""
+"""Updates in a run for which compiling on CUDA pays off: a rule of thumb, not measured."""
 PACKAGES = ("vitrail", "torch", "numpy", "pillow", "safetensors")
 
 
@@ -51,8 +51,8 @@ def choose_own_device(name: str) -> torch.device:
     there, place = torch.cuda.device_count(), distributed.local_rank()
     if distributed.count() > 1 and device.type == "cuda" and place >= there:
         raise ConfigError(
-            f"process {place + 1} of this machine has {there} GPUs: give torchrun "
-            f"--nproc-per-node {there}, or --device cpu"
+            f"process {place + 1} of this machine has no GPU, there are only {there}: give "
+            f"torchrun --nproc-per-node {there}, or --device cpu"
         )
     return device
 

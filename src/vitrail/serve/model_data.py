@@ -201,7 +201,7 @@ def _load(name: str, classifier: Classifier) -> Data:
 
 
 def _quick_examples(classifier: Classifier) -> ImageSet | None:
-    """Return an image of each class of CIFAR-10 or shapes; None for other data sets."""
+    """Return an image of each class of CIFAR-10 or shapes; None for other datasets."""
     config, classes = classifier.config, classifier.classes
     if config.data.dataset == "shapes":
         images = draw_shapes(len(classes), seed=EXAMPLE_SEED)

@@ -151,7 +151,7 @@ class Run:
     def start(cls, config: Config, folder: Path, manifest: Manifest | None = None) -> "Run":
         """Begin a new run in an empty folder (see run_folder.new_folder).
 
-        ``manifest`` lists the files of a folder data set, if they were scanned already.
+        ``manifest`` lists the files of a folder dataset, if they were scanned already.
 
         Raises:
             ConfigError: the folder is not empty.

@@ -243,14 +243,14 @@ def _verify_arrays(data: DataConfig, folder: Path, splits: Sequence[Split]) -> N
 
 
 def has_test(config: Config, manifest: Manifest | None) -> bool:
-    """Return whether the data set has a test split."""
+    """Return whether the dataset has a test split."""
     if config.data.dataset in ARRAYS:
         return "test" in choose_items(open_source(config.data), config.data)
     return manifest is None or bool(manifest.files.get("test"))
 
 
 def list_files(config: Config, manifest: Manifest | None) -> Manifest | None:
-    """Return the files of a new run, with fingerprints; None if its data set is not a folder."""
+    """Return the files of a new run, with fingerprints; None if its dataset is not a folder."""
     if config.data.dataset != "folder":
         return None
     listed = manifest or scan(config.data.data_path, config.data.validation_images)

@@ -1,1 +1,1 @@
-"""A name, file or hub id to a model, and back."""
+"""From a name, file or hub id to a model, and back."""

@@ -84,13 +84,13 @@ class CheckpointInfo:
         try:
             config = from_json(content["config"])
             fitted = {k: v for k, v in content.get("calibration", {}).items() if k != "energies"}
-            calibration = replace_fields(UNCALIBRATED, fitted)  # energies: of former versions
+            calibration = replace_fields(UNCALIBRATED, fitted)  # energies: from older versions
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
         width = len(calibration.subspace[0])
         if width not in (0, config.model.pooled_dim):
             raise CheckpointError(
-                f"{where}: the calibration is of {width} features, but the model has "
+                f"{where}: the calibration is for {width} features, but the model has "
                 f"{config.model.pooled_dim}: fit it again"
             )
         classes = check_classes(content["classes"], config, where)
@@ -118,7 +118,7 @@ def save_checkpoint(
         for name, content in files.items():
             write_flushed(partial / name, content)
         flush_folder(partial)
-        if folder.exists():  # a run that went back to an earlier checkpoint is here again
+        if folder.exists():  # the run went back to an earlier checkpoint and is here again
             remove_folders(old)
             folder.rename(old)
         partial.rename(folder)

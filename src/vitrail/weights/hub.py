@@ -26,10 +26,10 @@ DATA = {
     "folder": "pictures in folders, one folder per class",
     "idx": "pictures in IDX files",
     "npz": "pictures in an .npz file",
-    "hf": "a data set in the format of Hugging Face",
+    "hf": "a dataset in a Hugging Face format",
 }
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-"""Ids of data sets on the hub."""
+"""Ids of datasets on the hub."""
 
 SHOWN = 20
 """Number of class names that the card lists."""
@@ -46,9 +46,9 @@ classifier = vitrail.load("HUB_ID")
 classifier.predict("picture.png")
 ```"""
 LIMITS = """\
-- It always predicts one of its classes, also for pictures of anything else, possibly with a high
-  probability. Some of them are reported as unlike the training images, as are about 5% of pictures
-  like these; not all are.
+- It always predicts one of its classes, even for pictures of anything else, possibly with a high
+  probability. Some of those are reported as unlike the training images, but not all; so are about
+  5% of pictures that are like them.
 - It is meant for pictures like those it was trained on, at that size. Larger pictures are
   downscaled first and lose detail.
 - It was not tested for fairness or against adversarial pictures. Do not use it to make decisions
@@ -56,7 +56,7 @@ LIMITS = """\
 
 
 def download(hub_id: str) -> Path:
-    """Download a model of the hub unless it is cached, and return its folder.
+    """Download a model from the hub unless it is cached, and return its folder.
 
     ``hub_id`` is ``hf:OWNER/NAME``, or ``hf:OWNER/NAME@REVISION`` (a branch, tag or commit).
     """
@@ -174,14 +174,14 @@ def _body(info: CheckpointInfo, name: str, license: str, result: dict[str, Any] 
     trained = f"""Trained on {DATA[data.dataset]}{start}.
 Pixels, scaled to [0, 1], are normalized with mean {list(data.mean)} and standard deviation
 {list(data.std)}. Pictures are resized with the filter "{data.interpolation}"; other aspect ratios
-are fitted by "{data.fit}". The central {100 * data.crop_pct:.4g}% of each side is used."""
+are fitted with "{data.fit}". The central {100 * data.crop_pct:.4g}% of each side is used."""
     sections = {
         "How to use": USE.replace("HUB_ID", PREFIX + name),
         "Results": _results(result),
         "Data": trained,
         "Recipe": _recipe(info.config),
         "Limits": LIMITS,
-        "License": f"{license}. The data set has its own terms.",
+        "License": f"{license}. The dataset has its own terms.",
     }
     chapters = [f"## {title}\n\n{text}" for title, text in sections.items()]
     parts = [f"# {name}", _summary(info), *chapters]

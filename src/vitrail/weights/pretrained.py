@@ -64,9 +64,9 @@ class Source:
     weights: dict[str, Tensor]
     layout: str = OWN
     notes: tuple[str, ...] = ()
-    """What was assumed, changed or ignored to read another system's weights."""
+    """What was assumed, changed or ignored to read another library's weights."""
     tensors: int = 0
-    """Number of the other system's tensors that were read."""
+    """Number of the other library's tensors that were read."""
     classes_known: bool = True
     """Whether the files contain the class names; otherwise they are numbered."""
 
@@ -139,7 +139,7 @@ def read(
 ) -> Source:
     """Return the weights that ``load`` would load, and their description.
 
-    ``preparation`` has fields of PREPARATION that override the files.
+    ``preparation`` has fields of PREPARATION that override those in the files.
     """
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
@@ -188,7 +188,7 @@ def _resize(
 
 
 def _read_own(path: Path) -> Source | None:
-    """Read our own file, run or checkpoint folder, or hub folder; None for another system's."""
+    """Read our own file, run or checkpoint folder, or hub folder; None for another library's."""
     if path.is_dir():
         run = (path / "checkpoints").is_dir()
         folder = read_pointer(path / "checkpoints", "BEST") if run else path
@@ -200,7 +200,7 @@ def _read_own(path: Path) -> Source | None:
         if (folder / CONFIG).exists():  # as on the hub, for humans to read
             described = CheckpointInfo.from_json(read_json_object(folder / CONFIG), folder / CONFIG)
             if (described.config, described.classes) != (source.info.config, source.info.classes):
-                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of different models")
+                raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} describe different models")
         return source
     return Source(*load_weights_file(path)) if describes_itself(path) else None
 
@@ -208,7 +208,7 @@ def _read_own(path: Path) -> Source | None:
 def _read_other(
     path: Path, source: str, n_attention_heads: int | None, given: Mapping[str, Any]
 ) -> tuple[Source, Converted]:
-    """Read and convert another system's weights, which the user calls ``source``."""
+    """Read and convert another library's weights, which the user calls ``source``."""
     found = read_foreign(path, n_attention_heads)
     for name, what in found.refused.items():
         if name not in given:
@@ -237,7 +237,7 @@ def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
         words = [v if isinstance(v, str) else f"{v:g}" for v in np.atleast_1d(value).tolist()]
         values.append(" ".join([name, *words]))
     flags = ", ".join(f"--{name}" for name in names)
-    return [f"assumed, as not in the files: {', '.join(values)} (set by {flags})"] if names else []
+    return [f"assumed, not in the files: {', '.join(values)} (set by {flags})"] if names else []
 
 
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
@@ -271,7 +271,7 @@ def start_from(
     names = found.info.classes
     if not training.new_head and found.classes_known and names != classes:
         raise CheckpointError(
-            f"{training.init}: its head is for {', '.join(names[:3])}…, the data set has "
+            f"{training.init}: its head is for {', '.join(names[:3])}…, the dataset has "
             f"{', '.join(classes[:3])}…: give --new_head"
         )
     try:
@@ -300,7 +300,7 @@ def remodel(
 
 
 def save(source: Source, path: Path, layout: str = OWN) -> None:
-    """Write weights as one ``.safetensors`` file of Vitrail, or in another system's layout."""
+    """Write weights as one ``.safetensors`` file of Vitrail, or in another library's layout."""
     if layout != OWN:
         write_foreign(path, layout, source.info, source.weights)
     elif path.suffix != ".safetensors":

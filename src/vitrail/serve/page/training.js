@@ -65,6 +65,6 @@ export class Training {
       const {predictions: [top]} = await each.refresh();
       each.lastChild.textContent = `${top.class} ${percent(top.probability)}`;
     }
-    if (!$("watched").children.length) $("watched").append(make("small", "", "No pictures of its data set are on this machine."));
+    if (!$("watched").children.length) $("watched").append(make("small", "", "No pictures of its dataset are on this machine."));
   }
 }

@@ -1,7 +1,7 @@
-"""How another system's weights are described: a table of names, and what shapes do not show.
+"""How another library's weights are described: a table of names, and what shapes do not show.
 
 Each table serves reading and writing, so the shapes that a file must have follow from the shapes of
-our model. A module here describes one or two systems; ``convert`` reads and writes their files.
+our model. A module here describes one or two libraries; ``convert`` reads and writes their files.
 """
 
 import math
@@ -20,7 +20,7 @@ State = Mapping[str, Tensor]
 Files = dict[str, dict[str, Any]]
 """JSON files by name."""
 Names = Mapping[str, tuple[str, ...]]
-"""Each of our layers -> the other system's layers whose rows it stacks; ``*`` is a block number."""
+"""Each of our layers -> the other library's layers whose rows it stacks; ``*``: a block number."""
 SHOWN = 3
 """Number of wrong keys in an error message."""
 USUAL_HEAD_WIDTH = 64
@@ -30,7 +30,7 @@ PREPARATION_FLAGS = "delete that file and give --mean, --std, --fit, --interpola
 
 
 class Converted(NamedTuple):
-    """Another system's model: our settings, tensors, and what its files say besides."""
+    """Another library's model: our settings, tensors, and what else its files specify."""
 
     config: ModelConfig
     """n_classes is 0 if the weights have no head."""
@@ -41,9 +41,9 @@ class Converted(NamedTuple):
     classes: tuple[str, ...] = ()
     """Class names, if the files contain them."""
     data: Mapping[str, Any] = {}
-    """How pictures are prepared: the fields of PREPARATION that the files specify (then all)."""
+    """How pictures are prepared: the fields of PREPARATION in the files; all after conversion."""
     usual: Mapping[str, Any] = {}
-    """The other system's defaults for fields that its files do not specify."""
+    """The other library's defaults for fields that its files do not specify."""
     refused: Mapping[str, str] = {}
     """Fields of DataConfig whose value in the files Vitrail does not support, and that value."""
     layout: str = ""
@@ -52,14 +52,14 @@ class Converted(NamedTuple):
     assumed: tuple[str, ...] = ()
     """The fields of ``data`` that the files do not specify."""
     image_hw: tuple[int, int] | None = None
-    """Height and width of the pictures that the files make, if not the table of positions' own."""
+    """Height and width of the prepared pictures, if not those of the position table."""
     antialias: bool = False
-    """Whether the other system resizes positions with antialiasing."""
+    """Whether the other library resizes positions with antialiasing."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one system names and shapes a Vision Transformer's weights."""
+    """How one library names and shapes a Vision Transformer's weights."""
 
     name: str
     key_pattern: re.Pattern[str]
@@ -105,10 +105,10 @@ class Layout:
         """Convert their tensors to ours.
 
         Only the sum of a class token and its position is ever used: it becomes the token.
-        ``template`` has tensors of our model's names and shapes, also on the meta device.
+        ``template`` has tensors of our model's names and shapes, possibly on the meta device.
 
         Raises:
-            CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
+            CheckpointError: keys are missing, unknown or have wrong shapes; some are named.
         """
         wrong, wanted = [], self.to_theirs(config, template)
         for key, tensor in wanted.items():
@@ -257,9 +257,9 @@ def fill_bias(plain: dict[str, Tensor], layer: str) -> bool:
 def merge_heads(
     plain: dict[str, Tensor], names: tuple[str, str], merged: str, notes: list[str]
 ) -> bool:
-    """Replace DeiT's two heads by one that reads both tokens side by side; return whether it did.
+    """Replace DeiT's two heads with one that reads both tokens concatenated; return whether it did.
 
-    The mean of two linear layers is one linear layer of their inputs side by side.
+    The mean of two linear layers is one linear layer of their concatenated inputs.
     """
     if not all(f"{name}.weight" in plain for name in names):
         return False
@@ -267,7 +267,7 @@ def merge_heads(
     biases = [plain.pop(f"{name}.bias") for name in names]
     plain[f"{merged}.weight"] = torch.cat(weights, dim=1) / 2
     plain[f"{merged}.bias"] = (biases[0] + biases[1]) / 2
-    notes.append(f"{' and '.join(names)}: their mean is one head, of both tokens")
+    notes.append(f"{' and '.join(names)}: replaced with one head, their mean")
     return True
 
 

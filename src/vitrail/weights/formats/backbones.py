@@ -73,7 +73,7 @@ MASK = "embeddings.mask_token"
 def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
     """Read the model's settings off its shapes, its config.json and preprocessor_config.json.
 
-    With a classifier, it reads the class token beside the mean of the patches.
+    A classifier reads the class token concatenated with the mean of the patches.
     """
     about = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, **files.get("config.json", {})}
     notes = ["the class token's position is added to the class token"]
@@ -84,7 +84,7 @@ def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | N
             name = name.replace(new, old)
         plain[name] = tensor
     if plain.pop(MASK, None) is not None:
-        notes.append(f"{MASK}: ignored, of use in training only")
+        notes.append(f"{MASK}: ignored, used in training only")
     fill_biases(plain, DINOV2_NAMES, notes)
     settings = read_settings(plain, DINOV2_NAMES, about, n_attention_heads, notes)
     registers = plain.get(DINOV2.registers)
@@ -146,7 +146,7 @@ DINOV3_GATED_NAMES = DINOV3_NAMES | block_names(
     "layer.*.", {"mlp.fc1": ("mlp.gate_proj", "mlp.up_proj")}
 )
 ROTARY_BASE = 100.0
-"""That of our rotary positions, and of all published weights."""
+"""The base of our rotary positions, and of all published weights."""
 
 
 def _find_dinov3(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
@@ -159,11 +159,15 @@ def _find_dinov3(state: State, files: dict[str, Any], n_attention_heads: int | N
         "rope_theta": ROTARY_BASE, **files.get("config.json", {}),
     }  # fmt: skip
     if float(about["rope_theta"]) != ROTARY_BASE:
-        raise CheckpointError(f"rope_theta is {about['rope_theta']}: only {ROTARY_BASE:g}")
+        raise CheckpointError(
+            f"rope_theta is {about['rope_theta']}: only {ROTARY_BASE:g} is supported"
+        )
     if gated and about["hidden_act"] != "silu":
-        raise CheckpointError(f"hidden_act is {about['hidden_act']!r} with a gate: only silu")
+        raise CheckpointError(
+            f"hidden_act is {about['hidden_act']!r} with a gate: only silu is supported"
+        )
     if plain.pop(MASK, None) is not None:
-        notes.append(f"{MASK}: ignored, of use in training only")
+        notes.append(f"{MASK}: ignored, used in training only")
     fill_biases(plain, DINOV3_NAMES, notes)
     act = {"hidden_act": "gelu"} if gated else {}
     settings = read_settings(plain, DINOV3_NAMES, about | act, n_attention_heads, notes)
@@ -221,13 +225,13 @@ UNUSED = re.compile(
 def _find_clip(state: State, files: dict[str, Any], n_attention_heads: int | None) -> Converted:
     """Read the vision tower's settings off its shapes and config.json.
 
-    SigLIP has no class token, and pools by an attention of its own: its patches are read, and the
-    pooled output is their mean instead.
+    SigLIP has no class token and pools with an attention layer, which is not read: the pooled
+    output is the mean of the patches instead.
     """
     notes: list[str] = []
     unused = [key for key in state if UNUSED.match(key)]
     if unused:
-        notes.append(f"{first_few(unused)}: ignored, not of the vision tower's blocks")
+        notes.append(f"{first_few(unused)}: ignored, not part of the vision tower's blocks")
     plain = {key.removeprefix(TOWER): t for key, t in state.items() if not UNUSED.match(key)}
     is_clip = "embeddings.class_embedding" in plain
     act, eps = ("quick_gelu", 1e-5) if is_clip else ("gelu_pytorch_tanh", 1e-6)

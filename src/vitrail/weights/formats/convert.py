@@ -1,6 +1,6 @@
-"""Reads and writes the weights of other systems: the reference, timm, Hugging Face and Google.
+"""Reads and writes the weights of other libraries: the reference, timm, Hugging Face and Google.
 
-Files of torch.save are unpickled without running code, and wrappers around names are removed.
+Files of torch.save are unpickled without running code, and wrapper prefixes of names are removed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights file in a folder, in order of preference."""
 SUFFIXES = {"reference": ".pt", "google": ".npz"}
-"""Layouts that are one file; the others are folders."""
+"""Layouts that are a single file; the others are folders."""
 FILES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".npz")
 """Extensions of weights files."""
 TABLE_NAMES = (
@@ -61,25 +61,25 @@ SAFE_GLOBALS: list[Any] = [
     *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
-    # Lightning's hyperparameters, and tables that torch does not fill: read as dictionaries.
+    # Lightning's hyperparameters and defaultdicts, which torch does not fill: read as dictionaries.
     (dict, "lightning_fabric.utilities.data.AttributeDict"),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (lambda *_: {}, "collections.defaultdict"),
 ]
-"""What training scripts save with the weights and what runs no code when it is unpickled."""
+"""Types that training scripts save with the weights and that run no code when unpickled."""
 WRITABLE: dict[str, tuple[Any, ...]] = {
     "stem": ("patch",), "position": ("learned",), "pool": ("cls", "mean"), "n_registers": (0,),
     "layer_scale": (0,), "pre_norm": (False,), "hidden_act": ("gelu", "gelu_tanh"),
 }  # fmt: skip
-"""Values of settings that every layout can represent; each has its own besides."""
+"""Values of settings that every layout can represent; each layout has more requirements."""
 REMEDY = "Save the state dict alone: torch.save(model.state_dict(), 'weights.pth')"
 
 
-# --- from other systems ---------------------------------------------------------------------------
+# --- from other libraries -------------------------------------------------------------------------
 
 
 def read_foreign(path: Path, n_attention_heads: int | None) -> Converted:
-    """Read a file or folder of another system.
+    """Read a file or folder of another library.
 
     Raises:
         CheckpointError: it is corrupt, of no known layout, or has missing or extra tensors.
@@ -155,7 +155,7 @@ def _unpickle(path: Path) -> Any:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         except Exception as error:  # torch raises many kinds
-            what = "corrupt, or more than tensors and plain values"
+            what = "corrupt, or not only tensors and plain values"
             if name := _unsafe_global(path):
                 what = f"it contains {name}, which could run code. {REMEDY}"
             raise CheckpointError(f"{path}: not a valid weights file: {what}") from error
@@ -211,14 +211,14 @@ def _unwrap_names(state: State) -> tuple[State, list[str]]:
 def convert(
     state: State, files: dict[str, Any] | None = None, *, n_attention_heads: int | None = None
 ) -> Converted:
-    """Convert another system's state dict to our settings and state dict.
+    """Convert another library's state dict to our settings and state dict.
 
     Layers, widths, patch, image, channels and classes are read off the shapes. Head count,
     activation and class names are not in every file (``files``: the JSON files beside it, by name);
     ``notes`` lists what was assumed.
 
     Raises:
-        CheckpointError: keys are missing, unknown or have wrong shapes; it names the first.
+        CheckpointError: keys are missing, unknown or have wrong shapes; some are named.
         ConfigError: the width is not a multiple of the head count.
     """
     state, notes = _unwrap_names(state)
@@ -253,7 +253,7 @@ def _empty_state(config: ModelConfig) -> dict[str, Tensor]:
         return VisionTransformer(config).state_dict()
 
 
-# --- to other systems -----------------------------------------------------------------------------
+# --- to other libraries ---------------------------------------------------------------------------
 
 
 def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def convert_back(config: ModelConfig, weights: State, layout: str) -> dict[str, 
 def write_foreign(
     path: Path, layout: str, info: CheckpointInfo, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a model as another system's file, or folder with its configuration."""
+    """Write a model as another library's file, or folder with its configuration."""
     wanted = SUFFIXES.get(layout)
     if wanted is not None and path.suffix != wanted:
         raise ConfigError(f"{path}: the layout {layout} needs a name that ends in {wanted}")

@@ -4,7 +4,7 @@ Sources: https://github.com/huggingface/transformers, models/vit/modeling_vit.py
 models/deit/modeling_deit.py (read only; the distillation token is a register) and, for
 preprocessor_config.json, models/vit/image_processing_vit.py and
 models/clip/image_processing_clip.py: resize, center crop, rescale, normalize, in this order. Since
-version 5 its modules have shorter names than its files; both are read, the files' names written.
+version 5 its modules have shorter names than its files; both are read; the files' are written.
 """
 
 import re
@@ -74,7 +74,7 @@ FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Resampling filters in the order of Pillow's numbers."""
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 IGNORED_STEPS = ("do_convert_rgb", "do_reduce_labels")
-"""Steps that Vitrail always does, or that do not concern the picture."""
+"""Steps that Vitrail always performs, or that do not concern the picture."""
 UNSUPPORTED = ("crop_pct", "rescale_offset", "offset")
 """Settings of processors that work differently."""
 SQUARE_SIZE = ("ViT", "DeiT", "Beit")
@@ -112,7 +112,7 @@ def read_settings(
     shapes = read_shapes(plain, names)
     act, heads = about["hidden_act"], about.get("num_attention_heads")
     if act not in ACTS:
-        raise CheckpointError(f"hidden_act is {act!r}: only {', '.join(ACTS)}")
+        raise CheckpointError(f"hidden_act is {act!r}: not one of {', '.join(ACTS)}")
     return {
         "n_attention_heads": choose_heads(shapes["embed_dim"], asked, heads, notes),
         "head": "linear",
@@ -123,7 +123,7 @@ def read_settings(
 
 
 def read_classes(about: dict[str, Any], n_classes: int) -> tuple[str, ...]:
-    """Return the class names that config.json has."""
+    """Return the class names in config.json."""
     labels = about.get("id2label", {})
     return tuple(str(labels[i]) for i in map(str, range(n_classes)) if i in labels)
 
@@ -150,7 +150,7 @@ def _standard_form(state: State, notes: list[str]) -> dict[str, Tensor]:
         table_1TD = plain[POSITIONS]
         plain[REGISTERS] = token + table_1TD[:, 1:2]
         plain[POSITIONS] = torch.cat([table_1TD[:, :1], table_1TD[:, 2:]], dim=1)
-        notes.append("the distillation token, with its position added, is a register")
+        notes.append("the distillation token, with its position added, becomes a register")
     return plain
 
 
@@ -179,7 +179,7 @@ def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -
 
 
 def made_size(about: dict[str, Any], image_hw: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of the pictures that preprocessor_config.json makes, else the given one."""
+    """Return the size of the pictures that preprocessor_config.json yields, else the given one."""
     if about.get("do_center_crop"):
         return _read_size(about.get("crop_size", image_hw), "ViT")[1]
     return image_hw
@@ -201,7 +201,7 @@ def read_processor(
     data = _colors(about)
     if (filter_number := about.get("resample")) is not None:
         if filter_number not in range(len(FILTERS)):
-            raise CheckpointError(f"{FILE}: resample {filter_number!r:.40}: a number from 0 to 5")
+            raise CheckpointError(f"{FILE}: resample is {filter_number!r:.40}, not 0 to 5")
         data["interpolation"] = FILTERS[filter_number]
     return data | _geometry(about, kind, image_hw, notes)
 
@@ -223,7 +223,7 @@ def _colors(about: dict[str, Any]) -> dict[str, Any]:
 def _geometry(
     about: dict[str, Any], kind: str, image_hw: tuple[int, int], notes: list[str]
 ) -> dict[str, Any]:
-    """Return fit and crop_pct; refuse pictures of another size than the model reads."""
+    """Return fit and crop_pct; refuse pictures of a size other than the model's."""
     crops = bool(about.get("do_center_crop"))
     if not about.get("do_resize", True):
         if crops:
@@ -249,7 +249,7 @@ def _geometry(
 
 
 def _read_size(size: Any, kind: str) -> tuple[bool, tuple[int, int]]:
-    """Return whether a size is that of the shorter side only, and height and width."""
+    """Return whether a size is only that of the shorter side, and height and width."""
     if isinstance(size, int):
         return not kind.startswith(SQUARE_SIZE), (size, size)
     if not isinstance(size, dict):

@@ -128,7 +128,7 @@ def _find_google(state: State, _: dict[str, Any], n_attention_heads: int | None)
 
 
 def _unpack_google(state: State) -> dict[str, Tensor]:
-    """Return the tensors with PyTorch's names of parts, orders of dimensions, and joined heads."""
+    """Return the tensors with PyTorch's parameter names and dimension order, and joined heads."""
     plain = {}
     for key, tensor in state.items():
         layer, _, part = key.rpartition("/")

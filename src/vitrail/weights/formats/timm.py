@@ -82,7 +82,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
     architecture = about.get("architecture", "")
     act = args.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
     if act not in ACTS and "hidden_act" not in shapes:
-        raise CheckpointError(f"act_layer is {act!r}: only {', '.join(ACTS)}")
+        raise CheckpointError(f"act_layer is {act!r}: not one of {', '.join(ACTS)}")
     stored = args.get("num_heads")
     config = ModelConfig(
         image_size=size[0] if size[0] == size[1] else size,
@@ -127,14 +127,14 @@ def _preparation(
 
 
 def _rename(state: State, notes: list[str]) -> dict[str, Tensor]:
-    """Return timm's names for those of DINOv2's own code, without what only training uses."""
+    """Rename tensors of DINOv2's own code to timm's names, without what only training uses."""
     plain = {}
     for key, tensor in state.items():
         for old, new in DINOV2_NAMES.items():
             key = key.replace(old, new)
         plain[key] = tensor
     if plain.pop("mask_token", None) is not None:
-        notes.append("mask_token: ignored, of use in training only")
+        notes.append("mask_token: ignored, used in training only")
     return plain
 
 
@@ -191,7 +191,7 @@ def _pooling(state: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
     fc_norm = "fc_norm.weight" in state
     pool = args.get("global_pool", "avg" if fc_norm or not has_class else "token")
     if pool not in ("avg", "token"):
-        raise CheckpointError(f"global_pool is {pool!r}: only token and avg")
+        raise CheckpointError(f"global_pool is {pool!r}: not token or avg")
     if pool == "token":
         return {"pool": "cls"}
     return {"pool": "mean", "class_token": has_class, "fc_norm": fc_norm}
