@@ -60,8 +60,7 @@ SKIPPED = {
 
 SLOW = (
     "torchrun", "vitrail export", "vitrail predict --model_path quick.onnx",
-    "vitrail sweep --search",
-    "vitrail explain photos/", "vitrail explain cat.png dog.png", "vitrail explain cat.jpg",
+    "vitrail explain photos/", "vitrail explain cat.png dog.png",
     "vitrail explain photo.jpg",
     "vitrail explain cat.png --method similarity", "vitrail explain cifar10 examples/cat.jpg",
     "vitrail train --dataset folder --data_path my_pictures --init", "vitrail train --tensorboard",

@@ -220,7 +220,7 @@ def test_a_settings_file_overrides_the_weights_and_flags_override_both(
         ("--init timm.safetensors", "give n_attention_heads"),
         ("--init timm.safetensors --n_attention_heads 3", "have a head for 7 classes"),
         ("--init timm.safetensors --n_attention_heads 3 --new_head --embed_dim 48",
-         "another model: embed_dim 24, not 48"),
+         "a different model: embed_dim 24, not 48"),
         ("--init nothing.pt", "nothing.pt: no such model"),
         ("--new_head", "new_head needs weights to start from: give --init"),
         ("--freeze_backbone", "freeze_backbone needs weights"),
