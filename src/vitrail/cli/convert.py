@@ -16,8 +16,6 @@ from vitrail.errors import ConfigError
 if TYPE_CHECKING:
     from vitrail.weights.pretrained import Source
 
-PROG = "vitrail convert"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class ConvertOptions:
     preparation: Preparation = field(default_factory=Preparation)
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail convert``."""
-    options = parse(ConvertOptions, args, prog=prog)
+    options = parse(ConvertOptions, args, prog="vitrail convert")
     if options.n_classes is not None and not options.new_head:
         raise ConfigError("--n_classes needs a new head: give --new_head too")
     from vitrail.weights.pretrained import read, remodel, save

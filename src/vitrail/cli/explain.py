@@ -133,9 +133,9 @@ class ExplainOptions(PictureOptions):
         return asked.parent if is_file_name(asked) else asked
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail explain``."""
-    options = take_model(parse(ExplainOptions, args, prog=prog))
+    options = take_model(parse(ExplainOptions, args, prog=PROG))
     _check(options)
     names = list_pictures(options.pictures)
     classifier = load_model(options, files=bool(names), needs_classes=options.score)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from vitrail.data.images import ImageSet
     from vitrail.inference.classifier import Classifier
 
-PROG = "vitrail export"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -44,9 +42,9 @@ class ExportOptions(ModelArgument):
     data: DataOptions = field(default_factory=DataOptions)
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail export``."""
-    options = parse(ExportOptions, args, prog=prog)
+    options = parse(ExportOptions, args, prog="vitrail export")
     ending = ".onnx" if options.format == "onnx" else ".pt2"
     _check(options, ending)
     classifier = load_model(options)

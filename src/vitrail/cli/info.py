@@ -20,8 +20,6 @@ from vitrail.weights import bundled
 if TYPE_CHECKING:
     from vitrail.inference.classifier import Classifier
 
-PROG = "vitrail info"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class InfoOptions:
     """Print JSON on standard output."""
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail info``."""
-    options = parse(InfoOptions, args, prog=prog)
+    options = parse(InfoOptions, args, prog="vitrail info")
     if options.model is None:
         return _show_all(options)
     from vitrail.weights.pretrained import load, read

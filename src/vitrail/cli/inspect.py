@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from vitrail.explain.inspection import HeadStatistics
     from vitrail.inference.classifier import Classifier
 
-PROG = "vitrail inspect"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -45,11 +43,11 @@ class InspectOptions(ModelArgument):
     data: DataOptions = field(default_factory=DataOptions)
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail inspect``."""
     import json
 
-    options = parse(InspectOptions, args, prog=prog)
+    options = parse(InspectOptions, args, prog="vitrail inspect")
     check_images(options.images)
     classifier = load_model(options, needs_classes=False)
     from vitrail.explain.inspection import draw_inspection, inspect_model

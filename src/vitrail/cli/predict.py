@@ -62,9 +62,9 @@ class PredictOptions(PictureOptions):
 Answer = tuple[str, "Ranking"]
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail predict``."""
-    options = take_model(parse(PredictOptions, args, prog=prog))
+    options = take_model(parse(PredictOptions, args, prog=PROG))
     _check(options)
     names = list_pictures(options.pictures)
     classifier = _load_classifier(options)

@@ -13,8 +13,6 @@ from vitrail.cli.parsing import parse
 from vitrail.config.settings import Preparation
 from vitrail.errors import CheckpointError, ConfigError
 
-PROG = "vitrail push"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class PushOptions:
     preparation: Preparation = field(default_factory=Preparation)
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail push``."""
-    options = parse(PushOptions, args, prog=prog)
+    options = parse(PushOptions, args, prog="vitrail push")
     from vitrail.data.hf import PREFIX
     from vitrail.weights import hub
     from vitrail.weights.checkpoint import read_json_object

@@ -13,7 +13,6 @@ from vitrail.cli.console import print_out
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, import_optional
 
-PROG = "vitrail serve"
 CONNECTIONS = 512
 """More at once are answered with 503. The queues, which say when to retry, are shorter."""
 
@@ -43,9 +42,9 @@ class ServeOptions:
     """auto tries cuda, then mps, then cpu."""
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail serve`` until it is stopped."""
-    options = parse(ServeOptions, args, prog=prog)
+    options = parse(ServeOptions, args, prog="vitrail serve")
     import_optional("starlette")
     uvicorn = import_optional("uvicorn")
     from vitrail.serve.app import build_app

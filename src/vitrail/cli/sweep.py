@@ -64,14 +64,14 @@ class SweepOptions(Config, SearchOptions):
     """
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail sweep``."""
-    start, _ = parse_known(SearchOptions, args, prog=prog, add_help=False)
+    start, _ = parse_known(SearchOptions, args, prog=PROG, add_help=False)
     base = get_preset(start.preset)
     if start.config is not None:
         base = read_toml(start.config, base)
     defaults = SweepOptions(**vars(start), **vars(base))
-    options = parse(SweepOptions, args, prog=prog, default=defaults)
+    options = parse(SweepOptions, args, prog=PROG, default=defaults)
     name = options.study_name or f"sweep-{options.preset}"
     if name != Path(name).name or name == "..":
         raise ConfigError(f"study_name is {name!r}: give a plain name, no path")

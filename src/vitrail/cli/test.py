@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Metrics
     from vitrail.inference.classifier import Classifier
 
-PROG = "vitrail test"
-
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class TestOptions(ModelArgument):
         require_range(self, "num_workers", 0)
 
 
-def command(args: Sequence[str], *, prog: str = PROG) -> int:
+def command(args: Sequence[str]) -> int:
     """Run ``vitrail test``."""
-    options = parse(TestOptions, args, prog=prog)
+    options = parse(TestOptions, args, prog="vitrail test")
     from vitrail.training.run_folder import is_run_folder
 
     classifier = load_model(options)

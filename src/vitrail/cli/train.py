@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from vitrail.data.manifest import Manifest
     from vitrail.training.run import Run
 
-PROG = "vitrail train"
 DEFAULT_PRESET = "quick"
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that torchrun sets for each process."""
@@ -89,7 +88,7 @@ class TrainOptions(Config, StartOptions):
     """
 
 
-def command(args: Sequence[str], *, prog: str = PROG, name: str = "") -> int:
+def command(args: Sequence[str], *, prog: str = "vitrail train", name: str = "") -> int:
     """Run ``vitrail train``; ``name`` is the default name of the run folder."""
     with _joined_processes() as on_leader:
         start, settings = on_leader(read, args, prog)
