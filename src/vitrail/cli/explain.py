@@ -324,7 +324,7 @@ def _explain_one(
             return compare(subject, several, class_name=options.class_name)
     asked, frames = view_of(options, has_classes=bool(subject.classes))
     method, kind = choose(methods[0] if methods else asked, frames)  # type: ignore[arg-type]
-    checkpoints = _list_checkpoints(classifier, kind == "training", options.device)
+    checkpoints = _list_checkpoints(classifier, options.device) if kind == "training" else []
     chosen = MapSettings(method=method, **settings)
     models = [model for _, model in checkpoints] or [subject.model]
     with _show_passes(models, [chosen]):
@@ -371,16 +371,16 @@ def _read_settings(options: ExplainOptions, subject: "Subject") -> dict[str, Any
 
 
 def _list_checkpoints(
-    classifier: "Classifier", wanted: bool, device: str
+    classifier: "Classifier", device: str
 ) -> "list[tuple[str, VisionTransformer]]":
-    """Load all checkpoints of the run, with their epochs as titles, where they are wanted."""
+    """Load all checkpoints of the run, with their epochs as titles."""
     from vitrail.training.run_folder import is_run_folder, read_rows
     from vitrail.training.state import checkpoint_folders
     from vitrail.weights.checkpoint import step_of
     from vitrail.weights.pretrained import load
 
     source = Path(classifier.source)
-    if not wanted or not is_run_folder(source):
+    if not is_run_folder(source):
         return []
     epochs = {row["step"]: row["epoch"] for row in read_rows(source)}
     loaded = []

@@ -179,8 +179,8 @@ def _is_gray(dataset: Dataset, start: FirstOptions, base: Config) -> bool:
 def _refuse_changes(old: Config, new: Config, folder: Path) -> None:
     """Refuse flags that cannot be changed with --resume."""
     before, after = old.flat(), new.flat()
-    changed = [f"--{name}" for name in before if before[name] != after[name]]
-    refused = [flag for flag in changed if flag.removeprefix("--") not in RESUME_OVERRIDES]
+    changed = [name for name in before if before[name] != after[name]]
+    refused = [f"--{name}" for name in changed if name not in RESUME_OVERRIDES]
     if refused:
         allowed = ", ".join(f"--{name}" for name in RESUME_OVERRIDES)
         raise ConfigError(

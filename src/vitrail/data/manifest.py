@@ -75,10 +75,6 @@ class Manifest:
         """Return the files of a split."""
         return [self.root / file.path for file in self.files.get(split, ())]
 
-    def labels(self, split: Split) -> list[int]:
-        """Return the labels of a split."""
-        return [file.label for file in self.files.get(split, ())]
-
     def without(self, reason: str, names: Iterable[str]) -> "Manifest":
         """Return the manifest without some files, e.g. because they cannot be decoded."""
         dropped = set(names)
@@ -143,9 +139,7 @@ def load_manifest(folder: Path) -> Manifest:
                         for split in SPLITS if split in content["files"]}  # fmt: skip
         left_out = {reason: tuple(names) for reason, names in content["left_out"].items()}
         manifest = Manifest(Path(content["root"]), tuple(content["classes"]), files, left_out)
-        if any(
-            manifest.labels(s) and max(manifest.labels(s)) >= len(manifest.classes) for s in files
-        ):
+        if any(file.label >= len(manifest.classes) for group in files.values() for file in group):
             raise ValueError("a label without a class")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

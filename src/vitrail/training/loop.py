@@ -17,7 +17,7 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed, rng
 from vitrail.runtime.hardware import choose_compile, choose_precision
 from vitrail.training.optim import multiplier, set_learning_rate
-from vitrail.training.state import TrainingState
+from vitrail.training.state import Tally, TrainingState
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def train(state: TrainingState, batches: Batches, config: Config) -> Iterator[Up
         with rng.seeded(config.run.seed, "dropout", distributed.own_index(step), device=device):
             loss, correct = _train_step(state, forward, batch, config)
         if step % batches.steps_per_epoch == 0:
-            state.tally = type(state.tally)()
+            state.tally = Tally()
         state.tally.add(loss=loss, correct=correct, images=len(batch.labels_B))
         state.step = step + 1
         state.seconds += time.perf_counter() - began

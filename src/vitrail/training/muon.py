@@ -45,7 +45,8 @@ class Muon(Optimizer):
             by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape.setdefault(_matrix_shape(weight), []).append(weight)
+                    shape = weight.shape[0], weight[0].numel()  # rows (outputs) and columns
+                    by_shape.setdefault(shape, []).append(weight)
             for shape, weights in by_shape.items():
                 directions = [self._direction(weight, group["momentum"]) for weight in weights]
                 stacked = torch.stack([direction.reshape(shape) for direction in directions])
@@ -64,11 +65,6 @@ class Muon(Optimizer):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(weight.grad, 1 - momentum)
         return weight.grad.lerp(buffer, momentum)
-
-
-def _matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return rows (outputs) and columns (all other dimensions) of a weight as a matrix."""
-    return weight.shape[0], weight[0].numel()
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 3) -> Tensor:

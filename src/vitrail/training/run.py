@@ -211,7 +211,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Number of updates in the whole run."""
-        return self.config.training.epochs * self.batches.steps_per_epoch
+        return self.batches.steps
 
     def is_enough(self) -> bool:
         """Return whether the latest epoch reached ``stop_at_accuracy``."""

@@ -27,7 +27,6 @@ from vitrail.weights.checkpoint import (
     load_training,
     load_weights,
     read_pointer,
-    remove_folders,
     step_of,
     write_pointer,
 )
@@ -256,7 +255,7 @@ def remove_incomplete(checkpoints: Path) -> None:
                 old.rename(folder)
         for path in checkpoints.glob(".*"):
             if re.match(r"\.(old|partial|doomed)-", path.name):
-                path.unlink() if path.is_file() else remove_folders(path)
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{checkpoints}: cannot be written: {error.strerror}") from error
 

@@ -113,21 +113,21 @@ def save_checkpoint(
     files[INFO] = json.dumps({**info.to_json(), "sha256": hashes}, indent=1).encode()
     partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
     try:
-        remove_folders(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, content in files.items():
             write_flushed(partial / name, content)
         flush_folder(partial)
         if folder.exists():  # the run went back to an earlier checkpoint and is here again
-            remove_folders(old)
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         partial.rename(folder)
-        remove_folders(old)
+        shutil.rmtree(old, ignore_errors=True)
         flush_folder(folder.parent)
     except OSError as error:
         raise OutputError(f"{folder}: cannot save the checkpoint: {error.strerror}") from error
     finally:
-        remove_folders(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:
@@ -183,12 +183,6 @@ def read_pointer(checkpoints: Path, name: str) -> Path:
             f"{checkpoints / name}: points to {target!r:.60}, which is not a checkpoint"
         )
     return checkpoints / target
-
-
-def remove_folders(*folders: Path) -> None:
-    """Remove folders if they exist."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- single files ---------------------------------------------------------------------------------

@@ -281,11 +281,9 @@ def start_from(
     return [f"{training.init}: {note}" for note in (*found.notes, *notes)]
 
 
-def remodel(
-    source: Source, model: ModelConfig, *, new_head: bool = False, seed: int = RunConfig.seed
-) -> Source:
+def remodel(source: Source, model: ModelConfig, *, new_head: bool = False) -> Source:
     """Adapt weights to another image size or, with ``new_head``, other classes."""
-    with rng.seeded(seed, "init", device=torch.device("cpu")):
+    with rng.seeded(RunConfig.seed, "init", device=torch.device("cpu")):
         built = VisionTransformer(model)
     notes = adapt(built, source.info.config.model, source.weights, new_head=new_head)
     config = dataclasses.replace(source.info.config, model=model)

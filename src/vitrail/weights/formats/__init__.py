@@ -218,8 +218,8 @@ def choose_heads(embed_dim: int, asked: int | None, stored: int | None, notes: l
     """
     if asked and stored and asked != stored:
         raise CheckpointError(f"it has {stored} attention heads, not {asked}")
-    if asked or stored:
-        return asked or stored or 0
+    if heads := asked or stored:
+        return heads
     heads = USUAL_HEADS.get(embed_dim, embed_dim // USUAL_HEAD_WIDTH)
     if not heads or embed_dim % heads:
         raise CheckpointError(

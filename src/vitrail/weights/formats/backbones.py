@@ -95,9 +95,9 @@ def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | N
         **settings,
     )
     classes = read_classes(about, config.n_classes)
-    processor = files.get(FILE)
-    image_hw = made_size(processor, config.image_hw) if processor else config.image_hw
-    data = read_processor(processor, image_hw, notes) if processor else {}
+    processor = files.get(FILE, {})
+    image_hw = made_size(processor, config.image_hw)
+    data = read_processor(processor, image_hw, notes)
     # The published processors cut out 224 x 224 pixels, for which the positions are resized.
     return Converted(
         config, plain, notes, classes, data, IMAGENET, image_hw=image_hw,
@@ -179,8 +179,7 @@ def _find_dinov3(state: State, files: dict[str, Any], n_attention_heads: int | N
         position="rope_centered",
         **settings,
     )
-    processor = files.get(FILE)
-    data = read_processor(processor, config.image_hw, notes) if processor else {}
+    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
     return Converted(config, plain, notes, (), data, IMAGENET)
 
 
@@ -250,8 +249,7 @@ def _find_clip(state: State, files: dict[str, Any], n_attention_heads: int | Non
         pre_norm="pre_layrnorm.weight" in plain,
         **settings,
     )
-    processor = files.get(FILE)
-    data = read_processor(processor, config.image_hw, notes) if processor else {}
+    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
     return Converted(config, plain, notes, (), data)
 
 

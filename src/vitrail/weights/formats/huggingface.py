@@ -99,8 +99,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
         n_registers=int(REGISTERS in plain),
         **settings,
     )
-    processor = files.get(FILE)
-    data = {} if processor is None else read_processor(processor, config.image_hw, notes)
+    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
     classes = read_classes(about, config.n_classes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
