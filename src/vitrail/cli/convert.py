@@ -10,7 +10,7 @@ import tyro
 
 from vitrail.cli.console import print_out
 from vitrail.cli.parsing import parse
-from vitrail.config.settings import Preparation
+from vitrail.config.settings import PREPARATION, Preparation
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def command(args: Sequence[str]) -> int:
 
 def _report(found: "Source", options: ConvertOptions) -> None:
     """Print what was read, what was assumed, and what was written."""
-    from vitrail.config.settings import PREPARATION
-
     model, data = found.info.config.model, found.info.config.data
     size = " x ".join(map(str, dict.fromkeys(model.image_hw)))
     names = ("patch_size", "embed_dim", "n_layers", "n_attention_heads", "n_classes")

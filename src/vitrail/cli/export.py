@@ -10,7 +10,8 @@ import tyro
 from vitrail.cli.console import number_table, out, print_err, print_out
 from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
 from vitrail.cli.parsing import parse
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, import_optional
+from vitrail.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from vitrail.data.images import ImageSet
@@ -67,8 +68,6 @@ def _check(options: ExportOptions, ending: str) -> None:
             f"output_path is {options.output_path}: give a file that ends in {ending}"
         )
     if options.format == "onnx":
-        from vitrail.errors import import_optional
-
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_optional(module)
 
@@ -76,7 +75,6 @@ def _check(options: ExportOptions, ending: str) -> None:
 def _write_program(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export with torch.export, check and write."""
     from vitrail.inference.export import to_program
-    from vitrail.runtime.files import replace_file
 
     content, difference = to_program(classifier, attention=options.attention, raw=options.raw)
     replace_file(path, content)
@@ -86,7 +84,6 @@ def _write_program(classifier: "Classifier", options: ExportOptions, path: Path)
 def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) -> None:
     """Export to ONNX, check, quantize if asked for, and write."""
     from vitrail.inference.export import classify, quantize, to_onnx
-    from vitrail.runtime.files import replace_file
 
     images = measured_images(classifier, options) if options.int8 else None
     print_err("exporting and checking (up to a minute)")

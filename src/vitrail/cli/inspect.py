@@ -1,5 +1,6 @@
 """``vitrail inspect``."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,6 @@ class InspectOptions(ModelArgument):
 
 def command(args: Sequence[str]) -> int:
     """Run ``vitrail inspect``."""
-    import json
-
     options = parse(InspectOptions, args, prog="vitrail inspect")
     check_images(options.images)
     classifier = load_model(options, needs_classes=False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from vitrail.cli.console import out, print_err, progress_bar
 from vitrail.cli.options import DataOptions, log_test_use
 from vitrail.errors import OutputError
+from vitrail.runtime.files import write_json
 
 if TYPE_CHECKING:
     from vitrail.explain.best_order import Ceiling
@@ -49,10 +51,7 @@ def score(
     images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
     steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods) + 2
     with progress_bar("scoring", steps) as move:
-
-        def advance() -> None:
-            move(1)
-
+        advance = partial(move, 1)
         model, masks_BHW, labels_B = classifier.model, images.masks_BHW, images.labels_B
         scores = score_methods(model, images_BCHW, masks_BHW, methods, advance=advance)
         ceiling = find_ceiling(model, images_BCHW, scores)
@@ -129,7 +128,6 @@ def _write(
 ) -> None:
     """Write the numbers and plots."""
     from vitrail.explain.map_report import plot_randomization, plot_ranking, plot_scores
-    from vitrail.runtime.files import write_json
 
     write_json(folder / "scores.json", numbers)
     controls = {score.method: score.estimates["srg"] for score in scores if score.is_control}
@@ -157,7 +155,6 @@ def _tables(
 def _store(classifier: "Classifier", verdict: "Verdict", folder: Path) -> None:
     """Store the verdict beside the weights, unless it is there already or cannot be written."""
     from vitrail.explain.stored_scores import to_json
-    from vitrail.runtime.files import write_json
     from vitrail.weights import bundled
     from vitrail.weights.pretrained import scores_path
 
