@@ -66,12 +66,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda name: run_target(name, options, Path(folder)), options.targets))
         if options.keep:
-            shutil.copytree(
-                folder,
-                options.keep,
-                dirs_exist_ok=True,
-                ignore=lambda _, names: [n for n in names if n.startswith("root")],
-            )
+            roots = shutil.ignore_patterns("root*")
+            shutil.copytree(folder, options.keep, dirs_exist_ok=True, ignore=roots)
     return report(rows, options, time.monotonic() - began)
 
 
@@ -197,11 +193,8 @@ def replay(options: argparse.Namespace) -> int:
         (Path(folder) / "given").mkdir()
         data = options.replay.read_bytes()
         os.chdir(Path(folder) / "given")
-        print(
-            "accepted"
-            if run_case(find_target(options.targets[0]), data, Path(folder))
-            else "refused"
-        )
+        accepted = run_case(find_target(options.targets[0]), data, Path(folder))
+        print("accepted" if accepted else "refused")
     return 0
 
 

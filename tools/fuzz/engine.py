@@ -35,6 +35,10 @@ SLOT = struct.Struct("<6q2d")
 """Cases done, refused, accepted, faults, peak KiB, bytes of the current case; and CPU seconds: of
 the slowest case, of all.
 """
+FORBIDDEN = (
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+    "pty.spawn",
+)  # fmt: skip
 NUMBERS = (0, 1, 2, 16, 100, 127, 128, 254, 255)
 
 Operation = tuple[int, int, int]
@@ -151,30 +155,15 @@ class Watch:
         numbers = SLOT.unpack_from(self.slot)
         self.done, self.refused, self.accepted, self.broken, *_, self.slowest, self.spent = numbers
         self.notes: list[str] = []
-        self.listening = False
         signal.signal(signal.SIGPROF, self.stop)
 
     def stop(self, *_: object) -> None:
         """Stop a case that takes too long."""
         raise HangError
 
-    def listen(self) -> None:
-        """From now on, record forbidden events (see ``audit``)."""
-        if not self.listening:
-            sys.addaudithook(self.audit)
-        self.listening = True
-
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Record new processes, network connections, and files written outside the folder."""
-        if event in (
-            "subprocess.Popen",
-            "os.system",
-            "os.exec",
-            "os.posix_spawn",
-            "os.fork",
-            "socket.connect",
-            "pty.spawn",
-        ):
+        if event in FORBIDDEN:
             self.notes.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[2], int):
             path, _, flags = arguments
@@ -216,7 +205,7 @@ class Watch:
         self.done += 1
         self.keep(0)
         if self.done == 1:
-            self.listen()  # lazy imports of the first case are done
+            sys.addaudithook(self.audit)  # lazy imports of the first case are done
         if self.done >= self.cases:
             self.slot.flush()
             os._exit(0)
