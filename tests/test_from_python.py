@@ -12,7 +12,9 @@ from PIL import Image
 
 import vitrail as package
 from vitrail.cli import main
+from vitrail.config.settings import Config, ModelConfig
 from vitrail.errors import ConfigError, DataError
+from vitrail.model.vit import VisionTransformer
 from vitrail.training.run import Run
 from vitrail.training.run_folder import load_split
 
@@ -160,6 +162,16 @@ def test_features_are_what_the_head_classifies() -> None:
         logits_BY = model.model.head(vectors_BD)
     assert torch.allclose(logits_BY, model.logits(model.prepare(pictures)), atol=1e-5)
     assert model.features([]).shape == (0, model.config.model.embed_dim)
+
+
+def test_features_of_no_pictures_are_as_wide_as_those_of_one() -> None:
+    config = ModelConfig(
+        n_classes=3, embed_dim=8, n_layers=1, n_attention_heads=2, pool="cls_mean"
+    )  # fmt: skip
+    network = VisionTransformer(config).eval()
+    model = package.Classifier(network, Config(model=config), tuple("abc"), "made")
+    assert model.features([np.zeros((32, 32, 3), np.uint8)]).shape == (1, 16)
+    assert model.features([]).shape == (0, 16)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ class Watch:
         numbers = SLOT.unpack_from(self.slot)
         self.done, self.refused, self.accepted, self.broken, *_, self.slowest, self.spent = numbers
         self.notes: list[str] = []
+        self.audited = False
         signal.signal(signal.SIGPROF, self.stop)
 
     def stop(self, *_: object) -> None:
@@ -204,8 +205,9 @@ class Watch:
         self.slowest, self.spent = max(self.slowest, taken), self.spent + taken
         self.done += 1
         self.keep(0)
-        if self.done == 1:
-            sys.addaudithook(self.audit)  # lazy imports of the first case are done
+        if not self.audited:  # from the second case of a process on: lazy imports are done
+            self.audited = True
+            sys.addaudithook(self.audit)
         if self.done >= self.cases:
             self.slot.flush()
             os._exit(0)

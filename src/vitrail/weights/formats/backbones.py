@@ -25,8 +25,8 @@ from vitrail.weights.formats import (
     square_image,
 )
 from vitrail.weights.formats.huggingface import (
-    FILE,
     NEW_NAMES,
+    PROCESSOR,
     made_size,
     read_classes,
     read_processor,
@@ -95,7 +95,7 @@ def _find_dinov2(state: State, files: dict[str, Any], n_attention_heads: int | N
         **settings,
     )
     classes = read_classes(about, config.n_classes)
-    processor = files.get(FILE, {})
+    processor = files.get(PROCESSOR, {})
     image_hw = made_size(processor, config.image_hw)
     data = read_processor(processor, image_hw, notes)
     # The published processors cut out 224 x 224 pixels, for which the positions are resized.
@@ -179,7 +179,7 @@ def _find_dinov3(state: State, files: dict[str, Any], n_attention_heads: int | N
         position="rope_centered",
         **settings,
     )
-    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
+    data = read_processor(files.get(PROCESSOR, {}), config.image_hw, notes)
     return Converted(config, plain, notes, (), data, IMAGENET)
 
 
@@ -249,7 +249,7 @@ def _find_clip(state: State, files: dict[str, Any], n_attention_heads: int | Non
         pre_norm="pre_layrnorm.weight" in plain,
         **settings,
     )
-    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
+    data = read_processor(files.get(PROCESSOR, {}), config.image_hw, notes)
     return Converted(config, plain, notes, (), data)
 
 

@@ -22,6 +22,7 @@ from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import replace_file, write_json
 from vitrail.weights.checkpoint import CheckpointInfo, pack, read_bytes, read_json_object, unpack
 from vitrail.weights.formats import Converted, State, backbones, first_few, huggingface, timm
+from vitrail.weights.formats.huggingface import PROCESSOR
 from vitrail.weights.formats.single_file import GOOGLE, REFERENCE
 
 LAYOUTS = {
@@ -31,7 +32,7 @@ LAYOUTS = {
         backbones.CLIP, GOOGLE,
     )
 }  # fmt: skip
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights file in a folder, in order of preference."""
 SUFFIXES = {"reference": ".pt", "google": ".npz"}

@@ -69,7 +69,7 @@ NEW_NAMES = {
 }
 UNUSED_WEIGHTS = re.compile(r"vit\.pooler\.dense\.|vit\.embeddings\.mask_token$")
 """Tensors that the classifier does not use."""
-FILE = "preprocessor_config.json"
+PROCESSOR = "preprocessor_config.json"
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Resampling filters in the order of Pillow's numbers."""
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
@@ -99,7 +99,7 @@ def _find(state: State, files: dict[str, Any], n_attention_heads: int | None) ->
         n_registers=int(REGISTERS in plain),
         **settings,
     )
-    data = read_processor(files.get(FILE, {}), config.image_hw, notes)
+    data = read_processor(files.get(PROCESSOR, {}), config.image_hw, notes)
     classes = read_classes(about, config.n_classes)
     return Converted(config, plain, notes, classes, data, {"fit": "squash"})
 
@@ -174,7 +174,7 @@ def _describe(config: ModelConfig, data: DataConfig, classes: tuple[str, ...]) -
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
     }
-    return {"config.json": about, FILE: _write_processor(config, data)}
+    return {"config.json": about, PROCESSOR: _write_processor(config, data)}
 
 
 def made_size(about: dict[str, Any], image_hw: tuple[int, int]) -> tuple[int, int]:
@@ -192,15 +192,15 @@ def read_processor(
     steps = {name for name in about if name.startswith("do_")} - {*STEPS, *IGNORED_STEPS}
     if unsupported := sorted(name for name in (*steps, *UNSUPPORTED) if about.get(name)):
         raise CheckpointError(
-            f"{FILE}: {unsupported[0]} {about[unsupported[0]]!r:.40} is not supported: "
+            f"{PROCESSOR}: {unsupported[0]} {about[unsupported[0]]!r:.40} is not supported: "
             f"{PREPARATION_FLAGS}"
         )
     if not kind.startswith("ViT") and (gaps := [name for name in REQUIRED if name not in about]):
-        raise CheckpointError(f"{FILE} of a {kind:.60} lacks {gaps[0]}: {PREPARATION_FLAGS}")
+        raise CheckpointError(f"{PROCESSOR} of a {kind:.60} lacks {gaps[0]}: {PREPARATION_FLAGS}")
     data = _colors(about)
     if (filter_number := about.get("resample")) is not None:
         if filter_number not in range(len(FILTERS)):
-            raise CheckpointError(f"{FILE}: resample is {filter_number!r:.40}, not 0 to 5")
+            raise CheckpointError(f"{PROCESSOR}: resample is {filter_number!r:.40}, not 0 to 5")
         data["interpolation"] = FILTERS[filter_number]
     return data | _geometry(about, kind, image_hw, notes)
 
@@ -214,7 +214,7 @@ def _colors(about: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if about.get(theirs) is not None or scale != 1:
-            values = rgb_values(about.get(theirs, 0.5), f"{FILE}: {theirs}")
+            values = rgb_values(about.get(theirs, 0.5), f"{PROCESSOR}: {theirs}")
             found[ours] = tuple(value / scale for value in values)
     return found
 
@@ -226,7 +226,9 @@ def _geometry(
     crops = bool(about.get("do_center_crop"))
     if not about.get("do_resize", True):
         if crops:
-            raise CheckpointError(f"{FILE}: do_center_crop without do_resize: {PREPARATION_FLAGS}")
+            raise CheckpointError(
+                f"{PROCESSOR}: do_center_crop without do_resize: {PREPARATION_FLAGS}"
+            )
         notes.append("do_resize is false: pictures of another size are stretched anyway")
         return {"fit": "squash", "crop_pct": 1.0}
     size = about.get("size")
@@ -236,12 +238,14 @@ def _geometry(
     _, made_hw = _read_size(about.get("crop_size", image_hw), kind) if crops else (0, resized_hw)
     if made_hw != image_hw:
         raise CheckpointError(
-            f"{FILE} produces pictures of {made_hw[0]} x {made_hw[1]} pixels, but the model reads "
-            f"{image_hw[0]} x {image_hw[1]}"
+            f"{PROCESSOR} produces pictures of {made_hw[0]} x {made_hw[1]} pixels, but the model "
+            f"reads {image_hw[0]} x {image_hw[1]}"
         )
     shares = {image / side for image, side in zip(image_hw, resized_hw, strict=True)}
     if len(shares) > 1 or max(shares) > 1:
-        raise CheckpointError(f"{FILE}: size {size} with crop_size {made_hw}: {PREPARATION_FLAGS}")
+        raise CheckpointError(
+            f"{PROCESSOR}: size {size} with crop_size {made_hw}: {PREPARATION_FLAGS}"
+        )
     if shortest and not crops:
         notes.append("pictures that are not square are cropped")
     return {"fit": "crop" if shortest else "squash", "crop_pct": shares.pop()}
@@ -256,7 +260,7 @@ def _read_size(size: Any, kind: str) -> tuple[bool, tuple[int, int]]:
     if size.get("shortest_edge") and not size.get("longest_edge"):
         return True, (int(size["shortest_edge"]),) * 2
     if {"height", "width"} - set(size):
-        raise CheckpointError(f"{FILE}: size {size!s:.60}: {PREPARATION_FLAGS}")
+        raise CheckpointError(f"{PROCESSOR}: size {size!s:.60}: {PREPARATION_FLAGS}")
     return False, (int(size["height"]), int(size["width"]))
 
 
