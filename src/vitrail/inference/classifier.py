@@ -185,7 +185,7 @@ class Classifier(BaseClassifier):
         with torch.inference_mode():
             parts = self.prepare(pictures).split(batch_size)
             vectors = [self.model.features(part).float().cpu() for part in parts]
-        return torch.cat(vectors) if vectors else torch.zeros(0, self.config.model.pooled_dim)
+        return torch.cat(vectors)
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """Convert pictures of any kind and size to the model's input (B, C, H, W)."""
