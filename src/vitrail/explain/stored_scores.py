@@ -77,5 +77,5 @@ def read_verdict(path: Path, model: VisionTransformer) -> Verdict | None:
             return None
         badges = tuple(Badge(**badge) for badge in found["badges"])
         return Verdict(str(found["split"]), int(found["images"]), badges, str(found["trust"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
