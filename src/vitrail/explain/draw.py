@@ -23,7 +23,7 @@ from vitrail.explain.animation import encode_animation, fade
 from vitrail.explain.explanation import WRONG, Explanation, Frame
 from vitrail.explain.map_settings import REMOVAL, TITLES
 from vitrail.explain.page import make_page, page_data
-from vitrail.explain.panels import Panel, compose, make_legends, scales_of
+from vitrail.explain.panels import Panel, compose, make_legends, scales
 from vitrail.explain.removal import count_passes
 from vitrail.runtime.files import replace_file
 
@@ -184,7 +184,8 @@ def _draw_frame(
 
 
 def _scales_of(explanation: Explanation, look: Look) -> list[Normalize]:
-    return scales_of(explanation.frames, look, shares=_are_shares(explanation))
+    frames, shares = explanation.frames, _are_shares(explanation)
+    return scales([f.map_GJ for f in frames], look, [f.signed for f in frames], shares=shares)
 
 
 def _are_shares(explanation: Explanation) -> bool:
@@ -234,7 +235,7 @@ def draw_table(explanations: Sequence[Explanation], look: Look) -> Figure:
     norms: list[Normalize] = []
     for explanation in explanations:
         _check_style(explanation, look)
-        subject, scaled = explanation.subject, scales_of(explanation.frames, look)
+        subject, scaled = explanation.subject, _scales_of(explanation, look)
         last = explanation.frames[-1]
         panels = [
             Panel(subject, _short_title(explanation, number), frame.map_GJ, norm, frame.query)

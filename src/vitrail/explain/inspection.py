@@ -250,7 +250,15 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
     figure.colorbar(_draw_similarity(similarity, inspection), ax=similarity, shrink=0.7, aspect=25)
     if heads:
         distance, entropy = (figure.add_subplot(grid[1, column]) for column in range(2))
-        _draw_both(distance, entropy, inspection, heads)
+        _draw_heads(distance, heads.distance_BLA)
+        _draw_limit(distance, inspection.distance_uniform, "uniform attention over all patches")
+        distance.set_ylabel("pixels")
+        write_title(distance, "Mean attention distance of each head")
+        _draw_heads(entropy, heads.entropy_BLA)
+        words = f"uniform attention over all {inspection.tokens} tokens"
+        _draw_limit(entropy, math.log(inspection.tokens), words)
+        _count_tokens(entropy, inspection.tokens)
+        write_title(entropy, "Mean attention entropy of each head")
         figure.supxlabel(
             f"Heads on {len(heads.distance_BLA):,} images, sorted within each layer; "
             "bars: 95% intervals",
@@ -258,20 +266,6 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
             color=DARK,
         )
     save_figure(figure, path)
-
-
-def _draw_both(
-    distance: Axes, entropy: Axes, inspection: Inspection, heads: HeadStatistics
-) -> None:
-    _draw_heads(distance, heads.distance_BLA)
-    _draw_limit(distance, inspection.distance_uniform, "uniform attention over all patches")
-    distance.set_ylabel("pixels")
-    write_title(distance, "Mean attention distance of each head")
-    _draw_heads(entropy, heads.entropy_BLA)
-    words = f"uniform attention over all {inspection.tokens} tokens"
-    _draw_limit(entropy, math.log(inspection.tokens), words)
-    _count_tokens(entropy, inspection.tokens)
-    write_title(entropy, "Mean attention entropy of each head")
 
 
 def _draw_filters(axes: Axes, inspection: Inspection) -> None:

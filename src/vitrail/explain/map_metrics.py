@@ -358,14 +358,13 @@ def _measure_order(
     images_BCHW: Tensor,
     maps_BGJ: Tensor,
     classes_B: Tensor,
-    values: Mapping[str, Tensor],
+    values: dict[str, Tensor],
     *,
     steps: int,
     advance: Callable[[], object],
 ) -> Outcome:
     """Add deletion, insertion and SRG of one method's maps to its other values."""
     curves: dict[str, Tensor] = {}
-    values = dict(values)
     for fill in FILLS:
         drawn = deletion_insertion(model, images_BCHW, maps_BGJ, classes_B, fill=fill, steps=steps)
         names = f"deletion_{fill}", f"insertion_{fill}"

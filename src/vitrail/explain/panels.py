@@ -90,12 +90,6 @@ class Legend(NamedTuple):
 # Maps over pictures.
 
 
-def scales_of(frames: Sequence[Frame], look: Look, *, shares: bool = False) -> list[Normalize]:
-    """Return the norm that scales the map of each frame to 0..1."""
-    maps = [frame.map_GJ for frame in frames]
-    return scales(maps, look, [frame.signed for frame in frames], shares=shares)
-
-
 def scales(
     maps: Sequence[np.ndarray] | np.ndarray,
     look: Look,

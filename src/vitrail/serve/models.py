@@ -127,7 +127,7 @@ def _by_name(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         path = Path(model)
         name = path.stem if path.is_file() else path.name
-        name = model if model in bundled.names() else name or str(path.resolve().name)
+        name = model if model in bundled.names() else name or path.resolve().name
         if named.setdefault(name, model) != model:
             raise ConfigError(
                 f"{named[name]} and {model} would both be served as {name}: rename one of them"

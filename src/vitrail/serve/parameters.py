@@ -1,7 +1,7 @@
 """What a request asks for: its query parameters, checked, with their limits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vitrail.config.settings import require
@@ -87,7 +87,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "query": _wholes, "layers": _wholes, "heads": _wholes, "gradients": str, "points": _whole,
     "resolution": str, "window": _whole, "passes": _whole,
 }  # fmt: skip
-_OWN = ("model", "step", "top", "hide", "prepared", "seen", "class_name", "against")
 
 
 def read_question(parameters: Sequence[tuple[str, str]]) -> Question:
@@ -110,5 +109,5 @@ def read_question(parameters: Sequence[tuple[str, str]]) -> Question:
     require(values.get("top", 1) >= 1, "top is 0: give at least 1")
     query = values.get("query", (0, 0))
     require(len(query) == 2, f"query has {len(query)} numbers: give ROW,COLUMN")
-    own = {name: values.pop(name) for name in _OWN if name in values}
+    own = {f.name: values.pop(f.name) for f in fields(Question) if f.name in values}
     return Question(**own, settings=values)

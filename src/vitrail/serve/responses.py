@@ -19,7 +19,7 @@ from vitrail.data.pictures import enough_side, fit_channels, framing, read_pictu
 from vitrail.errors import PictureError, printable
 from vitrail.evaluation.calibration import describe_unlike
 from vitrail.explain.deletion_insertion import count_patches, rank_patches
-from vitrail.explain.explanation import Explanation, Subject, explain, maps_of
+from vitrail.explain.explanation import Subject, explain, maps_of
 from vitrail.explain.map_metrics import center_maps
 from vitrail.explain.map_settings import SUPPORTED_SETTINGS, MapSettings, require_importance
 from vitrail.explain.page import make_page, page_data
@@ -196,9 +196,7 @@ def removal_curves(seen: Seen, question: Question) -> dict[str, Any]:
 
 def page(seen: Seen, question: Question) -> bytes:
     """Return the page of one picture that needs no server."""
-    shown: Explanation = explain(
-        seen.subject, MapSettings(method="attention"), class_name=question.class_name
-    )
+    shown = explain(seen.subject, MapSettings("attention"), class_name=question.class_name)
     return make_page(page_data(shown))
 
 
