@@ -39,7 +39,7 @@ const events = {
     shared.hidden = new Set();
     curve.draw();
     fillClasses(view.model.classes);
-    showTabs();
+    $("tab-training").hidden = runs.length === 0;
     showExamples(view.model.name, choose).then(first => first && (!shared.picture || shared.picture.prepared) && choose(first)).catch(complain);
   },
   map(view) {
@@ -150,10 +150,6 @@ function show(picture) {
 }
 
 const mistakes = new Mistakes(show), training = new Training(show);
-
-function showTabs() {
-  $("tab-training").hidden = runs.length === 0;
-}
 
 for (const tab of TABS) {
   $(`tab-${tab}`).addEventListener("click", () => openTab(tab));

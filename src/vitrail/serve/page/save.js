@@ -11,7 +11,7 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-export const fileName = picture => (picture.name || picture.label || "picture").replace(/[^\w-]+/g, "-");
+const fileName = picture => (picture.name || picture.label || "picture").replace(/[^\w-]+/g, "-");
 
 export function savePng(views, shared) {
   const style = getComputedStyle(document.documentElement), color = name => style.getPropertyValue(name).trim();

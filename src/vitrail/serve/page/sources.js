@@ -1,17 +1,17 @@
 // Where pictures come from: examples, files, the clipboard, the camera, a brush.
 
-import {ask, encoded} from "./api.js";
+import {ask, encoded, pause} from "./api.js";
 import {$, complain, make} from "./dom.js";
 
 const SIDE = 256, FRAME = 100, COLORS = ["#000000", "#ffffff", "#d62728", "#ff9f1c", "#ffd60a", "#2ca02c", "#1f77b4", "#8b5e3c"];
 let number = 0;
 
 // image: what the browser shows, or null where it cannot read the file but the server can.
-export function picture(blob, image, more = {}) {
+function picture(blob, image, more = {}) {
   return {blob, image, number: ++number, seen: new Map(), prepared: false, live: false, label: "", ...more};
 }
 
-export async function openBlob(blob, more = {}) {
+async function openBlob(blob, more = {}) {
   const image = await createImageBitmap(blob).catch(() => null);
   return picture(blob, image, more);
 }
@@ -90,7 +90,7 @@ export class Camera {
       canvas.getContext("2d").drawImage(video, (video.videoWidth - side) / 2, (video.videoHeight - side) / 2, side, side, 0, 0, SIDE, SIDE);
       const blob = await toBlob(canvas);
       if (this.stream) this.choose(picture(blob, canvas, {live: true, name: "camera"}));
-      await new Promise(resolve => setTimeout(resolve, FRAME - (performance.now() - began)));
+      await pause(FRAME - (performance.now() - began));
     }
   }
 

@@ -17,7 +17,7 @@ export const METHODS = {
 };
 export const CONTRASTS = ["balanced", "relevance", "gradcam", "gradient_rollout", "integrated_gradients", "occlusion", "shapley"];
 const PIXELS = ["balanced", "integrated_gradients"];
-export const SLOW = ["occlusion", "shapley", "integrated_gradients"];
+const SLOW = ["occlusion", "shapley", "integrated_gradients"];
 const PASSES = [130, 514, 1026], SHOWN = 5, IDLE = 300;
 let views = 0;
 
@@ -168,21 +168,19 @@ export class View {
 
   // Hidden patches are numbered in the grid of the first view.
   hidden() {
-    const {rows, columns} = this.model, [G, J] = this.shared.grid, found = [];
-    for (let patch = 0; patch < rows * columns; patch++) {
-      if (this.shared.hidden.has(this.toShared(patch, rows, columns, G, J))) found.push(patch);
-    }
-    return found;
+    return [...this.cells.keys()].filter(patch => this.shared.hidden.has(this.toShared(patch)));
   }
 
-  toShared(patch, rows = this.model.rows, columns = this.model.columns, G = this.shared.grid[0], J = this.shared.grid[1]) {
+  toShared(patch) {
+    const {rows, columns} = this.model, [G, J] = this.shared.grid;
     const g = Math.floor((Math.floor(patch / columns) + .5) / rows * G), j = Math.floor((patch % columns + .5) / columns * J);
     return g * J + j;
   }
 
   showHidden() {
+    if (!this.model) return;  // it is being loaded
     const hidden = new Set(this.hidden());
-    this.cells?.forEach((cell, i) => cell.setAttribute("aria-selected", String(hidden.has(i))));
+    this.cells.forEach((cell, i) => cell.setAttribute("aria-selected", String(hidden.has(i))));
     if (hidden.size) this.predict();
     else {
       this.changed = null;
