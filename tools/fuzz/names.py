@@ -58,7 +58,7 @@ def attack_classes(data: bytes, folder: Path) -> None:
     check_page(names)
     require_harmless(drawable(text, 99), "a picture")
     if len(data) % 512 == 7:
-        plot_confusion(metrics, folder / "confusion.png")
+        plot_confusion(metrics, names[2], folder / "confusion.png")
     error = DataError(f"{names[2]}: no such class {names[0]}")
     require(str(error).isprintable(), "an error of more than one line")
 
