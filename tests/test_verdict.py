@@ -90,7 +90,13 @@ def test_a_verdict_is_read_for_the_same_weights_only(
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": FORMAT + 1}, {"badges": 3}, {"badges": [{"method": "x"}]}, {"images": "many"}],
+    [
+        {"format": FORMAT + 1},
+        {"badges": 3},
+        {"badges": [{"method": "x"}]},
+        {"images": "many"},
+        {"images": float("inf")},
+    ],
     ids=str,
 )
 def test_what_cannot_be_read_is_ignored(
@@ -102,6 +108,6 @@ def test_what_cannot_be_read_is_ignored(
     assert read_verdict(path, model) == verdict
     path.write_text(json.dumps(to_json(verdict, model) | change))
     assert read_verdict(path, model) is None
-    for text in ("", "[]", "{", "null"):
+    for text in ("", "[]", "{", "null", "[" * 100_000):
         path.write_text(text)
         assert read_verdict(path, model) is None
