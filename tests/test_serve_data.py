@@ -18,13 +18,14 @@ from PIL import Image
 
 import vitrail
 from test_serve import open_client, picture
+from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.explain.map_settings import METHODS, SUPPORTED_SETTINGS, TITLES
 from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.inference.classifier import Classifier
 from vitrail.serve import model_data, responses
-from vitrail.serve.model_data import Data, Gallery
+from vitrail.serve.model_data import BATCH, Data, Gallery
 from vitrail.serve.models import Shelf
 from vitrail.serve.parameters import SLOW
 from vitrail.training.run import Run
@@ -137,6 +138,30 @@ def test_data_that_take_long_to_load_do_not_delay_other_models(
     gate.set()
     waiting.join()
     assert gallery.confusion("short")["images"] == 1000
+
+
+def test_a_model_that_is_replaced_by_another_shows_the_images_of_the_new_one(
+    run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+
+    def write(source: str | Path, **data: Any) -> None:
+        model = vitrail.load(source)
+        config = from_json({"data": data}, model.config)
+        info = CheckpointInfo(config, model.classes, {}, {})
+        save_weights_file(path, info, dict(model.model.state_dict()))
+
+    write("cifar10")
+    gallery = Gallery(Shelf([str(path)], Path()))
+    assert "cat" in gallery.examples("m")
+    write(run)
+    assert "circle" in gallery.examples("m")
+    assert not gallery.evaluate("m")
+    before = gallery.confusion("m")
+    assert (before["images"], before["evaluated"]) == (1000, BATCH)
+    write(run, validation_images=100)
+    after = gallery.confusion("m")
+    assert (after["images"], after["evaluated"]) == (100, 0)
 
 
 def test_a_run_shows_its_epochs_and_checkpoints(run: Path) -> None:

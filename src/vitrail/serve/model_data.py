@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitrail.config.settings import DataConfig
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.pictures import framing
 from vitrail.data.shapes import draw_shapes
@@ -136,11 +137,9 @@ class Gallery:
 
     def _examples(self, name: str) -> ImageSet:
         """Return one image of each of the first classes, if possible without loading data."""
-        classifier = self._shelf.get(name)
-        with self._lock:
-            if name not in self._shown:
-                self._shown[name] = _quick_examples(classifier)
-            examples = self._shown[name]
+        classifier, examples = self._shelf.get(name), self._shown.get(name)
+        if examples is None or examples.classes != classifier.classes:  # or it was replaced
+            examples = self._shown[name] = _quick_examples(classifier)
         if examples is None:
             images = self._data(name).images
             labels = images.labels_B.tolist()
@@ -155,7 +154,7 @@ class Gallery:
             opening = self._opening.setdefault(name, threading.Lock())
         with opening:  # a download must not delay other models
             data = self._open.get(name)
-            if data is None:
+            if data is None or _source(data.classifier) != _source(classifier):
                 data = _load(name, classifier)
             elif data.classifier is not classifier:
                 data = Data(classifier, data.images)
@@ -165,6 +164,11 @@ class Gallery:
                 while len(self._open) > MOST_OPEN:
                     self._open.popitem(last=False)
         return data
+
+
+def _source(classifier: Classifier) -> tuple[DataConfig, tuple[int, int], tuple[str, ...]]:
+    """Return what a model's images depend on."""
+    return classifier.config.data, classifier.config.model.image_hw, classifier.classes
 
 
 def _require_images(data: Data, name: str) -> None:

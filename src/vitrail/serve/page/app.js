@@ -60,7 +60,7 @@ const events = {
   },
 };
 
-const curve = new Hide(shared, hide), brush = new Brush(choose), camera = new Camera(choose);
+const curve = new Hide(shared, hide), brush = new Brush(choose, () => camera.stop()), camera = new Camera(choose);
 listenToFiles(choose);
 
 // ---- The question ----------------------------------------------------------------------------

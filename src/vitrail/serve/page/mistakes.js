@@ -32,13 +32,15 @@ export class Mistakes {
   }
 
   async show(model) {
-    Object.assign(this, {model, opened: ""});
+    const turn = {};  // the next call ends this one
+    Object.assign(this, {model, turn, opened: ""});
     $("cell-card").hidden = true;
     $("matrix").replaceChildren();
     say($("mistakes-state"), "Loading the validation images; CIFAR is downloaded if it is missing …");
     try {
-      while (this.model === model) {
+      while (this.turn === turn) {
         const found = await ask(`models/${encoded(model)}/confusion`);
+        if (this.turn !== turn) return;
         this.draw(found);
         if (found.evaluated === found.images || $("mistakes").hidden) return;
         await pause(700);

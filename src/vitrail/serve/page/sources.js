@@ -103,8 +103,8 @@ export class Camera {
 
 // Draws on the first view's picture.
 export class Brush {
-  constructor(choose) {
-    Object.assign(this, {choose, active: false, color: COLORS[2], past: []});
+  constructor(choose, begin) {
+    Object.assign(this, {choose, begin, active: false, color: COLORS[2], past: []});
     this.canvas = Object.assign(document.createElement("canvas"), {width: SIDE, height: SIDE});
     this.context = this.canvas.getContext("2d", {willReadFrequently: true});
     $("draw").addEventListener("click", () => this.toggle(!this.active));
@@ -129,6 +129,7 @@ export class Brush {
   }
 
   toggle(on) {
+    if (on) this.begin();
     this.active = on;
     press($("draw"), on);
     $("brushes").hidden = !on;

@@ -15,17 +15,17 @@ function duration(seconds) {
 export class Training {
   constructor(open) {
     this.open = open;
-    this.model = null;
     $("training-model").addEventListener("change", event => this.show(event.target.value));
   }
 
   async show(model) {
-    this.model = model;
+    const turn = this.turn = {};  // the next call ends this one
     let epoch = null;
     $("watched").replaceChildren();
     try {
-      while (this.model === model && !$("training").hidden) {
+      while (this.turn === turn && !$("training").hidden) {
         const run = await ask(`models/${encoded(model)}/run`), last = run.rows.at(-1);
+        if (this.turn !== turn) return;
         this.draw(run);
         if (last && last.epoch !== epoch) {
           epoch = last.epoch;

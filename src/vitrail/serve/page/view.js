@@ -41,8 +41,11 @@ export class View {
   find(selector) { return this.root.querySelector(selector); }
 
   async useModel(name) {
+    this.wanted = name;
     try {
-      this.model = await ask(`models/${encoded(name)}`);
+      const model = await ask(`models/${encoded(name)}`);
+      if (this.wanted !== name) return;  // another one was chosen meanwhile
+      this.model = model;
     } catch (error) {
       complain(error);
       return;
