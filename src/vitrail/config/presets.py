@@ -92,6 +92,14 @@ STRONG = AugmentConfig(
 """Augmentation for tens of epochs on CIFAR-10."""
 
 
+def _mixed(recipe: Config, *, mix_until: float, strong_until: float) -> Config:
+    """Add strong augmentation, and CutMix on half of the batches, each for a part of the run."""
+    augment = replace(
+        STRONG, cutmix=1.0, mix_probability=0.5, mix_until=mix_until, strong_until=strong_until
+    )
+    return replace(recipe, augment=augment, training=replace(recipe.training, label_smoothing=0.05))
+
+
 def _small() -> Config:
     """Return the flagship: 64 tokens, most of the compute in the blocks, and more augmentation."""
     recipe = _recipe(
@@ -99,17 +107,16 @@ def _small() -> Config:
         patch_size=4, embed_dim=192, n_layers=4, n_attention_heads=6, init_std=0.05,
         stem_channels=(64, 64, 192, 192), stem_pools=(1, 3),
     )  # fmt: skip
-    mixed = replace(STRONG, cutmix=1.0, mix_probability=0.5, mix_until=0.6, strong_until=0.85)
-    return replace(recipe, augment=mixed, training=replace(recipe.training, label_smoothing=0.05))
+    return _mixed(recipe, mix_until=0.6, strong_until=0.85)
 
 
 def _vit() -> Config:
     """Return a plain ViT: the reference's patches, depth and widths, and no convolutional stem."""
     recipe = _recipe(
-        "cifar10", epochs=30, batch_size=256, rate=0.015,
+        "cifar10", epochs=60, batch_size=256, rate=0.01,
         stem="patch", init_std=0.1,
     )  # fmt: skip
-    return replace(recipe, augment=STRONG)
+    return _mixed(recipe, mix_until=0.85, strong_until=0.9)
 
 
 def _base() -> Config:
