@@ -12,6 +12,7 @@ docs/pictures/serve.py ``serve.webp``;
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -30,16 +31,14 @@ PICTURES = Path(__file__).parent / "pictures"
 ROOT = Path(__file__).parents[1]
 CAT = ROOT / "examples" / "cat.jpg"
 THEMES = {"light": "", "dark": "-dark"}
-GALLERY = [
-    MapSettings(method=method, window=3) if method == "occlusion" else MapSettings(method=method)
-    for method in METHODS
-]
-SHEET = (
-    MapSettings(method="relevance"),
-    MapSettings(method="balanced", resolution="patch"),
-    MapSettings(method="occlusion", window=3),
-    MapSettings(method="shapley"),
-)
+CHANGED: dict[str, dict[str, Any]] = {
+    "balanced": {"resolution": "patch"},
+    "integrated_gradients": {"resolution": "patch"},
+    "occlusion": {"window": 3},
+}
+"""Settings other than the defaults, with which the methods can be compared and pass the tests."""
+GALLERY = [MapSettings(method=method, **CHANGED.get(method, {})) for method in METHODS]
+SHEET = [each for each in GALLERY if each.method in ("relevance", *CHANGED, "shapley")]
 
 
 def draw_cat() -> None:
