@@ -128,7 +128,8 @@ def plot_ranking(path: Path, verdict: Verdict, controls: Mapping[str, Estimate])
     axes.axvline(max(srg.mean for srg in controls.values()), color="#888888", linewidth=1)
     axes.set_yticks(range(len(names)), [*names[: len(verdict.badges)], *map(_control, controls)])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    words = f"SRG on {verdict.images:,} images; bars: 95% intervals; line: the best control"
+    measured = f"SRG (insertion minus deletion) on {verdict.images:,} images"
+    words = f"{measured}, 95% intervals; line: best control"
     axes.set(xlabel=words, xlim=(None, max(1, axes.dataLim.x1 + 0.1)))
     write_title(axes, "How faithful is each method to this model? Higher is better")
     tidy(axes)
