@@ -152,7 +152,7 @@ PRESETS = {
     "vit": Preset(
         _vit(),
         "CIFAR-10, plain patches, the reference's depth and widths",
-        "2 hours on one AVX-512 core; accuracy not measured",
+        "2 hours on two AVX-512 cores: 88.6% (records/vit)",
     ),
     "base": Preset(
         _base(),
