@@ -117,9 +117,10 @@ def plot_ranking(path: Path, verdict: Verdict, controls: Mapping[str, Estimate])
     for row, badge in enumerate(verdict.badges):
         color = ORANGE if badge.failures else BLUE
         _draw_interval(axes, row, Estimate(badge.srg, badge.low, badge.high), color, "o")
-        words = f"{NO} {', '.join(badge.failures)}" if badge.failures else YES
+        failed = ", ".join(words.split()[-1] for words in badge.failures)  # control, model, class
         axes.annotate(
-            words, (max(badge.high, 0), row), (8, 0), textcoords="offset points",
+            f"{NO} {failed}" if failed else YES, (badge.high, row), (8, 0),
+            textcoords="offset points",
             va="center", size=9, color=color,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
@@ -131,7 +132,8 @@ def plot_ranking(path: Path, verdict: Verdict, controls: Mapping[str, Estimate])
     measured = f"SRG (insertion minus deletion) on {verdict.images:,} images"
     words = f"{measured}, 95% intervals; line: best control"
     axes.set(xlabel=words, xlim=(None, max(1, axes.dataLim.x1 + 0.1)))
-    write_title(axes, "How faithful is each method to this model? Higher is better")
+    note = f"{NO} control: no better than a control; {NO} model, class: does not depend on it"
+    write_title(axes, "How faithful is each method to this model? Higher is better", note)
     tidy(axes)
     save_figure(figure, path)
 
