@@ -350,7 +350,7 @@ def test_few_models_stay_in_memory(
 
 def test_without_runs_the_bundled_models_are_served(tmp_path: Path) -> None:
     shelf = Shelf([], tmp_path)
-    assert shelf.names() == ["cifar10"]
+    assert shelf.names() == ["cifar10", "cifar10-vit"]
     with pytest.raises(MissingError, match="did you mean 'cifar10'"):
         shelf.get("cifar1")
 
