@@ -93,6 +93,8 @@ SMALLER = {
     "vitrail inspect": "--images 10",
     "vitrail convert deit.pth": "--n_attention_heads 3",
     "vitrail convert deit.pth d.safetensors --image_size": "--n_attention_heads 3 --image_size 65",
+    "vitrail train --dataset folder --data_path my_pictures --init cifar10 --new_head "
+    "--folder_name mine": f"{TRAIN} --folder_name mine-again",
     "python train.py": f"{TRAIN} --embed_dim 12 --n_attention_heads 3 --n_layers 1",
 }
 """What is appended to the commands that begin so, the longest beginning that fits; the last of a
