@@ -16,12 +16,14 @@ from PIL import Image
 from vitrail.cli import main
 from vitrail.config.settings import Config, DataConfig, ModelConfig
 from vitrail.errors import ConfigError, ExportError
+from vitrail.evaluation.calibration import Calibration
 from vitrail.inference import export
 from vitrail.inference.classifier import Classifier
 from vitrail.inference.export import (
     CHECKED_BATCHES,
     EXAMPLE_BATCH,
     METADATA,
+    TOLERANCE,
     Graph,
     check_outputs,
     to_onnx,
@@ -188,6 +190,28 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
     extra = {METADATA: ""}
     torch.export.load(io.BytesIO(content), extra_files=extra)
     assert json.loads(json.loads(extra[METADATA])["classes"]) == list("abcde")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "place", "shift"), [(0.01, "argmin", 1.0), (1.0, "argmax", 0.1)]
+)
+def test_probabilities_are_compared_not_calibrated_logits(
+    temperature: float, place: str, shift: float
+) -> None:
+    """The logit of an impossible class may differ, that of a probable class may not."""
+    calibration = Calibration(temperature=temperature)
+    graph = Graph(dataclasses.replace(make_classifier(), calibration=calibration))
+
+    def run(batch: torch.Tensor) -> list[torch.Tensor]:
+        scores_BY = graph(batch)[0]
+        index_B1 = getattr(scores_BY, place)(1, keepdim=True)
+        return [scores_BY.scatter_add(1, index_B1, torch.full_like(scores_BY, shift))]
+
+    if place == "argmin":
+        assert check_outputs(graph, run) <= TOLERANCE
+    else:
+        with pytest.raises(ExportError, match="differs from the original"):
+            check_outputs(graph, run)
 
 
 @pytest.mark.slow

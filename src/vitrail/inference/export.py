@@ -102,6 +102,9 @@ def check_outputs(graph: Graph, run: Callable[[Tensor], Sequence[Tensor]]) -> fl
                     f"output {number} of a batch of {images} is {tuple(got.shape)}, not "
                     f"{tuple(want.shape)}: this version of torch exports it incorrectly"
                 )
+            if number == 0 and not graph.raw:
+                # Undoing the label smoothing amplifies the rounding of improbable classes' logits.
+                want, got = want.softmax(1), got.softmax(1)
             worst = max(worst, float((want - got).abs().nan_to_num(nan=torch.inf).max()))
     if worst > TOLERANCE:
         raise ExportError(
