@@ -25,7 +25,7 @@ from vitrail.explain.explanation import compare
 from vitrail.explain.map_metrics import Estimate
 from vitrail.explain.map_report import plot_ranking
 from vitrail.explain.map_settings import METHODS, MapSettings
-from vitrail.explain.stored_scores import Badge, Verdict
+from vitrail.explain.stored_scores import Badge
 
 PICTURES = Path(__file__).parent / "pictures"
 ROOT = Path(__file__).parents[1]
@@ -63,17 +63,17 @@ def draw_cat() -> None:
 def draw_ranking() -> None:
     """Draw how faithful each method is to the bundled model, from the recorded scores."""
     found = json.loads((ROOT / "records/map-scores-bundled/scores.json").read_text())
+    verdict = vitrail.load("cifar10", device="cpu").verdict
+    assert verdict is not None
     best: dict[str, Badge] = {}  # the best variant of each method
-    for badge in found["badges"]:
-        best.setdefault(badge["method"].partition(":")[0], Badge(**badge))
-    badges = tuple(best.values())
-    verdict = Verdict(found["split"], found["images"], badges, found["trust"])
+    for badge in verdict.badges:
+        best.setdefault(badge.method.partition(":")[0], badge)
     controls = {
         score["method"]: Estimate(*(score["measures"]["srg"][key] for key in Estimate._fields))
         for score in found["scores"]
         if score["beats_controls"] is None
     }
-    plot_ranking(PICTURES / "ranking.png", verdict, controls)
+    plot_ranking(PICTURES / "ranking.png", verdict._replace(badges=tuple(best.values())), controls)
 
 
 def draw_sheet(model: str, data_path: str) -> None:

@@ -60,8 +60,7 @@ SKIPPED = {
 
 SLOW = (
     "torchrun", "vitrail export", "vitrail predict --model_path quick.onnx",
-    "vitrail explain photos/", "vitrail explain cat.png dog.png",
-    "vitrail explain photo.jpg",
+    "vitrail explain photos/", "vitrail explain cat.png dog.png", "vitrail explain photo.jpg",
     "vitrail explain cat.png --method similarity", "vitrail explain cifar10 examples/cat.jpg",
     "vitrail train --dataset folder --data_path my_pictures --init", "vitrail train --tensorboard",
     "curl --data-binary @cat.jpg http://127.0.0.1:8000/api/page",
@@ -129,17 +128,9 @@ def smaller(command: str) -> str:
 def write_pictures(folder: Path) -> None:
     """Write the pictures that the documents name."""
     random = np.random.default_rng(1)
-    names = [
-        "photo.jpg",
-        "cat.jpg",
-        "cat.png",
-        "dog.jpg",
-        "dog.png",
-        "new.jpg",
-        "photos/a.jpg",
-        "photos/b.png",
-    ]
-    names += ["more/c.jpg", *(f"my_pictures/{c}/{n}.png" for c in "ab" for n in range(30))]
+    words = "photo.jpg cat.jpg cat.png dog.jpg dog.png new.jpg photos/a.jpg photos/b.png"
+    names = [*words.split(), "more/c.jpg"]
+    names += [*(f"my_pictures/{c}/{n}.png" for c in "ab" for n in range(30))]
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         pixels = random.integers(0, 256, (40, 50, 3), dtype=np.uint8)

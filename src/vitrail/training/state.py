@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrail.config.files import RESUME_OVERRIDES
 from vitrail.config.settings import Config, TrainingConfig
-from vitrail.errors import CheckpointError, OutputError
+from vitrail.errors import CheckpointError, OutputError, first_line
 from vitrail.model.vit import VisionTransformer
 from vitrail.training.optim import freeze_backbone, make_optimizers
 from vitrail.weights.checkpoint import (
@@ -125,9 +125,9 @@ class TrainingState:
             tally = Tally(**numbers["tally"])
             self.tally = Tally(float(tally.loss), int(tally.correct), int(tally.images))
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            message = f"the saved training state does not match the settings: {reason:.200}"
-            raise CheckpointError(message) from error
+            raise CheckpointError(
+                f"the saved training state does not match the settings: {first_line(error):.200}"
+            ) from error
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
