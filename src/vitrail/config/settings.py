@@ -108,7 +108,7 @@ class ModelConfig(Checked):
                 f"give image_size {max(1, round(side / self.patch_size)) * self.patch_size} "
                 "or another patch_size",
             )
-        few = max(self.image_hw) <= 4096 and self.grid_GJ[0] * self.grid_GJ[1] <= 16_384
+        few = max(self.image_hw) <= 4096 and self.n_patches <= 16_384
         require(few, f"image_size {self.image_size}: over 4096 pixels per side or 16,384 patches")
         for name in ("layer_norm_eps", "init_std"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: give more than 0")
@@ -206,6 +206,11 @@ class ModelConfig(Checked):
         """Number of patch rows and patch columns."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """Number of patches of an image."""
+        return self.grid_GJ[0] * self.grid_GJ[1]
 
     @property
     def stem_widths(self) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def best_orders(
 
 def _search(model: VisionTransformer, images_BCHW: Tensor, classes_B: Tensor, steps: int) -> Tensor:
     """Return the values of the patches (B, N): the earlier a patch is taken, the higher."""
-    B, N = len(images_BCHW), model.config.grid_GJ[0] * model.config.grid_GJ[1]
+    B, N = len(images_BCHW), model.config.n_patches
     fills = [fill_images(images_BCHW, fill) for fill in FILLS]
     values_BN = torch.full((B, N), -float(N))
     for before, after in pairwise(count_patches(N, steps).tolist()):

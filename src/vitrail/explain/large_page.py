@@ -39,14 +39,14 @@ class LayerDetail:
 
 def is_large(config: ModelConfig) -> bool:
     """Return whether the attention of every layer and head, and all cosines, exceed ROOM."""
-    N = config.grid_GJ[0] * config.grid_GJ[1]
+    N = config.n_patches
     T, L, A = N + config.n_prefix_tokens, config.n_layers, config.n_attention_heads
     return _in_base64(L * A * T**2 + 2 * L * N**2) > ROOM
 
 
 def choose_layers(config: ModelConfig) -> tuple[int, ...]:
     """Return as many layers as fit, evenly spaced, always including the last."""
-    N, L = config.grid_GJ[0] * config.grid_GJ[1], config.n_layers
+    N, L = config.n_patches, config.n_layers
     T, D, A = N + config.n_prefix_tokens, config.embed_dim, config.n_attention_heads
     size = _in_base64(2 * T * D + 3 * 4 * A * T + N * D)
     count = min(L, max(1, ROOM // size))

@@ -301,7 +301,7 @@ def score_methods(
     if masks_BHW is not None and len(masks_BHW) != len(images_BCHW):
         raise DataError(f"{len(masks_BHW)} masks for {len(images_BCHW)} images: give one for each")
     classes_B = predict_classes(model, images_BCHW)
-    hidden_KN = hidden_sets(math.prod(model.config.grid_GJ), seed=seed)
+    hidden_KN = hidden_sets(model.config.n_patches, seed=seed)
     drops_BK = logit_drops(model, images_BCHW, classes_B, hidden_KN)
     outcomes, start = {}, time.perf_counter()
     for name, maps_BGJ in _all_maps(model, images_BCHW, methods, classes_B, seed):

@@ -428,7 +428,7 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
 def fitting(model: VisionTransformer) -> int:
     """Return for how many images one layer's attention fits ATTENTION_ENTRIES; at least 1."""
     config = model.config
-    n_tokens = config.n_prefix_tokens + config.grid_GJ[0] * config.grid_GJ[1]
+    n_tokens = config.n_prefix_tokens + config.n_patches
     return max(1, ATTENTION_ENTRIES // (config.n_attention_heads * n_tokens**2))
 
 

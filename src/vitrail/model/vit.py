@@ -141,7 +141,6 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         D, grid_GJ = config.embed_dim, config.grid_GJ
-        n_patches = grid_GJ[0] * grid_GJ[1]
 
         self.stem: PatchStem | ConvStem
         if config.stem == "patch":
@@ -149,7 +148,7 @@ class VisionTransformer(nn.Module):
         else:
             self.stem = ConvStem(config.n_channels, D, config.stem_widths, config.pools)
         if config.position == "learned":
-            self.position_ND = nn.Parameter(torch.empty(n_patches, D))
+            self.position_ND = nn.Parameter(torch.empty(config.n_patches, D))
         elif config.position == "sincos":
             self.register_buffer("position_ND", sincos_table(grid_GJ, D), persistent=False)
         else:
