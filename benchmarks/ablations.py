@@ -27,6 +27,7 @@ from vitrail.cli.process import keep_freed_memory
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.model.layers import ConvStem
+from vitrail.model.vit import VisionTransformer
 from vitrail.training import optim
 from vitrail.training.run import EpochEnd, Run
 from vitrail.training.run_folder import new_folder
@@ -64,12 +65,19 @@ VARIANTS: dict[str, Change] = {
     "no crop, no flip": part("augment", crop_padding=0, flip="none"),
     "strong augmentation to the end": part("augment", strong_until=1.0),
     "crop and flip only": part("augment", randaugment_ops=0, random_erasing=0.0),
+    "no CutMix": part("augment", cutmix=0.0),
     "one block": part("model", n_layers=1),
+    "convolutions instead of blocks": part(
+        "model", stem_channels=(64, 64, 256, 256, 256), stem_pools=(1, 3)
+    ),
 }
 PATCHES = {  # changes for which there is no setting
     "one rate for vectors and head": mock.patch.object(optim, "VECTOR_RATE", 1),
     "first kernels random, not whitened": mock.patch.object(ConvStem, "whiten"),
     "kernels random, not partly identity": mock.patch.object(nn.init, "dirac_"),
+    "convolutions instead of blocks": mock.patch.object(
+        VisionTransformer, "run_blocks", lambda *_, **__: iter(())
+    ),
 }
 
 
