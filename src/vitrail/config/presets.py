@@ -103,11 +103,11 @@ def _mixed(recipe: Config, *, mix_until: float, strong_until: float) -> Config:
 def _small() -> Config:
     """Return the flagship: 64 tokens, most of the compute in the blocks, and more augmentation."""
     recipe = _recipe(
-        "cifar10", epochs=24, batch_size=256, rate=0.01,
+        "cifar10", epochs=33, batch_size=256, rate=0.01,
         patch_size=4, embed_dim=192, n_layers=4, n_attention_heads=6, init_std=0.05,
-        stem_channels=(64, 64, 192, 192), stem_pools=(1, 3),
+        stem_channels=(64, 64, 128, 160, 192), stem_pools=(1, 3),
     )  # fmt: skip
-    return _mixed(recipe, mix_until=0.6, strong_until=0.85)
+    return _mixed(recipe, mix_until=0.9, strong_until=1.0)
 
 
 def _vit() -> Config:
