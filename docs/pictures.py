@@ -46,7 +46,7 @@ def draw_cat() -> None:
     """Draw the photograph: an animation, all methods, and all heads."""
     classifier = vitrail.load("cifar10", device="cpu")
     drawings = {
-        "cat{}.gif": classifier.explain(CAT, method="relevance"),
+        "cat{}.gif": classifier.explain(CAT, method="balanced", frames="layers"),
         "methods{}.png": compare(classifier.subject(CAT), GALLERY),
     }
     for theme, suffix in THEMES.items():
