@@ -117,10 +117,8 @@ class ModelConfig(Checked):
             f"pool {self.pool} needs the class token and does not support fc_norm: leave out "
             "class_token and fc_norm, or give pool mean",
         )
-        require(
-            self.pool != "cls_register" or self.n_registers > 0,
-            "pool cls_register needs a register: give n_registers 1, or another pool",
-        )
+        found = self.pool != "cls_register" or self.n_registers > 0
+        require(found, "pool cls_register needs a register: give n_registers 1, or another pool")
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -176,9 +174,8 @@ class ModelConfig(Checked):
             )
         else:
             for name in ("stem_channels", "stem_pools"):
-                require(
-                    not getattr(self, name), f"{name} applies to stem conv only: give --stem conv"
-                )
+                unused = not getattr(self, name)
+                require(unused, f"{name} applies to stem conv only: give --stem conv")
 
     @property
     def has_class_token(self) -> bool:
@@ -477,10 +474,8 @@ class RunConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         goal = self.stop_at_accuracy
-        require(
-            goal is None or 0 <= goal <= 1,
-            f"stop_at_accuracy is {goal}: give a fraction, e.g. 0.9 for 90%",
-        )
+        fraction = goal is None or 0 <= goal <= 1
+        require(fraction, f"stop_at_accuracy is {goal}: give a fraction, e.g. 0.9 for 90%")
         require_range(self, "checkpoint_epochs", 1)
         require_range(self, "keep_checkpoints attention_epochs", 0)
         for name in ("folder_name", "model_name"):
