@@ -12,6 +12,7 @@ from vitrail.config.settings import DataConfig
 from vitrail.data import datasets
 from vitrail.data.datasets import load_data
 from vitrail.data.images import ImageSet
+from vitrail.data.pictures import Framing
 from vitrail.errors import ConfigError, DataError
 
 
@@ -43,6 +44,16 @@ def test_splits_validation_from_the_training_part(parts: dict[str, ImageSet]) ->
     both = torch.cat([loaded["train"].raw_BCHW, loaded["validation"].raw_BCHW])
     assert len(torch.cat([both, parts["train"].raw_BCHW]).flatten(1).unique(dim=0)) == 97
     assert torch.equal(loaded["test"].raw_BCHW, parts["test"].raw_BCHW)
+
+
+def test_subsets_are_the_same_images_at_every_size() -> None:
+    config = DataConfig(num_train_images=31, num_test_images=21)
+    for split in ("train", "test"):
+        at_32, at_16 = (
+            load_data(config, [split], image_hw=(side, side)).images[split] for side in (32, 16)
+        )
+        halved = at_32.resized((16, 16), Framing())
+        assert torch.equal(at_16.raw_BCHW, halved.raw_BCHW)
 
 
 def test_subsets_are_stratified_and_independent_of_order(parts: dict[str, ImageSet]) -> None:

@@ -171,6 +171,20 @@ def test_a_run_from_timms_weights(here: Path, capsys: pytest.CaptureFixture[str]
     assert Run.resume(here / "output/a", config).state.step == 2
 
 
+def test_positions_are_resized_once_as_their_library_does(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = convert(make_state("timm"), n_attention_heads=3)
+    # As DINOv2: the files' pictures are smaller than the grid of positions in them.
+    made = found._replace(image_hw=(10, 10), antialias=True)
+    monkeypatch.setattr(pretrained, "read_foreign", lambda *_: made)
+    words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3"]
+    assert main([*words, "--new_head", "--freeze_backbone", "--image_size", "20"]) == 0
+    expected = resize_positions(found.weights["position_ND"], (3, 3), (4, 4), antialias=True)
+    model = pretrained.load("output/a", device="cpu").model
+    assert torch.equal(model.state_dict()["position_ND"], expected)
+
+
 def test_a_run_without_a_frozen_backbone_trains_all_weights(here: Path) -> None:
     words = ["train", *TINY, "--init", "timm.safetensors", "--n_attention_heads", "3", "--new_head"]
     words += ["--muon_learning_rate", "0.01"]

@@ -1,5 +1,6 @@
 """vitrail.train: arrays, tensors, Datasets and paths; the run folder; what the model then does."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_a_path_trains_as_the_command_does(tmp_path: Path) -> None:
         assert model.result["test"]["images"] == 6
 
 
+def test_weights_set_the_architecture_as_in_the_command() -> None:
+    settings = {"epochs": 1, "batch_size": 60, "num_workers": 1, "image_size": 32}
+    pictures = np.repeat(PICTURES[..., None] / 16, 3, axis=3)
+    model = package.train((pictures, LABELS), init="cifar10-vit", new_head=True, **settings)
+    theirs = package.load("cifar10-vit").config
+    assert model.config.model == dataclasses.replace(theirs.model, n_classes=2)
+    assert model.config.data.mean == theirs.data.mean
+
+
 @pytest.mark.slow
 def test_handwritten_digits_are_learned() -> None:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
@@ -187,6 +197,9 @@ def test_features_of_no_pictures_are_as_wide_as_those_of_one() -> None:
         (([PICTURES[0], PICTURES[1, 2:]], [0, 1]), {}, "2 shapes"),
         ((PICTURES, np.where(LABELS, None, 1)), {}, "labels of type object"),
         ("nothing/there", {}, "no such file or folder of data"),
+        ("nothing/there", {"dataset": "folder"}, "nothing/there"),
+        ("nothing/there", {"data_path": "elsewhere"}, "leave out data_path"),
+        ((PICTURES, LABELS), {"dataset": "cifar10"}, "leave out data_path, and dataset"),
         ("nothing/there", {"test": (PICTURES, LABELS)}, "a path has its own splits"),
     ],
 )

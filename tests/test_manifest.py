@@ -195,7 +195,8 @@ def test_the_training_folder_and_its_copy_use_the_manifest(pictures: Path, tmp_p
         draw(tmp_path / "copy/bee" / f"new-{number}.png")
     trained = trained_on(pictures)
     for place in (pictures, tmp_path / "copy"):
-        chosen = choose_manifest(trained_on(place), trained, known, "test", known.classes)
+        chosen, same = choose_manifest(trained_on(place), trained, known, "test", known.classes)
+        assert same
         assert chosen.files == known.files
         assert chosen.root == place
     remove(pictures)
@@ -212,7 +213,8 @@ def test_all_of_another_folder_is_evaluated(
     for number in range(9):
         draw(tmp_path / "other/bee" / f"{number}.png", 200 + number)
     other = trained_on(tmp_path / "other")
-    chosen = choose_manifest(other, trained_on(pictures), known, "test", known.classes)
+    chosen, same = choose_manifest(other, trained_on(pictures), known, "test", known.classes)
+    assert not same
     assert counts(chosen) == {"ant": [0, 0, 0], "bee": [0, 0, 9], "cat": [0, 0, 0],
                              "dog": [0, 0, 0]}  # fmt: skip
     assert caplog.messages == []
@@ -239,7 +241,9 @@ def test_without_a_manifest_only_the_training_folder_is_split_again(
 ) -> None:
     trained = trained_on(pictures)
     classes = scan(pictures).classes
-    assert choose_manifest(trained, trained, None, "test", classes) == scan(pictures)
+    assert choose_manifest(trained, trained, None, "test", classes) == (scan(pictures), True)
     shutil.copytree(pictures, tmp_path / "copy")
-    chosen = choose_manifest(trained_on(tmp_path / "copy"), trained, None, "test", classes)
+    copy = trained_on(tmp_path / "copy")
+    chosen, same = choose_manifest(copy, trained, None, "test", classes)
+    assert not same
     assert len(chosen.files["test"]) == 63

@@ -125,6 +125,41 @@ def test_testing_uses_the_runs_split_or_all_of_another_folder(
     assert (len(other), other.classes) == (7, ("ant", "bee", "cat"))
 
 
+def test_the_subsets_of_the_training_do_not_apply_to_another_folder(
+    config: Config, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(config.data, num_train_images=20, validation_images=4)
+    run_to_the_end(dataclasses.replace(config, data=data), tmp_path / "run")
+    classifier = vitrail.load(tmp_path / "run")
+    for split in ("train", "val"):
+        shutil.copytree(config.data.data_path, tmp_path / "other" / split)
+        for number, path in enumerate((tmp_path / "other" / split).rglob("*.png")):
+            draw(path, 100 + number)  # so that it is no copy of the training's pictures
+    other = {"data_path": tmp_path / "other"}
+    assert len(load_split(classifier, "validation")) == 4
+    assert len(load_split(classifier, "validation", **other)) == 36
+    assert len(load_split(classifier, "train", **other)) == 36
+    assert len(load_split(classifier, "train", num_train_images=10, **other)) == 10
+
+
+def test_a_resumed_run_can_be_tested_from_any_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run.start(config, tmp_path / "run")
+    next(run.train())
+    run.save()
+    del run
+    shutil.move(config.data.data_path, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    resumed = resume(tmp_path / "run", data_path=Path("moved"))
+    for _ in resumed.train():
+        pass
+    resumed.finish()
+    monkeypatch.chdir(tmp_path.parent)
+    assert len(load_split(vitrail.load(tmp_path / "run"), "test")) > 0
+
+
 def test_the_range_of_wide_pictures_is_the_trainings(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

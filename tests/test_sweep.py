@@ -14,11 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vitrail.cli import main
-from vitrail.cli.sweep import summary, trial_table
+from vitrail.cli.sweep import _shown, summary, trial_table
+from vitrail.cli.train import read
 from vitrail.config.files import from_json
+from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.data.pictures import read_picture
 from vitrail.errors import ConfigError, DataError
@@ -33,6 +36,7 @@ from vitrail.sweep import (
     suggest,
     write_csv,
 )
+from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
 
 TINY = shlex.split(
@@ -117,6 +121,9 @@ def test_flags_reproduce_the_difference_of_two_configurations() -> None:
     changes = {"warmup_epochs": None, "new_head": False, "image_size": (32, 64), "mixup": 0.2}
     words = flags(start, apply(start, changes))
     assert words == "--image_size 32 64 --mixup 0.2 --warmup_epochs None --no-new_head"
+    changed = flags(start, apply(start, {"class_token": True}))
+    assert changed == "--class_token True"
+    assert read(shlex.split(changed), "vitrail train")[1].model.class_token is True
 
 
 @pytest.mark.parametrize(
@@ -197,8 +204,49 @@ def scripted(run: Run) -> Iterator[Any]:
     """End each epoch at once, with an accuracy that grows with the learning rate."""
     for epoch in (1, 2):
         accuracy = min(1.0, run.config.training.learning_rate * 50 + epoch / 100)
-        run.state.step = epoch * run.batches.steps_per_epoch
-        yield EpochEnd({"epoch": epoch, "validation_accuracy": accuracy}, True)
+        step = run.state.step = epoch * run.batches.steps_per_epoch
+        run.rows.append({"epoch": epoch, "step": step, "validation_accuracy": accuracy})  # type: ignore[typeddict-item]
+        yield EpochEnd(run.rows[-1], True)
+
+
+def test_an_epoch_whose_end_was_not_shown_counts(study_folder: Path, tiny_run: Config) -> None:
+    def interrupted(run: Run) -> Iterator[Any]:
+        for event in run.train():
+            yield event
+            if isinstance(event, Update) and event.step == run.total_steps:
+                return
+
+    sweep = Sweep(
+        from_json({"training": {"epochs": 1}}, tiny_run), study_folder.with_name("cut"),
+        search=SEARCH, trials=1, events=interrupted,
+    )  # fmt: skip
+    (trial,) = sweep.run()
+    rows = (Path(trial.user_attrs["folder"]) / "metrics.jsonl").read_text()
+    assert trial.state.name == "COMPLETE"
+    assert trial.value == json.loads(rows)["validation_accuracy"] > 0
+
+
+def test_trials_that_reach_the_goal_are_complete(study_folder: Path, tiny_run: Config) -> None:
+    base = from_json({"training": {"epochs": 2}, "run": {"stop_at_accuracy": 0.0}}, tiny_run)
+    sweep = Sweep(base, study_folder.with_name("goal"), search=SEARCH, trials=1)
+    (trial,) = sweep.run()
+    assert trial.state.name == "COMPLETE"
+    assert describe(trial)["epochs"] == 1
+
+
+def test_a_signal_ends_a_sweep_after_the_epoch_that_is_evaluated(
+    tmp_path: Path, tiny_run: Config
+) -> None:
+    (tmp_path / "a").mkdir()
+    run = Run.start(tiny_run, tmp_path / "a")
+    stop = SimpleNamespace(signal=0)
+    events = []
+    for event in _shown(run, stop):  # type: ignore[arg-type]
+        events.append(event)
+        if run.rows:
+            stop.signal = 2
+    assert isinstance(events[-1], EpochEnd)
+    assert len(run.rows) == 1
 
 
 def test_a_study_ends_with_the_requested_number_of_trials(
@@ -290,6 +338,22 @@ def test_a_trial_whose_data_has_no_validation_images_ends_the_sweep(
     sweep = Sweep(tiny_run, tmp_path / "few", search=SEARCH, trials=2)
     with pytest.raises(DataError, match="compares trials on validation images, but there are none"):
         list(sweep.run())
+
+
+@pytest.mark.parametrize(
+    "words", ["--init cifar10-vit --new_head", "--dataset npz --data_path gray.npz"]
+)
+def test_a_sweep_has_the_settings_of_the_command_that_it_recommends(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("gray.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) % 2)
+    found = []
+    monkeypatch.setattr("vitrail.cli.sweep._run", lambda _, settings, *__: found.append(settings))
+    monkeypatch.setattr("vitrail.cli.sweep._conclude", lambda *_: 1)
+    assert main(["sweep", *words.split(), "--search", "seed=1,2"]) == 0
+    assert found == [read(words.split(), "vitrail train")[1]]
+    assert found[0].model != get_preset("quick").model
 
 
 def test_flags_to_try_next_can_be_pasted_into_a_shell() -> None:

@@ -19,6 +19,7 @@ from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingEr
 from vitrail.explain.panels import GREEN, RED
 from vitrail.explain.training_pictures import choose_images, draw_attention
 from vitrail.model.vit import VisionTransformer
+from vitrail.training.loop import Update
 from vitrail.training.run import Run
 from vitrail.training.trackers import Trackers
 
@@ -255,6 +256,19 @@ def test_a_run_whose_tracker_fails_has_its_result(
     run.finish()
     assert (tmp_path / "a/result.json").exists()
     assert run.problems == ["mlflow: the server is gone; nothing was sent to it from step 3 on"]
+
+
+def test_a_loop_that_ends_with_an_epoch_reports_that_epoch(
+    mlflow: FakeMlflow, tiny_run: Config, tmp_path: Path
+) -> None:
+    settings = {"run": {"mlflow": True, "attention_epochs": 1}}
+    run = Run.start(from_json(settings, tiny_run), tmp_path / "a")
+    for event in run.train():
+        if isinstance(event, Update) and event.ends_epoch:
+            break  # before its EpochEnd
+    assert len(run.rows) == 1
+    assert [step for _, name, _, step in mlflow.metrics if name == "train_loss"] == [3]
+    assert (tmp_path / "a/attention/epoch-0001.png").exists()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

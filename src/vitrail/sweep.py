@@ -279,20 +279,17 @@ class Sweep:
         """Train with a trial's settings, reporting each epoch to Optuna."""
         folder = new_folder(self.folder, "", f"trial-{trial.number:04}")
         trial.set_user_attr("folder", str(folder))
-        run, best = Run.start(config, folder), 0.0
+        run = Run.start(config, folder)
         if "validation" not in run.monitored:  # not a bad trial: all would fail
             raise DataError(NO_VALIDATION)
         for event in self.events(run):
             if isinstance(event, EpochEnd):
-                accuracy = event.row["validation_accuracy"]
-                best = max(best, accuracy)
-                trial.report(accuracy, event.row["epoch"])
-                last = run.state.step == run.total_steps
-                if not last and trial.should_prune():
+                trial.report(event.row["validation_accuracy"], event.row["epoch"])
+                if not run.is_complete() and trial.should_prune():
                     raise self.optuna.TrialPruned
-        if run.state.step < run.total_steps:
+        if not run.is_complete():
             raise Stopped
-        return best
+        return max(row["validation_accuracy"] for row in run.rows)
 
 
 def _check(base: Config) -> None:
@@ -405,11 +402,11 @@ def plot_importances(study: Any, path: Path) -> dict[str, float]:
 def flags(start: Config, best: Config) -> str:
     """Return the flags that turn one configuration into another, with numbers to four digits."""
     words: list[str] = []
-    before = start.flat()
+    before, default = start.flat(), Config().flat()
     for name, value in best.flat().items():
         if value == before[name]:
             continue
-        if isinstance(value, bool):
+        if isinstance(default[name], bool):  # an optional one, which is None, takes a value
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, tuple) else (value,)

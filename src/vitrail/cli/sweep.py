@@ -1,5 +1,6 @@
 """``vitrail sweep``."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from vitrail.cli.console import err, out, print_err, print_out
 from vitrail.cli.parsing import parse, parse_known
-from vitrail.config.files import read_toml
+from vitrail.cli.train import FirstOptions, read_start
 from vitrail.config.presets import get_preset
 from vitrail.config.settings import Config
 from vitrail.errors import ConfigError, TrainingError, import_optional, printable
@@ -67,9 +68,8 @@ class SweepOptions(Config, SearchOptions):
 def command(args: Sequence[str]) -> int:
     """Run ``vitrail sweep``."""
     start, _ = parse_known(SearchOptions, args, prog=PROG, add_help=False)
-    base = get_preset(start.preset)
-    if start.config is not None:
-        base = read_toml(start.config, base)
+    first, _ = parse_known(FirstOptions, args, prog=PROG, add_help=False)
+    base = read_start(dataclasses.replace(first, preset=start.preset))
     defaults = SweepOptions(**vars(start), **vars(base))
     options = parse(SweepOptions, args, prog=PROG, default=defaults)
     name = options.study_name or f"sweep-{options.preset}"
@@ -122,7 +122,7 @@ def _shown(run: Any, stop: "StopRequest") -> Iterator[Any]:
         for event in run.train():
             display.show(event)
             yield event
-            if stop.signal:
+            if stop.signal and not getattr(event, "ends_epoch", False):  # its EpochEnd follows
                 return
 
 

@@ -131,7 +131,7 @@ def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
     start, _ = parse_known(FirstOptions, args, prog=prog, add_help=False)
     if start.resume is None:
         start = dataclasses.replace(start, preset=start.preset or DEFAULT_PRESET)
-        base = _read_start(start)
+        base = read_start(start)
     elif start.config is not None or start.preset:
         raise ConfigError(
             "--resume continues with the run's own settings: leave out --preset and --config"
@@ -148,7 +148,7 @@ def read(args: Sequence[str], prog: str) -> tuple[TrainOptions, Config]:
     return options, settings
 
 
-def _read_start(start: FirstOptions) -> Config:
+def read_start(start: FirstOptions) -> Config:
     """Return the settings of a preset, overridden by the model of --init, then by a TOML file.
 
     For gray arrays, also set the number of channels.

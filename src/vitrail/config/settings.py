@@ -175,7 +175,7 @@ class ModelConfig(Checked):
         else:
             for name in ("stem_channels", "stem_pools"):
                 unused = not getattr(self, name)
-                require(unused, f"{name} applies to stem conv only: give --stem conv")
+                require(unused, f"{name} needs --stem conv: give that, or an empty --{name}")
 
     @property
     def has_class_token(self) -> bool:

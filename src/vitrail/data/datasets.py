@@ -103,7 +103,6 @@ def _load_packaged(
             images = load_shapes(part)
         else:
             images = load_cifar(cast(Name, config.dataset), part, data_path=config.data_path)
-        images = images.resized(image_hw, framing(config))
         return add_shortcut(images, config.shortcut) if config.shortcut else images
 
     loaded: dict[Split, ImageSet] = {}
@@ -112,7 +111,8 @@ def _load_packaged(
         loaded["train"] = train.sample(config.num_train_images)
     if "test" in splits:
         loaded["test"] = load_part("test").sample(config.num_test_images)
-    return loaded
+    # After the subsets are chosen by their pixels: they are the same images at every size.
+    return {split: images.resized(image_hw, framing(config)) for split, images in loaded.items()}
 
 
 def _load_arrays(

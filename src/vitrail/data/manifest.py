@@ -392,8 +392,8 @@ def verify(manifest: Manifest, splits: Iterable[Split], num_workers: int) -> Non
 def choose_manifest(
     data: DataConfig, trained: DataConfig, known: Manifest | None, split: Split,
     classes: Sequence[str],
-) -> Manifest:  # fmt: skip
-    """Return the pictures to evaluate a model on, given the settings of its training.
+) -> tuple[Manifest, bool]:  # fmt: skip
+    """Return the pictures to evaluate a model on, and whether it was trained on their folder.
 
     For the folder that it was trained on, or a copy of it, that is the ``known`` manifest of its
     run; without one (a file of weights), the folder is split again. For any other folder, all
@@ -405,12 +405,12 @@ def choose_manifest(
     same = data.data_path.resolve() == (known.root if known else trained.data_path).resolve()
     if known is None:
         if trained.dataset == "folder" and same:
-            return scan(data.data_path, data.validation_images)
-        return scan_whole(data.data_path, classes)
+            return scan(data.data_path, data.validation_images), True
+        return scan_whole(data.data_path, classes), False
     here = replace(known, root=data.data_path)
     if same or all(path.is_file() for split in SPLITS for path in here.paths(split)):
         verify(here, [split], data.num_workers)
-        return here
+        return here, True
     whole = scan_whole(data.data_path, classes)
     learned = {file.fingerprint for file in known.files.get("train", ())}
     found = _fingerprints(whole.paths(split), data.num_workers)
@@ -418,7 +418,7 @@ def choose_manifest(
     if overlap:
         log.warning("%s: the model was trained on %d of these %d pictures (equal content)",
                     data.data_path, overlap, len(found))  # fmt: skip
-    return whole
+    return whole, False
 
 
 def count_added(manifest: Manifest) -> int:

@@ -61,7 +61,14 @@ def train(
         DataError: the data are not labeled pictures.
         TrainingError: the loss is not finite.
     """
-    given = from_json(by_section(settings, "train()"), get_preset(preset))
+    base, sections = get_preset(preset), by_section(settings, "train()")
+    asked = {name: value for section in sections.values() for name, value in section.items()}
+    if init := asked.get("init", base.training.init):
+        base = pretrained.with_init(base, init, asked.get("n_attention_heads"))
+    given = from_json(sections, base)
+    if "data_path" in asked or ("dataset" in asked and not isinstance(data, str | Path)):
+        raise ConfigError("give the data as the first argument only: leave out data_path, and "
+                          "dataset unless that is a path")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vitrail-") as temporary:
         keep = {"folder_name", "output_path"} & settings.keys()
         place = given.run.output_path if keep else Path(temporary)
@@ -70,7 +77,8 @@ def train(
                 raise ConfigError("a path has its own splits and classes: leave out validation, "
                                   "test and classes")  # fmt: skip
             path = Path(data)
-            chosen = dataclasses.replace(given.data, dataset=recognize(path), data_path=path)
+            dataset = asked["dataset"] if "dataset" in asked else recognize(path)
+            chosen = dataclasses.replace(given.data, dataset=dataset, data_path=path)
             arrays = None
         else:
             arrays = _arrays({"train": data, "validation": validation, "test": test}, classes)
@@ -79,7 +87,7 @@ def train(
             np.savez(folder / DATA, allow_pickle=False, **arrays)
             chosen = dataclasses.replace(given.data, dataset="npz", data_path=folder / DATA)
         config = dataclasses.replace(given, data=chosen)
-        if not given.training.init and "n_channels" not in settings and is_gray(chosen):
+        if not init and "n_channels" not in asked and is_gray(chosen):
             config = from_json({"model": {"n_channels": 1}}, config)
         trained = _follow(config, folder)
         return trained if keep else dataclasses.replace(trained, source="")

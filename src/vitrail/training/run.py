@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vitrail.config.files import to_json
 from vitrail.config.settings import Config, Split
 from vitrail.data.batches import Batches
-from vitrail.data.hf import is_on_hub
 from vitrail.data.images import ImageSet, normalize
 from vitrail.data.manifest import Manifest
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
@@ -52,6 +51,7 @@ from vitrail.training.run_folder import (
     require_run_folder,
     require_unused,
     restore_files,
+    with_absolute_path,
     write_fingerprints,
 )
 from vitrail.training.state import TrainingState, first_not_finite, prune, quality, recover
@@ -111,7 +111,7 @@ class Run:
         self.device = choose_rank_device(config.run.device)
         distributed.require_work(config.training.batch_size)
         if config.run.monitor == "test" and not has_test(config, manifest):
-            raise ConfigError("monitor is test, but there is no test split: leave --monitor out")
+            raise ConfigError("monitor is test, but there is no test split: give validation")
         wanted: list[Split] = ["train", *dict.fromkeys(("validation", config.run.monitor))]
         loaded = load_on_all_ranks(config, manifest, *wanted)
         self.manifest, splits = loaded.manifest, dict(loaded.images)
@@ -157,10 +157,7 @@ class Run:
             ConfigError: the folder is not empty.
         """
         distributed.on_leader(require_unused, folder)
-        if config.data.dataset != "shapes" and not is_on_hub(config.data.data_path):
-            # So that the run can be tested from any folder.
-            data = dataclasses.replace(config.data, data_path=config.data.data_path.absolute())
-            config = dataclasses.replace(config, data=data)
+        config = with_absolute_path(config)
         run = cls(config, folder, manifest=distributed.on_leader(list_files, config, manifest))
         distributed.on_leader(run._write_settings)
         return run
@@ -177,6 +174,7 @@ class Run:
         """
         distributed.on_leader(require_run_folder, folder)  # the lock would create the folder
         config = dataclasses.replace(config, data=locate_arrays(config.data, folder))
+        config = with_absolute_path(config)
         held = hold(folder)  # until the run itself holds it
         saved, rows = distributed.on_leader(lambda: (recover(folder, config), read_rows(folder)))
         manifest, added = distributed.on_leader(restore_files, config, folder)
@@ -218,6 +216,10 @@ class Run:
         goal = self.config.run.stop_at_accuracy
         return bool(self.rows) and goal is not None and self.rows[-1]["validation_accuracy"] >= goal
 
+    def is_complete(self) -> bool:
+        """Return whether the last epoch was evaluated, or ``stop_at_accuracy`` reached."""
+        return self.is_enough() or (bool(self.rows) and self.rows[-1]["step"] == self.total_steps)
+
     def train(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[Update | EpochEnd]:
         """Train to the end, yielding every update and the end of every epoch.
 
@@ -232,32 +234,31 @@ class Run:
         self._synchronize()
         try:
             with Trackers(self.config, self.folder, self.problems) as trackers:
-                for event in self._events(stopping):
-                    if isinstance(event, EpochEnd):
-                        trackers.write(event.row, self._draw_attention(event.row))
-                    yield event
+                yield from self._events(trackers, stopping)
         except (TrainingError, OutputError) as error:
             saved = self.saved
             kept = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved"
             raise type(error)(f"{error}; {kept}") from error
 
-    def _events(self, stopping: Callable[[], bool]) -> Iterator[Update | EpochEnd]:
+    def _events(
+        self, trackers: Trackers, stopping: Callable[[], bool]
+    ) -> Iterator[Update | EpochEnd]:
         evaluated = self.rows[-1]["step"] if self.rows else 0
         ended = self.state.step % self.batches.steps_per_epoch == 0
-        if ended and self.state.step > evaluated and (end := self._end_epoch(stopping)):
+        if ended and self.state.step > evaluated and (end := self._end_epoch(trackers, stopping)):
             yield end  # of an epoch that was stopped during its evaluation
         if self.is_enough():
             return
         for update in train(self.state, self.batches, self.config):
             # Before the update is yielded, so that breaking out then loses nothing of the epoch.
-            end = self._end_epoch(stopping) if update.ends_epoch else None
+            end = self._end_epoch(trackers, stopping) if update.ends_epoch else None
             yield update
-            if update.ends_epoch and (end := end or self._end_epoch(lambda: False)):
+            if update.ends_epoch and (end := end or self._end_epoch(trackers, lambda: False)):
                 yield end
                 if self.is_enough():
                     return
 
-    def _end_epoch(self, stopping: Callable[[], bool]) -> EpochEnd | None:
+    def _end_epoch(self, trackers: Trackers, stopping: Callable[[], bool]) -> EpochEnd | None:
         """Evaluate the epoch, write its row, save and prune checkpoints; None when stopping."""
         began = time.perf_counter()
         self._synchronize()
@@ -283,6 +284,7 @@ class Run:
         self.rows.append(row)
         self.saved = distributed.on_leader(self._write_epoch, row, best)
         self.best = row if best else self.best
+        trackers.write(row, self._draw_attention(row))
         return EpochEnd(row, best)
 
     def _synchronize(self) -> None:
@@ -334,9 +336,9 @@ class Run:
 
     def _write_epoch(self, row: EpochRow, best: bool) -> Path | None:
         """Write the rows; save and prune checkpoints. Return the last checkpoint."""
-        run, last = self.config.run, row["step"] == self.total_steps or self.is_enough()
+        run = self.config.run
         write_json_lines(self.folder / "metrics.jsonl", self.rows)
-        due = last or row["epoch"] % run.checkpoint_epochs == 0
+        due = self.is_complete() or row["epoch"] % run.checkpoint_epochs == 0
         # Without validation every epoch is the best so far, which is no reason to save it.
         if due or (best and "validation_accuracy" in row):
             checkpoint = self._write_checkpoint()

@@ -29,6 +29,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from vitrail.config.settings import ARRAYS, Config, DataConfig, Split
 from vitrail.data.arrays import choose_items, fingerprints, require_same
 from vitrail.data.datasets import Loaded, load_data
+from vitrail.data.hf import is_on_hub
 from vitrail.data.images import ImageSet
 from vitrail.data.manifest import (
     FILE,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 DATA = "data.npz"
 """The arrays passed to a run from Python."""
 FINGERPRINTS = "data.json"
+ALL_IMAGES = dict.fromkeys(("num_train_images", "validation_images", "num_test_images"))
+"""The settings of subsets, at their defaults."""
 LOCK = ".lock"
 """A file that the writing process locks; the system unlocks it when the process ends."""
 
@@ -201,7 +204,9 @@ def load_split(classifier: "Classifier", split: Split, **changes: Any) -> ImageS
         _verify_arrays(data, run, [split])
     if data.dataset == "folder":
         known = load_manifest(run) if run and (run / FILE).is_file() else None
-        manifest = choose_manifest(data, config.data, known, split, classifier.classes)
+        manifest, trained = choose_manifest(data, config.data, known, split, classifier.classes)
+        if not trained:  # the subsets of the training do not apply to it
+            data = dataclasses.replace(data, **{**ALL_IMAGES, **changes})
     changed = dataclasses.replace(config, data=data)
     return _load(changed, manifest, split, classes=classifier.classes).images[split]
 
@@ -233,6 +238,14 @@ def locate_arrays(data: DataConfig, folder: Path) -> DataConfig:
     kept = (folder / DATA).absolute()
     moved = data.data_path.name == DATA and not data.data_path.exists() and kept.exists()
     return dataclasses.replace(data, data_path=kept) if moved else data
+
+
+def with_absolute_path(config: Config) -> Config:
+    """Return the settings with an absolute data_path: a run can be tested from any folder."""
+    if config.data.dataset == "shapes" or is_on_hub(config.data.data_path):
+        return config
+    data = dataclasses.replace(config.data, data_path=config.data.data_path.absolute())
+    return dataclasses.replace(config, data=data)
 
 
 def _verify_arrays(data: DataConfig, folder: Path, splits: Sequence[Split]) -> None:

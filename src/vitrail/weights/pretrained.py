@@ -267,7 +267,12 @@ def start_from(
         CheckpointError: the weights have another architecture, or a head for other classes.
     """
     # The head count was set from these weights, so files without one cannot contradict it.
-    found = read(training.init, n_attention_heads=model.config.n_attention_heads)
+    # Read at the model's size, so that learned positions are resized once, as their layout does.
+    found = read(
+        training.init,
+        n_attention_heads=model.config.n_attention_heads,
+        image_size=model.config.image_hw,
+    )
     names = found.info.classes
     if not training.new_head and found.classes_known and names != classes:
         raise CheckpointError(
