@@ -8,12 +8,14 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 import vitrail
 from vitrail.cli import main
@@ -23,6 +25,8 @@ from vitrail.cli.explain_files import name_files
 from vitrail.cli.options import MODEL_ENDINGS, MODEL_FILES
 from vitrail.cli.parsing import parse
 from vitrail.config.drawing import Look
+from vitrail.config.settings import Split
+from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.draw import caption, draw_sheet
 from vitrail.explain.explanation import compare
@@ -33,6 +37,7 @@ from vitrail.explain.page import describe, page_data
 from vitrail.explain.panels import BLACK, GREEN, RED, scales
 from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.inference.classifier import Classifier
+from vitrail.training.run_folder import load_split
 from vitrail.weights import checkpoint
 from vitrail.weights.formats.convert import FILES
 
@@ -316,6 +321,11 @@ def test_methods_that_fail_a_test_on_the_model_are_marked(
     assert compare(subject, [MapSettings(method="occlusion", window=3)]).titles == (
         "Occlusion, window=3",
     )
+    reference = MapSettings(method="rollout", layers=(1, 2))
+    gradcam = MapSettings(method="gradcam", against=1)
+    mixed = compare(subject, [reference, gradcam], class_name="circle")
+    assert mixed.titles == ("Rollout, layers 1 2", "Grad-CAM")
+    assert f"against {subject.classes[1]}" in caption(mixed)
     assert "✗: fails a test on this model" in caption(both)
     print_failures(both)
     print_failures(failing)
@@ -629,6 +639,27 @@ def test_scores_are_printed_drawn_and_saved(
     assert printed == json.loads(Path("s/scores.json").read_text())
 
 
+def test_images_sorted_by_class_are_scored_in_mixed_order(
+    run_folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_sorted(classifier: Classifier, split: Split, **changes: Any) -> ImageSet:
+        images = load_split(classifier, split, **changes)
+        return images.take(images.labels_B.sort(stable=True).indices)
+
+    seen = []
+
+    def check(_: object, __: object, labels_B: Tensor, *___: object, **____: object) -> None:
+        seen.extend(labels_B.tolist())
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("vitrail.training.run_folder.load_split", load_sorted)
+    monkeypatch.setattr("vitrail.explain.sanity.check_methods", check)
+    words = ["explain", "--model_path", str(run_folder), "--score", "--images", "20"]
+    assert main([*words, "--method", "attention"]) == 2
+    assert len(set(seen[:8])) > 3
+    assert seen != sorted(seen)
+
+
 def test_variants_are_scored_and_compared(run_folder: Path, picture: str) -> None:
     words = ["explain", "--model_path", str(run_folder), "--score", "--images", "10"]
     names = "occlusion,occlusion:window=1,occlusion:window=2,rollout:fusion=norm"
@@ -764,6 +795,16 @@ def test_too_few_images_to_inspect_are_refused_before_anything_is_loaded(
         ("cat.png --layers x", ["--layers is 'x'"]),
         ("cat.png --frames heads --heads 3", ["head 3", "1 to 2"]),
         ("cat.png --images 20", ["--score", "leave out --images"]),
+        ("cat.png --split test --dataset shapes", ["leave out --dataset, --split"]),
+        ("cat.png --style reference --alpha 0.1", ["style reference", "leave out --alpha"]),
+        (
+            "cat.png --method balanced --frames layers --resolution patch",
+            ["one value per patch", "leave out resolution"],
+        ),
+        (
+            "--model_path cifar10 --score --dataset shapes",
+            ["shapes has the classes circle, ring", "the model plane, car"],
+        ),
         (
             "--score --window 3 --class ring --alpha 0.5",
             ["--method METHOD:NAME=VALUE", "leave out --class, --window, --alpha"],

@@ -204,6 +204,7 @@ def test_normalization_comes_with_the_weights(here: Path, tiny_model: ModelConfi
     save_weights_file(here / "own.safetensors", info, weights)
     begun = pretrained.with_init(Config(), "own.safetensors")
     assert begun.data.mean == (0.1, 0.2, 0.3)
+    assert begun.training.muon_learning_rate == 0.01
     assert begun.model == dataclasses.replace(tiny_model, n_classes=0)
 
 
@@ -226,6 +227,11 @@ def test_a_settings_file_overrides_the_weights_and_flags_override_both(
         _, settings = read([*words, *flags], "vitrail train")
         assert settings.model.position == position, text
         assert settings.model.embed_dim == tiny_model.embed_dim
+    assert settings.training.muon_learning_rate == 0.01  # the preset's would undo the weights
+    (here / "my.toml").write_text("muon_learning_rate = 0.07")
+    assert read(words, "vitrail train")[1].training.muon_learning_rate == 0.07
+    flag = ["--muon_learning_rate", "0.08"]
+    assert read([*words, *flag], "vitrail train")[1].training.muon_learning_rate == 0.08
 
 
 @pytest.mark.parametrize(

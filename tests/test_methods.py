@@ -24,6 +24,7 @@ from vitrail.explain.methods import (
     compute_maps,
     early_logits,
 )
+from vitrail.model.layers import LayerScale
 from vitrail.model.vit import VisionTransformer
 
 MakeModel = Callable[..., VisionTransformer]
@@ -364,6 +365,19 @@ def test_norms_of_contributions(make_model: MakeModel, images_BCHW: Tensor, pool
     result = compute_maps(model, images_BCHW, settings)
     flow_BTT = steps[1] @ steps[0]
     torch.testing.assert_close(result.values_BLGJ[:, 1], head_row(flow_BTT.detach(), pool))
+    # A scaled branch adds what it adds with the scale folded into its weights.
+    scale_D = torch.linspace(0.5, 2, model.config.embed_dim)
+    for block in model.blocks:
+        block.scale1 = LayerScale(model.config.embed_dim, 1.0)
+        block.scale1.weight.data.copy_(scale_D)
+    scaled = compute_maps(model, images_BCHW, settings)
+    for block in model.blocks:
+        block.scale1 = torch.nn.Identity()
+        block.attention.out_projection.weight.data.mul_(scale_D[:, None])
+        block.attention.out_projection.bias.data.mul_(scale_D)
+    folded = compute_maps(model, images_BCHW, settings)
+    torch.testing.assert_close(scaled.values_BLGJ, folded.values_BLGJ)
+    assert not torch.allclose(scaled.values_BLGJ, result.values_BLGJ, rtol=0.01)
     # Discarding nearly everything leaves each token itself, and no empty row.
     alone = dataclasses.replace(settings, discard_ratio=0.999)
     kept_BLGJ = compute_maps(model, images_BCHW, alone, classes_B=CLASSES).values_BLGJ
@@ -380,6 +394,18 @@ def test_no_images_give_no_maps(make_model: MakeModel, method: Method) -> None:
     grid = (20, 28) if method in ("balanced", "integrated_gradients") else (5, 7)
     assert result.values_BLGJ.shape == (0, len(result.layers), *grid)
     assert (result.logits_BY.shape, result.classes_B.shape) == ((0, 7), (0,))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": 3}, {"heads": 1}, {"layers": "2"}, {"query": "2,5"}, {"query": (1, 2, 3)},
+        {"query": (1.5, 0)}, {"layers": (1.0,)}, {"method": "occlusion", "window": 1.5},
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{list(settings)[-1]} is .*: give "):
+        MapSettings(**settings)
 
 
 def test_parity_with_the_references_own_maps(reference: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vitrail.explain.map_settings import MapSettings
 from vitrail.explain.methods import compute_maps
 from vitrail.explain.sanity import (
     Sanity,
+    _reset,
     check_methods,
     check_shortcut,
     enlarge,
@@ -24,7 +26,7 @@ from vitrail.explain.sanity import (
     rank_correlation,
     shares_in_tiles,
 )
-from vitrail.model.vit import VisionTransformer
+from vitrail.model.vit import Block, VisionTransformer
 
 
 @pytest.fixture
@@ -108,6 +110,16 @@ def test_randomization_reaches_positions_and_spares_the_global_generator(
     assert torch.equal(torch.get_rng_state(), state)
     assert found["stem"] != found["block 1"]
     assert abs(found["stem"].mean) < 0.5
+
+
+def test_all_weights_of_a_scaled_block_are_randomized() -> None:
+    block = Block(ModelConfig(embed_dim=12, n_attention_heads=3, layer_scale=0.1))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(3)
+    block.apply(partial(_reset, std=0.02))
+    assert all((parameter != 3).all() for parameter in block.parameters())
+    assert block.scale1.weight.tolist() == block.scale2.weight.tolist() == [pytest.approx(0.1)] * 12
 
 
 def test_a_negligible_share_is_no_dependence_on_the_class(model: VisionTransformer) -> None:

@@ -164,6 +164,25 @@ def test_a_model_that_is_replaced_by_another_shows_the_images_of_the_new_one(
     assert (after["images"], after["evaluated"]) == (100, 0)
 
 
+def test_more_models_than_are_kept_open_can_be_evaluated_in_turn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_data, "MOST_OPEN", 1)
+    names = ["a", "b", "c"]
+    for name in names:
+        shutil.copytree(run, tmp_path / "runs" / name)
+    gallery = Gallery(Shelf([str(tmp_path / "runs" / name) for name in names], Path()))
+    for step in range(1, 4):
+        for name in names:
+            assert not gallery.evaluate(name)
+            assert gallery.confusion(name)["evaluated"] == step * BATCH
+    while not gallery.evaluate("a"):
+        pass
+    gallery.picture("b", 0)  # a is evaluated: it makes room, the others are kept
+    assert gallery.confusion("b")["evaluated"] == 3 * BATCH
+    assert gallery.confusion("a")["evaluated"] == 0
+
+
 def test_a_run_shows_its_epochs_and_checkpoints(run: Path) -> None:
     with open_client(run) as client:
         assert client.get("/api/models").json()["runs"] == ["short"]

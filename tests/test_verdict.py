@@ -59,6 +59,9 @@ def test_one_or_no_method_that_passes() -> None:
     only = judge("test", [scored("balanced", 0.5)], [checked("balanced")])
     assert "balanced on this model" in only.trust
     assert "the only method that passes every test" in only.trust
+    names = ("balanced", "occlusion:window=3")
+    both = judge("test", [scored(n, 0.5) for n in names], [checked(n) for n in names])
+    assert "the 2 methods and variants that pass every test" in both.trust
     none = judge("test", [scored("balanced", 0.5, beats=False)], [checked("balanced")])
     assert none.trust.startswith("Trust none of these maps")
 

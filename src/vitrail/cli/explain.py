@@ -190,6 +190,9 @@ def _check(options: ExplainOptions) -> None:
             )
     else:
         _refuse_idle(options, ("images", "json"), (), "only for --score")
+        if options.index is None and (idle := given(options.data, vars(options.data))):
+            flags = ", ".join(f"--{name}" for name in idle)
+            raise ConfigError(f"pictures are explained, not the model's data: leave out {flags}")
 
 
 def _refuse_idle(
@@ -446,6 +449,9 @@ def _check_drawing(classifier: "Classifier", options: ExplainOptions, suffix: st
         _refuse_idle(options, (), drawing, f"{suffix} holds the numbers, which are not drawn")
     elif suffix not in (".gif", ".webp"):
         _refuse_idle(options, (), ("duration", "loop"), f"{suffix} is not animated")
+    if options.drawing.style == "reference":
+        words = "style reference dims the picture, without colors"
+        _refuse_idle(options, (), ("colormap", "alpha"), words)
     methods: list[str] = [*list_methods(options.method)] or [view_of(options)[0] or "rollout"]
     if options.class_name is not None and set(methods) <= set(CLASSLESS):
         raise ConfigError(

@@ -93,12 +93,16 @@ def _describe_settings(options: "ExplainOptions", *, page: bool) -> list[str]:
     """Return what distinguishes this drawing of a picture from others, as parts of a file name.
 
     The method (a page has all of them), then every setting that is not the default, so that
-    drawings with different settings never overwrite each other.
+    drawings with different settings never overwrite each other. (Those of different models do.)
     """
     parts = [] if page else [part for part in view_of(options) if part]
     for name in given(options, ("class_name", *SETTINGS)):
         short = name.removesuffix("_name").removesuffix("_ratio")
         parts.append(f"{short}-{getattr(options, name)}")
+    if options.image_size is not None:
+        parts.append(f"image_size-{options.image_size}")
+    if options.data.dataset is not None:
+        parts.append(options.data.dataset)
     parts += [f"{name}-{value}" for name, value in options.preparation.items()]
     drawing = options.drawing
     parts += [f"{name}-{getattr(drawing, name)}" for name in given(drawing, vars(drawing))]

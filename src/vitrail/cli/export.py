@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from vitrail.cli.console import number_table, out, print_err, print_out
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
+from vitrail.cli.options import (
+    DataOptions,
+    ModelArgument,
+    load_model,
+    log_test_use,
+    name_of,
+    require_same_classes,
+)
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, import_optional
 from vitrail.runtime.files import replace_file
@@ -117,8 +124,7 @@ def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageS
             "this model was trained without validation images: give --split test or --split train "
             "to measure the accuracy on"
         )
-    if images.classes != classifier.classes:
-        raise ConfigError(f"{split} images have other classes than the model: change --data_path")
+    require_same_classes(classifier, images, options.data)
     beside = (options.output_path or Path()).parent
     log_test_use(classifier, split, beside, "vitrail export --int8", len(images))
     return images

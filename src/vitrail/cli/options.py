@@ -16,6 +16,7 @@ from vitrail.weights import bundled
 if TYPE_CHECKING:
     import numpy as np
 
+    from vitrail.data.images import ImageSet
     from vitrail.inference.classifier import Classifier
 
 STDIN = "-"
@@ -180,6 +181,16 @@ def check_images(count: int) -> None:
     """Refuse too few images for statistics over images."""
     if count < FEWEST_IMAGES:
         raise ConfigError(f"--images is {count}: give at least {FEWEST_IMAGES}")
+
+
+def require_same_classes(classifier: "Classifier", images: "ImageSet", data: "DataOptions") -> None:
+    """Refuse labeled images of other classes than the model's."""
+    if images.classes != classifier.classes:
+        raise ConfigError(
+            f"{data.dataset or classifier.config.data.dataset} has the classes "
+            f"{', '.join(images.classes[:4])}…, the model {', '.join(classifier.classes[:4])}…: "
+            "give data with the model's classes"
+        )
 
 
 def log_test_use(

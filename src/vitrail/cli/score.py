@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from vitrail.cli.console import out, print_err, progress_bar
-from vitrail.cli.options import DataOptions, log_test_use
+from vitrail.cli.options import DataOptions, log_test_use, require_same_classes
 from vitrail.errors import OutputError
 from vitrail.runtime.files import write_json
 
@@ -45,8 +45,11 @@ def score(
 
     methods = chosen or METHODS
     images = load_split(classifier, **data.to_load()).sample(count)
+    require_same_classes(classifier, images, data)
+    images = images.shuffled()  # some tests take the first ones, but folders are sorted by class
     log_test_use(classifier, data.split, folder, "vitrail explain --score", len(images))
-    print_err(f"scoring on {len(images)} {data.split} images of {classifier.config.data.dataset}")
+    dataset = data.dataset or classifier.config.data.dataset
+    print_err(f"scoring on {len(images)} {data.split} images of {dataset}")
     raw_BCHW = images.raw_BCHW.to(classifier.device)
     images_BCHW = normalize(raw_BCHW, classifier.mean, classifier.std)
     steps = STEPS * (len(methods) + len(CONTROLS)) + len(methods) + 2

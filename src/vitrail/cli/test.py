@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 import tyro
 
 from vitrail.cli.console import out, print_err, progress_bar, waiting
-from vitrail.cli.options import DataOptions, ModelArgument, load_model, log_test_use, name_of
+from vitrail.cli.options import (
+    DataOptions,
+    ModelArgument,
+    load_model,
+    log_test_use,
+    name_of,
+    require_same_classes,
+)
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
-from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Metrics
@@ -85,11 +91,7 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
     with waiting("loading the data"):
         images = load_split(classifier, **changes)
     dataset = options.data.dataset or classifier.config.data.dataset
-    if images.classes != classifier.classes:
-        raise ConfigError(
-            f"{dataset} has the classes {', '.join(images.classes[:4])}…, "
-            f"the model {', '.join(classifier.classes[:4])}…: give data with the model's classes"
-        )
+    require_same_classes(classifier, images, options.data)
     purpose = "vitrail test --tta" if options.tta else "vitrail test"
     log_test_use(classifier, split, folder, purpose, len(images))
     print_err(f"{classifier.source}: {len(images):,} {split} images of {dataset}")

@@ -163,7 +163,7 @@ def read_start(start: FirstOptions) -> Config:
     from vitrail.weights.pretrained import with_init
 
     theirs = with_init(base, init, start.n_attention_heads)
-    return from_json({name: given.get(name, {}) for name in ("model", "data")}, theirs)
+    return from_json({**given, "training": {**given.get("training", {}), "init": init}}, theirs)
 
 
 def _is_gray(dataset: Dataset, start: FirstOptions, base: Config) -> bool:

@@ -373,7 +373,8 @@ class TrainingConfig(Checked):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the weight matrices of the blocks and the stem, AdamW for the rest."""
     muon_learning_rate: float = 0.05
-    """Peak learning rate of Muon: the size of an update as a fraction of the weight's norm."""
+    """Peak learning rate of Muon: the size of an update as a fraction of the weight's norm. With
+    pretrained weights the default is at most 0.01."""
     weight_decay: float = 1e-3
     """Decoupled weight decay of AdamW. (Muon keeps the norms of its weights constant instead.)"""
     decay: Literal["matrices", "all"] = "matrices"
@@ -388,8 +389,7 @@ class TrainingConfig(Checked):
     """Evaluate and save an exponential moving average of the weights, with this decay per update;
     0 for none. After n updates the decay is at most (1 + n) / (10 + n), for short runs."""
     init: str = ""
-    """Pretrained weights: a run folder, file, bundled model or hf:OWNER/NAME. Default: random
-    initialization."""
+    """Pretrained weights: run folder, file, bundled model or hf:OWNER/NAME. Default: random."""
     new_head: bool = False
     """Replace the head of the pretrained weights with a new one, for other classes."""
     freeze_backbone: bool = False

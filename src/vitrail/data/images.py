@@ -63,6 +63,10 @@ class ImageSet:
         hashes = [hashlib.blake2b(image, digest_size=8).digest() for image in pixels]
         return self.take(self._choose(shares(self._counts(), count), hashes))
 
+    def shuffled(self) -> "ImageSet":
+        """Return the images in a random order, always the same one."""
+        return self.take(torch.randperm(len(self), generator=rng.generator(0, "order")))
+
     def split(self, validation_images: int | None) -> tuple["ImageSet", "ImageSet"]:
         """Return the training and the validation images: stratified, fixed, each in their order.
 

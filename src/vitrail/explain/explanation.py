@@ -284,13 +284,18 @@ def compare(
         )
         for each, maps in zip(settings, all_maps, strict=True)
     )
-    return Explanation(subject, settings[0], "methods", frames, int(all_maps[0].classes_B[0]))
+    # The caption is that of the first method that has a class to explain against, if one is given.
+    first = next((each for each in settings if each.against is not None), settings[0])
+    return Explanation(subject, first, "methods", frames, int(all_maps[0].classes_B[0]))
 
 
 def _title(settings: MapSettings) -> str:
-    """Return the method's title, with the settings that make a variant of it."""
-    variant = settings.variant.partition(":")[2]
-    return f"{TITLES[settings.method]}, {variant}" if variant else TITLES[settings.method]
+    """Return the method's title, with the settings that make a variant of it, layers and heads."""
+    parts = [TITLES[settings.method], *settings.variant.split(":")[1:]]
+    for name in ("layers", "heads"):
+        if numbers := getattr(settings, name):
+            parts.append(f"{name} {' '.join(map(str, numbers))}")
+    return ", ".join(parts)
 
 
 def maps_of(
@@ -340,6 +345,8 @@ def _by_head(subject: Subject, settings: MapSettings, index: int | None) -> Expl
 def _by_depth(subject: Subject, settings: MapSettings, index: int | None) -> Explanation:
     """One frame per depth, from the head back to the stem: where the evidence is."""
     require(settings.points is None, "frames layers uses one gradient: leave out points")
+    whole = settings.resolution == "pixel"
+    require(whole, "frames layers has one value per patch anyway: leave out resolution")
     maps = maps_of(subject, subject.model, settings, index)
     maps_LGJ = contributions_by_layer(
         subject.model, subject.image_1CHW, maps.classes_B, against=settings.against

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from vitrail.config.files import Checked
 from vitrail.config.settings import require, require_range
 from vitrail.errors import ConfigError, nearest
 
@@ -90,7 +91,7 @@ WHY_UNSUPPORTED: dict[Method, str] = {
 
 
 @dataclass(frozen=True)
-class MapSettings:
+class MapSettings(Checked):
     """Which map to compute, and how.
 
     Raises:
@@ -134,6 +135,7 @@ class MapSettings:
             value = getattr(self, name)
             hint = nearest(value, known)
             require(value in known, f"{name} is {value!r}, not one of {', '.join(known)}{hint}")
+        super().__post_init__()
         require(
             0 <= self.discard_ratio < 1,
             f"discard_ratio is {self.discard_ratio}: give a number from 0 to less than 1",

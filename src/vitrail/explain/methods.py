@@ -24,6 +24,7 @@ from vitrail.explain.checks import (
 from vitrail.explain.formulas import HeadFusion
 from vitrail.explain.map_settings import SIGNED, SUPPORTED_SETTINGS, VIEWS, MapSettings, Method
 from vitrail.explain.removal import class_score
+from vitrail.model.layers import LayerScale
 from vitrail.model.vit import Block, VisionTransformer
 
 PREDICTED = -1
@@ -418,6 +419,8 @@ def _run_norms(model: VisionTransformer, tokens_BTD: Tensor) -> tuple[Tensor, li
         A = attention.n_attention_heads
         values_BTAK = values_BTD.reshape(B, T, A, D // A)
         projection_DD = attention.out_projection.weight
+        if isinstance(block.scale1, LayerScale):
+            projection_DD = block.scale1.weight[:, None] * projection_DD
         norms.append(
             formulas.contribution_norms(tokens_BTD, attention_BATT, values_BTAK, projection_DD)
         )

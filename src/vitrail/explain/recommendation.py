@@ -36,7 +36,8 @@ def _sentence(badges: Sequence[Badge], scores: Sequence[Score]) -> str:
     best, *others = passed
     # On a par: the 95% interval of the paired difference includes 0.
     ties = [score.method for score in others if paired_difference(best, score).low <= 0]
-    why = f"the highest SRG of the {len(passed)} methods that pass every test"
+    kinds = "methods and variants" if any(":" in s.method for s in passed) else "methods"
+    why = f"the highest SRG of the {len(passed)} {kinds} that pass every test"
     text = f"Trust {best.method} on this model: "
     text += why if others else "the only method that passes every test"
     if ties:

@@ -24,6 +24,7 @@ from vitrail.explain.map_settings import (
 )
 from vitrail.explain.methods import compute_maps, fitting
 from vitrail.model.finetune import build_model, resize
+from vitrail.model.layers import LayerScale
 from vitrail.model.vit import VisionTransformer, initialize
 from vitrail.runtime import rng
 
@@ -139,7 +140,7 @@ def randomization(
 
 def _reset(module: nn.Module, std: float) -> None:
     """Initialize a module's own weights anew, as before training."""
-    if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+    if isinstance(module, nn.LayerNorm | nn.BatchNorm2d | LayerScale):
         module.reset_parameters()
     else:
         initialize(module, std=std)

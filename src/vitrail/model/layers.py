@@ -43,7 +43,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, embed_dim: int, start: float) -> None:
         super().__init__()
+        self.start = start
         self.weight = nn.Parameter(torch.full((embed_dim,), start))
+
+    def reset_parameters(self) -> None:
+        """Set all factors to their initial value."""
+        nn.init.constant_(self.weight, self.start)
 
     def forward(self, branch_BTD: Tensor) -> Tensor:
         """Return the branch, each dimension times its factor."""

@@ -27,7 +27,7 @@ from vitrail.training.run_folder import load_split, read_rows
 log = logging.getLogger("vitrail")
 
 MOST_OPEN = 3
-"""Maximum number of models whose validation images are kept in memory."""
+"""Number of models whose validation images are kept in memory, besides those being evaluated."""
 EXAMPLES, LISTED = 10, 60
 """Number of example pictures, and of pictures listed for a cell of the confusion matrix."""
 BATCH = 64
@@ -44,6 +44,11 @@ class Data:
     parts: list[Tensor] = field(default_factory=list)
     evaluated: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no evaluation has begun, or it has ended."""
+        return self.evaluated in (0, len(self.images))
 
 
 class Gallery:
@@ -161,8 +166,9 @@ class Gallery:
             with self._lock:
                 self._open[name] = data
                 self._open.move_to_end(name)
-                while len(self._open) > MOST_OPEN:
-                    self._open.popitem(last=False)
+                idle = [key for key, each in self._open.items() if each.idle and key != name]
+                for key in idle[: max(0, len(self._open) - MOST_OPEN)]:
+                    del self._open[key]
         return data
 
 

@@ -61,14 +61,7 @@ def train(
         DataError: the data are not labeled pictures.
         TrainingError: the loss is not finite.
     """
-    base, sections = get_preset(preset), by_section(settings, "train()")
-    asked = {name: value for section in sections.values() for name, value in section.items()}
-    if init := asked.get("init", base.training.init):
-        base = pretrained.with_init(base, init, asked.get("n_attention_heads"))
-    given = from_json(sections, base)
-    if "data_path" in asked or ("dataset" in asked and not isinstance(data, str | Path)):
-        raise ConfigError("give the data as the first argument only: leave out data_path, and "
-                          "dataset unless that is a path")  # fmt: skip
+    given, asked = _read_settings(preset, settings, is_path=isinstance(data, str | Path))
     with tempfile.TemporaryDirectory(prefix="vitrail-") as temporary:
         keep = {"folder_name", "output_path"} & settings.keys()
         place = given.run.output_path if keep else Path(temporary)
@@ -87,10 +80,27 @@ def train(
             np.savez(folder / DATA, allow_pickle=False, **arrays)
             chosen = dataclasses.replace(given.data, dataset="npz", data_path=folder / DATA)
         config = dataclasses.replace(given, data=chosen)
-        if not init and "n_channels" not in asked and is_gray(chosen):
+        if not given.training.init and "n_channels" not in asked and is_gray(chosen):
             config = from_json({"model": {"n_channels": 1}}, config)
         trained = _follow(config, folder)
         return trained if keep else dataclasses.replace(trained, source="")
+
+
+def _read_settings(
+    preset: str, settings: dict[str, Any], *, is_path: bool
+) -> tuple[Config, dict[str, Any]]:
+    """Return the complete settings, and those that were given, by name.
+
+    As in ``vitrail train``, pretrained weights override the preset.
+    """
+    base, sections = get_preset(preset), by_section(settings, "train()")
+    asked = {name: value for section in sections.values() for name, value in section.items()}
+    if "data_path" in asked or ("dataset" in asked and not is_path):
+        raise ConfigError("give the data as the first argument only: leave out data_path, and "
+                          "dataset unless that is a path")  # fmt: skip
+    if init := asked.get("init", base.training.init):
+        base = pretrained.with_init(base, init, asked.get("n_attention_heads"))
+    return from_json(sections, base), asked
 
 
 def _follow(config: Config, folder: Path) -> Classifier:

@@ -54,6 +54,8 @@ from vitrail.weights.formats.convert import (
 
 OWN = "vitrail"
 """Name of our own layout."""
+FINE_TUNING_RATE = 0.01
+"""Muon's learning rate for pretrained weights; a preset's, for random ones, would undo them."""
 
 
 @dataclass(frozen=True)
@@ -243,18 +245,20 @@ def _note_assumed(found: Converted, given: Mapping[str, Any]) -> list[str]:
 def with_init(config: Config, init: str, n_attention_heads: int | None = None) -> Config:
     """Return the settings of a run that starts from weights: their model and preparation.
 
-    Dropout and stochastic depth are kept; the number of classes is that of the data.
+    Dropout and stochastic depth are kept; the number of classes is that of the data. Muon's
+    rate is at most FINE_TUNING_RATE.
     """
     theirs = read(init, n_attention_heads=n_attention_heads).info.config
     # The range of 16-bit pictures is a property of the data, not of the weights.
     names = (name for name in PREPARATION if name != "pixel_range")
     preparation = {name: getattr(theirs.data, name) for name in names}
     free = {name: getattr(config.model, name) for name in ("dropout", "drop_path")}
+    rate = min(config.training.muon_learning_rate, FINE_TUNING_RATE)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(theirs.model, n_classes=0, **free),
         data=replace_fields(config.data, preparation),
-        training=dataclasses.replace(config.training, init=init),
+        training=dataclasses.replace(config.training, init=init, muon_learning_rate=rate),
     )
 
 

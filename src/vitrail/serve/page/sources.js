@@ -180,6 +180,6 @@ export class Brush {
 
   async send() {
     const blob = await toBlob(this.canvas);
-    this.choose(picture(blob, this.canvas, {live: true, name: "drawing"}));
+    this.choose(picture(blob, this.canvas, {live: true, prepared: true, name: "drawing"}));
   }
 }
