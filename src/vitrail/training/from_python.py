@@ -69,9 +69,8 @@ def train(
             if any(extra is not None for extra in (validation, test, classes)):
                 raise ConfigError("a path has its own splits and classes: leave out validation, "
                                   "test and classes")  # fmt: skip
-            path = Path(data)
-            dataset = asked["dataset"] if "dataset" in asked else recognize(path)
-            chosen = dataclasses.replace(given.data, dataset=dataset, data_path=path)
+            dataset = asked.get("dataset") or recognize(Path(data))
+            chosen = dataclasses.replace(given.data, dataset=dataset, data_path=Path(data))
             arrays = None
         else:
             arrays = _arrays({"train": data, "validation": validation, "test": test}, classes)
