@@ -27,7 +27,7 @@ from vitrail.training.run_folder import load_split, read_rows
 log = logging.getLogger("vitrail")
 
 MOST_OPEN = 3
-"""Number of models whose validation images are kept in memory, besides those being evaluated."""
+"""Number of models whose validation images stay in memory; those being evaluated always do."""
 EXAMPLES, LISTED = 10, 60
 """Number of example pictures, and of pictures listed for a cell of the confusion matrix."""
 BATCH = 64
