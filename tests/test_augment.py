@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitrail.config.settings import AugmentConfig, Config, DataConfig, RunConfig, TrainingConfig
 from vitrail.data.augment import (
+    _beta,
     cutmix,
     mixup,
     patch_drop,
@@ -235,3 +236,42 @@ def test_images_are_normalized_and_targets_one_hot() -> None:
 def test_no_images_is_refused() -> None:
     with pytest.raises(DataError, match="no images to train on"):
         batches(PLAIN, count=0)
+
+
+def test_erased_and_pasted_rectangles_lie_anywhere_and_have_many_shapes() -> None:
+    raw_BCHW = torch.zeros(503, 1, 31, 37, dtype=torch.uint8)
+    erased_BHW = random_erasing(raw_BCHW, rng.generator(7, "augment"), 1.0)[:, 0] > 0
+    quarters = [half.chunk(2, 2) for half in erased_BHW.float().chunk(2, 1)]
+    assert min(part.mean() for half in quarters for part in half) > 0.1
+    heights_B, widths_B = erased_BHW.any(2).sum(1), erased_BHW.any(1).sum(1)
+    ratio_B = heights_B / widths_B
+    assert ratio_B.quantile(0.1) < 0.6
+    assert ratio_B.quantile(0.9) > 1.7
+    tops, images_BCHW = set(), torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 30, 34)
+    for seed in range(40):
+        mixed_BCHW, _ = cutmix(images_BCHW, torch.eye(2), rng.generator(seed, "augment"), 1.0)
+        rows = (mixed_BCHW[0, 0] == 1).any(1).nonzero().flatten()
+        if 0 < len(rows) < 30:
+            tops.add(round((rows[0] + rows[-1]).item() / 2))
+    assert len(tops) > 5
+
+
+def test_alpha_sets_how_evenly_images_are_mixed() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for alpha in (0.2, 1.0, 5.0):
+        weights = torch.tensor([_beta(alpha, generator) for _ in range(2000)])
+        assert weights.mean().item() == pytest.approx(0.5, abs=0.04)
+        assert weights.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
+
+
+def test_mixup_and_cutmix_take_turns() -> None:
+    made = batches(dataclasses.replace(PLAIN, mixup=1.0, cutmix=1.0), batch_size=5, count=100)
+    plain = batches(PLAIN, batch_size=5, count=100)
+    pasted = 0
+    steps = 80
+    for step in range(steps):
+        mixed, all_ = made(step).images_BCHW, plain(step).images_BCHW
+        # Pasted pixels are pixels of an image of the batch, unchanged.
+        known = (mixed[:, None] == all_[None]).all(2).any(1)
+        pasted += bool(known.all())
+    assert 20 < pasted < 60

@@ -29,7 +29,7 @@ from vitrail.config.settings import Split
 from vitrail.data.images import ImageSet
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.draw import caption, draw_sheet
-from vitrail.explain.explanation import compare
+from vitrail.explain.explanation import Subject, compare
 from vitrail.explain.explanation import explain as draw
 from vitrail.explain.map_settings import METHODS, MapSettings
 from vitrail.explain.methods import attention_by_head, compute_maps, contributions_by_layer
@@ -855,3 +855,26 @@ def test_invalid_explanations_are_one_line(
     assert line.startswith("vitrail: ")
     for part in parts:
         assert part in line
+
+
+def test_frames_of_training_are_the_maps_of_each_checkpoint(make_model: Any) -> None:
+    models = [make_model(), make_model(dropout=0.0)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(-0.5)
+    raw_HWC = np.random.default_rng(2).integers(0, 256, (20, 28, 3), np.uint8)
+    image_1CHW = torch.from_numpy(raw_HWC).permute(2, 0, 1)[None] / 128 - 1
+    subject = Subject(models[1], image_1CHW, raw_HWC, raw_HWC, "crop", tuple("abcdefg"))
+    settings = MapSettings(method="rollout")
+    found = draw(
+        subject,
+        settings,
+        kind="training",
+        checkpoints=[("epoch 1", models[0]), ("epoch 2", models[1])],
+    )
+    assert found.titles == ("epoch 1", "epoch 2")
+    for frame, model in zip(found.frames, models, strict=True):
+        maps = compute_maps(model, image_1CHW, settings)
+        np.testing.assert_array_equal(frame.map_GJ, maps.values_BLGJ[0, -1].numpy())
+        assert frame.prediction.startswith("abcdefg"[int(maps.logits_BY[0].argmax())])
+    assert not np.array_equal(found.frames[0].map_GJ, found.frames[1].map_GJ)

@@ -268,3 +268,13 @@ def test_a_head_for_other_classes_is_refused(tiny_model: ModelConfig, here: Path
     assert pretrained.start_from(model, training, tuple("abcdefg")) == []
     with pytest.raises(ConfigError, match="layer_decay is 2"):
         TrainingConfig(layer_decay=2)
+
+
+def test_dropout_of_the_run_is_kept(tmp_path: Path, tiny_model: ModelConfig) -> None:
+    info = CheckpointInfo(Config(model=tiny_model), tuple("abcdefg"), {}, {})
+    save_weights_file(
+        tmp_path / "own.safetensors", info, VisionTransformer(tiny_model).state_dict()
+    )
+    mine = Config(model=ModelConfig(dropout=0.33, drop_path=0.22))
+    begun = pretrained.with_init(mine, str(tmp_path / "own.safetensors"))
+    assert (begun.model.dropout, begun.model.drop_path) == (0.33, 0.22)

@@ -22,7 +22,7 @@ from vitrail.evaluation.calibration import Calibration
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime.files import write_json
 from vitrail.weights.checkpoint import CheckpointInfo, save_checkpoint, write_pointer
-from vitrail.weights.hub import without_paths
+from vitrail.weights.hub import download, without_paths
 
 hub_library = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -206,3 +206,17 @@ def test_a_missing_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) ->
         ConfigError, match=r'huggingface_hub is not installed: pip install -e "\.\[hub\]"'
     ):
         vitrail.load("hf:me/tiny")
+
+
+def test_the_revision_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Any, Any]] = []
+
+    class Client:
+        def snapshot_download(self, name: str, *, revision: Any, allow_patterns: Any) -> str:
+            asked.append((name, revision))
+            return str(tmp_path)
+
+    monkeypatch.setattr("vitrail.weights.hub.hub_api", Client)
+    download("hf:me/tiny@v1.0")
+    download("hf:me/tiny")
+    assert asked == [("me/tiny", "v1.0"), ("me/tiny", None)]

@@ -19,7 +19,7 @@ from vitrail.config.settings import ModelConfig
 from vitrail.data import fills
 from vitrail.data.fills import FILLS
 from vitrail.errors import CheckpointError, ConfigError, DataError, OutputError
-from vitrail.explain import map_report
+from vitrail.explain import map_metrics, map_report
 from vitrail.explain.best_order import Ceiling, best_orders, find_ceiling
 from vitrail.explain.deletion_insertion import deletion_insertion, rank_patches
 from vitrail.explain.faithfulness import faithfulness_correlation, hidden_sets, logit_drops
@@ -42,6 +42,7 @@ from vitrail.explain.map_metrics import (
 )
 from vitrail.explain.map_report import plot_ranking, plot_scores, score_table
 from vitrail.explain.map_settings import METHODS, MapSettings
+from vitrail.explain.methods import compute_maps
 from vitrail.explain.stored_scores import Badge, Verdict
 from vitrail.model.vit import VisionTransformer
 
@@ -227,10 +228,7 @@ def test_maps_that_are_not_finite_are_refused() -> None:
 # Controls
 
 
-def test_control_maps_do_not_depend_on_the_model() -> None:
-    drawn = torch.rand((4, 3, 5), generator=torch.Generator().manual_seed(1))
-    assert drawn.shape == (4, 3, 5)
-    assert len(drawn.unique()) == 60
+def test_the_central_map_is_symmetric() -> None:
     center_GJ = center_maps((3, 5))[0]
     assert center_GJ.argmax() == 7
     torch.testing.assert_close(center_GJ, center_GJ.flip(0, 1))
@@ -558,3 +556,37 @@ def test_true_effects_correlate_with_the_drop_and_the_size_of_a_set_does_not() -
         maps_BGJ = true_BGJ * factor + 1
         found_B = faithfulness_correlation(maps_BGJ, hidden_KN, drops_BK)
         torch.testing.assert_close(found_B, torch.full((9,), float(expected), dtype=torch.float64))
+
+
+def test_scores_are_those_of_the_last_layers_map_and_the_controls_are_what_they_say() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        ModelConfig(
+            image_size=(12, 20),
+            n_classes=3,
+            patch_size=4,
+            embed_dim=8,
+            n_layers=2,
+            n_attention_heads=2,
+            init_std=0.5,
+        )
+    ).eval()
+    images_BCHW = torch.randn(11, 3, 12, 20, generator=torch.Generator().manual_seed(5))
+    classes_B = map_metrics.predict_classes(model, images_BCHW)
+    maps = dict(map_metrics._all_maps(model, images_BCHW, ("attention",), classes_B, 0))
+    last_BGJ = compute_maps(model, images_BCHW, MapSettings()).values_BLGJ[:, -1]
+    assert torch.equal(maps["attention"], last_BGJ)
+    random_BGJ = maps["random"]
+    assert len(random_BGJ.unique()) == random_BGJ.numel()
+    assert 0 <= random_BGJ.min() < 0.1 < 0.9 < random_BGJ.max() <= 1
+    assert maps["blurred random"][0, 1, 2].item() == pytest.approx(
+        random_BGJ[0, 0:3, 1:4].mean().item(), rel=1e-5
+    )
+    assert maps["blurred random"][0, 0, 0].item() == pytest.approx(
+        random_BGJ[0, :2, :2].mean().item(), rel=1e-5
+    )
+    other = dict(map_metrics._all_maps(model, images_BCHW, (), classes_B, 1))["random"]
+    assert not torch.equal(random_BGJ, other)
+    (score, *_) = map_metrics.score_methods(model, images_BCHW, None, ("attention",), steps=4)
+    drawn = deletion_insertion(model, images_BCHW, last_BGJ, classes_B, fill="mean", steps=4)
+    assert score.estimates["deletion_mean"].mean == pytest.approx(drawn.areas()[0].mean().item())

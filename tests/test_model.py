@@ -314,3 +314,27 @@ def test_a_hidden_width_is_rounded_not_cut_off() -> None:
     """100 * 1.15 is 114.99999999999999 in floating point."""
     config = ModelConfig(embed_dim=100, n_attention_heads=4, forward_mul=1.15)
     assert config.hidden_dim == 115
+
+
+@pytest.mark.parametrize("branch", ["attention.out_projection", "mlp.fc2"])
+@pytest.mark.parametrize("kind", ["dropout", "drop_path"])
+def test_dropout_and_stochastic_depth_apply_to_each_branch(branch: str, kind: str) -> None:
+    rate = {"dropout": 0.5} if kind == "dropout" else {"dropout": 0.0}
+    block = Block(
+        ModelConfig(embed_dim=24, n_attention_heads=3, **rate),
+        drop_path=0.5 * (kind == "drop_path"),
+    )
+    for name, parameter in block.named_parameters():
+        torch.nn.init.zeros_(parameter)
+        if name == f"{branch}.bias":  # this branch alone adds 1 to everything
+            torch.nn.init.ones_(parameter)
+    torch.manual_seed(1)
+    added_BTD = block(torch.zeros(64, 5, 24))[0]
+    assert added_BTD.unique().tolist() == [0, 2]
+    by_image = added_BTD.flatten(1).std(1).max().item() == 0
+    assert by_image == (kind == "drop_path")
+
+
+def test_linear_layers_begin_with_the_deviation_that_is_set(tiny_model: ModelConfig) -> None:
+    model = VisionTransformer(dataclasses.replace(tiny_model, init_std=0.3))
+    assert model.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.3, rel=0.1)

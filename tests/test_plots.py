@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -142,3 +143,31 @@ def test_bins_of_few_images_are_pale() -> None:
     accuracy = axes.containers[0]
     assert accuracy.get_label() == "accuracy (pale: below 1% of the images)"
     assert [bar.get_facecolor()[3] for bar in accuracy] == [1, 0.3]
+
+
+def test_a_count_stands_in_the_row_of_the_true_class(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    guesses, labels = torch.tensor([0, 1, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 2])
+    metrics = measure(torch.eye(3)[guesses], labels, classes="abc")
+    plot_confusion(metrics, "", tmp_path / "x.png")
+    axes = figures[0].axes[0]
+    counts = {t.get_position()[::-1]: t.get_text() for t in axes.texts if t.get_text().isdigit()}
+    assert counts == {(0, 0): "1", (0, 1): "2", (1, 1): "1", (2, 2): "1"}  # row, column
+    np.testing.assert_allclose(
+        axes.images[0].get_array(), [[1 / 3, 2 / 3, 0], [0, 1, 0], [0, 0, 1]]
+    )
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_bars_are_as_high_as_the_accuracy_and_the_gap_reaches_the_confidence() -> None:
+    logits_BY = torch.tensor([[2.0, 0, 0]] * 4)
+    metrics = measure(logits_BY, torch.tensor([0, 1, 1, 1]), classes="abc")
+    _, axes = plots._figure(3, 2)
+    plots._draw_reliability(axes, metrics)
+    (accuracy,), (gap,) = axes.containers
+    confidence = logits_BY[0].softmax(0)[0].item()
+    assert accuracy.get_height() == pytest.approx(0.25)
+    assert gap.get_y() + gap.get_height() == pytest.approx(confidence)

@@ -14,8 +14,8 @@ from vitrail.config.files import from_json
 from vitrail.config.settings import Config
 from vitrail.data.images import normalize
 from vitrail.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from vitrail.evaluation.calibration import Calibration
-from vitrail.evaluation.metrics import predict_logits, quick_scores
+from vitrail.evaluation.calibration import Calibration, fit
+from vitrail.evaluation.metrics import Features, predict_logits, quick_scores
 from vitrail.model.layers import WhitePatches
 from vitrail.training.loop import Update, count_flops
 from vitrail.training.run import EpochEnd, Run
@@ -324,3 +324,55 @@ def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
     prune(tmp_path, 2)
     kept = {path.name for path in tmp_path.glob("step-*")}
     assert kept == {"step-0000003", "step-0000009", "step-0000012"}
+
+
+def test_another_seed_gives_other_first_weights(tiny_run: Config, tmp_path: Path) -> None:
+    one, two = (
+        Run.start(from_json({"run": {"seed": s}}, tiny_run), tmp_path / str(s)).state.weights()
+        for s in (1, 2)
+    )
+    assert not torch.equal(one["blocks.0.mlp.fc1.weight"], two["blocks.0.mlp.fc1.weight"])
+
+
+def test_the_calibration_is_fitted_to_the_labels_of_the_validation_images(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    run = Run.start(from_json({"training": {"label_smoothing": 0.1}}, tiny_run), tmp_path / "a")
+    for _ in run.train():
+        pass
+    run.finish()
+    best, images = vitrail.load(tmp_path / "a", device="cpu"), run.monitored["validation"]
+    where: Any = {"mean": best.mean, "std": best.std, "device": torch.device("cpu")}
+    logits_BY = predict_logits(best.model, images, **where)
+    features_BD = predict_logits(Features(best.model), images, **where)
+    expected = fit(logits_BY, images.labels_B, features_BD, smoothing=0.1)
+    assert best.calibration.temperature == pytest.approx(expected.temperature, rel=1e-4)
+
+
+def test_a_row_sums_up_the_updates_of_its_epoch(tiny_run: Config, tmp_path: Path) -> None:
+    run = Run.start(tiny_run, tmp_path / "a")
+    updates: list[Update] = []
+    for event in run.train():
+        if isinstance(event, Update):
+            updates.append(event)
+            continue
+        row, images = event.row, sum(u.images for u in updates)
+        assert images == run.train_images
+        loss = sum(u.loss * u.images for u in updates) / images
+        assert row["train_loss"] == pytest.approx(loss)
+        assert row["train_accuracy"] == pytest.approx(sum(u.correct for u in updates) / images)
+        assert row["learning_rate"] == pytest.approx(updates[-1].learning_rate)
+        updates.clear()
+    assert Run.resume(tmp_path / "a", run.config).state.seconds == run.state.seconds > 0
+
+
+def test_a_resumed_run_that_is_accurate_enough_stays_as_it_is(
+    tiny_run: Config, tmp_path: Path
+) -> None:
+    config = from_json({"run": {"stop_at_accuracy": 0.0}}, tiny_run)
+    run = Run.start(config, tmp_path / "a")
+    for _ in run.train():
+        pass
+    again = Run.resume(tmp_path / "a", run.config)
+    assert list(again.train()) == []
+    assert again.state.step == run.state.step == 3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import AugmentConfig, Config, ModelConfig, TrainingConfig
@@ -370,3 +371,56 @@ def test_operations_match_the_formula() -> None:
     assert forward == 2 * (stem + layers * block + head)
     assert 58e6 < forward / 2 < 59e6
     assert training == 3 * forward - 2 * stem, "no gradient goes to the pixels"
+
+
+def masks(config: Config) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    state = TrainingState.start(VisionTransformer(config.model), config.training)
+    seen: list[torch.Tensor] = []
+    state.model.dropout.register_forward_hook(lambda *args: seen.append(args[2] == 0))
+    updates = train(state, batches(config), config)
+    next(updates), next(updates)
+    return seen
+
+
+def test_dropout_differs_from_update_to_update_and_with_the_seed() -> None:
+    one, two = masks(changed("run", seed=1)), masks(changed("run", seed=2))
+    assert not torch.equal(one[0], one[1])
+    assert not torch.equal(one[0], two[0])
+    assert all(map(torch.equal, one, masks(changed("run", seed=1))))
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_another_seed_gives_other_batches(flip: str) -> None:
+    config = dataclasses.replace(BASE, augment=AugmentConfig(crop_padding=0, flip=flip))
+    one, two = (
+        batches(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=s)))(0)
+        for s in (1, 2)
+    )
+    assert not torch.equal(one.labels_B, two.labels_B)
+
+
+def test_the_average_averages_running_statistics_too() -> None:
+    config = dataclasses.replace(
+        changed("training", ema_decay=0.25), model=dataclasses.replace(BASE.model, stem="conv")
+    )
+    torch.manual_seed(2)
+    state = TrainingState.start(VisionTransformer(config.model), config.training)
+    wanted: torch.Tensor | None = None
+    for decay, _ in zip([0.0, 2 / 11, 3 / 12], train(state, batches(config), config), strict=False):
+        now = state.model.state_dict()["stem.4.running_mean"].clone()
+        wanted = now if wanted is None else decay * wanted + (1 - decay) * now
+    torch.testing.assert_close(state.weights()["stem.4.running_mean"], wanted)
+
+
+def test_dropped_patches_are_those_of_the_model() -> None:
+    config = dataclasses.replace(
+        changed("augment", patch_drop=1.0, crop_padding=0, flip="none"),
+        model=dataclasses.replace(BASE.model, patch_size=2),
+    )
+    plain = changed("augment", crop_padding=0, flip="none")
+    differs = (batches(config)(0).images_BCHW != batches(plain)(0).images_BCHW).any(1).float()
+    by_patch = F.avg_pool2d(differs[:, None], 2)
+    assert set(by_patch.unique().tolist()) <= {0.0, 1.0}
+    coarse = F.avg_pool2d(differs[:, None], 4)
+    assert not set(coarse.unique().tolist()) <= {0.0, 1.0}

@@ -65,7 +65,7 @@ class ImageSet:
 
     def shuffled(self) -> "ImageSet":
         """Return the images in a random order, always the same one."""
-        return self.take(torch.randperm(len(self), generator=rng.generator(0, "order")))
+        return self.take(torch.randperm(len(self), generator=rng.generator(0, "shuffled")))
 
     def split(self, validation_images: int | None) -> tuple["ImageSet", "ImageSet"]:
         """Return the training and the validation images: stratified, fixed, each in their order.

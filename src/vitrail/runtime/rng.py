@@ -13,6 +13,7 @@ import torch
 STREAMS = (
     "init", "order", "augment", "flip", "dropout", "split", "shapes", "explain", "ties", "export",
     "sweep", "orders", "sanity", "shortcut", "patch_drop", "hidden", "served", "calibration",
+    "shuffled",
 )  # fmt: skip
 """One for each purpose, so that no two purposes share random numbers."""
 
