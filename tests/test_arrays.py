@@ -258,8 +258,11 @@ def test_wrong_arguments_have_clear_messages(
 
 def test_explain_shows_all_methods(classifier: Classifier) -> None:
     explanation = classifier.explain(RGB, method="all", class_name="dog", layers=(2,))
-    assert explanation.titles == tuple(TITLES[method] for method in METHODS)
-    assert explanation.titles[4:6] == ("Grad-CAM", "Balanced gradient")
+    layered = ("attention", "rollout", "gradient_rollout", "relevance")  # the others have no layers
+    assert explanation.titles == tuple(
+        TITLES[method] + (", layer 2" if method in layered else "") for method in METHODS
+    )
+    assert explanation.titles[3:6] == ("Relevance, layer 2", "Grad-CAM", "Balanced gradient")
     with pytest.raises(ConfigError, match="fusion is 'x'"):
         classifier.explain(RGB, method="all", fusion="x")
 

@@ -292,9 +292,9 @@ def compare(
 def _title(settings: MapSettings) -> str:
     """Return the method's title, with the settings that make a variant of it, layers and heads."""
     parts = [TITLES[settings.method], *settings.variant.split(":")[1:]]
-    for name in ("layers", "heads"):
-        if numbers := getattr(settings, name):
-            parts.append(f"{name} {' '.join(map(str, numbers))}")
+    for name, numbers in (("layer", settings.layers), ("head", settings.heads)):
+        if numbers:
+            parts.append(f"{name}{'s' * (len(numbers) > 1)} {' '.join(map(str, numbers))}")
     return ", ".join(parts)
 
 
