@@ -78,8 +78,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def choose_compile(name: str, device: torch.device, updates: int) -> bool:
     """Return whether to compile a model for a run; ``auto`` does so for long runs on CUDA.
 
-    On a CPU, steps become 0 to 10% faster after half a minute or more of compiling (docs/log.md),
-    which also needs a C++ compiler; this is seldom worth it.
+    On a CPU, steps become from 25% slower (with dropout) to 10% faster (docs/log.md), after 15 to
+    35 seconds of compiling, which also needs a C++ compiler: seldom worth it.
     """
     return name == "on" or (name == "auto" and device.type == "cuda" and updates >= LONG_RUN)
 
