@@ -579,38 +579,18 @@ def test_the_loss_of_the_temperature_is_said(
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"pool": "mean"},
-        {"pool": "mean", "class_token": True, "fc_norm": True},
+        {}, {"pool": "mean"}, {"pool": "mean", "class_token": True, "fc_norm": True},
         {"hidden_act": "gelu_tanh"},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_timms_config_states_what_its_own_model_needs(changes: dict[str, Any]) -> None:
-    config = ModelConfig(
-        image_size=(20, 28),
-        n_classes=7,
-        patch_size=4,
-        embed_dim=24,
-        n_layers=3,
-        n_attention_heads=3,
-        forward_mul=1.75,
-        head="linear",
-        **changes,
-    )
+    shape: dict[str, Any] = {"image_size": (20, 30), "patch_size": 5, "forward_mul": 1.75}
+    config = ModelConfig(n_classes=7, head="linear", **shape, **changes)
     about = timm._describe(config, DataConfig(fit="squash"), tuple("abcdefg"))["config.json"]
-    args = about["model_args"]
-    assert args == {
-        "img_size": [20, 28],
-        "patch_size": 4,
-        "in_chans": 3,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 3,
-        "mlp_ratio": 1.75,
-        "class_token": config.has_class_token,
-        "global_pool": "token" if config.pool == "cls" else "avg",
-        "fc_norm": config.fc_norm,
-        "pre_norm": False,
-        "act_layer": config.hidden_act,
-    }
+    assert about["model_args"] == {
+        "img_size": [20, 30], "patch_size": 5, "in_chans": 3, "embed_dim": 128, "depth": 6,
+        "num_heads": 4, "mlp_ratio": 1.75, "class_token": config.has_class_token,
+        "global_pool": "token" if config.pool == "cls" else "avg", "fc_norm": config.fc_norm,
+        "pre_norm": False, "act_layer": config.hidden_act,
+    }  # fmt: skip

@@ -558,19 +558,9 @@ def test_true_effects_correlate_with_the_drop_and_the_size_of_a_set_does_not() -
         torch.testing.assert_close(found_B, torch.full((9,), float(expected), dtype=torch.float64))
 
 
-def test_scores_are_those_of_the_last_layers_map_and_the_controls_are_what_they_say() -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        ModelConfig(
-            image_size=(12, 20),
-            n_classes=3,
-            patch_size=4,
-            embed_dim=8,
-            n_layers=2,
-            n_attention_heads=2,
-            init_std=0.5,
-        )
-    ).eval()
+def test_scores_are_those_of_the_last_layers_map_and_the_controls_are_what_they_say(
+    model: VisionTransformer,
+) -> None:
     images_BCHW = torch.randn(11, 3, 12, 20, generator=torch.Generator().manual_seed(5))
     classes_B = map_metrics.predict_classes(model, images_BCHW)
     maps = dict(map_metrics._all_maps(model, images_BCHW, ("attention",), classes_B, 0))

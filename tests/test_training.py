@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitrail.config.files import from_json
 from vitrail.config.settings import AugmentConfig, Config, ModelConfig, TrainingConfig
@@ -373,10 +373,10 @@ def test_operations_match_the_formula() -> None:
     assert training == 3 * forward - 2 * stem, "no gradient goes to the pixels"
 
 
-def masks(config: Config) -> list[torch.Tensor]:
+def masks(config: Config) -> list[Tensor]:
     torch.manual_seed(2)
     state = TrainingState.start(VisionTransformer(config.model), config.training)
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
     state.model.dropout.register_forward_hook(lambda *args: seen.append(args[2] == 0))
     updates = train(state, batches(config), config)
     next(updates), next(updates)
@@ -406,7 +406,7 @@ def test_the_average_averages_running_statistics_too() -> None:
     )
     torch.manual_seed(2)
     state = TrainingState.start(VisionTransformer(config.model), config.training)
-    wanted: torch.Tensor | None = None
+    wanted: Tensor | None = None
     for decay, _ in zip([0.0, 2 / 11, 3 / 12], train(state, batches(config), config), strict=False):
         now = state.model.state_dict()["stem.4.running_mean"].clone()
         wanted = now if wanted is None else decay * wanted + (1 - decay) * now

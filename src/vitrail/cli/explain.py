@@ -190,16 +190,17 @@ def _check(options: ExplainOptions) -> None:
             )
     else:
         _refuse_idle(options, ("images", "json"), (), "only for --score")
-        if options.index is None and (idle := given(options.data, vars(options.data))):
-            flags = ", ".join(f"--{name}" for name in idle)
-            raise ConfigError(f"pictures are explained, not the model's data: leave out {flags}")
+        if options.index is None:
+            words = "pictures are explained, not the model's data"
+            _refuse_idle(options, (), (), words, data=vars(options.data))
 
 
 def _refuse_idle(
-    options: ExplainOptions, chosen: Iterable[str], drawing: Iterable[str], why: str
-) -> None:
+    options: ExplainOptions, chosen: Iterable[str], drawing: Iterable[str], why: str,
+    *, data: Iterable[str] = (),
+) -> None:  # fmt: skip
     """Refuse flags, by their fields' names, that were given but would have no effect."""
-    idle = given(options, chosen) + given(options.drawing, drawing)
+    idle = given(options, chosen) + given(options.drawing, drawing) + given(options.data, data)
     if idle:
         flags = ", ".join(f"--{name.removesuffix('_name')}" for name in idle)
         raise ConfigError(f"{why}: leave out {flags}")

@@ -11,10 +11,10 @@ from vitrail.cli.console import number_table, out, print_err, print_out
 from vitrail.cli.options import (
     DataOptions,
     ModelArgument,
+    load_labeled,
     load_model,
     log_test_use,
     name_of,
-    require_same_classes,
 )
 from vitrail.cli.parsing import parse
 from vitrail.errors import ConfigError, import_optional
@@ -115,16 +115,13 @@ def _write_onnx(classifier: "Classifier", options: ExportOptions, path: Path) ->
 
 def measured_images(classifier: "Classifier", options: ExportOptions) -> "ImageSet":
     """Load the split that the accuracies are measured on, before anything slow."""
-    from vitrail.training.run_folder import load_split
-
     split = options.data.split
-    images = load_split(classifier, **options.data.to_load())
+    images = load_labeled(classifier, options.data)
     if len(images) == 0:
         raise ConfigError(
             "this model was trained without validation images: give --split test or --split train "
             "to measure the accuracy on"
         )
-    require_same_classes(classifier, images, options.data)
     beside = (options.output_path or Path()).parent
     log_test_use(classifier, split, beside, "vitrail export --int8", len(images))
     return images

@@ -183,14 +183,22 @@ def check_images(count: int) -> None:
         raise ConfigError(f"--images is {count}: give at least {FEWEST_IMAGES}")
 
 
-def require_same_classes(classifier: "Classifier", images: "ImageSet", data: "DataOptions") -> None:
-    """Refuse labeled images of other classes than the model's."""
+def load_labeled(classifier: "Classifier", data: "DataOptions", **changes: Any) -> "ImageSet":
+    """Load the split of images whose labels are the model's classes.
+
+    Raises:
+        ConfigError: it has other classes.
+    """
+    from vitrail.training.run_folder import load_split
+
+    images = load_split(classifier, **data.to_load() | changes)
     if images.classes != classifier.classes:
         raise ConfigError(
             f"{data.dataset or classifier.config.data.dataset} has the classes "
             f"{', '.join(images.classes[:4])}…, the model {', '.join(classifier.classes[:4])}…: "
             "give data with the model's classes"
         )
+    return images
 
 
 def log_test_use(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from vitrail.cli.console import out, print_err, progress_bar
-from vitrail.cli.options import DataOptions, log_test_use, require_same_classes
+from vitrail.cli.options import DataOptions, load_labeled, log_test_use
 from vitrail.errors import OutputError
 from vitrail.runtime.files import write_json
 
@@ -41,12 +41,10 @@ def score(
     from vitrail.explain.map_settings import METHODS
     from vitrail.explain.recommendation import judge
     from vitrail.explain.sanity import check_methods
-    from vitrail.training.run_folder import load_split
 
     methods = chosen or METHODS
-    images = load_split(classifier, **data.to_load()).sample(count)
-    require_same_classes(classifier, images, data)
-    images = images.shuffled()  # some tests take the first ones, but folders are sorted by class
+    # Some tests take the first images, but those of a folder are sorted by class.
+    images = load_labeled(classifier, data).sample(count).shuffled()
     log_test_use(classifier, data.split, folder, "vitrail explain --score", len(images))
     dataset = data.dataset or classifier.config.data.dataset
     print_err(f"scoring on {len(images)} {data.split} images of {dataset}")
@@ -83,11 +81,10 @@ def _check_shortcut(
     """Return how well the maps show the mark, if the model was trained with one."""
     from vitrail.data.images import normalize
     from vitrail.explain.sanity import check_shortcut
-    from vitrail.training.run_folder import load_split
 
     if not classifier.config.data.shortcut or data.dataset not in (None, "shapes"):
         return None
-    images = load_split(classifier, **data.to_load(), shortcut=0.0).sample(count)
+    images = load_labeled(classifier, data, shortcut=0.0).sample(count)
 
     def prepare(raw_BCHW: Any) -> Any:
         return normalize(raw_BCHW.to(classifier.device), classifier.mean, classifier.std)

@@ -12,10 +12,10 @@ from vitrail.cli.console import out, print_err, progress_bar, waiting
 from vitrail.cli.options import (
     DataOptions,
     ModelArgument,
+    load_labeled,
     load_model,
     log_test_use,
     name_of,
-    require_same_classes,
 )
 from vitrail.cli.parsing import parse
 from vitrail.config.settings import require_range
@@ -82,16 +82,12 @@ def score(classifier: "Classifier", options: TestOptions, folder: Path) -> "tupl
     from vitrail.evaluation.metrics import SixViews, measure, predict_logits
     from vitrail.evaluation.report import plot_metrics
     from vitrail.runtime.files import write_json
-    from vitrail.training.run_folder import load_split
 
     split = options.data.split
-    changes = options.data.to_load() | {
-        "num_workers": options.num_workers, "num_test_images": options.num_test_images,
-    }  # fmt: skip
+    given = {name: getattr(options, name) for name in ("num_workers", "num_test_images")}
     with waiting("loading the data"):
-        images = load_split(classifier, **changes)
+        images = load_labeled(classifier, options.data, **given)
     dataset = options.data.dataset or classifier.config.data.dataset
-    require_same_classes(classifier, images, options.data)
     purpose = "vitrail test --tta" if options.tta else "vitrail test"
     log_test_use(classifier, split, folder, purpose, len(images))
     print_err(f"{classifier.source}: {len(images):,} {split} images of {dataset}")
