@@ -192,7 +192,7 @@ def load_labeled(classifier: "Classifier", data: "DataOptions", **changes: Any) 
     from vitrail.training.run_folder import load_split
 
     images = load_split(classifier, **data.to_load() | changes)
-    if images.classes != classifier.classes:
+    if len(images) and images.classes != classifier.classes:
         raise ConfigError(
             f"{data.dataset or classifier.config.data.dataset} has the classes "
             f"{', '.join(images.classes[:4])}…, the model {', '.join(classifier.classes[:4])}…: "
