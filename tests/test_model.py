@@ -79,7 +79,31 @@ def test_blocks_run_one_at_a_time_and_keep_only_the_attention_asked_for(
         logits_BY = model.classify(tokens_BTD)
         assert ran == list(range(1, layer + 1))
         assert (attention_BATT is not None) == (layer == 2)
-    assert torch.equal(logits_BY, model(images_BCHW))
+    torch.testing.assert_close(logits_BY, model(images_BCHW), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [(), (2,), (3,)])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize(("pool", "read"), [("cls", 1), ("cls_register", 2), ("mean", None)])
+def test_the_last_block_computes_only_what_the_head_reads(
+    tiny_model: ModelConfig, pool: str, read: int | None, position: str, kept: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(
+        tiny_model, n_layers=3, n_registers=2, class_token=True, pool=pool, position=position
+    )
+    model = VisionTransformer(config).eval()
+    returned: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _, inputs, tokens: returned.append(tokens.shape[1]))
+    images_BCHW = torch.randn(2, 3, 20, 28)
+    features_BD, attentions = model.features_with_attention(images_BCHW, kept)
+    T = 3 + 5 * 7
+    last = T if read is None or kept == (3,) else read
+    assert returned == [T, T, last]
+    assert [tuple(a.shape[2:]) for a in attentions] == [(T, T)] * len(kept)
+    *_, (_, tokens_BTD, _) = model.run_blocks(model.embed(images_BCHW))
+    assert tokens_BTD.shape[1] == T
+    torch.testing.assert_close(features_BD, model.summarize(tokens_BTD), rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_compiles_to_one_graph(tiny_model: ModelConfig) -> None:

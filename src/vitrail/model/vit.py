@@ -5,7 +5,8 @@ A tensor's name ends in its shape, one letter per dimension:
     B images      C channels      H W pixels         P patch side
     G J patch rows and columns    N = G * J patches  T tokens: class token, R registers, N patches
     D width       A heads         K = D / A head width               M hidden width of the MLP
-    L blocks      Y classes       F frequencies (any others are explained where they occur)
+    L blocks      Y classes       Q tokens that ask (queries)
+    F frequencies (any others are explained where they occur)
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929.
 """
@@ -46,9 +47,17 @@ class Attention(nn.Module):
         self.out_projection = nn.Linear(embed_dim, embed_dim)
 
     def forward(
-        self, tokens_BTD: Tensor, rotation: Rotation | None, keep_attention: bool
+        self,
+        tokens_BTD: Tensor,
+        rotation: Rotation | None,
+        keep_attention: bool,
+        n_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return new tokens (B, T, D) and, if ``keep_attention``, the attention (B, A, T, T)."""
+        """Return the first Q = ``n_queries`` new tokens (None: all), and attention or None.
+
+        Shapes:
+            tokens_BTD -> tokens (B, Q, D), attention (B, A, Q, T)
+        """
         B, T, D = tokens_BTD.shape
         A = self.n_attention_heads
         qkv_BT3AK = self.qkv(tokens_BTD).view(B, T, 3, A, D // A)
@@ -56,18 +65,19 @@ class Attention(nn.Module):
         q_BATK, k_BATK, v_BATK = (x.transpose(1, 2).contiguous() for x in qkv_BT3AK.unbind(2))
         if rotation is not None:
             q_BATK, k_BATK = rotate(q_BATK, rotation), rotate(k_BATK, rotation)
+        q_BAQK = q_BATK[:, :, :n_queries]
 
-        attention_BATT = None
+        attention_BAQT = None
         if keep_attention or not tokens_BTD.is_cuda:
             # On a CPU, two plain products train faster than the fused kernel (docs/log.md).
-            scaled_q_BATK = q_BATK * k_BATK.shape[-1] ** -0.5
-            attention_BATT = (scaled_q_BATK @ k_BATK.transpose(-2, -1)).softmax(dim=-1)
-            mixed_BATK = attention_BATT @ v_BATK
+            scaled_q_BAQK = q_BAQK * k_BATK.shape[-1] ** -0.5
+            attention_BAQT = (scaled_q_BAQK @ k_BATK.transpose(-2, -1)).softmax(dim=-1)
+            mixed_BAQK = attention_BAQT @ v_BATK
         else:
-            mixed_BATK = F.scaled_dot_product_attention(q_BATK, k_BATK, v_BATK)
+            mixed_BAQK = F.scaled_dot_product_attention(q_BAQK, k_BATK, v_BATK)
 
-        mixed_BTD = mixed_BATK.transpose(1, 2).reshape(B, T, D)
-        return self.out_projection(mixed_BTD), attention_BATT if keep_attention else None
+        mixed_BQD = mixed_BAQK.transpose(1, 2).flatten(2)
+        return self.out_projection(mixed_BQD), attention_BAQT if keep_attention else None
 
 
 class MLP(nn.Module):
@@ -104,14 +114,25 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, tokens_BTD: Tensor, rotation: Rotation | None = None, keep_attention: bool = False
+        self,
+        tokens_BTD: Tensor,
+        rotation: Rotation | None = None,
+        keep_attention: bool = False,
+        n_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return new tokens (B, T, D) and, if ``keep_attention``, the attention (B, A, T, T)."""
-        mixed_BTD, attention_BATT = self.attention(self.norm1(tokens_BTD), rotation, keep_attention)
-        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.scale1(mixed_BTD)))
-        hidden_BTD = self.mlp(self.norm2(tokens_BTD))
-        tokens_BTD = tokens_BTD + self.drop_path(self.dropout(self.scale2(hidden_BTD)))
-        return tokens_BTD, attention_BATT
+        """Return the first Q = ``n_queries`` new tokens (None: all), and attention or None.
+
+        Shapes:
+            tokens_BTD -> tokens (B, Q, D), attention (B, A, Q, T)
+        """
+        mixed_BQD, attention_BAQT = self.attention(
+            self.norm1(tokens_BTD), rotation, keep_attention, n_queries
+        )
+        tokens_BQD = tokens_BTD[:, :n_queries]
+        tokens_BQD = tokens_BQD + self.drop_path(self.dropout(self.scale1(mixed_BQD)))
+        hidden_BQD = self.mlp(self.norm2(tokens_BQD))
+        tokens_BQD = tokens_BQD + self.drop_path(self.dropout(self.scale2(hidden_BQD)))
+        return tokens_BQD, attention_BAQT
 
 
 class MLPHead(nn.Module):
@@ -190,7 +211,9 @@ class VisionTransformer(nn.Module):
         """Return the input of the head (B, D), and the attention (B, A, T, T) of some layers."""
         tokens_BTD = self.embed(images_BCHW)
         attentions = []
-        for _, output_BTD, attention_BATT in self.run_blocks(tokens_BTD, keep_attention=layers):
+        for _, output_BTD, attention_BATT in self.run_blocks(
+            tokens_BTD, keep_attention=layers, only_pooled=len(self.blocks) not in layers
+        ):
             tokens_BTD = output_BTD
             if attention_BATT is not None:
                 attentions.append(attention_BATT)
@@ -229,17 +252,24 @@ class VisionTransformer(nn.Module):
         return self.dropout(tokens_BTD)  # type: ignore[no-any-return]
 
     def run_blocks(
-        self, tokens_BTD: Tensor, *, keep_attention: Container[int] = ()
+        self, tokens_BTD: Tensor, *, keep_attention: Container[int] = (), only_pooled: bool = False
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Run the blocks one by one, and yield the tokens (and attention) that each one returns.
+
+        With ``only_pooled`` the last block returns only the tokens that the head will read: the
+        same logits with fewer operations, if the head reads the class token.
 
         Shapes:
             tokens_BTD, as from ``embed`` -> layer (from 1), tokens_BTD, attention_BATT (None for
             layers that are not in ``keep_attention``)
         """
+        pooled = {"cls": 1, "cls_register": 2}.get(self.config.pool) if only_pooled else None
         for layer, block in enumerate(self.blocks, start=1):
             tokens_BTD, attention_BATT = block(
-                tokens_BTD, self.rotation, keep_attention=layer in keep_attention
+                tokens_BTD,
+                self.rotation,
+                keep_attention=layer in keep_attention,
+                n_queries=pooled if layer == len(self.blocks) else None,
             )
             yield layer, tokens_BTD, attention_BATT
 
