@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail.data.datasets
+import vitrail.evaluation.metrics
 import vitrail.training.run
 from vitrail.cli import main
 from vitrail.cli.progress import TrainingDisplay
@@ -225,9 +226,29 @@ def ask_one_to_stop() -> None:
     TrainingDisplay.show = show_and_ask  # type: ignore[method-assign]
 
 
+def count_evaluated() -> list[int]:
+    """Return a list that will hold how many images were evaluated here by the end of each epoch."""
+    normalize, score = vitrail.evaluation.metrics.normalize, vitrail.training.run.quick_scores
+    seen, by_epoch = [0], []
+
+    def count(raw_BCHW: Tensor, *rest: Any) -> Tensor:
+        seen[0] += len(raw_BCHW)
+        return normalize(raw_BCHW, *rest)
+
+    def note(*args: Tensor) -> tuple[float, float]:
+        by_epoch.append(seen[0])
+        return score(*args)
+
+    vitrail.evaluation.metrics.normalize = count
+    vitrail.training.run.quick_scores = note
+    return by_epoch
+
+
 def command_lines() -> dict[str, Any]:
     """Run the command line: to the end, with a wrong flag, and with a signal to one rank."""
     vitrail.data.datasets.load_shapes = few_shapes  # type: ignore[assignment]
+    vitrail.training.run.EVALUATION_CHUNK = 4
+    evaluated = count_evaluated()
     vitrail.training.run.plot_run = lambda *_: []  # plots take a second
     codes = [
         code_of("--folder_name", "single", "--dropout", "0"),
@@ -235,8 +256,10 @@ def command_lines() -> dict[str, Any]:
         code_of("--folder_name", "single"),
         code_of("--batch_size", "1"),
     ]
+    two_epochs = evaluated[:2]
     ask_one_to_stop()
-    return {"codes": codes, "stopped": code_of("--folder_name", "stopped")}
+    stopped = code_of("--folder_name", "stopped")
+    return {"codes": codes, "evaluated": two_epochs, "stopped": stopped}
 
 
 def code_of(*words: str) -> Any:

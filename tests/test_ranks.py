@@ -178,6 +178,11 @@ def test_the_command_writes_one_folder_as_one_process_would(folder: Path, single
     assert len((run / "test_uses.jsonl").read_text().splitlines()) == 1
 
 
+def test_all_ranks_evaluate_an_epoch_together(both: list[dict[str, Any]]) -> None:
+    # 20 validation images in chunks of 4: ranks 0 and 1 in turn
+    assert [rank["evaluated"] for rank in both] == [[12, 24], [8, 16]]
+
+
 def test_one_rank_prints_and_all_have_the_same_exit_code(
     folder: Path, both: list[dict[str, Any]]
 ) -> None:

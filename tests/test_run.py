@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -242,13 +242,23 @@ def test_a_run_stops_after_the_epoch_that_is_accurate_enough(
             assert written.name.endswith("-000.safetensors")
 
 
-def test_the_average_is_evaluated_as_it_is_saved(tiny_run: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_average_is_evaluated_as_it_is_saved(
+    tiny_run: Config, tmp_path: Path, precision: Literal["float32", "bfloat16"]
+) -> None:
     assert tiny_run.training.ema_decay
-    run = run_to_end(tiny_run, tmp_path / "a")
+    training = dataclasses.replace(tiny_run.training, precision=precision)
+    run = run_to_end(dataclasses.replace(tiny_run, training=training), tmp_path / "a")
+    assert run.precision == precision
     saved = vitrail.load(read_pointer(tmp_path / "a/checkpoints", "LAST"), device="cpu")
     images, data = run.monitored["validation"], run.config.data
     logits_BY = predict_logits(
-        saved.model, images, mean=data.mean, std=data.std, device=torch.device("cpu")
+        saved.model,
+        images,
+        mean=data.mean,
+        std=data.std,
+        device=torch.device("cpu"),
+        precision=run.precision,
     )
     assert quick_scores(logits_BY, images.labels_B)[1] == run.rows[-1]["validation_loss"]
 

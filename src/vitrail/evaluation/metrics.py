@@ -17,6 +17,7 @@ from vitrail.evaluation.calibration import UNCALIBRATED, Calibration
 from vitrail.model.vit import VisionTransformer
 from vitrail.runtime import distributed
 
+Precision = Literal["float32", "bfloat16"]  # of matrix products
 TOP5_CLASSES = 10
 """Fewest classes for which top-5 accuracy is reported."""
 CALIBRATION_BINS = 15
@@ -114,7 +115,7 @@ def predict_logits(
     std: Sequence[float],
     device: torch.device,
     batch_size: int = 500,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> Tensor:
     """Run the model, already on ``device``, over all images in order.
 

@@ -20,6 +20,7 @@ from vitrail.evaluation.calibration import UNCALIBRATED, Calibration, fit
 from vitrail.evaluation.metrics import (
     Features,
     Metrics,
+    Precision,
     measure,
     predict_logits,
     quick_scores,
@@ -72,7 +73,7 @@ WHITENING_PIXELS = 2_000_000
 """Number of training pixels from which the conv stem's whitening kernels are computed."""
 
 EVALUATION_CHUNK = 500
-"""Number of images evaluated between two checks for a stop request."""
+"""Number of images that each rank evaluates between two checks for a stop request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +197,10 @@ class Run:
         return run
 
     @property
-    def precision(self) -> str:
-        """The number format chosen for matrix products: float32 or bfloat16."""
+    def precision(self) -> Precision:
+        """The number format chosen for matrix products."""
         dtype = choose_precision(self.config.training.precision, self.device)
-        return str(dtype).removeprefix("torch.")
+        return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
     @property
     def compiled(self) -> bool:
@@ -293,25 +294,32 @@ class Run:
         distributed.copy_from_leader(state.values())
 
     def _score_monitored(self, epoch: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Evaluate the monitored splits; None when stopping."""
+        """Evaluate the monitored splits in the precision of training; None when stopping."""
         scores: dict[str, float] = {}
         for name, images in self.monitored.items():
             if name == "test":
                 purpose = f"curve, epoch {epoch}"
                 distributed.on_leader(log_test_use, self.folder, purpose, len(images))
             parts = []
-            for indices_B in torch.arange(len(images)).split(EVALUATION_CHUNK):
+            together = EVALUATION_CHUNK * distributed.count()
+            for indices_B in torch.arange(len(images)).split(together):
                 if distributed.highest(int(stopping())):
                     return None
-                parts.append(self._logits(self.state.eval_model, images.take(indices_B)))
+                chunk, model = images.take(indices_B), self.state.eval_model
+                parts.append(self._logits(model, chunk, self.precision))
             accuracy, loss = quick_scores(torch.cat(parts), images.labels_B)
             scores |= {f"{name}_accuracy": accuracy, f"{name}_loss": loss}
         return scores
 
-    def _logits(self, model: nn.Module, images: ImageSet) -> Tensor:
+    def _logits(
+        self, model: nn.Module, images: ImageSet, precision: Precision = "float32"
+    ) -> Tensor:
         """Return the logits of all images, computed by all ranks together."""
-        data = self.config.data
-        return predict_logits(model, images, mean=data.mean, std=data.std, device=self.device)
+        data, device = self.config.data, self.device
+        return predict_logits(
+            model, images, mean=data.mean, std=data.std, device=device,
+            batch_size=EVALUATION_CHUNK, precision=precision,
+        )  # fmt: skip
 
     def _draw_attention(self, row: EpochRow) -> Path | None:
         """Draw the attention maps of this epoch if ``attention_epochs`` asks for it."""
