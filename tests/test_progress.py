@@ -121,3 +121,15 @@ def test_the_first_signal_requests_a_stop_and_the_second_stops() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["noted", "True"]
     assert done.returncode != 0
+
+
+def test_a_signal_that_torchrun_forwards_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends Ctrl-C to all processes, and torchrun sends it to the ranks once more."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(progress.distributed, "count", lambda: 2)
+    with stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before

@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vitrail.runtime import distributed
 from vitrail.training.loop import Update
 from vitrail.training.run import EpochEnd, Run
 
@@ -18,14 +19,18 @@ PLAIN_SECONDS = 30.0
 
 
 class StopRequest:
-    """Remembers the first signal; the same signal again stops the process at once."""
+    """Remembers the first signal; the same signal again stops the process at once.
+
+    Not so under torchrun, which forwards the Ctrl-C that the terminal sends to all processes, so
+    that each gets it twice; torchrun itself kills those that do not stop in time.
+    """
 
     signal = 0
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
         # The default handler ends the process even inside a long call of torch.
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if distributed.count() > 1 else signal.SIG_DFL)
         self.signal = self.signal or number
 
 
