@@ -30,17 +30,18 @@ def main() -> None:
         for key, tensor in source.weights.items()
     }
     save_weights_file(bundled.weights_path(name), info, half)
-    config = info.config
+    config, validation = info.config, result["validation"]
     recipe = f"{run.name}, {result['epochs']} epochs, seed {config.run.seed}"
     card = bundled.Card(
         data=f"{config.data.dataset}, {result['train_images']:,} training images",
         recipe=recipe,
         test_accuracy=result["test"]["accuracy"],
-        validation_accuracy=result["validation"]["accuracy"],
+        validation_accuracy=validation and validation["accuracy"],
         parameters=result["parameters"],
         record=record,
     )
-    calibrate(name, Path(*sys.argv[4:5] or ["data"]))  # for the weights in float16
+    if validation:
+        calibrate(name, Path(*sys.argv[4:5] or ["data"]))  # for the weights in float16
     write_json(bundled.FOLDER / f"{name}.json", dataclasses.asdict(card))
     size = sum(path.stat().st_size for path in bundled.FOLDER.iterdir())
     print(f"{bundled.weights_path(name)}: all bundled files together {size / 2**20:.2f} MiB")

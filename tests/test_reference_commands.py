@@ -143,6 +143,16 @@ def test_flags_of_the_architecture_must_match_the_file(
     assert "3 attention heads, not 4" in wrong([*words, "--n_attention_heads", "4"], capsys)
 
 
+@pytest.mark.parametrize("mode", ["cifar", "cifar-single", "custom"])
+def test_without_a_model_and_runs_the_bundled_reference_is_used(
+    mode: str, cifar_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.effect_noise((40, 50), 90).save(here / "cat.png")
+    words = ["--mode", mode, "--no_image", "--output_path", "empty", "--image_path", "cat.png"]
+    assert run_test(words) == 0
+    assert "using the bundled model, reference" in capsys.readouterr().err
+
+
 def test_without_a_model_the_newest_run_is_used(
     weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -350,9 +350,20 @@ def test_few_models_stay_in_memory(
 
 def test_without_runs_the_bundled_models_are_served(tmp_path: Path) -> None:
     shelf = Shelf([], tmp_path)
-    assert shelf.names() == ["cifar10", "cifar10-vit"]
+    assert shelf.names() == ["cifar10", "cifar10-vit", "reference"]
     with pytest.raises(MissingError, match="did you mean 'cifar10'"):
         shelf.get("cifar1")
+
+
+def test_a_run_with_the_name_of_a_bundled_model_is_served_beside_it(tmp_path: Path) -> None:
+    pointer = tmp_path / "reference" / "checkpoints" / "BEST"
+    pointer.parent.mkdir(parents=True)
+    pointer.touch()
+    shelf = Shelf([], tmp_path)
+    assert shelf.names() == ["reference (yours)", "cifar10", "cifar10-vit", "reference"]
+    assert shelf.source("reference (yours)") == str(tmp_path / "reference")
+    assert shelf.source("reference") == "reference"
+    assert Shelf(["cifar10", str(tmp_path / "reference")], tmp_path).default() == "cifar10"
 
 
 def test_a_new_run_is_the_default_model_after_a_second(

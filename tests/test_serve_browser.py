@@ -50,7 +50,7 @@ def address(
     for _ in Run.start(tiny_run, folder / "output" / "short").train():
         pass
     with serving(cwd=folder) as (_, line):
-        found = re.search(r"serving short, cifar10, cifar10-vit at (\S+)", line)
+        found = re.search(r"serving short, cifar10, cifar10-vit, reference at (\S+)", line)
         assert found is not None
         yield found[1]
 

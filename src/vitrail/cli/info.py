@@ -141,11 +141,9 @@ def _read_facts(model: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     if model in bundled.names():
         card = bundled.read_card(model)
-        return {
-            "test accuracy": card.test_accuracy,
-            "validation accuracy": card.validation_accuracy,
-            "recipe": card.recipe,
-        }
+        validation = card.validation_accuracy
+        on_validation = {} if validation is None else {"validation accuracy": validation}
+        return {"test accuracy": card.test_accuracy, **on_validation, "recipe": card.recipe}
     facts: dict[str, Any] = {}
     path = Path(model) / "result.json"
     result = read_json_object(path) if path.is_file() else {}

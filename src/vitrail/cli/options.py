@@ -63,11 +63,12 @@ def load_model(
     *,
     files: bool = False,
     needs_classes: bool = True,
+    default: str = bundled.DEFAULT,
 ) -> "Classifier":
-    """Load the named model, or else the newest run, and print which.
+    """Load the named model, or else the newest run or the bundled ``default``, and print which.
 
-    For the user's picture ``files``, the bundled model is used if the newest run was only trained
-    on the built-in shapes.
+    For the user's picture ``files``, the default is used if the newest run was only trained on the
+    built-in shapes.
 
     Raises:
         ConfigError: two models are named, or an ONNX file, which only ``vitrail predict`` runs, or
@@ -88,7 +89,7 @@ def load_model(
     with waiting("loading the model"):
         from vitrail.weights.pretrained import load
 
-        source = _choose_model(runs, files=files) if path is None else path
+        source = _choose_model(runs, default, files=files) if path is None else path
         heads, device = options.n_attention_heads, options.device
         model = load(
             source,
@@ -104,21 +105,21 @@ def load_model(
     return model
 
 
-def _choose_model(runs: Path, *, files: bool) -> Path | str:
-    """Return the default model, and print which it is and why."""
-    from vitrail.weights.pretrained import default_model, knows_photographs
+def _choose_model(runs: Path, default: str, *, files: bool) -> Path | str:
+    """Return the newest run or the default model, and print which it is and why."""
+    from vitrail.weights.pretrained import knows_photographs, newest_run
 
-    newest = default_model(runs)
-    if not isinstance(newest, Path):
-        print_err(f"no --model_path given: using the bundled model, {newest}")
-    elif files and not knows_photographs(newest):
+    newest = newest_run(runs)
+    if newest is None:
+        print_err(f"no --model_path given: using the bundled model, {default}")
+        return default
+    if files and not knows_photographs(newest):
         print_err(
-            f"no --model_path given: using the bundled model, {bundled.DEFAULT}, since the newest "
-            f"run only knows shapes (--model_path {newest} uses it)"
+            f"no --model_path given: using the bundled model, {default}, since the newest run only "
+            f"knows shapes (--model_path {newest} uses it)"
         )
-        return bundled.DEFAULT
-    else:
-        print_err(f"no --model_path given: using the newest run, {newest}")
+        return default
+    print_err(f"no --model_path given: using the newest run, {newest}")
     return newest
 
 

@@ -69,7 +69,7 @@ class ReferenceTestOptions:
     """The test set, one of its images, or your own picture."""
     model_path: str | None = None
     """Run folder, .safetensors, or .pt of the reference implementation. Default: the newest run,
-    else the bundled model."""
+    else the bundled ``reference``."""
     index: int = 1
     """With cifar-single: index of the test image, from 0."""
     image_path: Path | None = None
@@ -117,7 +117,7 @@ def run_test(args: Sequence[str]) -> int:
         raise ConfigError("--mode custom requires --image_path FILE")
     heads = parse_known(train.FirstOptions, args, prog=PROG, add_help=False)[0].n_attention_heads
     models = ModelOptions(options.model_path, n_attention_heads=heads, device=options.device)
-    classifier = load_model(models, options.output_path)
+    classifier = load_model(models, options.output_path, default="reference")
     defaults = CheckedOptions(model=classifier.config.model)
     _check_architecture(classifier, parse(CheckedOptions, args, prog=PROG, default=defaults).model)
     folder = options.output_path / (options.timestamp or time.strftime("%Y-%m-%d-%H-%M-%S"))

@@ -122,12 +122,16 @@ class Shelf:
 
 
 def _by_name(models: Sequence[str]) -> dict[str, str]:
-    """Return models by the last part of their path, without the suffix of a weights file."""
+    """Return models by the last part of their path, without the suffix of a weights file.
+
+    Your own model with the name of a bundled one gets another.
+    """
     named: dict[str, str] = {}
     for model in models:
         path = Path(model)
-        name = path.stem if path.is_file() else path.name
-        name = model if model in bundled.names() else name or path.resolve().name
+        name = path.stem if path.is_file() else path.name or path.resolve().name
+        if name in bundled.names() and model != name:
+            name += " (yours)"
         if named.setdefault(name, model) != model:
             raise ConfigError(
                 f"{named[name]} and {model} would both be served as {name}: rename one of them"
@@ -139,9 +143,7 @@ def _find_runs(folder: Path) -> list[str]:
     """Return the runs in a folder that have a best checkpoint, the newest first."""
     pointers = [path for path in folder.glob("*/checkpoints/BEST") if path.is_file()]
     pointers.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    runs = [path.parent.parent for path in pointers]
-    # A run with the name of a bundled model would hide that model.
-    return [str(run) for run in runs if run.name not in bundled.names()]
+    return [str(path.parent.parent) for path in pointers]
 
 
 def _stamp(source: str) -> str:

@@ -107,7 +107,7 @@ def load(
         raise TypeError(f"load() has no argument {unknown.pop()!r}")
     given = {name: value for name, value in preparation.items() if value is not None}
     chosen = choose_device(device)
-    source = default_model(Path("output")) if source is None else source
+    source = (newest_run(Path("output")) or bundled.DEFAULT) if source is None else source
     found = read(
         source, n_attention_heads=n_attention_heads, image_size=image_size, preparation=given
     )
@@ -316,10 +316,10 @@ def save(source: Source, path: Path, layout: str = OWN) -> None:
         save_weights_file(path, source.info, source.weights)
 
 
-def default_model(output_path: Path) -> Path | str:
-    """Return the run folder with the newest best checkpoint, or the bundled model's name."""
+def newest_run(output_path: Path) -> Path | None:
+    """Return the run folder with the newest best checkpoint, or None."""
     pointers = sorted(output_path.glob("*/checkpoints/BEST"), key=lambda path: path.stat().st_mtime)
-    return pointers[-1].parent.parent if pointers else bundled.DEFAULT
+    return pointers[-1].parent.parent if pointers else None
 
 
 def knows_photographs(run: Path) -> bool:

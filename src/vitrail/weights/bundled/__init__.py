@@ -15,13 +15,13 @@ class Card:
     """What a bundled model was trained on, how, and how accurate it is on which split.
 
     ``recipe`` is the preset with the settings that differ from it; ``record`` is the folder of the
-    repository that documents the run.
+    repository that documents the run. Without validation images, there is no accuracy on them.
     """
 
     data: str
     recipe: str
     test_accuracy: float
-    validation_accuracy: float
+    validation_accuracy: float | None
     parameters: int
     record: str
 
