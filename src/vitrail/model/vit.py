@@ -5,7 +5,7 @@ A tensor's name ends in its shape, one letter per dimension:
     B images      C channels      H W pixels         P patch side
     G J patch rows and columns    N = G * J patches  T tokens: class token, R registers, N patches
     D width       A heads         K = D / A head width               M hidden width of the MLP
-    L blocks      Y classes       Q tokens that ask (queries)
+    L blocks      Y classes       Q query tokens
     F frequencies (any others are explained where they occur)
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929.
@@ -263,7 +263,7 @@ class VisionTransformer(nn.Module):
             tokens_BTD, as from ``embed`` -> layer (from 1), tokens_BTD, attention_BATT (None for
             layers that are not in ``keep_attention``)
         """
-        pooled = {"cls": 1, "cls_register": 2}.get(self.config.pool) if only_pooled else None
+        pooled = self.n_pooled_tokens if only_pooled else None
         for layer, block in enumerate(self.blocks, start=1):
             tokens_BTD, attention_BATT = block(
                 tokens_BTD,
@@ -282,6 +282,11 @@ class VisionTransformer(nn.Module):
         if self.config.fc_norm:
             return self.norm(self.pool(tokens_BTD))  # type: ignore[no-any-return]
         return self.pool(self.norm(tokens_BTD))
+
+    @property
+    def n_pooled_tokens(self) -> int | None:
+        """The number of tokens, from the first, that ``pool`` reads; None for all."""
+        return {"cls": 1, "cls_register": 2}.get(self.config.pool)
 
     def pool(self, tokens_BTD: Tensor) -> Tensor:
         """Return one token or mean (B, D) for the head, or two side by side (B, 2 * D)."""
