@@ -79,6 +79,7 @@ def test_blocks_run_one_at_a_time_and_keep_only_the_attention_asked_for(
         logits_BY = model.classify(tokens_BTD)
         assert ran == list(range(1, layer + 1))
         assert (attention_BATT is not None) == (layer == 2)
+    assert torch.equal(logits_BY, model.forward_with_attention(images_BCHW)[0])
     torch.testing.assert_close(logits_BY, model(images_BCHW), rtol=0, atol=1e-6)
 
 
